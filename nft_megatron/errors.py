@@ -1,0 +1,33 @@
+"""The two ways in which a run ends early on purpose, each with its exit code.
+
+Everything a user can cause is a ``UserError``: the command prints its one message, without a traceback, and exits with 2.
+``StoppedEarly`` means that all that was finished is saved and the same command goes on from there: exit code 75.
+Any other exception is a fault of the program or the machine and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED_EARLY = 75
+
+
+class UserError(ValueError):
+    """The user's input is wrong: a config, a file, a checkpoint.
+
+    The message names the field, the value and the remedy.
+
+    >>> str(UserError("data.train", "questions.parquet", "no such file", "check the path, or run `make quickstart`"))
+    'data.train = questions.parquet: no such file; check the path, or run `make quickstart`'
+    """
+
+    exit_code = EXIT_USER_ERROR
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+        super().__init__(f"{field} = {value}: {problem}; {remedy}")
+
+
+class StoppedEarly(Exception):
+    """The run stopped before its last step with everything saved; the same command continues it."""
+
+    exit_code = EXIT_STOPPED_EARLY

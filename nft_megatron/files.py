@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all: written under a temporary name, flushed to the disk, renamed.
+
+A temporary name starts with ``.tmp-`` and stands beside its target, so that the rename never crosses a file system and a
+killed process leaves only what :func:`remove_leftovers` deletes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = ".tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file, or one folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; on a clean exit it replaces ``path``, otherwise it is deleted.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "latest"
+    >>> with atomic_file(target) as temporary:
+    ...     _ = temporary.write_text("step_000012")
+    >>> target.read_text()
+    'step_000012'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Like :func:`atomic_file` for a folder. An older folder of that name is moved aside first and deleted last."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Flush all of ``temporary`` and rename it to ``path``, which may exist."""
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
+    aside = path.parent / f"{_PREFIX}old-{os.getpid()}-{path.name}"
+    if path.exists():
+        os.replace(path, aside)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an earlier, killed process left half-written in ``folder``."""
+    for leftover in Path(folder).glob(f"{_PREFIX}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,0 +1,138 @@
+"""The records that cross from one room to another. Frozen; numpy arrays inside them are never written to.
+
+A question becomes a ``Prompt``; an engine answers a ``Request`` with ``Completion`` records; the verifier adds a ``Verdict``
+and makes each an ``Answer``; the K answers of one question are a ``Group``; the groups of a rollout step are a ledger file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+Label = Literal["correct", "wrong", "unknown"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a data set, before any template.
+
+    >>> Question("dapo/0", ({"role": "user", "content": "What is 2+2?"},), gold="4", source="math_dapo").text
+    'What is 2+2?'
+    """
+
+    question_id: str
+    messages: tuple[dict[str, str], ...]
+    gold: str
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the user asks, as one text."""
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A question as the model reads it: ``tokens`` (int32) end where the answer begins."""
+
+    question_id: str
+    question: str
+    gold: str
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. ``temperature`` 0 is greedy. ``max_tokens`` counts the end-of-answer token.
+
+    Generation ends after any of ``stop_token_ids`` (kept in the answer: the model must learn to stop) or as soon as the
+    decoded answer contains any of the texts in ``stop``.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Ask for ``len(seeds)`` answers to one prompt. Answer k depends on the weights, the prompt and ``seeds[k]`` alone."""
+
+    request_id: int
+    prompt_tokens: np.ndarray
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """Answer ``index`` to request ``request_id``.
+
+    ``tokens`` (int32) and ``logprobs`` (float32, ≤ 0, under the distribution that was sampled from) have one entry a
+    generated token. ``finish_reason``: ``stop``, ``length`` (cut at ``max_tokens``) or ``abort`` (an engine fault; such an
+    answer is judged *unknown*).
+    """
+
+    request_id: int
+    index: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+    weight_version: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifier says of one answer, why, and which verifier it was.
+
+    >>> Verdict("wrong", reason="truncated", verifier="strict/1 math-verify/0.9.0").label
+    'wrong'
+    """
+
+    label: Label
+    reason: str
+    verifier: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A completion with its text and its verdict."""
+
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The K answers of one question. ``group_id`` is the question's position in the run's seeded order of prompts."""
+
+    group_id: int
+    step: int
+    prompt: Prompt
+    answers: tuple[Answer, ...]
+
+    @property
+    def num_judged(self) -> int:
+        """Answers whose verdict is not *unknown*."""
+        return sum(answer.verdict.label != "unknown" for answer in self.answers)
+
+    @property
+    def num_correct(self) -> int:
+        return sum(answer.verdict.label == "correct" for answer in self.answers)
+
+    @property
+    def correct_rate(self) -> float:
+        """r̂_q, the mean of r over the judged answers; NaN when none was judged."""
+        return self.num_correct / self.num_judged if self.num_judged else float("nan")
+
+    @property
+    def is_mixed(self) -> bool:
+        """0 < r̂_q < 1: the prompt filter of Algorithm 1."""
+        return 0 < self.num_correct < self.num_judged
