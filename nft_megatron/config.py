@@ -1,0 +1,266 @@
+"""What a run is told. Frozen, checked once, at load; nobody changes it afterwards.
+
+Every field's docstring is its help text: ``nft-megatron train --help`` prints them. Reading files and overrides, and turning
+a failed check into one readable message, is :mod:`nft_megatron.config_load`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from nft_megatron.errors import UserError
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+LoosePath = Annotated[Path, Field(strict=False)]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, (str, Path)) else value
+
+
+PathList = Annotated[tuple[LoosePath, ...], BeforeValidator(_as_tuple)]
+TextList = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """A group of fields. Unknown keys and values of the wrong type are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The model that is trained."""
+
+    path: LoosePath
+    """Hugging Face model folder: config.json, safetensors and the tokenizer. The family must be Qwen2 or Qwen2.5."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations while training. Master weights, log-probs and reductions are float32 either way."""
+
+
+class DataSection(Section):
+    """The questions to train on."""
+
+    train: PathList
+    """One or several of: Parquet in the schema of DAPO-Math-17k, JSONL, a local Hugging Face data set folder."""
+    template: Literal["chat", "plain"] = "chat"
+    """``chat``: the tokenizer's chat template. ``plain``: ``plain_format`` alone, for base models without one."""
+    plain_format: str = "{question}\n"
+    """The prompt under template ``plain``; ``{question}`` is replaced."""
+    system_prompt: str | None = None
+    """System message under template ``chat``."""
+    instruction: Literal["keep", "boxed", "none"] = "keep"
+    """Of questions in DAPO's wording: keep it (last line "Answer: …"), ask for a \\boxed{} answer as NFT does, or strip it."""
+    max_prompt_tokens: PositiveInt = 512
+    """Longest prompt, template included."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with a longer question: refuse to start and name it, or leave such questions out and count them."""
+
+
+class RolloutSection(Section):
+    """How answers are collected: lines 5-11 of the paper's Algorithm 1."""
+
+    questions_per_step: PositiveInt = 512
+    """Groups with both right and wrong answers that a rollout step trains on."""
+    answers_per_question: Annotated[int, Field(ge=2)] = 16
+    """K, answers drawn for each question."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling. Training log-probs use logits / temperature too."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Must stay 1 for training: a renormalised distribution is not the policy π of Eq. 10."""
+    max_answer_tokens: PositiveInt = 3584
+    """Longer answers are cut there and count as wrong."""
+    stop: TextList = ()
+    """Texts that end an answer, beside the model's own end-of-text tokens."""
+    oversample: Annotated[float, Field(ge=1)] = 3.0
+    """Most questions asked in a round, as a multiple of the groups still missing. Fewer are asked once the share of questions
+    that turn out mixed is known from earlier rounds."""
+    max_rounds: PositiveInt = 10
+    """Rounds of questions in a step; after that it trains on the groups it has, with a warning."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Steps by which an answer may be older than the weights it trains. 0: as in the paper, surplus groups of a step are thrown
+    away. 1 and more: they train a later step, with the engine's own log-probs as π_old."""
+    processes: Annotated[int, Field(ge=0)] | None = None
+    """Worker processes of the embedded engine, one thread each. null: one per core. 0: inside the trainer."""
+    batch_size: PositiveInt = 128
+    """Answers that one engine process decodes at a time."""
+    deadline_seconds: PositiveFloat = 3600.0
+    """Longest wait for the next finished answer, and of other ranks for rank 0 to finish collecting a round."""
+
+
+class VerifySection(Section):
+    """Who says right or wrong."""
+
+    mode: Literal["strict", "math-verify"] = "strict"
+    """``strict``: the last \\boxed{} alone, integers by exact comparison, the rest by math-verify on the box.
+    ``math-verify``: the whole text, as the paper's reference code does."""
+    workers: PositiveInt = 2
+    """Grader processes; started when the first answer needs math-verify."""
+    soft_seconds: PositiveFloat = 1.0
+    """After this a grader gives up by itself: verdict unknown."""
+    hard_seconds: PositiveFloat = 3.0
+    """After this it is killed and replaced: verdict unknown."""
+
+
+class NFTSection(Section):
+    """Negative-aware Fine-Tuning, Eq. 10 of arXiv 2505.18116."""
+
+    name: Literal["nft"] = "nft"
+    """Right answers directly, wrong answers through the implicit negative policy."""
+    epsilon: PositiveFloat = 1.0
+    """ε, the smallest implicit negative likelihood ratio (Figure 10: 1.0 is best, small values over-penalise)."""
+    prompt_weight: Literal["one", "one_minus_rate", "sqrt_odds"] = "one_minus_rate"
+    """ω(q): 1, 1 − r̂ (aligned with Dr. GRPO) or sqrt((1 − r̂) / r̂) (aligned with GRPO). Figure 9."""
+    negative_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor on the loss of wrong answers."""
+
+
+class RFTSection(Section):
+    """Rejection-sampling fine-tuning: right answers alone, ω = 1."""
+
+    name: Literal["rft"]
+    """Wrong answers are not even forwarded."""
+
+
+def _nft_by_default(value: Any) -> Any:
+    return {"name": "nft", **value} if isinstance(value, dict) else value
+
+
+AlgorithmSection = Annotated[NFTSection | RFTSection, Field(discriminator="name"), BeforeValidator(_nft_by_default)]
+
+
+class OptimizerSection(Section):
+    """AdamW with float32 master weights, sharded over data-parallel ranks."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Constant after the warm-up."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    """Update t of the first ones has learning rate · t / warmup_updates."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled; biases and norm weights have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    num_steps: PositiveInt
+    """Rollout steps."""
+    updates_per_step: PositiveInt = 16
+    """Optimizer steps on each rollout step's groups."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Tokens packed into one forward pass of one data-parallel rank; prompt and answer of every sequence must fit."""
+    denominator: Literal["tokens", "sequences"] | PositiveFloat = "tokens"
+    """D of loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
+
+
+class ParallelSection(Section):
+    """How the model is cut. Data-parallel ranks are what is left of the world size."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel ranks."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages."""
+    sequence_parallel: bool = True
+    """Shard activations between tensor-parallel ranks (no effect when tensor is 1)."""
+    threads: PositiveInt | None = None
+    """CPU threads of a rank. null: the machine's cores divided by its ranks."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest wait in a collective before the run stops with an error."""
+
+
+class CheckpointSection(Section):
+    """What survives. Written whole or not at all; a run goes on from the newest one by itself."""
+
+    every: PositiveInt = 10
+    """Rollout steps between checkpoints; the last step always has one."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    export_every: Annotated[int, Field(ge=0)] = 0
+    """Rollout steps between Hugging Face exports; 0: only the last step's."""
+
+
+class EvaluateSection(Section):
+    """Held-out questions, answered with the current weights while training."""
+
+    data: PathList = ()
+    """Same formats as data.train. Empty: no evaluation."""
+    every: PositiveInt = 10
+    """Rollout steps between evaluations; also before the first step and after the last."""
+    samples: PositiveInt = 1
+    """Answers a question; accuracy is their mean (avg@k)."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; here it may be below 1."""
+
+
+class ObserveSection(Section):
+    """Where metrics go, beside RUN/metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write RUN/logs/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the extra ``wandb``)."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: LoosePath
+    """Folder of everything the run writes. Starting again with the same folder goes on where it stopped."""
+    seed: int = 0
+    """Of the order of questions, of every answer and of the mini-batches."""
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection = RolloutSection()
+    verify: VerifySection = VerifySection()
+    algorithm: AlgorithmSection = NFTSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    observe: ObserveSection = ObserveSection()
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> Config:
+        rollout, train = self.rollout, self.train
+        if rollout.top_p != 1.0:
+            raise UserError(
+                "rollout.top_p", rollout.top_p, "training answers must come from the policy itself, not a renormalised one",
+                "leave it at 1.0 (evaluate.top_p may differ)",
+            )  # fmt: skip
+        if rollout.questions_per_step % train.updates_per_step:
+            raise UserError(
+                "train.updates_per_step", train.updates_per_step,
+                f"does not divide rollout.questions_per_step = {rollout.questions_per_step}",
+                "choose a divisor, so that every update has the same number of questions",
+            )  # fmt: skip
+        if self.max_sequence_tokens > train.micro_batch_tokens:
+            raise UserError(
+                "train.micro_batch_tokens", train.micro_batch_tokens,
+                f"a sequence may have data.max_prompt_tokens + rollout.max_answer_tokens = {self.max_sequence_tokens} tokens",
+                f"raise it to at least {self.max_sequence_tokens}, or lower those two",
+            )  # fmt: skip
+        if self.verify.hard_seconds < self.verify.soft_seconds:
+            raise UserError(
+                "verify.hard_seconds", self.verify.hard_seconds, f"below verify.soft_seconds = {self.verify.soft_seconds}",
+                "a grader must be able to give up by itself before it is killed",
+            )  # fmt: skip
+        return self
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus longest answer, in tokens."""
+        return self.data.max_prompt_tokens + self.rollout.max_answer_tokens

@@ -1,0 +1,95 @@
+"""Where everything of a run lies, and the lock that keeps a second process out of it."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file, remove_leftovers
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Step numbers count finished rollout steps: ``ledger(3)`` trains the weights from ``checkpoint(2)``
+    to those of ``checkpoint(3)``.
+
+    >>> RunFolder(Path("runs/a")).ledger(12).as_posix()
+    'runs/a/ledger/step_000012.parquet'
+    >>> RunFolder(Path("runs/a")).checkpoint(12).as_posix()
+    'runs/a/checkpoints/step_000012'
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def stop(self) -> Path:
+        """Written by a person or the scheduler: save and leave."""
+        return self.root / "stop"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """Holds the name of the newest whole checkpoint."""
+        return self.checkpoints / "latest"
+
+    @property
+    def ledgers(self) -> Path:
+        return self.root / "ledger"
+
+    def ledger(self, step: int) -> Path:
+        return self.ledgers / f"step_{step:06d}.parquet"
+
+    def ledger_round(self, step: int, round_index: int) -> Path:
+        """One finished round of a step that is still being collected."""
+        return self.ledgers / "rounds" / f"step_{step:06d}_round_{round_index:02d}.parquet"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
+
+    def export(self, step: int) -> Path:
+        """Hugging Face model folder of the weights after ``step``."""
+        return self.root / "hf" / f"step_{step:06d}"
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, None before the first."""
+        return int(self.latest.read_text().removeprefix("step_")) if self.latest.exists() else None
+
+    def set_latest(self, step: int) -> None:
+        """Move the pointer; to be called only once the checkpoint is on the disk."""
+        with atomic_file(self.latest) as temporary:
+            temporary.write_text(self.checkpoint(step).name)
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, oldest first."""
+        return sorted(int(folder.name.removeprefix("step_")) for folder in self.checkpoints.glob("step_*"))
+
+    def open(self) -> IO[str]:
+        """Make the folder, take its lock and clear what a killed process left. Keep the returned file open.
+
+        Raises :class:`UserError` when another process trains in this folder.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / "lock").open("w")
+        except OSError as error:
+            raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                "run_dir", self.root, "another process is training in it", "wait for it, stop it, or choose another folder"
+            ) from error
+        for folder in (self.root, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"):
+            remove_leftovers(folder)
+        return lock
