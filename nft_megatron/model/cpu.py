@@ -1,0 +1,116 @@
+"""What lets Megatron-Core 0.16.1 run without a GPU. Everything that knows of it is in this file.
+
+Megatron's modules say ``torch.cuda.current_device()`` and ``device="cuda"`` freely. Here each of them gets, in place of its
+global name ``torch``, a view of torch whose accelerator is the CPU. torch itself is left alone, so nothing else in the process
+(Transformers' ``torch.device("meta")``, ``torch.cuda.is_available()``) sees a difference, and no operation pays for it.
+Only ``Tensor.cuda``, ``Module.cuda`` and ``Tensor.type`` are methods of torch's own classes and have to be replaced there.
+
+Files and lines are those of megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# The packages that training uses. A module that is imported after `adapt_to_cpu` keeps the real torch.
+_PACKAGES = (
+    "megatron.core.dist_checkpointing.serialization",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.random",
+)
+
+
+class _View(types.ModuleType):
+    """A module that answers with its own attributes first and with those of ``base`` otherwise."""
+
+    def __init__(self, base: types.ModuleType, **own: Any) -> None:
+        super().__init__(base.__name__)
+        self.__dict__.update(own, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``factory`` with ``device="cuda"`` read as the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(kwargs.get("device"), str):  # the only string that Megatron passes is "cuda"
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _torch_on_cpu() -> types.ModuleType:
+    cuda = _View(
+        torch.cuda,
+        # tensor_parallel/layers.py:552, pipeline_parallel/p2p_communication.py:190, distributed/param_and_grad_buffer.py:783
+        current_device=lambda: CPU,
+        # pipeline_parallel/p2p_communication.py:242, dist_checkpointing/strategies/filesystem_async.py:230
+        synchronize=lambda *_: None,
+        # tensor_parallel/random.py:235-238: the accelerator's generator is the CPU's
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+    )
+    factories = {
+        # pipeline_parallel/schedules.py:596, optimizer/optimizer.py:473, optimizer/clip_grads.py:90, exchange_utils.py:104
+        name: _on_cpu(getattr(torch, name))
+        for name in ("tensor", "zeros", "ones", "empty", "empty_like")
+    }
+    return _View(torch, cuda=cuda, **factories)
+
+
+def _type_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.type()`` with the CUDA name: optimizer/distrib_optimizer.py:361-433 and clip_grads.py:167 compare the text."""
+
+    @functools.wraps(tensor_type)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return str(tensor_type(self)).replace("torch.", "torch.cuda.", 1)
+
+    return type_
+
+
+@functools.cache
+def adapt_to_cpu() -> None:
+    """Make Megatron-Core in this process compute on the CPU. Call it before any use of Megatron, only where CUDA is absent.
+
+    A second call does nothing.
+    """
+    assert not torch.cuda.is_available(), "Megatron-Core needs no adaptation where CUDA is available"
+    for name in _PACKAGES:
+        importlib.import_module(name)
+    view = _torch_on_cpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            module.torch = view  # type: ignore[attr-defined]
+
+    random = sys.modules["megatron.core.tensor_parallel.random"]
+    # tensor_parallel/random.py:43-105 reaches into torch.cuda.default_generators, which is empty without CUDA.
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
+
+    # models/common/language_module/language_module.py:244, dist_checkpointing/exchange_utils.py:336
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]

@@ -1,0 +1,170 @@
+"""The grid of processes: every rank has one place in data × pipeline × tensor.
+
+Ranks that follow each other share a tensor group, then come the data ranks, and the pipeline stages are farthest apart
+(Megatron's order ``tp-cp-ep-dp-pp``). A group of size 1 is an ordinary group. This file is the only one that fills and clears
+Megatron's global ``parallel_state``; everything else of this package takes its groups from :class:`Topology`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nft_megatron.errors import UserError
+from nft_megatron.model.cpu import adapt_to_cpu
+
+ProcessGroup = dist.ProcessGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """This process's place. ``control_group`` spans all ranks over gloo: for small Python objects, on the CPU everywhere."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: ProcessGroup
+    pipeline_group: ProcessGroup
+    data_group: ProcessGroup
+    control_group: ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that talks to people and writes the run folder."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the final norm and the LM head; the only stage on which a loss exists."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def _environment() -> tuple[int, int, int]:
+    """``(rank, world size, local rank)`` from torchrun's variables, else Slurm's, else a single process.
+
+    Slurm's are believed only together with ``MASTER_ADDR``, which a batch script sets: an interactive shell inside an
+    allocation has a ``SLURM_PROCID`` too and is still one process.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def _check_sizes(world_size: int, tensor: int, pipeline: int) -> None:
+    for field, size in (("parallel.tensor", tensor), ("parallel.pipeline", pipeline)):
+        if size < 1:
+            raise UserError(field, size, "a group needs at least one rank", "set it to 1 or more")
+        if world_size % size:
+            raise UserError(field, size, f"does not divide the {world_size} processes of this run", "set it to a divisor")
+    if world_size % (tensor * pipeline):
+        raise UserError(
+            "parallel.tensor, parallel.pipeline",
+            f"{tensor} × {pipeline}",
+            f"does not divide the {world_size} processes of this run",
+            f"start a multiple of {tensor * pipeline} processes, or lower parallel.tensor or parallel.pipeline",
+        )
+
+
+def init_topology(
+    tensor: int = 1, pipeline: int = 1, *, timeout_seconds: float = 600.0, threads: int | None = None, seed: int = 1
+) -> Topology:
+    """Join the other processes and return this one's place.
+
+    Args:
+        tensor: ranks that share each layer; pipeline: stages that share the layers. The rest is data parallel.
+        timeout_seconds: deadline of every collective; a rank that waits longer raises instead of hanging.
+        threads: intra-op threads of torch on the CPU; ``None`` leaves torch's choice.
+        seed: of Megatron's generators (dropout, none of which is on in training here).
+
+    Raises:
+        UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when they do not divide the number of processes.
+    """
+    rank, world_size, local_rank = _environment()
+    _check_sizes(world_size, tensor, pipeline)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        adapt_to_cpu()
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=timeout_seconds / 60,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        tensor_rank=tensor_group.rank(),
+        tensor_size=tensor_group.size(),
+        pipeline_rank=pipeline_group.rank(),
+        pipeline_size=pipeline_group.size(),
+        data_rank=data_group.rank(),
+        data_size=data_group.size(),
+        tensor_group=tensor_group,
+        pipeline_group=pipeline_group,
+        data_group=data_group,
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups. Call it once, last; every object that holds a group must be unreachable by then.
+
+    gloo's threads abort the interpreter when a group outlives ``destroy_process_group``, hence the collection of cycles.
+    """
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
+
+
+@contextlib.contextmanager
+def distributed(
+    tensor: int = 1, pipeline: int = 1, *, timeout_seconds: float = 600.0, threads: int | None = None, seed: int = 1
+) -> Iterator[Topology]:
+    """:func:`init_topology` and :func:`shutdown` as a ``with`` block; run the training in a function that it calls."""
+    yield init_topology(tensor, pipeline, timeout_seconds=timeout_seconds, threads=threads, seed=seed)
+    shutdown()

@@ -1,0 +1,158 @@
+"""Which rows of which Hugging Face tensors make up a Megatron-Core parameter, and the way back. Pure: no files, no groups.
+
+Every layout that Megatron uses (interleaved QKV, gate above up, a shard of the vocabulary) is a list of *slices*: the parameter,
+along one axis, is a row of contiguous pieces of Hugging Face tensors. So each entry states its slices once, for any tensor
+parallel rank, and loading, export, conversion and gradients all follow from that one statement.
+
+    linear_qkv (2 query groups of 2 heads)   q0 q1 k0 v0 | q2 q3 k1 v1         tp 2 cuts at the bar
+    linear_fc1                               gate | up                         tp 2: gate_0 up_0, gate_1 up_1
+
+Shapes in comments: H hidden, V vocabulary, d head dimension, g query groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+
+class Layout(Enum):
+    """How the pieces of an entry follow each other."""
+
+    WHOLE = "whole"  # the same on every tensor rank
+    SPLIT = "split"  # sources one under the other, each cut into tp equal parts: one source is a plain shard, two are gate | up
+    QKV = "qkv"  # sources q, k, v, interleaved by query group; whole groups per rank
+    VOCABULARY = "vocabulary"  # rows of the padded vocabulary; those past the real one are padding
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start:stop`` (along the entry's axis) of source tensor number ``source``."""
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron-Core parameter and the Hugging Face tensors it consists of.
+
+    ``name`` is Megatron's name with the layer counted over the whole model; ``sources`` and ``shapes`` are the Hugging Face
+    names and full shapes; ``axis`` is the one along which the sources are concatenated and ranks cut. ``num_groups`` is for
+    ``QKV``. ``exported`` is False for a second copy of a tensor that another entry already gives back (a tied LM head).
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    layout: Layout
+    axis: int = 0
+    num_groups: int = 0
+    exported: bool = True
+
+    def pieces(self, tensor_size: int, tensor_rank: int, padded_vocab: int) -> tuple[Piece, ...]:
+        """The slices that rank ``tensor_rank`` of ``tensor_size`` holds, in order.
+
+        >>> qkv = Entry("qkv", ("q", "k", "v"), ((8, 4), (4, 4), (4, 4)), Layout.QKV, num_groups=2)
+        >>> [(piece.source, piece.start, piece.stop) for piece in qkv.pieces(2, 1, 0)]
+        [(0, 4, 8), (1, 2, 4), (2, 2, 4)]
+        """
+        lengths = [shape[self.axis] for shape in self.shapes]
+        if self.layout is Layout.WHOLE:
+            return tuple(Piece(source, 0, length) for source, length in enumerate(lengths))
+        if self.layout is Layout.SPLIT:
+            parts = [length // tensor_size for length in lengths]
+            return tuple(Piece(source, tensor_rank * part, (tensor_rank + 1) * part) for source, part in enumerate(parts))
+        if self.layout is Layout.VOCABULARY:
+            part, vocab = padded_vocab // tensor_size, lengths[0]
+            start, stop = tensor_rank * part, (tensor_rank + 1) * part
+            return (Piece(0, min(start, vocab), min(stop, vocab)),)
+        groups = self.num_groups // tensor_size
+        sizes = [length // self.num_groups for length in lengths]
+        return tuple(
+            Piece(source, group * size, (group + 1) * size)
+            for group in range(tensor_rank * groups, (tensor_rank + 1) * groups)
+            for source, size in enumerate(sizes)
+        )
+
+    def local_shape(self, tensor_size: int, padded_vocab: int) -> tuple[int, ...]:
+        """The shape of the parameter on each tensor rank."""
+        shape = list(self.shapes[0])
+        if self.layout is Layout.VOCABULARY:
+            shape[self.axis] = padded_vocab // tensor_size
+        else:
+            total = sum(source_shape[self.axis] for source_shape in self.shapes)
+            shape[self.axis] = total if self.layout is Layout.WHOLE else total // tensor_size
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """All entries of a model, in the order in which Hugging Face lists its tensors, and the padded size of the vocabulary.
+
+    ``ignored`` are Hugging Face names that a folder may hold and nobody reads, such as a stored copy of a tied LM head.
+    """
+
+    entries: tuple[Entry, ...]
+    ignored: frozenset[str] = frozenset()
+
+    @property
+    def by_name(self) -> Mapping[str, Entry]:
+        """Entries under their Megatron names."""
+        return {entry.name: entry for entry in self.entries}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every Hugging Face tensor of the model and its shape: what a complete folder holds."""
+        return {
+            source: shape
+            for entry in self.entries
+            if entry.exported
+            for source, shape in zip(entry.sources, entry.shapes, strict=True)
+        }
+
+
+def split(entry: Entry, shards: Sequence[torch.Tensor], padded_vocab: int) -> list[torch.Tensor]:
+    """The Hugging Face tensors of ``entry`` from the shards of all tensor ranks, in rank order; padding is dropped.
+
+    Returns new tensors, one a source, in the shards' dtype and device. The inverse of :func:`merge`.
+    """
+    full = [torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device) for shape in entry.shapes]
+    shards = shards[:1] if entry.layout is Layout.WHOLE else shards
+    for rank, shard in enumerate(shards):
+        offset = 0
+        for piece in entry.pieces(len(shards), rank, padded_vocab):
+            length = piece.stop - piece.start
+            full[piece.source].narrow(entry.axis, piece.start, length).copy_(shard.narrow(entry.axis, offset, length))
+            offset += length
+    return full
+
+
+def merge(
+    entry: Entry, sources: Sequence[torch.Tensor], tensor_size: int, tensor_rank: int, padded_vocab: int
+) -> torch.Tensor:
+    """The parameter of one tensor rank from full Hugging Face tensors; rows of vocabulary padding are zero.
+
+    >>> gate_up = Entry("fc1", ("gate", "up"), ((4,), (4,)), Layout.SPLIT)
+    >>> merge(gate_up, [torch.arange(4), torch.arange(10, 14)], 2, 1, 0).tolist()
+    [2, 3, 12, 13]
+    """
+    pieces = [
+        sources[piece.source].narrow(entry.axis, piece.start, piece.stop - piece.start)
+        for piece in entry.pieces(tensor_size, tensor_rank, padded_vocab)
+    ]
+    return fill(torch.zeros(entry.local_shape(tensor_size, padded_vocab), dtype=sources[0].dtype), pieces, entry.axis)
+
+
+def fill(parameter: torch.Tensor, pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Copy ``pieces`` one after the other along ``axis`` into ``parameter`` and zero what is left (vocabulary padding)."""
+    offset = 0
+    for piece in pieces:
+        parameter.narrow(axis, offset, piece.shape[axis]).copy_(piece)
+        offset += piece.shape[axis]
+    parameter.narrow(axis, offset, parameter.shape[axis] - offset).zero_()
+    return parameter
