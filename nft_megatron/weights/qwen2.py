@@ -106,9 +106,7 @@ def table(shape: ModelShape) -> WeightTable:
                 axis=1,
             ),
             Entry(f"{ours}mlp.linear_fc1.weight", gate_up, ((ffn, hidden), (ffn, hidden)), Layout.SPLIT),
-            Entry(
-                f"{ours}mlp.linear_fc2.weight", (f"{theirs}mlp.down_proj.weight",), ((hidden, ffn),), Layout.SPLIT, axis=1
-            ),
+            Entry(f"{ours}mlp.linear_fc2.weight", (f"{theirs}mlp.down_proj.weight",), ((hidden, ffn),), Layout.SPLIT, axis=1),
             Entry(
                 f"{ours}self_attention.linear_qkv.layer_norm_weight",
                 (f"{theirs}input_layernorm.weight",),

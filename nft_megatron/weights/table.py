@@ -132,9 +132,7 @@ def split(entry: Entry, shards: Sequence[torch.Tensor], padded_vocab: int) -> li
     return full
 
 
-def merge(
-    entry: Entry, sources: Sequence[torch.Tensor], tensor_size: int, tensor_rank: int, padded_vocab: int
-) -> torch.Tensor:
+def merge(entry: Entry, sources: Sequence[torch.Tensor], tensor_size: int, tensor_rank: int, padded_vocab: int) -> torch.Tensor:
     """The parameter of one tensor rank from full Hugging Face tensors; rows of vocabulary padding are zero.
 
     >>> gate_up = Entry("fc1", ("gate", "up"), ((4,), (4,)), Layout.SPLIT)

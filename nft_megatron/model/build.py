@@ -1,0 +1,287 @@
+"""From the sizes of a model to this rank's part of it: Megatron-Core's ``GPTModel`` inside ``DistributedDataParallel``.
+
+    shape = read_shape(folder)
+    chunks = build_model(shape, topology, dtype=torch.float32)
+    load_weights(chunks, topology, shape, folder)
+
+    def forward_step(data_iterator, chunk):                      # one micro-batch; called by Megatron's pipeline schedule
+        micro_batch = next(data_iterator)
+        packed = pack_sequences(micro_batch.lengths, topology.device)
+        hidden_NH = chunk(input_ids_1T, position_ids_1T, packed, loss_positions_N)
+        def loss_function(hidden_NH):                            # called on the last stage only
+            loss = ...                                           # from hidden_NH and lm_head_weight(chunk)
+            return loss, NO_TOKEN_COUNT, statistics
+        return hidden_NH, loss_function
+
+    zero_gradients(chunks)
+    forward_backward(chunks)(forward_step_func=forward_step, data_iterator=[iter(micro_batches)], model=chunks,
+        num_microbatches=len(micro_batches), seq_length=1, micro_batch_size=1, forward_only=False)
+
+**The scale of gradients.** After the schedule, ``parameter.main_grad`` is the plain sum of d(loss)/d(parameter) over the
+micro-batches of all data-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's scaling factor to 1 and, with
+a three-tuple from the loss function, keeps the schedule from dividing by the number of micro-batches
+(distributed/distributed_data_parallel.py:257, pipeline_parallel/schedules.py:255); ``_finalize`` withholds the token count by which
+``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what several ranks
+hold a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline stage. With the
+distributed optimizer a rank's sum is complete only on its own shard of the buffer.
+
+Shapes: T tokens of the pack (divisible by the tensor size under sequence parallelism), N positions that carry a loss, H hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
+from torch import Tensor
+from torch.nn import functional
+
+from nft_megatron.errors import UserError
+from nft_megatron.model.attention import PackedAttention, PackedSequences, rotary_cos_sin
+from nft_megatron.model.topology import Topology
+from nft_megatron.weights.shape import ModelShape
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the vocabulary on a tensor rank are a multiple of this on CUDA, where it keeps matrix products aligned."""
+
+NO_TOKEN_COUNT = torch.tensor(0, dtype=torch.int)
+"""Second item that a loss function returns: see "The scale of gradients"."""
+
+Chunks = list[DistributedDataParallel]
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm whose weight Megatron's gradient finalisation recognises under sequence parallelism.
+
+    Megatron's own for the local spec refuses sequence parallelism (transformer/torch_norm.py:33).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.epsilon = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+class PolicyModel(GPTModel):
+    """A ``GPTModel`` over packed sequences that stops after the final norm, at the positions that carry a loss.
+
+    Logits are left to the caller (with :func:`lm_head_weight`): they are wanted in chunks, and never all at once.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input_ids_1T: Tensor, position_ids_1T: Tensor, packed: PackedSequences, loss_positions_N: Tensor
+    ) -> Tensor:
+        """One pipeline stage of one micro-batch.
+
+        Every tensor rank and every stage of a data-parallel rank passes the same arguments.
+
+        Returns:
+            On the last stage ``[N, H]``, complete on every tensor rank; the backward adds up the ranks' gradients. On others
+            the hidden states for the next stage, ``[T, 1, H]``, or this rank's ``T / tensor size`` of them under sequence
+            parallelism.
+        """
+        hidden = self.embedding(input_ids_1T, position_ids_1T) if self.pre_process else None
+        frequencies = None
+        if self.position_embedding_type == "rope":  # Transformer Engine's attention expects Megatron's own rotary positions
+            frequencies = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)
+        else:
+            cos_T1D, sin_T1D = rotary_cos_sin(
+                position_ids_1T[0], self.config.kv_channels, self.rotary_base, self.config.params_dtype
+            )
+            packed = dataclasses.replace(packed, cos_T1D=cos_T1D, sin_T1D=sin_T1D)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=frequencies, packed_seq_params=packed)
+        return self._at_loss_positions(hidden, loss_positions_N) if self.post_process else hidden
+
+    def _at_loss_positions(self, hidden: Tensor, loss_positions_N: Tensor) -> Tensor:
+        """Each rank's share of the vocabulary gives its share of the hidden states' gradient, hence the sum in the backward."""
+        if self.config.sequence_parallel:
+            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+            return hidden_T1H[:, 0].index_select(0, loss_positions_N)
+        hidden_NH = hidden[:, 0].index_select(0, loss_positions_N)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_NH, group=self.pg_collection.tp)
+
+
+def _has_transformer_engine() -> bool:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+
+
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this stage: Transformer Engine's where they run, else Megatron's local ones with our norm and attention."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _finalize(chunks: Chunks, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """``finalize_model_grads`` without its division by the number of tokens."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _transformer_config(
+    shape: ModelShape, topology: Topology, dtype: torch.dtype, sequence_parallel: bool, recompute: bool
+) -> TransformerConfig:
+    with_engine = _has_transformer_engine()
+    on_cpu = topology.device.type == "cpu"
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=topology.tensor_size,
+        pipeline_model_parallel_size=topology.pipeline_size,
+        sequence_parallel=sequence_parallel and topology.tensor_size > 1,
+        variable_seq_lengths=True,
+        # Megatron refuses variable lengths under the default dispatcher even in a model without experts
+        # (transformer/transformer_config.py:1828); without them a pipeline over gloo delivers wrong shapes in silence.
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=on_cpu,
+        # All weights are loaded; but `perform_initialization=False` would leave `tensor_model_parallel` unset on them.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        transformer_impl="transformer_engine" if with_engine else "local",
+        apply_rope_fusion=with_engine,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize,
+    )
+
+
+def _check_layout(shape: ModelShape, topology: Topology) -> None:
+    for what, size in (
+        ("attention heads", shape.num_attention_heads),
+        ("key-value heads", shape.num_query_groups),
+        ("MLP units", shape.ffn_hidden_size),
+    ):
+        if size % topology.tensor_size:
+            raise UserError(
+                "parallel.tensor", topology.tensor_size, f"does not divide the model's {size} {what}", "choose a divisor"
+            )
+    if shape.num_layers % topology.pipeline_size:
+        raise UserError(
+            "parallel.pipeline",
+            topology.pipeline_size,
+            f"does not divide the model's {shape.num_layers} layers",
+            "choose a divisor",
+        )
+
+
+def padded_vocab(shape: ModelShape, topology: Topology) -> int:
+    """Rows of embedding and LM head over all tensor ranks: ``shape.vocab_size`` rounded up, 128 rows a rank on CUDA."""
+    multiple = 1 if topology.device.type == "cpu" else VOCABULARY_MULTIPLE
+    return shape.padded_vocab(multiple * topology.tensor_size)
+
+
+def build_model(
+    shape: ModelShape,
+    topology: Topology,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = True,
+    recompute: bool = False,
+) -> Chunks:
+    """This rank's part of the model, with zeros for weights until they are loaded. The list has one chunk.
+
+    Args:
+        dtype: of weights and activations. Gradients are summed in float32.
+        sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
+        recompute: keep only each layer's input and compute the layer again in the backward.
+
+    Raises:
+        UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when the model cannot be cut that way.
+    """
+    _check_layout(shape, topology)
+    config = _transformer_config(shape, topology, dtype, sequence_parallel, recompute)
+    model = PolicyModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config),
+        vocab_size=padded_vocab(shape, topology),
+        max_sequence_length=shape.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope" if config.transformer_impl == "transformer_engine" else "none",
+        rotary_base=shape.rope_theta,
+    ).to(topology.device)
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=topology.device.type == "cuda",
+    )
+    chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=model)
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = chunk.no_sync
+    return [chunk]
+
+
+def policy_model(chunk: torch.nn.Module) -> PolicyModel:
+    """The model inside DDP."""
+    model = getattr(chunk, "module", chunk)
+    assert isinstance(model, PolicyModel)
+    return model
+
+
+def lm_head_weight(chunk: torch.nn.Module) -> Tensor:
+    """The LM head's rows of this tensor rank, ``[padded vocabulary / tensor size, H]``. Only on the last stage.
+
+    Tied: the embedding itself, or on the last of several stages its second copy, which training keeps equal.
+    """
+    model = policy_model(chunk)
+    assert model.post_process, "only the last pipeline stage has an LM head"
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def forward_backward(chunks: Chunks) -> Callable[..., list[Any]]:
+    """Megatron's schedule for this pipeline size; see the example at the top of this file."""
+    assert get_model_config(chunks[0]).variable_seq_lengths
+    return get_forward_backward_func()
+
+
+def zero_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Forget all gradients. Call it before every update."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
