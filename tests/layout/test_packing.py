@@ -29,7 +29,7 @@ def loss_pairs(rows):
             yield tokens[t - 1], tokens[t], index
 
 
-@given(answers, st.integers(1, 5), multiples, st.integers(18, 60))
+@given(answers, st.integers(1, 5), multiples, st.integers(24, 60))
 @settings(deadline=None, max_examples=200)
 def test_every_loss_token_is_trained_on_exactly_once(lengths, num_ranks, multiple, budget):
     rows = make_rows(lengths)
