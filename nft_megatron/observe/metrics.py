@@ -1,0 +1,239 @@
+"""The numbers of a rollout step: their names, where they are written, and the clock behind the timings.
+
+A step's metrics are one flat dict. ``METRICS`` is the single source of the names, units and meanings; the report and the
+documentation print it. All under ``time/`` and ``tokens_per_second/`` are wall-clock facts; everything else repeats to the bit
+when a run is killed and resumed on one layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file
+from nft_megatron.observe.sinks import TensorBoardSink, WandbSink
+
+MetricValue = float | int | list[int]
+MetricsRow = dict[str, MetricValue]
+
+PHASES = ("generate", "verify", "prepare", "update", "publish", "ledger", "evaluate", "save", "other")
+"""Every second of a rollout step belongs to exactly one of these; ``other`` is what no phase claimed."""
+
+WALL_CLOCK_PREFIXES = ("time/", "tokens_per_second/")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One name of a metrics row. A ``unit`` of "1" is a plain number; "share" lies in [0, 1]."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    @property
+    def is_wall_clock(self) -> bool:
+        """Whether it depends on the machine's speed, so that it differs between two otherwise equal runs."""
+        return self.name.startswith(WALL_CLOCK_PREFIXES)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("step", "1", "rollout steps done, this one included; row 0 evaluates the model before the first"),
+        Metric("updates", "count", "optimizer steps since the start of the run, this step's included"),
+        Metric("loss", "1", "the objective, mean over the step's updates"),
+        Metric("loss_positive", "1", "the part of the loss that right answers contribute"),
+        Metric("loss_negative", "1", "the part of the loss that wrong answers contribute"),
+        Metric("grad_norm", "1", "norm of the gradient before clipping, mean over the step's updates"),
+        Metric("grad_norm_max", "1", "norm of the gradient before clipping, largest of the step's updates"),
+        Metric("learning_rate", "1", "learning rate of the step's last update"),
+        Metric("entropy", "nats", "entropy of the policy, mean over trained tokens"),
+        Metric("kl_old", "nats", "KL divergence to the policy that generated the answers, estimated on trained tokens"),
+        Metric("ratio_max", "1", "largest R_t = π⁺(a_t) / π(a_t) over the step's trained tokens"),
+        Metric("clamp_rate", "share", "tokens of wrong answers whose negative ratio (1 - r̂R)/(1 - r̂) was raised to ε"),
+        Metric("skipped_updates", "count", "updates left out because the gradient was not finite"),
+        Metric("accuracy", "share", "right answers among all judged answers, before the prompt filter"),
+        Metric("groups_sampled", "count", "questions that were answered"),
+        Metric("groups_mixed", "count", "questions with 0 < r̂ < 1"),
+        Metric("groups_trained", "count", "questions trained on"),
+        Metric("groups_surplus", "count", "mixed questions beyond the quota, kept for the next step"),
+        Metric("correct_rate_histogram", "counts", "questions by r̂ in K+1 bins from 0 to 1, over all questions answered"),
+        Metric("truncated_rate", "share", "answers cut at the length limit"),
+        Metric("answer_length_mean", "tokens", "mean length of an answer"),
+        Metric("answer_length_p90", "tokens", "length that 90 % of the answers do not exceed"),
+        Metric("answer_length_max", "tokens", "length of the longest answer"),
+        Metric("unknown_rate", "share", "answers that could not be judged; they count neither as right nor as wrong"),
+        Metric("rounds", "count", "rounds of generation until the quota of mixed questions was met"),
+        Metric("staleness_max", "steps", "age of the oldest weights that generated a trained answer"),
+        Metric("response_tokens", "tokens", "tokens generated for this step"),
+        Metric("trained_tokens", "tokens", "answer tokens in the loss"),
+        Metric("eval_accuracy", "share", "held-out accuracy of the weights after this step"),
+        Metric("time/generate", "s", "waiting for answers"),
+        Metric("time/verify", "s", "waiting for verdicts after the last answer came; verifying while generating is free"),
+        Metric("time/prepare", "s", "balancing, packing, old log-probs"),
+        Metric("time/update", "s", "forward, backward and optimizer of all updates"),
+        Metric("time/publish", "s", "new weights to the engines"),
+        Metric("time/ledger", "s", "writing and reading the step's answers"),
+        Metric("time/evaluate", "s", "held-out evaluation"),
+        Metric("time/save", "s", "checkpoints and exports"),
+        Metric("time/other", "s", "the rest of the step"),
+        Metric("time/step", "s", "the whole step: the sum of the phases"),
+        Metric("tokens_per_second/generate", "tokens/s", "generated tokens by time/generate"),
+        Metric("tokens_per_second/update", "tokens/s", "trained tokens by time/update"),
+    )
+}
+
+
+def is_known(name: str) -> bool:
+    """Whether ``name`` may stand in a row: it is in ``METRICS`` or one of an evaluation's own (``eval_…``).
+
+    >>> is_known("entropy"), is_known("eval_accuracy/math500"), is_known("entrophy")
+    (True, True, False)
+    """
+    return name in METRICS or name.startswith("eval_")
+
+
+def read_metrics(run_dir: Path | str) -> list[MetricsRow]:
+    """All rows of RUN/metrics.jsonl in file order; an empty list without the file. ``null`` (not finite) becomes NaN.
+
+    A last line without its newline, torn by a killed process, is left out.
+
+    Raises:
+        UserError: any complete line is not a JSON object with a ``step``.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    complete_lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return [_parse_row(path, number, line) for number, line in enumerate(complete_lines, start=1)]
+
+
+def _parse_row(path: Path, number: int, line: str) -> MetricsRow:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        row = error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise UserError("metrics", f"{path}:{number}", "not a row of metrics", "restore the file or delete that line")
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _encode_row(row: Mapping[str, MetricValue]) -> str:
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class MetricsLog:
+    """Writes rows to RUN/metrics.jsonl, to TensorBoard (RUN/logs/tensorboard) and to Weights & Biases, where asked for.
+
+    A row is on the disk when :meth:`write` returns. A number that is not finite is written as ``null``, which keeps the file
+    valid JSON. To resume, call :meth:`truncate_from` with the first step that will be written again.
+
+    Raises:
+        UserError: ``wandb_project`` is set and the package ``wandb`` is not installed.
+    """
+
+    def __init__(self, run_dir: Path | str, *, tensorboard: bool, wandb_project: str | None, config: Mapping[str, Any]) -> None:
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = self._run_dir / "metrics.jsonl"
+        self._sinks: list[TensorBoardSink | WandbSink] = []
+        if tensorboard:
+            self._sinks.append(TensorBoardSink(self._run_dir / "logs" / "tensorboard"))
+        if wandb_project is not None:
+            self._sinks.append(WandbSink(self._run_dir, wandb_project, config))
+
+    def write(self, row: Mapping[str, MetricValue]) -> None:
+        """Append one step's row. It holds ``step``, and no name that ``METRICS`` lacks."""
+        assert isinstance(row.get("step"), int), "a row of metrics needs its step"
+        unknown = [name for name in row if not is_known(name)]
+        assert not unknown, f"not in METRICS: {unknown}"
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_encode_row(row))
+            file.flush()
+            os.fsync(file.fileno())
+        for sink in self._sinks:
+            sink.write(row)
+
+    def truncate_from(self, step: int) -> None:
+        """Drop the rows of ``step`` and later, and a torn last line, from the file (atomically) and from TensorBoard."""
+        kept = [row for row in read_metrics(self._run_dir) if row["step"] < step]  # type: ignore[operator]
+        with atomic_file(self._path) as temporary:
+            temporary.write_text("".join(map(_encode_row, kept)), encoding="utf-8")
+        for sink in self._sinks:
+            sink.truncate_from(step)
+
+    def close(self) -> None:
+        """Flush and close everything that was opened."""
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class PhaseTimer:
+    """Seconds of a rollout step by phase. A phase inside another pauses it, so no second is counted twice.
+
+    Phases are those of the calling thread. Verifying that runs behind generation costs nothing here: ``verify`` is what the
+    step still waits for after the last answer came. The clock runs on between steps: what happens after :meth:`finish_step`
+    counts for the next step.
+
+    >>> ticks = iter([0.0, 1.0, 4.0, 5.0])
+    >>> timer = PhaseTimer(clock=lambda: next(ticks))
+    >>> with timer.phase("generate"):
+    ...     pass
+    >>> timings = timer.finish_step(generated_tokens=600, trained_tokens=0)
+    >>> timings["time/generate"], timings["time/other"], timings["time/step"], timings["tokens_per_second/generate"]
+    (3.0, 2.0, 5.0, 200.0)
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._last = clock()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._open: list[str] = []
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the ``with`` block as ``time/<name>``."""
+        assert name in PHASES, f"{name!r} is not one of {PHASES}"
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        """Book the time since the last call to the innermost open phase."""
+        now = self._clock()
+        self._seconds[self._open[-1] if self._open else "other"] += now - self._last
+        self._last = now
+
+    def finish_step(self, *, generated_tokens: int, trained_tokens: int) -> dict[str, float]:
+        """``time/…`` and ``tokens_per_second/…`` of the step that ends now; the next one begins.
+
+        A rate is left out where no tokens or no time went into its phase, as in a step that was resumed from its ledger.
+        """
+        assert not self._open, f"open phases at the end of a step: {self._open}"
+        self._charge()
+        seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        timings = {f"time/{name}": value for name, value in seconds.items()}
+        timings["time/step"] = sum(seconds.values())
+        for name, num_tokens in (("generate", generated_tokens), ("update", trained_tokens)):
+            if num_tokens and seconds[name]:
+                timings[f"tokens_per_second/{name}"] = num_tokens / seconds[name]
+        return timings

@@ -1,0 +1,319 @@
+"use strict";
+// Charts of the report. The data are columns over rollout steps: run.columns[name][i] belongs to step run.steps[i].
+const run = JSON.parse(document.getElementById("run-data").textContent);
+const SVG_NAMESPACE = document.getElementById("svg").namespaceURI;
+const charts = [];
+let hovered = run.steps.length - 1;
+
+const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const significant = (value) => {
+  const size = Math.abs(value);
+  if (size >= 10000) return Math.round(value).toLocaleString("en-US");
+  if (size !== 0 && size < 0.001) return value.toExponential(2);
+  return String(Number(value.toPrecision(4)));
+};
+const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
+const isNumber = (value) => typeof value === "number";
+
+function html(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text; // never innerHTML: model text is untrusted
+  return element;
+}
+
+function svg(tag, attributes, parent) {
+  const element = document.createElementNS(SVG_NAMESPACE, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (parent) parent.appendChild(element);
+  return element;
+}
+
+// Round ticks that span [low, high]: steps of 1, 2 or 5 times a power of ten.
+function ticks(low, high, count) {
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
+  const first = Math.floor(low / step + 1e-9);
+  const last = Math.ceil(high / step - 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, k) => Number(((first + k) * step).toPrecision(12)));
+}
+
+function column(name, label, color, extra = {}) {
+  if (!run.columns[name]) return null;
+  return { label, color, x: run.steps, y: run.columns[name], ...extra };
+}
+
+const xLow = run.steps[0];
+const xHigh = Math.max(run.steps.at(-1), xLow + 1);
+
+class Chart {
+  constructor({ section, title, about = "", series, format = significant, wide = false, height = 180, zero = false, share = false }) {
+    Object.assign(this, { format, height, zero, share, series: series.filter(Boolean) });
+    if (!this.series.some((one) => one.y.some(isNumber))) return;
+    this.card = html("figure", `card chart${wide ? " wide" : ""}`);
+    this.card.style.margin = "0";
+    this.card.tabIndex = 0;
+    this.card.setAttribute("aria-label", title);
+    this.card.append(html("h3", "", title));
+    if (about) this.card.append(html("p", "about", about));
+    this.legend = this.card.appendChild(html("div", "legend"));
+    this.readouts = this.series.map((one) => this.addReadout(one));
+    this.at = this.legend.appendChild(html("span", "at"));
+    this.frame = this.card.appendChild(svg("svg", { height, role: "img", "aria-label": title }));
+    document.querySelector(`[data-section="${section}"] .charts`).append(this.card);
+    this.card.addEventListener("pointermove", (event) => this.point(event));
+    this.card.addEventListener("pointerleave", () => hover(run.steps.length - 1));
+    this.card.addEventListener("keydown", (event) => {
+      const turn = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (turn) { hover(hovered + turn); event.preventDefault(); }
+    });
+    new ResizeObserver(() => this.draw()).observe(this.card);
+    charts.push(this);
+  }
+
+  addReadout(one) {
+    const entry = this.legend.appendChild(html("span"));
+    entry.appendChild(html("i")).style.background = one.color;
+    entry.append(one.label);
+    return entry.appendChild(html("b"));
+  }
+
+  yDomain() {
+    if (this.share) return [0, 1];
+    const values = this.series.flatMap((one) => one.y.filter(isNumber));
+    let [low, high] = [Math.min(...values), Math.max(...values)];
+    if (this.zero) [low, high] = [Math.min(low, 0), Math.max(high, 0)];
+    if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
+    return [low, high];
+  }
+
+  draw() {
+    const width = this.frame.clientWidth;
+    if (!width) return;
+    const [low, high] = this.yDomain();
+    const yTicks = ticks(low, high, this.height > 200 ? 5 : 4);
+    this.left = 12 + 6.4 * Math.max(...yTicks.map((tick) => this.tickText(tick).length));
+    this.width = width;
+    const [bottom, top] = [this.height - 22, 8];
+    this.xOf = (x) => this.left + ((x - xLow) / (xHigh - xLow)) * (width - this.left - 8);
+    this.yOf = (y) => bottom - ((y - yTicks[0]) / (yTicks.at(-1) - yTicks[0])) * (bottom - top);
+    this.frame.replaceChildren();
+    for (const tick of yTicks) {
+      svg("line", { x1: this.left, x2: width - 8, y1: this.yOf(tick), y2: this.yOf(tick), class: "grid" }, this.frame);
+      svg("text", { x: this.left - 8, y: this.yOf(tick) + 4, "text-anchor": "end" }, this.frame).textContent = this.tickText(tick);
+    }
+    this.drawXAxis(bottom);
+    this.drawSeries();
+    this.cross = svg("line", { y1: top, y2: bottom, class: "cross" }, this.frame);
+    this.marks = this.series.map((one) => svg("circle", { r: 4.5, fill: one.color, class: "dot" }, this.frame));
+    this.update();
+  }
+
+  tickText(tick) { return this.format === percent ? `${Math.round(100 * tick * 100) / 100} %` : significant(tick); }
+
+  drawXAxis(bottom) {
+    svg("line", { x1: this.left, x2: this.width - 8, y1: bottom, y2: bottom, class: "axis" }, this.frame);
+    const whole = ticks(xLow, xHigh, Math.max(2, Math.floor(this.width / 90))).filter((tick) => Number.isInteger(tick));
+    for (const tick of whole.filter((tick) => tick >= xLow && tick <= xHigh)) {
+      svg("text", { x: this.xOf(tick), y: bottom + 16, "text-anchor": "middle" }, this.frame).textContent = String(tick);
+    }
+  }
+
+  drawSeries() {
+    for (const one of this.series) {
+      let path = "";
+      let pen = "M";
+      one.y.forEach((y, i) => {
+        if (isNumber(y)) { path += `${pen}${this.xOf(one.x[i]).toFixed(1)},${this.yOf(y).toFixed(1)}`; pen = "L"; } else if (!one.sparse) pen = "M";
+      });
+      svg("path", { d: path, class: "series", stroke: one.color }, this.frame);
+      const known = one.y.filter(isNumber).length;
+      if (one.sparse ? known <= 80 : known <= 2) {
+        one.y.forEach((y, i) => isNumber(y) && svg("circle", { cx: this.xOf(one.x[i]), cy: this.yOf(y), r: 4, fill: one.color, class: "dot" }, this.frame));
+      }
+    }
+  }
+
+  point(event) {
+    const x = event.clientX - this.frame.getBoundingClientRect().left;
+    const step = xLow + ((x - this.left) / (this.width - this.left - 8)) * (xHigh - xLow);
+    let nearest = 0;
+    run.steps.forEach((other, i) => { if (Math.abs(other - step) < Math.abs(run.steps[nearest] - step)) nearest = i; });
+    hover(nearest);
+  }
+
+  // A sparse series shows its newest value at that step; the others show the step's own.
+  indexOf(one) {
+    if (!one.sparse) return hovered;
+    return one.y.findLastIndex((y, i) => i <= hovered && isNumber(y));
+  }
+
+  update() {
+    if (!this.cross) return;
+    const x = this.xOf(run.steps[hovered]);
+    this.cross.setAttribute("x1", x);
+    this.cross.setAttribute("x2", x);
+    this.at.textContent = `step ${run.steps[hovered]}`;
+    this.series.forEach((one, k) => {
+      const i = this.indexOf(one);
+      const value = one.y[i];
+      this.readouts[k].textContent = isNumber(value) ? this.format(value) : "–";
+      this.marks[k].style.display = isNumber(value) ? "" : "none";
+      if (isNumber(value)) { this.marks[k].setAttribute("cx", this.xOf(one.x[i])); this.marks[k].setAttribute("cy", this.yOf(this.heightOf(k, i))); }
+    });
+  }
+
+  heightOf(k, i) { return this.series[k].y[i]; }
+}
+
+// Series piled on each other, as bars: a step's bar is as high as its sum.
+class StackedChart extends Chart {
+  yDomain() { return [0, Math.max(...run.steps.map((_, i) => this.heightOf(this.series.length - 1, i)), 1e-9)]; }
+
+  heightOf(k, i) { return this.series.slice(0, k + 1).reduce((sum, one) => sum + (one.y[i] ?? 0), 0); }
+
+  drawSeries() {
+    const slot = this.xOf(xLow + 1) - this.xOf(xLow);
+    const width = Math.max(0.6, Math.min(slot - (slot > 4 ? 1.5 : 0), 48));
+    this.series.forEach((one, k) => one.y.forEach((y, i) => {
+      if (!y) return;
+      const top = this.yOf(this.heightOf(k, i));
+      const height = this.yOf(this.heightOf(k, i) - y) - top;
+      const x = Math.min(Math.max(this.xOf(one.x[i]) - width / 2, this.left), this.width - 8 - width);
+      svg("rect", { x, y: top, width, height: Math.max(height - (height > 4 ? 1 : 0), 0.3), fill: one.color }, this.frame);
+    }));
+  }
+
+  update() {
+    super.update();
+    if (this.marks) this.marks.forEach((mark) => { mark.style.display = "none"; });
+  }
+}
+
+// Questions by r̂ over time: a column a step, a row a value k/K, darker where more questions lie.
+class HeatMap extends Chart {
+  constructor({ name, ...options }) {
+    const counts = (run.columns[name] ?? []).map((bins) => bins ?? []); // empty for a step that sampled nothing
+    const shares = counts.map((bins) => { const total = bins.reduce((a, b) => a + b, 0); return bins.map((bin) => (total ? bin / total : 0)); });
+    const part = (pick) => shares.map((bins) => (bins.length ? bins.filter((_, k) => pick(k, bins.length - 1)).reduce((a, b) => a + b, 0) : null));
+    super({ ...options, format: percent, series: !counts.length ? [] : [
+      { label: "all wrong (r̂ = 0)", color: "var(--red)", x: run.steps, y: part((k) => k === 0) },
+      { label: "mixed", color: "var(--blue)", x: run.steps, y: part((k, last) => k > 0 && k < last) },
+      { label: "all right (r̂ = 1)", color: "var(--aqua)", x: run.steps, y: part((k, last) => k === last) },
+    ] });
+    this.shares = shares;
+  }
+
+  yDomain() { return [0, 1]; }
+
+  tickText(tick) { return tick.toFixed(1); }
+
+  drawSeries() {
+    const bins = Math.max(...this.shares.map((column) => column.length));
+    const darkest = Math.max(...this.shares.flat());
+    const [bottom, top] = [this.yOf(0), this.yOf(1)];
+    const height = (bottom - top) / bins;
+    const slot = this.xOf(xLow + 1) - this.xOf(xLow);
+    const every = Math.max(1, Math.ceil(1.5 / slot)); // no column thinner than 1.5 pixels
+    for (let i = 0; i < this.shares.length; i += every) {
+      const x = Math.max(this.xOf(run.steps[i]) - slot / 2, this.left);
+      const right = Math.min(this.xOf(run.steps[i]) + slot * (every - 0.5), this.width - 8);
+      this.shares[i].forEach((share, k) => {
+        if (!share || right <= x) return;
+        svg("rect", {
+          x, y: bottom - (k + 1) * height, width: right - x + 0.3, height: height - (height > 6 ? 1 : 0),
+          fill: "var(--blue)", "fill-opacity": (0.06 + 0.94 * Math.sqrt(share / darkest)).toFixed(3),
+        }, this.frame);
+      });
+    }
+  }
+
+  point(event) {
+    super.point(event);
+    const box = this.frame.getBoundingClientRect();
+    const y = event.clientY - box.top;
+    const bins = this.shares[hovered].length;
+    const k = Math.floor(((this.yOf(0) - y) / (this.yOf(0) - this.yOf(1))) * bins);
+    if (k >= 0 && k < bins) this.at.textContent = `step ${run.steps[hovered]}, r̂ = ${k}/${bins - 1}: ${percent(this.shares[hovered][k])}`;
+  }
+
+  update() {
+    super.update();
+    if (this.marks) this.marks.forEach((mark) => { mark.style.display = "none"; });
+  }
+}
+
+function hover(index) {
+  hovered = Math.min(Math.max(index, 0), run.steps.length - 1);
+  charts.forEach((chart) => chart.update());
+}
+
+new Chart({
+  section: "learning", title: "Accuracy", about: "On held-out questions, with the weights after a step; of the answers sampled in it, before the prompt filter.",
+  format: percent, wide: true, height: 280, zero: true,
+  series: [
+    column("eval_accuracy", "held-out", "var(--blue)", { sparse: true }),
+    column("accuracy", "sampled", "var(--orange)"),
+  ],
+});
+new Chart({
+  section: "learning", title: "Entropy", about: "Nats a token, mean over trained tokens.", zero: true,
+  series: [column("entropy", "entropy", "var(--blue)")],
+});
+new Chart({
+  section: "learning", title: "Answer length", about: "Tokens.", zero: true,
+  series: [column("answer_length_mean", "mean", "var(--blue)"), column("answer_length_p90", "90th percentile", "var(--orange)")],
+});
+new HeatMap({
+  section: "sampling", name: "correct_rate_histogram", title: "Distribution of r̂", wide: true, height: 240,
+  about: "Questions by the share of their answers that are right, r̂; all questions sampled. Only mixed ones train.",
+});
+new Chart({
+  section: "sampling", title: "Questions a step", zero: true,
+  series: [column("groups_sampled", "sampled", "var(--gray)"), column("groups_mixed", "mixed", "var(--orange)"), column("groups_trained", "trained", "var(--blue)")],
+});
+new Chart({
+  section: "sampling", title: "Truncated and unknown answers", about: "Cut at the length limit (counted as wrong); not judged (dropped).",
+  format: percent, zero: true,
+  series: [column("truncated_rate", "truncated", "var(--orange)"), column("unknown_rate", "unknown", "var(--gray)")],
+});
+new Chart({
+  section: "optimization", title: "Loss", about: "The objective and the parts that right and wrong answers contribute.",
+  series: [column("loss", "loss", "var(--blue)"), column("loss_positive", "right answers", "var(--aqua)"), column("loss_negative", "wrong answers", "var(--red)")],
+});
+new Chart({
+  section: "optimization", title: "Gradient norm", about: "Before clipping, over the updates of a step.", zero: true,
+  series: [column("grad_norm", "mean", "var(--blue)"), column("grad_norm_max", "largest", "var(--orange)")],
+});
+new Chart({
+  section: "optimization", title: "KL to the old policy", about: "Nats a token.", zero: true, series: [column("kl_old", "KL", "var(--blue)")],
+});
+new Chart({
+  section: "optimization", title: "Largest likelihood ratio", about: "R = π⁺ / π over a step's trained tokens.", zero: true,
+  series: [column("ratio_max", "largest R", "var(--blue)")],
+});
+new Chart({
+  section: "optimization", title: "Clamped tokens", format: percent, zero: true,
+  about: "Tokens of wrong answers whose negative ratio was raised to ε. At ε = 1 about half is normal.",
+  series: [column("clamp_rate", "clamped", "var(--blue)")],
+});
+new Chart({
+  section: "optimization", title: "Learning rate", zero: true, series: [column("learning_rate", "learning rate", "var(--blue)")],
+});
+new StackedChart({
+  section: "time", title: "Time of a rollout step", about: "Seconds by phase.", wide: true, height: 260, format: seconds,
+  series: [
+    column("time/generate", "generate", "var(--blue)"), column("time/verify", "verify", "var(--aqua)"),
+    column("time/prepare", "old log-probs", "var(--violet)"), column("time/update", "update", "var(--orange)"),
+    column("time/evaluate", "held-out evaluation", "var(--yellow)"), column("time/rest", "everything else", "var(--gray)"),
+  ],
+});
+new Chart({
+  section: "time", title: "Generating", about: "Tokens a second.", zero: true,
+  series: [column("tokens_per_second/generate", "tokens/s", "var(--blue)")],
+});
+new Chart({
+  section: "time", title: "Updating", about: "Trained tokens a second.", zero: true,
+  series: [column("tokens_per_second/update", "tokens/s", "var(--orange)")],
+});

@@ -1,0 +1,58 @@
+"""What a run's rows come to: the numbers that the report and the plots share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nft_megatron.errors import UserError
+from nft_megatron.observe.metrics import PHASES, MetricsRow, read_metrics
+
+# Updating includes what an update needs first: the old log-probs.
+TIME_GROUPS: dict[str, tuple[str, ...]] = {
+    "Generating": ("generate",),
+    "Verifying": ("verify",),
+    "Updating": ("prepare", "update"),
+    "Everything else": ("publish", "ledger", "evaluate", "save", "other"),
+}
+
+
+def load_rows(run_dir: Path | str) -> list[MetricsRow]:
+    """The run's metrics, at least one row.
+
+    Raises:
+        UserError: no such folder, or no step has ended in it yet.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError("RUN", run_dir, "no such folder", "give the run_dir of a run")
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise UserError("RUN", run_dir, "has no metrics yet", "wait for the first rollout step to end")
+    return rows
+
+
+def trained_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of rollout steps, without row 0, which evaluates the model before the first."""
+    return [row for row in rows if row["step"] != 0]
+
+
+def finite_points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of every row that has a finite ``name``."""
+    return [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+
+
+def held_out_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(rollout steps done, held-out accuracy) in order; 0 is the model before the first update.
+
+    >>> held_out_points([{"step": 0, "eval_accuracy": 0.2}, {"step": 1, "loss": 0.1}, {"step": 2, "eval_accuracy": 0.5}])
+    [(0, 0.2), (2, 0.5)]
+    """
+    return finite_points(rows, "eval_accuracy")
+
+
+def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of all rollout steps together by phase."""
+    return {phase: math.fsum(row.get(f"time/{phase}", 0.0) for row in trained_rows(rows)) for phase in PHASES}
