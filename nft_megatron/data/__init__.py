@@ -1,0 +1,1 @@
+"""Questions in, rollouts out: reading data sets, making prompts, the ledger."""

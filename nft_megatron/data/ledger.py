@@ -1,0 +1,248 @@
+"""The ledger: the rollouts of one step as one Parquet file, one row an answer, the answers of a group together.
+
+It is what a step trains on, what a resumed run reads instead of generating again, and what the report shows. Written whole or
+not at all; every page has a checksum, so that a damaged file is refused. Row groups are small, so that a rank reads its own
+rows without decoding the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file
+from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
+
+LEDGER_VERSION = 1
+Fate = Literal["train", "surplus", "sampled"]
+
+_VERSION_KEY, _META_KEY = b"nft_megatron.ledger_version", b"nft_megatron.meta"
+_ROW_GROUP_TOKENS, _ROW_GROUP_ROWS = 2**18, 256
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("group_id", pa.int64()),
+        ("question_id", pa.string()),
+        ("fate", pa.string()),
+        ("correct_rate", pa.float64()),  # r̂ of the group; null when nothing was judged
+        ("num_judged", pa.int32()),
+        ("question", pa.string()),
+        ("gold", pa.string()),
+        ("answer", pa.string()),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("answer_tokens", pa.list_(pa.int32())),
+        ("behaviour_logprobs", pa.list_(pa.float32())),
+        ("prompt_length", pa.int32()),
+        ("answer_length", pa.int32()),
+        ("label", pa.string()),
+        ("reason", pa.string()),
+        ("verifier", pa.string()),
+        ("verify_seconds", pa.float64()),
+        ("finish_reason", pa.string()),
+        ("weight_version", pa.int64()),
+        ("request_id", pa.int64()),
+        ("answer_index", pa.int32()),
+        ("generate_seconds", pa.float64()),
+    ]
+)
+_TOKEN_COLUMNS = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
+
+
+class AnswerTokens(NamedTuple):
+    """One answer as the trainer needs it: int32 [prompt_length], int32 [answer_length], float32 [answer_length]."""
+
+    prompt_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    behaviour_logprobs: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class LedgerIndex:
+    """All of a ledger but its texts and tokens. Numpy arrays with one entry a row, in file order; row i is ``row[i] == i``.
+
+    ``correct_rate`` is NaN where no answer of the group was judged.
+    """
+
+    row: np.ndarray
+    step: np.ndarray
+    group_id: np.ndarray
+    question_id: np.ndarray
+    fate: np.ndarray
+    label: np.ndarray
+    is_correct: np.ndarray
+    correct_rate: np.ndarray
+    num_judged: np.ndarray
+    prompt_length: np.ndarray
+    answer_length: np.ndarray
+    finish_reason: np.ndarray
+    weight_version: np.ndarray
+
+
+def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], meta: dict[str, Any]) -> None:
+    """Write ``groups`` and the JSON-able ``meta`` to ``path``, replacing it at once.
+
+    Raises :class:`ValueError` for an answer whose log-probs are not finite or not one a token: an engine's fault must not be
+    trained on.
+    """
+    assert len(fates) == len(groups), "one fate a group"
+    assert len({group.group_id for group in groups}) == len(groups), "group ids are unique within a step"
+    rows = [_row(group, answer, fate) for group, fate in zip(groups, fates, strict=True) for answer in group.answers]
+    schema = SCHEMA.with_metadata({_VERSION_KEY: str(LEDGER_VERSION), _META_KEY: json.dumps(meta)})
+    plain = set(_TOKEN_COLUMNS[1:]) | {"answer"}  # next to nothing repeats in these
+    with atomic_file(Path(path)) as temporary:
+        dictionary_columns = [name for name in SCHEMA.names if name not in plain]
+        with pq.ParquetWriter(
+            temporary, schema, compression="zstd", use_dictionary=dictionary_columns, write_page_checksum=True
+        ) as writer:
+            for chunk in _row_groups(rows):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema), row_group_size=len(chunk))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The ``meta`` that was written with the file."""
+    with _open(path) as ledger:
+        return json.loads(ledger.schema_arrow.metadata[_META_KEY])
+
+
+def read_groups(path: Path) -> list[tuple[Group, Fate]]:
+    """All groups with their fates, equal to what was written."""
+    with _open(path) as ledger:
+        rows = [
+            {**row, **tokens._asdict()}
+            for i in range(ledger.num_row_groups)
+            for table in [ledger.read_row_group(i)]
+            for row, tokens in zip(table.drop_columns(list(_TOKEN_COLUMNS)).to_pylist(), _tokens(table), strict=True)
+        ]
+    return [_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group_id"])]
+
+
+def read_index(path: Path) -> LedgerIndex:
+    """The index of all rows; texts and tokens are not read."""
+    columns = [name for name in LedgerIndex.__dataclass_fields__ if name not in ("row", "is_correct")]
+    with _open(path) as ledger:
+        table = ledger.read(columns=columns)
+    arrays = {name: table[name].to_numpy() for name in columns}
+    return LedgerIndex(row=np.arange(table.num_rows), is_correct=arrays["label"] == "correct", **arrays)
+
+
+def read_tokens(path: Path, rows: Sequence[int] | np.ndarray) -> list[AnswerTokens]:
+    """The tokens of ``rows``, in the order asked for. Only the row groups that hold them are read."""
+    wanted = np.asarray(rows, dtype=np.int64)
+    found: dict[int, AnswerTokens] = {}
+    with _open(path) as ledger:
+        sizes = [ledger.metadata.row_group(i).num_rows for i in range(ledger.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        assert wanted.size == 0 or 0 <= wanted.min() <= wanted.max() < starts[-1], "rows of this ledger"
+        for i in np.unique(np.searchsorted(starts, wanted, side="right") - 1):
+            inside = np.unique(wanted[(wanted >= starts[i]) & (wanted < starts[i + 1])])
+            table = ledger.read_row_group(int(i), columns=list(_TOKEN_COLUMNS)).take(inside - starts[i])
+            found.update(zip(inside.tolist(), _tokens(table), strict=True))
+    return [found[row] for row in wanted.tolist()]
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a ledger and check what it is; damage met anywhere while reading becomes a :class:`UserError`."""
+    if not Path(path).exists():
+        raise UserError("ledger", path, "no such file", "check the step; a step has a ledger once its questions are collected")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as ledger:
+            metadata = ledger.schema_arrow.metadata or {}
+            if _VERSION_KEY not in metadata:
+                raise UserError("ledger", path, "Parquet, but not a ledger", "name a file that nft_megatron wrote")
+            if int(metadata[_VERSION_KEY]) > LEDGER_VERSION:
+                version = metadata[_VERSION_KEY].decode()
+                problem = f"format {version}, this program reads up to {LEDGER_VERSION}"
+                raise UserError("ledger", path, problem, "use the nft_megatron that wrote it, or a newer one")
+            yield ledger
+    except (pa.ArrowException, OSError) as error:
+        problem = f"damaged: {str(error).splitlines()[0]}"
+        raise UserError("ledger", path, problem, "delete it and run again: its step is then collected anew") from error
+
+
+def _row(group: Group, answer: Answer, fate: Fate) -> dict[str, Any]:
+    completion, prompt, verdict = answer.completion, group.prompt, answer.verdict
+    if completion.logprobs.shape != completion.tokens.shape or not np.isfinite(completion.logprobs).all():
+        raise ValueError(
+            f"answer {completion.index} to question {prompt.question_id!r}: {completion.tokens.size} tokens with "
+            f"{completion.logprobs.size} log-probs, {np.count_nonzero(~np.isfinite(completion.logprobs))} of them not finite"
+        )
+    return {
+        "step": group.step,
+        "group_id": group.group_id,
+        "question_id": prompt.question_id,
+        "fate": fate,
+        "correct_rate": group.correct_rate if group.num_judged else None,
+        "num_judged": group.num_judged,
+        "question": prompt.question,
+        "gold": prompt.gold,
+        "answer": answer.text,
+        "prompt_tokens": prompt.tokens,
+        "answer_tokens": completion.tokens,
+        "behaviour_logprobs": completion.logprobs,
+        "prompt_length": len(prompt.tokens),
+        "answer_length": len(completion.tokens),
+        "label": verdict.label,
+        "reason": verdict.reason,
+        "verifier": verdict.verifier,
+        "verify_seconds": verdict.seconds,
+        "finish_reason": completion.finish_reason,
+        "weight_version": completion.weight_version,
+        "request_id": completion.request_id,
+        "answer_index": completion.index,
+        "generate_seconds": completion.seconds,
+    }
+
+
+def _row_groups(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Cut ``rows`` so that no piece but a single row exceeds the limits of a row group."""
+    chunk: list[dict[str, Any]] = []
+    num_tokens = 0
+    for row in rows:
+        length = row["prompt_length"] + row["answer_length"]
+        if chunk and (num_tokens + length > _ROW_GROUP_TOKENS or len(chunk) == _ROW_GROUP_ROWS):
+            yield chunk
+            chunk, num_tokens = [], 0
+        chunk.append(row)
+        num_tokens += length
+    if chunk:
+        yield chunk
+
+
+def _tokens(table: pa.Table) -> list[AnswerTokens]:
+    """The token columns row by row, each a copy, so that nobody holds the whole table."""
+    columns = [[row.values.to_numpy().copy() for row in table[name]] for name in _TOKEN_COLUMNS]
+    return [AnswerTokens(*row) for row in zip(*columns, strict=True)]
+
+
+def _group(rows: Sequence[dict[str, Any]]) -> tuple[Group, Fate]:
+    first = rows[0]
+    prompt = Prompt(first["question_id"], first["question"], first["gold"], first["prompt_tokens"])
+    answers = tuple(
+        Answer(
+            Completion(
+                request_id=row["request_id"],
+                index=row["answer_index"],
+                tokens=row["answer_tokens"],
+                logprobs=row["behaviour_logprobs"],
+                finish_reason=row["finish_reason"],
+                weight_version=row["weight_version"],
+                seconds=row["generate_seconds"],
+            ),
+            row["answer"],
+            Verdict(row["label"], row["reason"], row["verifier"], row["verify_seconds"]),
+        )
+        for row in rows
+    )
+    return Group(first["group_id"], first["step"], prompt, answers), first["fate"]

@@ -1,0 +1,163 @@
+"""Reads questions: Parquet in the schema of DAPO-Math-17k, JSONL, or a local Hugging Face data set folder.
+
+One rule serves all formats: a row is a dictionary, and :func:`question_of_row` finds the question, the gold answer and the
+id in it. Arrow files of ``datasets.save_to_disk`` are Arrow IPC streams, so pyarrow reads them alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nft_megatron.errors import UserError
+from nft_megatron.records import Question
+
+QUESTION_KEYS = ("prompt", "question", "problem")
+GOLD_KEYS = ("answer", "gold", "ground_truth")
+ID_KEYS = ("question_id", "id")
+_COLUMNS = (*QUESTION_KEYS, *GOLD_KEYS, *ID_KEYS, "reward_model", "extra_info", "data_source", "source")
+
+Row = dict[str, Any]
+
+
+def load_questions(paths: Sequence[Path | str], field: str = "data.train") -> list[Question]:
+    """All questions of ``paths``, in file order, each id once.
+
+    A row that repeats an earlier one (same id, question and gold: the public DAPO-Math-17k holds each a hundred times) is left
+    out. Raises :class:`UserError` naming ``field``: no such file, unreadable, empty, a row without question or gold, one id
+    for two different questions.
+    """
+    questions: dict[str, Question] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(field, path, "no such file or folder", "check the path")
+        for file in _files_of(path, field):
+            for number, row in enumerate(_rows_of(file, field)):
+                question = question_of_row(row, f"{file.parent.name}/{file.stem}/{number}", f"{file}, row {number}", field)
+                known = questions.setdefault(question.question_id, question)
+                if known != question:
+                    raise UserError(
+                        field, f"{file}, row {number}", f"id {question.question_id!r} belongs to another question or gold too",
+                        "give every question its own id, or remove the ids",
+                    )  # fmt: skip
+    if not questions:
+        raise UserError(field, ", ".join(map(str, paths)), "holds no questions", "name a file with at least one row")
+    return list(questions.values())
+
+
+def question_of_row(row: Row, default_id: str, where: str, field: str) -> Question:
+    r"""The question in one row, whatever the columns are called; ``where`` names the row in errors.
+
+    >>> row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
+    >>> question_of_row(row, "f/0", "f, row 0", "data.train")
+    Question(question_id='f/0', messages=({'role': 'user', 'content': '1+1?'},), gold='2', source='')
+    >>> question_of_row({"id": "a", "problem": "1+1?", "answer": 2}, "f/0", "f, row 0", "data.train").question_id
+    'a'
+    """
+    asked = _first(row, QUESTION_KEYS)
+    if not asked:
+        raise _missing(row, "question", QUESTION_KEYS, where, field)
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if not _are_messages(messages):
+        raise UserError(
+            field, where, "the question is neither a text nor a list of {role, content}", "see the README on data sets"
+        )
+    gold = _first(row.get("reward_model") or {}, ("ground_truth",))
+    gold = _first(row, GOLD_KEYS) if gold is None else gold
+    if not isinstance(gold, (str, int, float)) or not str(gold).strip():
+        raise _missing(row, "gold answer", (*GOLD_KEYS, "reward_model.ground_truth"), where, field)
+    source = str(_first(row, ("data_source", "source")) or "")
+    index = _first(row.get("extra_info") or {}, ("index",))
+    given_id = _first(row, ID_KEYS) if index is None else index
+    # A number only counts rows within a file; a text is taken to be unique.
+    question_id = given_id if isinstance(given_id, str) and given_id else default_id
+    return Question(
+        question_id, tuple({key: message[key] for key in ("role", "content")} for message in messages), str(gold), source
+    )
+
+
+def _first(row: Row, keys: Sequence[str]) -> Any:
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _are_messages(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
+def _missing(row: Row, what: str, looked_for: Sequence[str], where: str, field: str) -> UserError:
+    present = ", ".join(key for key in row if row[key] is not None) or "nothing"
+    return UserError(field, where, f"has no {what}: it has {present}", f"give it as one of {', '.join(looked_for)}")
+
+
+def _files_of(path: Path, field: str) -> list[Path]:
+    """``path`` itself, or the files of a data set folder that belong to its ``train`` split."""
+    if path.is_file():
+        return [path]
+    if (path / "dataset_dict.json").exists():
+        splits = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
+        return _files_of(_train_split(splits, path, field)[0], field)
+    if (path / "state.json").exists():
+        state = json.loads((path / "state.json").read_text())
+        return [path / entry["filename"] for entry in state["_data_files"]]
+    files = sorted(file for suffix in _READERS for file in path.rglob(f"*{suffix}"))
+    if not files:
+        raise UserError(field, path, f"holds no {', '.join(_READERS)} file", "name a file or a data set folder")
+    return _train_split(files, path, field)
+
+
+def _train_split(candidates: list[Path], path: Path, field: str) -> list[Path]:
+    """Those named after the train split, else the only one. Taking all would train on a test split."""
+    train = [candidate for candidate in candidates if re.search("(?<![a-z])train(?![a-z])", str(candidate.relative_to(path)))]
+    if not train and len(candidates) != 1:
+        names = ", ".join(candidate.name for candidate in candidates[:5])
+        raise UserError(field, path, f"has several parts and none named train: {names}", "name the files themselves")
+    return train or candidates
+
+
+def _rows_of(file: Path, field: str) -> Iterator[Row]:
+    reader = _READERS.get(file.suffix)
+    if reader is None:
+        raise UserError(field, file, f"unknown kind of file {file.suffix!r}", f"use one of {', '.join(_READERS)}")
+    number = 0
+    try:
+        for row in reader(file):
+            yield row
+            number += 1
+    except (pa.ArrowException, ValueError, OSError) as error:
+        problem = f"unreadable at row {number}: {str(error).splitlines()[0]}"
+        raise UserError(field, file, problem, "check that the file is whole, or fetch it again") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    with pq.ParquetFile(file) as parquet:
+        columns = [name for name in parquet.schema_arrow.names if name in _COLUMNS]
+        for batch in parquet.iter_batches(batch_size=4096, columns=columns or None):
+            yield from batch.to_pylist()
+
+
+def _arrow_rows(file: Path) -> Iterator[Row]:
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+        for batch in stream:
+            yield from batch.select([name for name in batch.schema.names if name in _COLUMNS] or batch.schema.names).to_pylist()
+
+
+def _jsonl_rows(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"not a JSON object: {line[:40]!r}")
+                yield row
+
+
+_READERS = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".arrow": _arrow_rows}

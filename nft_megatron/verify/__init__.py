@@ -1,0 +1,1 @@
+"""Right, wrong or unknown: grading of answers."""
