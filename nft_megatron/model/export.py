@@ -1,0 +1,82 @@
+"""The model as a stream of Hugging Face tensors: what files, engines and checks of equality are fed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nft_megatron.model.build import padded_vocab
+from nft_megatron.model.load import table_parameters
+from nft_megatron.model.topology import Topology
+from nft_megatron.weights import ModelShape, weight_table
+from nft_megatron.weights.table import Entry, Layout, split
+
+
+@torch.no_grad()
+def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, full tensor)`` in Hugging Face's order on rank 0; elsewhere yield nothing but take part.
+
+    Every rank must run the generator to its end: shards of one parameter at a time go over the tensor group to its rank 0, and
+    from there over the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors are in the model's dtype, on
+    this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face files. Replicas on other
+    data-parallel ranks stay idle.
+    """
+    if topology.data_rank != 0:
+        return
+    parameters = dict(table_parameters(chunks))
+    rows = padded_vocab(shape, topology)
+    layers_per_stage = shape.num_layers // topology.pipeline_size
+    for entry in weight_table(shape).entries:
+        if not entry.exported:
+            continue
+        stage = _stage(entry, layers_per_stage, topology.pipeline_size)
+        stacked = None
+        if topology.pipeline_rank == stage:
+            stacked = _gather(entry, parameters[entry.name].detach(), topology)
+        if topology.tensor_rank == 0:
+            stacked = _to_first_stage(entry, stacked, stage, rows, topology, chunks[0])
+            if stacked is not None:
+                yield from zip(entry.sources, split(entry, stacked.unbind(), rows), strict=True)
+
+
+def _stage(entry: Entry, layers_per_stage: int, num_stages: int) -> int:
+    """The pipeline stage that holds an entry."""
+    if entry.name.startswith("decoder.layers."):
+        return int(entry.name.split(".")[2]) // layers_per_stage
+    return 0 if entry.name.startswith("embedding.") else num_stages - 1
+
+
+def _num_shards(entry: Entry, topology: Topology) -> int:
+    return 1 if entry.layout is Layout.WHOLE else topology.tensor_size
+
+
+def _gather(entry: Entry, shard: Tensor, topology: Topology) -> Tensor | None:
+    """All tensor ranks' shards, stacked, on the group's rank 0."""
+    if _num_shards(entry, topology) == 1:
+        return shard[None].contiguous()
+    if topology.tensor_rank != 0:
+        dist.gather(shard.contiguous(), group=topology.tensor_group, group_dst=0)
+        return None
+    stacked = shard.new_empty(topology.tensor_size, *shard.shape)
+    dist.gather(shard.contiguous(), list(stacked.unbind()), group=topology.tensor_group, group_dst=0)
+    return stacked
+
+
+def _to_first_stage(
+    entry: Entry, stacked: Tensor | None, stage: int, rows: int, topology: Topology, chunk: torch.nn.Module
+) -> Tensor | None:
+    """Move the stacked shards from ``stage`` to stage 0; None on every other stage."""
+    if topology.is_first_stage and stacked is None:
+        num_shards = _num_shards(entry, topology)
+        local_shape = entry.local_shape(topology.tensor_size, rows)
+        parameter = next(chunk.parameters())
+        stacked = parameter.new_empty(num_shards, *local_shape)
+        dist.recv(stacked, group=topology.pipeline_group, group_src=stage)
+        return stacked
+    if not topology.is_first_stage and stacked is not None:
+        dist.send(stacked, group=topology.pipeline_group, group_dst=0)
+        return None
+    return stacked

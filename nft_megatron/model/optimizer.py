@@ -1,0 +1,99 @@
+"""AdamW over Megatron-Core's distributed optimizer: float32 master weights and moments, sharded over data-parallel ranks.
+
+    g      = Σ gradients, scaled by min(1, clip / (‖g‖ + 1e-6))           ‖g‖ over all ranks, each parameter once
+    update t (from 1):  lr_t = lr · min(1, t / warm-up updates)
+    θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norm weights
+
+The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose gradient norm is not finite
+is skipped whole: neither weights nor moments nor t change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The settings; fields mean what the ``optimizer`` section of a config says. ``clip_grad`` 0 is off."""
+
+    learning_rate: float
+    warmup_updates: int = 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0
+
+    def learning_rate_at(self, update: int) -> float:
+        """lr of update number ``update``, counted from 1.
+
+        >>> settings = AdamW(learning_rate=1.0, warmup_updates=4)
+        >>> [settings.learning_rate_at(update) for update in (1, 2, 4, 100)]
+        [0.25, 0.5, 1.0, 1.0]
+        """
+        return self.learning_rate * min(1.0, update / max(1, self.warmup_updates))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one call of :meth:`PolicyOptimizer.step` did. ``grad_norm`` is before clipping, and the same on every rank."""
+
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class PolicyOptimizer:
+    """Updates the weights of ``chunks``. Make it after the weights are loaded: master copies are taken here.
+
+    Attributes:
+        megatron: Megatron's optimizer, for checkpoints.
+        num_updates: updates that were applied, t − 1.
+    """
+
+    def __init__(self, chunks: Sequence[DistributedDataParallel], settings: AdamW) -> None:
+        self.settings = settings
+        self.num_updates = 0
+        dtype = chunks[0].config.params_dtype
+        self.megatron = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.epsilon,
+                clip_grad=settings.clip_grad,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            list(chunks),
+            use_gloo_process_groups=False,
+        )
+        for group in self.megatron.param_groups:
+            # Megatron leaves it to its scheduler to apply `wd_mult` (optimizer_param_scheduler.py); ours is one line below.
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+
+    def step(self) -> Update:
+        """Apply the gradients that the schedule left in the chunks. A collective over all ranks."""
+        learning_rate = self.settings.learning_rate_at(self.num_updates + 1)
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return Update(grad_norm, learning_rate, skipped=True)
+        if self.settings.clip_grad:
+            clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.settings.clip_grad, grad_norm)
+        for group in self.megatron.param_groups:
+            group["lr"] = learning_rate
+        self.megatron.step_with_ready_grads()
+        self.num_updates += 1
+        return Update(grad_norm, learning_rate, skipped=False)
