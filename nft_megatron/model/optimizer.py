@@ -82,6 +82,15 @@ class PolicyOptimizer:
         for group in self.megatron.param_groups:
             # Megatron leaves it to its scheduler to apply `wd_mult` (optimizer_param_scheduler.py); ours is one line below.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        self._allocate_moments()
+
+    def _allocate_moments(self) -> None:
+        """Make the zero moments now instead of in the first update: a checkpoint may be saved or restored before it."""
+        for megatron in self.megatron.chained_optimizers:
+            megatron.init_state_fn(megatron.optimizer)
+            if isinstance(megatron.optimizer, torch.optim.AdamW):  # the fused ones count steps by group
+                for state in megatron.optimizer.state.values():
+                    state["step"] = torch.tensor(0.0)
 
     def step(self) -> Update:
         """Apply the gradients that the schedule left in the chunks. A collective over all ranks."""

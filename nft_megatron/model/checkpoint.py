@@ -1,0 +1,188 @@
+"""Saves and restores weights, optimizer and generators in Megatron-Core's ``torch_dist`` format.
+
+A checkpoint does not depend on the layout that wrote it: every tensor is stored under its place in the whole model, the optimizer's
+shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds its data-parallel group's
+optimizer state, 12 bytes a parameter of its shard of the model). So it loads under other tensor, pipeline and data sizes.
+
+The caller gives an empty folder and publishes it once all ranks are back. Megatron's default writer forks processes and starts a
+manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the kernel killed
+(dist_checkpointing/strategies/filesystem_async.py:290-390); ``_Writer`` writes in this process instead, with torch's own.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+
+from nft_megatron.errors import UserError
+from nft_megatron.model.build import policy_model
+from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.topology import Topology
+
+_FORMAT = 1
+
+
+class _Writer(SaveShardedStrategy):
+    """Every rank writes its own shards, flushed, in this process. A failure on one rank raises on all."""
+
+    def __init__(self, control_group: dist.ProcessGroup) -> None:
+        super().__init__("torch_dist", 1)
+        self._group = control_group
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, is_loading=False),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=self._group,
+        )
+
+
+def _layout(topology: Topology) -> list[int]:
+    return [topology.tensor_size, topology.pipeline_size, topology.data_size]
+
+
+def _generators(topology: Topology) -> ShardedObject:
+    """This rank's random generators: torch's on the CPU and on the device, and Megatron's tracker."""
+    states = {
+        "cpu": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state() if topology.device.type == "cuda" else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    place = (topology.tensor_rank, topology.pipeline_rank, topology.data_rank)
+    return ShardedObject("generators", states, tuple(_layout(topology)), place, replica_id=0)
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if states["device"] is not None:
+        torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _sharded_state(
+    chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology, is_loading: bool
+) -> dict[str, Any]:
+    (chunk,) = chunks
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": topology.data_group,
+        "chained_optim_avoid_prefix": True,
+    }
+    model = policy_model(chunk).sharded_state_dict(metadata=metadata)
+    return {
+        "model": model,
+        "optimizer": optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    topology: Topology,
+    extra: dict[str, Any],
+) -> None:
+    """Write everything that training needs to go on into the empty ``folder``. A collective over all ranks.
+
+    ``extra`` is returned by :func:`load_checkpoint`: plain Python objects, the same on every rank.
+
+    Raises:
+        OSError: when any rank could not write (disk full, no permission), on every rank.
+    """
+    state = _sharded_state(chunks, optimizer, topology, is_loading=False)
+    state["generators"] = _generators(topology)
+    state["common"] = {
+        "format": _FORMAT,
+        "layout": _layout(topology),
+        "num_updates": optimizer.num_updates,
+        "extra": extra,
+    }
+    try:
+        dist_checkpointing.save(state, str(folder), _Writer(topology.control_group))
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise OSError(f"{folder}: the checkpoint could not be written: {cause}") from error
+
+
+def load_checkpoint(
+    folder: Path, chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology
+) -> dict[str, Any]:
+    """Restore what :func:`save_checkpoint` wrote, under this run's layout, and return its ``extra``. A collective.
+
+    On the layout that wrote it, training goes on to the bit as if it had not stopped. On another, generators keep their seeds.
+
+    Raises:
+        UserError: for a folder that is missing, incomplete, damaged, or of another model. The weights may be partly overwritten.
+    """
+    remedy = "continue from an older checkpoint: write its name into checkpoints/latest"
+    if not (folder / "metadata.json").is_file():
+        raise UserError("checkpoint", folder, "is not a complete checkpoint (no metadata.json)", remedy)
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))["common"]
+        state = _sharded_state(chunks, optimizer, topology, is_loading=True)
+        if common["layout"] == _layout(topology):
+            state["generators"] = _generators(topology)
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except (
+        CheckpointException,
+        CheckpointingException,
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+    ) as error:
+        raise UserError("checkpoint", folder, f"is damaged or of another model ({_first_line(error)})", remedy) from error
+    policy_model(chunks[0]).load_state_dict(loaded["model"])
+    _load_optimizer(optimizer, loaded["optimizer"])
+    optimizer.num_updates = common["num_updates"]
+    if "generators" in loaded:
+        _set_generators(loaded["generators"])
+    return common["extra"]
+
+
+def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:
+    """``DistributedOptimizer.load_state_dict`` in two steps, around torch's own step counters.
+
+    Megatron restores one counter tensor shared by all parameters (optimizer/distrib_optimizer.py:829), to which torch's AdamW would
+    add one for each of them; and while it restores the moments it looks for a counter that it has left out (:939).
+    """
+    (megatron,) = optimizer.megatron.chained_optimizers
+    parameter_state = loaded.pop("param_state")
+    megatron.load_state_dict(loaded)
+    states = megatron.optimizer.state.values()
+    counters = [state.pop("step", None) for state in states]
+    megatron.load_parameter_state_from_fully_reshardable(parameter_state)
+    for state, counter in zip(states, counters, strict=True):
+        if counter is not None:
+            state["step"] = counter.clone()
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
