@@ -64,8 +64,9 @@ def sample_answers(run_dir: Path | str, max_bytes: int = MAX_BYTES) -> AnswerSam
     num_answers, num_steps = sum(len(group["answers"]) for group in kept), len({group["step"] for group in kept})
     note = (
         f"A random sample of the ledger: {len(kept)} questions with {num_answers} answers from {num_steps} of {len(paths)} "
-        f"rollout steps. A page shows at most {MAX_STEPS} steps, {MAX_GROUPS_PER_STEP} questions a step and {max_bytes / 1e6:g} MB; of "
-        f"texts beyond {MAX_CHARACTERS:,} characters the middle is left out. All of it is in {Path(run_dir).resolve().name}/ledger."
+        f"rollout steps. A page shows at most {MAX_STEPS} steps, {MAX_GROUPS_PER_STEP} questions a step and "
+        f"{max_bytes / 1e6:g} MB; of texts beyond {MAX_CHARACTERS:,} characters the middle is left out. All of it is in "
+        f"{Path(run_dir).resolve().name}/ledger."
     )
     return AnswerSample(kept, note)
 

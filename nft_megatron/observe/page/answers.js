@@ -1,11 +1,15 @@
 "use strict";
 // The viewer of recorded answers: step, then question, then its answers by verdict. All model text goes through textContent.
+const FATES = { train: "trained on", surplus: "surplus", sampled: "sampled" };
 const LABELS = { correct: "right", wrong: "wrong", unknown: "unknown" };
 const viewer = document.querySelector(".viewer");
 const stepsWithAnswers = [...new Set(run.groups.map((group) => group.step))];
 const shown = { step: 0, group: null, label: "all" };
 
-function rateText(group) { return group.correct_rate === null ? "r̂ = –" : `r̂ = ${significant(group.correct_rate)}`; }
+function rateText(group) {
+  const count = (label) => group.answers.filter((answer) => answer.label === label).length;
+  return `r̂ = ${count("correct")}/${count("correct") + count("wrong")}`;
+}
 
 function meter(group) {
   const bar = html("div", "meter");
@@ -38,7 +42,7 @@ function showGroup(group) {
   shown.group?.button.removeAttribute("aria-current");
   shown.group = group;
   group.button.setAttribute("aria-current", "true");
-  const facts = [`question ${group.question_id}`, rateText(group), group.gold && `reference answer ${group.gold}`, group.fate].filter(Boolean);
+  const facts = [`question ${group.question_id}`, rateText(group), group.gold && `reference answer ${group.gold}`, FATES[group.fate]].filter(Boolean);
   viewer.querySelector(".question").replaceChildren(html("p", "meta", facts.join(" · ")), html("pre", "", group.question));
   showAnswers();
 }
@@ -65,7 +69,7 @@ function answerCard(answer) {
   meta.append(html("span", `badge ${answer.label}`, LABELS[answer.label]), html("span", "", answer.reason));
   meta.append(html("span", "", `${answer.num_tokens} tokens`), html("span", "", `finish: ${answer.finish_reason}`));
   if (isNumber(answer.mean_logprob)) meta.append(html("span", "", `mean log-prob ${answer.mean_logprob.toFixed(3)}`));
-  meta.append(html("span", "", `weights ${answer.weight_version}`));
+  meta.append(html("span", "", `weights of step ${answer.weight_version}`));
   if (answer.cut) meta.append(html("span", "", `${answer.cut} characters of the middle left out`));
   card.append(html("pre", "", answer.text));
   return card;

@@ -8,9 +8,9 @@ let hovered = run.steps.length - 1;
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 const significant = (value) => {
   const size = Math.abs(value);
-  if (size >= 10000) return Math.round(value).toLocaleString("en-US");
-  if (size !== 0 && size < 0.001) return value.toExponential(2);
-  return String(Number(value.toPrecision(4)));
+  if (size >= 1000) return Math.round(value).toLocaleString("en-US").replace("-", "−");
+  if (size !== 0 && size < 0.001) return value.toExponential(2).replace(/\.?0*e/, "e").replaceAll("-", "−");
+  return String(Number(value.toPrecision(4))).replace("-", "−");
 };
 const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
 const isNumber = (value) => typeof value === "number";
@@ -48,18 +48,18 @@ const xLow = run.steps[0];
 const xHigh = Math.max(run.steps.at(-1), xLow + 1);
 
 class Chart {
-  constructor({ section, title, about = "", series, format = significant, wide = false, height = 180, zero = false, share = false }) {
-    Object.assign(this, { format, height, zero, share, series: series.filter(Boolean) });
+  constructor({ section, title, about = "", series, format = significant, wide = false, height = 180, zero = false }) {
+    Object.assign(this, { format, height, zero, series: series.filter(Boolean), xPad: 0, yPad: 0 });
     if (!this.series.some((one) => one.y.some(isNumber))) return;
     this.card = html("figure", `card chart${wide ? " wide" : ""}`);
     this.card.style.margin = "0";
     this.card.tabIndex = 0;
     this.card.setAttribute("aria-label", title);
-    this.card.append(html("h3", "", title));
+    const heading = this.card.appendChild(html("h3", "", title));
+    this.at = heading.appendChild(html("span", "at"));
     if (about) this.card.append(html("p", "about", about));
     this.legend = this.card.appendChild(html("div", "legend"));
     this.readouts = this.series.map((one) => this.addReadout(one));
-    this.at = this.legend.appendChild(html("span", "at"));
     this.frame = this.card.appendChild(svg("svg", { height, role: "img", "aria-label": title }));
     document.querySelector(`[data-section="${section}"] .charts`).append(this.card);
     this.card.addEventListener("pointermove", (event) => this.point(event));
@@ -68,19 +68,18 @@ class Chart {
       const turn = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (turn) { hover(hovered + turn); event.preventDefault(); }
     });
-    new ResizeObserver(() => this.draw()).observe(this.card);
+    new ResizeObserver(() => requestAnimationFrame(() => this.draw())).observe(this.card);
     charts.push(this);
   }
 
   addReadout(one) {
     const entry = this.legend.appendChild(html("span"));
-    entry.appendChild(html("i")).style.background = one.color;
+    if (one.color) entry.appendChild(html("i")).style.background = one.color;
     entry.append(one.label);
     return entry.appendChild(html("b"));
   }
 
   yDomain() {
-    if (this.share) return [0, 1];
     const values = this.series.flatMap((one) => one.y.filter(isNumber));
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (this.zero) [low, high] = [Math.min(low, 0), Math.max(high, 0)];
@@ -96,8 +95,10 @@ class Chart {
     this.left = 12 + 6.4 * Math.max(...yTicks.map((tick) => this.tickText(tick).length));
     this.width = width;
     const [bottom, top] = [this.height - 22, 8];
-    this.xOf = (x) => this.left + ((x - xLow) / (xHigh - xLow)) * (width - this.left - 8);
-    this.yOf = (y) => bottom - ((y - yTicks[0]) / (yTicks.at(-1) - yTicks[0])) * (bottom - top);
+    this.slot = (width - this.left - 8) / (xHigh - xLow + 2 * this.xPad); // width of one step
+    this.xOf = (x) => this.left + (x - xLow + this.xPad) * this.slot;
+    const [yLow, yHigh] = [yTicks[0] - this.yPad, yTicks.at(-1) + this.yPad];
+    this.yOf = (y) => bottom - ((y - yLow) / (yHigh - yLow)) * (bottom - top);
     this.frame.replaceChildren();
     for (const tick of yTicks) {
       svg("line", { x1: this.left, x2: width - 8, y1: this.yOf(tick), y2: this.yOf(tick), class: "grid" }, this.frame);
@@ -106,7 +107,7 @@ class Chart {
     this.drawXAxis(bottom);
     this.drawSeries();
     this.cross = svg("line", { y1: top, y2: bottom, class: "cross" }, this.frame);
-    this.marks = this.series.map((one) => svg("circle", { r: 4.5, fill: one.color, class: "dot" }, this.frame));
+    this.marks = this.hasMarks ? this.series.map((one) => svg("circle", { r: 4.5, fill: one.color, class: "dot" }, this.frame)) : [];
     this.update();
   }
 
@@ -127,7 +128,7 @@ class Chart {
       one.y.forEach((y, i) => {
         if (isNumber(y)) { path += `${pen}${this.xOf(one.x[i]).toFixed(1)},${this.yOf(y).toFixed(1)}`; pen = "L"; } else if (!one.sparse) pen = "M";
       });
-      svg("path", { d: path, class: "series", stroke: one.color }, this.frame);
+      svg("path", { d: path, class: "series", stroke: one.color, "stroke-width": one.y.length > 150 ? 1.5 : 2 }, this.frame);
       const known = one.y.filter(isNumber).length;
       if (one.sparse ? known <= 80 : known <= 2) {
         one.y.forEach((y, i) => isNumber(y) && svg("circle", { cx: this.xOf(one.x[i]), cy: this.yOf(y), r: 4, fill: one.color, class: "dot" }, this.frame));
@@ -137,7 +138,7 @@ class Chart {
 
   point(event) {
     const x = event.clientX - this.frame.getBoundingClientRect().left;
-    const step = xLow + ((x - this.left) / (this.width - this.left - 8)) * (xHigh - xLow);
+    const step = xLow - this.xPad + (x - this.left) / this.slot;
     let nearest = 0;
     run.steps.forEach((other, i) => { if (Math.abs(other - step) < Math.abs(run.steps[nearest] - step)) nearest = i; });
     hover(nearest);
@@ -159,88 +160,93 @@ class Chart {
       const i = this.indexOf(one);
       const value = one.y[i];
       this.readouts[k].textContent = isNumber(value) ? this.format(value) : "–";
-      this.marks[k].style.display = isNumber(value) ? "" : "none";
-      if (isNumber(value)) { this.marks[k].setAttribute("cx", this.xOf(one.x[i])); this.marks[k].setAttribute("cy", this.yOf(this.heightOf(k, i))); }
+      const mark = this.marks[k];
+      if (!mark) return;
+      mark.style.display = isNumber(value) ? "" : "none";
+      if (isNumber(value)) { mark.setAttribute("cx", this.xOf(one.x[i])); mark.setAttribute("cy", this.yOf(value)); }
     });
   }
 
-  heightOf(k, i) { return this.series[k].y[i]; }
+  get hasMarks() { return true; }
 }
 
 // Series piled on each other, as bars: a step's bar is as high as its sum.
 class StackedChart extends Chart {
+  constructor(options) {
+    super(options);
+    this.xPad = 0.5;
+  }
+
+  get hasMarks() { return false; }
+
   yDomain() { return [0, Math.max(...run.steps.map((_, i) => this.heightOf(this.series.length - 1, i)), 1e-9)]; }
 
   heightOf(k, i) { return this.series.slice(0, k + 1).reduce((sum, one) => sum + (one.y[i] ?? 0), 0); }
 
   drawSeries() {
-    const slot = this.xOf(xLow + 1) - this.xOf(xLow);
-    const width = Math.max(0.6, Math.min(slot - (slot > 4 ? 1.5 : 0), 48));
+    const width = Math.min(this.slot > 4 ? this.slot - 1.5 : this.slot, 48);
     this.series.forEach((one, k) => one.y.forEach((y, i) => {
       if (!y) return;
       const top = this.yOf(this.heightOf(k, i));
       const height = this.yOf(this.heightOf(k, i) - y) - top;
-      const x = Math.min(Math.max(this.xOf(one.x[i]) - width / 2, this.left), this.width - 8 - width);
-      svg("rect", { x, y: top, width, height: Math.max(height - (height > 4 ? 1 : 0), 0.3), fill: one.color }, this.frame);
+      svg("rect", { x: this.xOf(one.x[i]) - width / 2, y: top, width, height: height > 4 ? height - 1 : height, fill: one.color }, this.frame);
     }));
-  }
-
-  update() {
-    super.update();
-    if (this.marks) this.marks.forEach((mark) => { mark.style.display = "none"; });
   }
 }
 
-// Questions by r̂ over time: a column a step, a row a value k/K, darker where more questions lie.
+// Questions by r̂ over time: a column a step, a row a value k/K, stronger where more questions lie.
 class HeatMap extends Chart {
   constructor({ name, ...options }) {
     const counts = (run.columns[name] ?? []).map((bins) => bins ?? []); // empty for a step that sampled nothing
     const shares = counts.map((bins) => { const total = bins.reduce((a, b) => a + b, 0); return bins.map((bin) => (total ? bin / total : 0)); });
     const part = (pick) => shares.map((bins) => (bins.length ? bins.filter((_, k) => pick(k, bins.length - 1)).reduce((a, b) => a + b, 0) : null));
-    super({ ...options, format: percent, series: !counts.length ? [] : [
-      { label: "all wrong (r̂ = 0)", color: "var(--red)", x: run.steps, y: part((k) => k === 0) },
-      { label: "mixed", color: "var(--blue)", x: run.steps, y: part((k, last) => k > 0 && k < last) },
-      { label: "all right (r̂ = 1)", color: "var(--aqua)", x: run.steps, y: part((k, last) => k === last) },
+    super({ ...options, format: percent, series: [
+      { label: "all wrong, r̂ = 0", x: run.steps, y: part((k) => k === 0) },
+      { label: "mixed", x: run.steps, y: part((k, last) => k > 0 && k < last) },
+      { label: "all right, r̂ = 1", x: run.steps, y: part((k, last) => k === last) },
     ] });
     this.shares = shares;
+    this.numBins = Math.max(2, ...shares.map((bins) => bins.length));
+    this.xPad = 0.5;
+    this.yPad = 0.5 / (this.numBins - 1); // a row lies around its value k/K
+    this.strongest = Math.max(...shares.flat());
+    if (this.card) this.addScale();
   }
+
+  get hasMarks() { return false; }
 
   yDomain() { return [0, 1]; }
 
   tickText(tick) { return tick.toFixed(1); }
 
+  opacity(share) { return (0.05 + 0.95 * Math.sqrt(share / this.strongest)).toFixed(3); }
+
+  addScale() {
+    const scale = html("span", "scale", "0 %");
+    for (let k = 0; k <= 8; k += 1) scale.appendChild(html("i")).style.opacity = k ? this.opacity((this.strongest * k) / 8) : 0;
+    scale.append(`${percent(this.strongest)} of the questions`);
+    this.legend.append(scale);
+  }
+
   drawSeries() {
-    const bins = Math.max(...this.shares.map((column) => column.length));
-    const darkest = Math.max(...this.shares.flat());
-    const [bottom, top] = [this.yOf(0), this.yOf(1)];
-    const height = (bottom - top) / bins;
-    const slot = this.xOf(xLow + 1) - this.xOf(xLow);
-    const every = Math.max(1, Math.ceil(1.5 / slot)); // no column thinner than 1.5 pixels
+    const height = (this.yOf(0) - this.yOf(1)) / (this.numBins - 1);
+    const every = Math.max(1, Math.ceil(1.5 / this.slot)); // no column thinner than 1.5 pixels
     for (let i = 0; i < this.shares.length; i += every) {
-      const x = Math.max(this.xOf(run.steps[i]) - slot / 2, this.left);
-      const right = Math.min(this.xOf(run.steps[i]) + slot * (every - 0.5), this.width - 8);
+      const x = this.xOf(run.steps[i] - 0.5);
+      const width = Math.min(this.slot * every, this.width - 8 - x);
       this.shares[i].forEach((share, k) => {
-        if (!share || right <= x) return;
-        svg("rect", {
-          x, y: bottom - (k + 1) * height, width: right - x + 0.3, height: height - (height > 6 ? 1 : 0),
-          fill: "var(--blue)", "fill-opacity": (0.06 + 0.94 * Math.sqrt(share / darkest)).toFixed(3),
-        }, this.frame);
+        const y = this.yOf(k / (this.numBins - 1)) - height / 2;
+        if (share) svg("rect", { x, y, width, height, fill: "var(--blue)", "fill-opacity": this.opacity(share), "shape-rendering": "crispEdges" }, this.frame);
       });
     }
   }
 
   point(event) {
     super.point(event);
-    const box = this.frame.getBoundingClientRect();
-    const y = event.clientY - box.top;
-    const bins = this.shares[hovered].length;
-    const k = Math.floor(((this.yOf(0) - y) / (this.yOf(0) - this.yOf(1))) * bins);
-    if (k >= 0 && k < bins) this.at.textContent = `step ${run.steps[hovered]}, r̂ = ${k}/${bins - 1}: ${percent(this.shares[hovered][k])}`;
-  }
-
-  update() {
-    super.update();
-    if (this.marks) this.marks.forEach((mark) => { mark.style.display = "none"; });
+    const y = event.clientY - this.frame.getBoundingClientRect().top;
+    const k = Math.round(((this.yOf(0) - y) / (this.yOf(0) - this.yOf(1))) * (this.numBins - 1));
+    const share = this.shares[hovered][k];
+    if (isNumber(share)) this.at.textContent = `step ${run.steps[hovered]}, r̂ = ${k}/${this.numBins - 1}: ${percent(share)}`;
   }
 }
 
@@ -270,7 +276,7 @@ new HeatMap({
   about: "Questions by the share of their answers that are right, r̂; all questions sampled. Only mixed ones train.",
 });
 new Chart({
-  section: "sampling", title: "Questions a step", zero: true,
+  section: "sampling", title: "Questions a step", zero: true, about: "Sampled until the quota of mixed ones is met.",
   series: [column("groups_sampled", "sampled", "var(--gray)"), column("groups_mixed", "mixed", "var(--orange)"), column("groups_trained", "trained", "var(--blue)")],
 });
 new Chart({
@@ -295,11 +301,11 @@ new Chart({
 });
 new Chart({
   section: "optimization", title: "Clamped tokens", format: percent, zero: true,
-  about: "Tokens of wrong answers whose negative ratio was raised to ε. At ε = 1 about half is normal.",
+  about: "Wrong answers' tokens raised to ε; about half at ε = 1.",
   series: [column("clamp_rate", "clamped", "var(--blue)")],
 });
 new Chart({
-  section: "optimization", title: "Learning rate", zero: true, series: [column("learning_rate", "learning rate", "var(--blue)")],
+  section: "optimization", title: "Learning rate", about: "Of the last update of a step.", zero: true, series: [column("learning_rate", "learning rate", "var(--blue)")],
 });
 new StackedChart({
   section: "time", title: "Time of a rollout step", about: "Seconds by phase.", wide: true, height: 260, format: seconds,

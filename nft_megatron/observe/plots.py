@@ -1,0 +1,130 @@
+"""One picture of a run, for a README or a slide: held-out accuracy, entropy, the distribution of r̂, time by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from nft_megatron.files import atomic_file
+from nft_megatron.observe.summary import finite_points, held_out_points, load_rows, trained_rows
+
+_INK, _INK_2, _GRID, _PAPER = "#14140f", "#55544c", "#ebe9e2", "#fdfdfc"
+_BLUE, _AQUA, _VIOLET, _ORANGE, _GRAY = "#2a78d6", "#1baf7a", "#4a3aa7", "#e0622c", "#a5a399"
+
+_MOST_MARKS = 40  # of points with a dot each, and of bars with a gap between them
+
+_STACK = (
+    ("generate", ("generate",), _BLUE),
+    ("verify", ("verify",), _AQUA),
+    ("old log-probs", ("prepare",), _VIOLET),
+    ("update", ("update",), _ORANGE),
+    ("everything else", ("publish", "ledger", "evaluate", "save", "other"), _GRAY),
+)
+
+
+def write_overview_png(run_dir: Path | str, out: Path | str) -> Path:
+    """Draw the run's overview to ``out`` (PNG, 1800 × 1050 pixels), whole or not at all; returns ``out``.
+
+    Raises:
+        UserError: no such folder, or no metrics in it yet.
+    """
+    rows = load_rows(run_dir)
+    figure = Figure(figsize=(12, 7), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    (accuracy, entropy), (rates, seconds) = figure.subplots(2, 2)
+    _draw_accuracy(accuracy, rows)
+    _draw_entropy(entropy, rows)
+    _draw_rates(rates, trained_rows(rows))
+    _draw_seconds(seconds, trained_rows(rows))
+    for axes in (accuracy, entropy, rates, seconds):
+        axes.set_xlim(0, max(rows[-1]["step"] + 0.5, 1))  # type: ignore[operator]
+    with atomic_file(Path(out)) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(out)
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK)
+    axes.set_facecolor(_PAPER)
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="y", color=_GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9.5, labelcolor=_INK_2)
+    axes.set_xlabel("rollout step", fontsize=9.5, color=_INK_2)
+
+
+def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    held_out, sampled = held_out_points(rows), finite_points(rows, "accuracy")
+    change = f": {held_out[0][1]:.0%} → {held_out[-1][1]:.0%}" if held_out else ""
+    _style(axes, f"Held-out accuracy{change}")
+    if sampled:
+        axes.plot(*zip(*sampled, strict=True), color=_ORANGE, linewidth=1.4, alpha=0.75, label="sampled answers")
+    if held_out:
+        size = 5 if len(held_out) <= _MOST_MARKS else 0
+        x, y = zip(*held_out, strict=True)
+        axes.plot(x, y, color=_BLUE, linewidth=2.2, label="held-out", marker="o", markersize=size, markeredgecolor=_PAPER)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _legend(axes, loc="lower right")
+
+
+def _draw_entropy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    _style(axes, "Entropy (nats a token)")
+    points = finite_points(rows, "entropy")
+    if points:
+        axes.plot(*zip(*points, strict=True), color=_BLUE, linewidth=1.8)
+        axes.set_ylim(0, 1.1 * max(entropy for _, entropy in points) or 1)
+
+
+def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column a step, a row a value k/K of r̂, coloured by the share of the step's questions."""
+    _style(axes, "Questions by r̂, the share of right answers")
+    axes.grid(visible=False)
+    histograms = [(row["step"], row["correct_rate_histogram"]) for row in rows if sum(row.get("correct_rate_histogram", []))]
+    if not histograms:
+        return
+    steps, counts = zip(*histograms, strict=True)
+    shares = np.array([np.array(bins) / sum(bins) for bins in counts])  # [step, K + 1]
+    half_bin = 0.5 / max(shares.shape[1] - 1, 1)
+    colors = LinearSegmentedColormap.from_list("paper to blue", [_PAPER, "#9cc3ef", _BLUE, "#123f78"])
+    for step, column in zip(steps, shares, strict=True):
+        extent = (step - 0.5, step + 0.5, -half_bin, 1 + half_bin)
+        axes.imshow(
+            column[:, None],
+            origin="lower",
+            aspect="auto",
+            extent=extent,
+            cmap=colors,
+            vmin=0,
+            vmax=shares.max(),
+            interpolation="nearest",
+        )
+    axes.set_ylim(-half_bin, 1 + half_bin)
+
+
+def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    _style(axes, "Seconds of a rollout step")
+    steps = [row["step"] for row in rows]
+    width = 0.86 if len(rows) <= _MOST_MARKS else 1.0
+    base = np.zeros(len(rows))
+    for label, phases, color in _STACK:
+        height = np.array([sum(row.get(f"time/{phase}", 0.0) for phase in phases) for row in rows])
+        axes.bar(steps, height, width=width, bottom=base, color=color, label=label)
+        base += height
+    axes.set_ylim(0, 1.22 * max(base, default=0) or 1)
+    _legend(axes, loc="upper center", ncols=len(_STACK))
+
+
+def _legend(axes: Axes, **where: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            frameon=False, fontsize=9.5, labelcolor=_INK_2, handlelength=1.0, handletextpad=0.5, columnspacing=1.2, **where
+        )

@@ -1,0 +1,238 @@
+"""The report page: its numbers are the run's, it needs nothing from outside, and no answer can break out of it."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+
+from nft_megatron.data.ledger import write_ledger
+from nft_megatron.errors import UserError
+from nft_megatron.observe import answers
+from nft_megatron.observe.metrics import MetricsLog
+from nft_megatron.observe.plots import write_overview_png
+from nft_megatron.observe.report import write_report
+from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
+
+HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & \u2028 &lt; {{ 7*7 }} \x00 ]]>"
+SECONDS = {
+    "generate": 3.0, "verify": 0.5, "prepare": 1.0, "update": 4.5,
+    "publish": 0.125, "ledger": 0.125, "evaluate": 0.5, "save": 0.0, "other": 0.25,
+}  # fmt: skip
+CONFIG = {"seed": 3, "model": {"path": "models/<tiny>"}, "algorithm": {"name": "nft"}, "train": {"num_steps": 5}}
+
+
+def row(step):
+    timings = {f"time/{phase}": seconds for phase, seconds in SECONDS.items()} | {"time/step": sum(SECONDS.values())}
+    return {
+        "step": step, "updates": 4 * step, "loss": -0.0123456789 * step, "entropy": 0.3 + step / 7, "accuracy": 0.4 + step / 10,
+        "skipped_updates": step % 2, "correct_rate_histogram": [step, 2, 3], "eval_accuracy": 0.5 + step / 10, **timings,
+    }  # fmt: skip
+
+
+def group(step, group_id, labels, text="The answer is \\boxed{4}.", question="What is 2+2?"):
+    judged = tuple(
+        Answer(
+            Completion(
+                group_id, k, np.arange(4, dtype=np.int32), np.array([-1, -2, -3, -0.5], np.float32), "stop", step - 1, 0.1
+            ),
+            text,
+            Verdict(label, reason="because", verifier="strict/1"),
+        )
+        for k, label in enumerate(labels)
+    )
+    return Group(group_id, step, Prompt(f"q/{group_id}", question, "4", np.arange(3, dtype=np.int32)), judged)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    root = tmp_path / "my-run"
+    with MetricsLog(root, tensorboard=False, wandb_project=None, config=CONFIG) as log:
+        log.write({"step": 0, "eval_accuracy": 0.25})
+        for step in (1, 2, 3):
+            log.write(row(step))
+        log.write({**row(4), "loss": float("nan")})
+    (root / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    groups = [group(4, 7, ["correct", "wrong", "unknown"], HOSTILE, HOSTILE), group(4, 9, ["wrong", "correct", "correct"])]
+    write_ledger(root / "ledger" / "step_000004.parquet", groups, fates=["train", "surplus"], meta={})
+    return root
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts as a browser tokenizes them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.scripts, self.open_script, self.text = [], [], {}, "", text
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "script":
+            self.open_script = dict(attributes).get("id", "program")
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self.open_script = ""
+
+    def handle_data(self, data):
+        if self.open_script:
+            self.scripts[self.open_script] = self.scripts.get(self.open_script, "") + data
+        elif data.strip():
+            self.texts.append(" ".join(data.split()))
+
+    @property
+    def data(self):
+        return json.loads(self.scripts["run-data"])
+
+
+def read_page(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_embedded_data_are_the_metrics(run_dir):
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    data = read_page(path).data
+    assert data["steps"] == [0, 1, 2, 3, 4]
+    columns = data["columns"]
+    assert columns["entropy"] == [None, *(pytest.approx(0.3 + step / 7, rel=1e-5) for step in (1, 2, 3, 4))]
+    assert columns["loss"] == [
+        None,
+        *(pytest.approx(-0.0123456789 * step, rel=1e-5) for step in (1, 2, 3)),
+        None,
+    ]  # NaN is a gap
+    assert columns["eval_accuracy"] == [0.25, 0.6, 0.7, 0.8, 0.9]
+    assert columns["correct_rate_histogram"] == [None, [1, 2, 3], [2, 2, 3], [3, 2, 3], [4, 2, 3]]
+    assert columns["time/rest"] == [0.0, 0.5, 0.5, 0.5, 0.5]  # publish, ledger, save, other
+    assert columns["time/evaluate"] == [None, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_header_and_table_of_time(run_dir):
+    texts = read_page(write_report(run_dir)).texts
+    assert "25.0 % → 90.0 %" in texts  # held-out, row 0 to row 4
+    assert "+65.0 points, step 0 to 4" in texts
+    assert "50.0 % → 80.0 %" in texts  # sampled
+    assert "4 of 5" in texts
+    assert "16 updates, 2 skipped" in texts
+    assert "40.0 s" in texts  # four steps of 10 s; row 0 is none
+    table = texts[texts.index("Generating") :]
+    assert table[:4] == ["Generating", "30.0 %", "3.000", "12.0 s"]
+    assert table[4:8] == ["Verifying", "5.0 %", "0.500", "2.0 s"]
+    assert table[8:12] == ["Updating", "55.0 %", "5.500", "22.0 s"]
+    assert texts[texts.index("Everything else") + 1] == "10.0 %"
+    outside = texts[texts.index("Where the time of a rollout step went") + 1 :][:2]
+    assert outside == [
+        "10.0 %",
+        "of it went outside generating, verifying and updating: 5.0 % on held-out evaluation, 5.0 % on the rest.",
+    ]
+
+
+def test_answers_of_the_ledger(run_dir):
+    groups = {one["question_id"]: one for one in read_page(write_report(run_dir)).data["groups"]}
+    assert groups.keys() == {"q/7", "q/9"}
+    plain = groups["q/9"]
+    assert (plain["step"], plain["question"], plain["gold"], plain["fate"]) == (4, "What is 2+2?", "4", "surplus")
+    assert plain["correct_rate"] == pytest.approx(2 / 3)
+    assert groups["q/7"]["correct_rate"] == 0.5  # the unknown one does not count
+    assert [answer["label"] for answer in groups["q/7"]["answers"]] == ["correct", "wrong", "unknown"]
+    assert plain["answers"][0] == {
+        "text": "The answer is \\boxed{4}.", "cut": 0, "label": "wrong", "reason": "because", "finish_reason": "stop",
+        "num_tokens": 4, "mean_logprob": -1.625, "weight_version": 3,
+    }  # fmt: skip
+
+
+def test_hostile_text_stays_text(run_dir):
+    page = read_page(write_report(run_dir))
+    assert sum(tag == "script" for tag, _ in page.tags) == 3  # the data and two programs
+    assert not any(tag == "img" for tag, _ in page.tags)
+    hostile = next(one for one in page.data["groups"] if one["question_id"] == "q/7")
+    assert hostile["question"] == hostile["answers"][0]["text"] == HOSTILE
+    assert not set("<>&") & set(page.scripts["run-data"])
+    assert "models/<tiny>" in page.texts  # the configuration is escaped too
+    assert "innerHTML" not in page.scripts["program"].replace("never innerHTML", "")
+
+
+def test_page_needs_nothing_from_outside(run_dir):
+    page = read_page(write_report(run_dir))
+    assert not re.search(r"https?:|//cdn|@import|url\(", page.text)
+    assert not [tag for tag in page.tags if {"src", "href"} & tag[1].keys() or tag[0] in ("link", "iframe", "object", "base")]
+    policy = next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
+    assert "default-src 'none'" in policy
+
+
+def test_size_cap_holds_and_every_step_keeps_its_share(tmp_path):
+    text = "<" * 5000  # six bytes each on the page
+    for step in range(1, 7):
+        groups = [group(step, k, ["correct", "wrong"], text) for k in range(20)]
+        write_ledger(tmp_path / "ledger" / f"step_{step:06d}.parquet", groups, fates=["train"] * 20, meta={})
+    sample = answers.sample_answers(tmp_path, max_bytes=1_000_000)
+    size = len(json.dumps(sample.groups).replace("<", "\\u003c"))
+    assert 900_000 < size <= 1_010_000  # 60 kB a group; 10 kB for what json.dumps pads
+    counts = [sum(one["step"] == step for one in sample.groups) for step in range(1, 7)]
+    assert sum(counts) == 16
+    assert max(counts) - min(counts) <= 1
+    assert "16 questions with 32 answers from 6 of 6 rollout steps" in sample.note
+    assert "1 MB" in sample.note
+
+
+def test_long_runs_show_spread_steps_and_few_groups_of_each(tmp_path):
+    for step in range(1, 101):
+        groups = [group(step, k, ["correct", "wrong"]) for k in range(15)]
+        write_ledger(tmp_path / "ledger" / f"step_{step:06d}.parquet", groups, fates=["train"] * 15, meta={})
+    sample = answers.sample_answers(tmp_path)
+    steps = sorted({one["step"] for one in sample.groups})
+    assert len(steps) == answers.MAX_STEPS
+    assert (steps[0], steps[-1]) == (1, 100)
+    assert set(np.diff(steps)) == {2, 3}  # 99 / 39 = 2.5 apart
+    assert len(sample.groups) == answers.MAX_STEPS * answers.MAX_GROUPS_PER_STEP
+    assert sample == answers.sample_answers(tmp_path)
+
+
+def test_long_texts_lose_their_middle(tmp_path):
+    text = "a" * 10_000 + "b" * 10_000
+    write_ledger(tmp_path / "ledger" / "step_000001.parquet", [group(1, 0, ["wrong"], text)], fates=["train"], meta={})
+    (answer,) = answers.sample_answers(tmp_path).groups[0]["answers"]
+    assert answer["cut"] == 8_000
+    assert answer["text"] == "a" * 6_000 + "\n[…]\n" + "b" * 6_000
+
+
+def test_a_run_that_just_began(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=False, wandb_project=None, config={}) as log:
+        log.write({"step": 0, "eval_accuracy": 0.25})
+    page = read_page(write_report(tmp_path, tmp_path / "elsewhere" / "page.html"))
+    assert "This run folder holds no recorded answers." in page.texts
+    assert page.data["groups"] == []
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_folder_and_empty_run_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no metrics yet"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="no metrics yet"):
+        write_overview_png(tmp_path, tmp_path / "overview.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_are_user_errors_and_leave_the_old_page(run_dir):
+    old = write_report(run_dir).read_bytes()
+    ledger = run_dir / "ledger" / "step_000004.parquet"
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="step_000004"):
+        write_report(run_dir)
+    ledger.write_bytes(whole)
+    (run_dir / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        write_report(run_dir)
+    assert (run_dir / "report.html").read_bytes() == old
+
+
+def test_overview_is_a_png_of_the_stated_size(run_dir):
+    data = write_overview_png(run_dir, run_dir / "overview.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")) == (1800, 1050)
