@@ -189,7 +189,7 @@ class PackedAttention(torch.nn.Module):
     def _attend_in_pack(self, query_TAD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # absent from torch before 2.10
 
-        return varlen_attn(
+        output_TAD = varlen_attn(
             query_TAD,
             key_TGD,
             value_TGD,
@@ -201,3 +201,5 @@ class PackedAttention(torch.nn.Module):
             window_size=(-1, 0),
             enable_gqa=True,
         )
+        assert isinstance(output_TAD, Tensor)  # a tuple only when asked for the log-sum-exp
+        return output_TAD

@@ -18,11 +18,11 @@
         num_microbatches=len(micro_batches), seq_length=1, micro_batch_size=1, forward_only=False)
 
 **The scale of gradients.** After the schedule, ``parameter.main_grad`` is the plain sum of d(loss)/d(parameter) over the
-micro-batches of all data-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's scaling factor to 1 and, with
-a three-tuple from the loss function, keeps the schedule from dividing by the number of micro-batches
-(distributed/distributed_data_parallel.py:257, pipeline_parallel/schedules.py:255); ``_finalize`` withholds the token count by which
-``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what several ranks
-hold a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline stage. With the
+micro-batches of all data-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's scaling factor to 1
+(distributed/distributed_data_parallel.py:257) and, with a three-tuple from the loss function, keeps the schedule from dividing
+by the number of micro-batches (pipeline_parallel/schedules.py:255); ``_finalize`` withholds the token count by which
+``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what several ranks hold
+a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline stage. With the
 distributed optimizer a rank's sum is complete only on its own shard of the buffer.
 
 Shapes: T tokens of the pack (divisible by the tensor size under sequence parallelism), N positions that carry a loss, H hidden.

@@ -1,17 +1,16 @@
 """Saves and restores weights, optimizer and generators in Megatron-Core's ``torch_dist`` format.
 
-A checkpoint does not depend on the layout that wrote it: every tensor is stored under its place in the whole model, the optimizer's
-shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds its data-parallel group's
-optimizer state, 12 bytes a parameter of its shard of the model). So it loads under other tensor, pipeline and data sizes.
+A checkpoint does not depend on the layout that wrote it: every tensor is stored under its place in the whole model, the
+optimizer's shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds the
+optimizer state of its data-parallel group, 12 bytes a parameter). So it loads under other tensor, pipeline and data sizes.
 
-The caller gives an empty folder and publishes it once all ranks are back. Megatron's default writer forks processes and starts a
-manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the kernel killed
+The caller gives an empty folder and publishes it once all ranks are back. Megatron's default writer forks processes and starts
+a manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the kernel killed
 (dist_checkpointing/strategies/filesystem_async.py:290-390); ``_Writer`` writes in this process instead, with torch's own.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from nft_megatron.errors import UserError
 from nft_megatron.model.build import policy_model
+from nft_megatron.model.checksums import verify_checksums, write_checksums
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.topology import Topology
 
@@ -126,6 +126,7 @@ def save_checkpoint(
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise OSError(f"{folder}: the checkpoint could not be written: {cause}") from error
+    write_checksums(folder, topology)
 
 
 def load_checkpoint(
@@ -136,27 +137,23 @@ def load_checkpoint(
     On the layout that wrote it, training goes on to the bit as if it had not stopped. On another, generators keep their seeds.
 
     Raises:
-        UserError: for a folder that is missing, incomplete, damaged, or of another model. The weights may be partly overwritten.
+        UserError: on every rank, for a folder that is incomplete, damaged, or of another model; in the last case weights may
+            be partly overwritten.
     """
-    remedy = "continue from an older checkpoint: write its name into checkpoints/latest"
-    if not (folder / "metadata.json").is_file():
-        raise UserError("checkpoint", folder, "is not a complete checkpoint (no metadata.json)", remedy)
+    verify_checksums(folder, topology)
+    common = dist_checkpointing.load_common_state_dict(str(folder))["common"]
+    state = _sharded_state(chunks, optimizer, topology, is_loading=True)
+    if common["layout"] == _layout(topology):
+        state["generators"] = _generators(topology)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))["common"]
-        state = _sharded_state(chunks, optimizer, topology, is_loading=True)
-        if common["layout"] == _layout(topology):
-            state["generators"] = _generators(topology)
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (
-        CheckpointException,
-        CheckpointingException,
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-    ) as error:
-        raise UserError("checkpoint", folder, f"is damaged or of another model ({_first_line(error)})", remedy) from error
+    except (CheckpointException, CheckpointingException) as error:
+        raise UserError(
+            "checkpoint",
+            folder,
+            f"is of another model: {_first_line(error)}",
+            "use the model.path that the run began with, or another run_dir",
+        ) from error
     policy_model(chunks[0]).load_state_dict(loaded["model"])
     _load_optimizer(optimizer, loaded["optimizer"])
     optimizer.num_updates = common["num_updates"]
@@ -168,8 +165,8 @@ def load_checkpoint(
 def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:
     """``DistributedOptimizer.load_state_dict`` in two steps, around torch's own step counters.
 
-    Megatron restores one counter tensor shared by all parameters (optimizer/distrib_optimizer.py:829), to which torch's AdamW would
-    add one for each of them; and while it restores the moments it looks for a counter that it has left out (:939).
+    Megatron restores one counter tensor shared by all parameters (optimizer/distrib_optimizer.py:829), to which torch's AdamW
+    would add one for each of them; and while it restores the moments it looks for a counter that it has left out (:939).
     """
     (megatron,) = optimizer.megatron.chained_optimizers
     parameter_state = loaded.pop("param_state")
@@ -182,7 +179,8 @@ def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:
             state["step"] = counter.clone()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all ranks that torch puts into the message."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,10 +19,10 @@ from nft_megatron.weights.table import Entry, Layout, split
 def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, full tensor)`` in Hugging Face's order on rank 0; elsewhere yield nothing but take part.
 
-    Every rank must run the generator to its end: shards of one parameter at a time go over the tensor group to its rank 0, and
-    from there over the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors are in the model's dtype, on
-    this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face files. Replicas on other
-    data-parallel ranks stay idle.
+    Every rank must run the generator to its end: the shards of one parameter at a time go over the tensor group to its rank 0,
+    and from there over the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors are in the model's
+    dtype, on this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face files. Replicas on
+    other data-parallel ranks stay idle.
     """
     if topology.data_rank != 0:
         return

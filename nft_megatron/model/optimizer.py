@@ -4,8 +4,8 @@
     update t (from 1):  lr_t = lr · min(1, t / warm-up updates)
     θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norm weights
 
-The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose gradient norm is not finite
-is skipped whole: neither weights nor moments nor t change.
+The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose gradient norm is not
+finite is skipped whole: neither weights nor moments nor t change.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,13 +89,20 @@ def _check_sizes(world_size: int, tensor: int, pipeline: int) -> None:
 
 
 def init_topology(
-    tensor: int = 1, pipeline: int = 1, *, timeout_seconds: float = 600.0, threads: int | None = None, seed: int = 1
+    tensor: int = 1,
+    pipeline: int = 1,
+    *,
+    timeout_seconds: float = 600.0,
+    control_timeout_seconds: float = 600.0,
+    threads: int | None = None,
+    seed: int = 1,
 ) -> Topology:
     """Join the other processes and return this one's place.
 
     Args:
         tensor: ranks that share each layer; pipeline: stages that share the layers. The rest is data parallel.
         timeout_seconds: deadline of every collective; a rank that waits longer raises instead of hanging.
+        control_timeout_seconds: the same for the control group, on which ranks wait for rank 0 to collect answers.
         threads: intra-op threads of torch on the CPU; ``None`` leaves torch's choice.
         seed: of Megatron's generators (dropout, none of which is on in training here).
 
@@ -142,7 +150,7 @@ def init_topology(
         tensor_group=tensor_group,
         pipeline_group=pipeline_group,
         data_group=data_group,
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=control_timeout_seconds)),
     )
 
 
@@ -162,9 +170,7 @@ def shutdown() -> None:
 
 
 @contextlib.contextmanager
-def distributed(
-    tensor: int = 1, pipeline: int = 1, *, timeout_seconds: float = 600.0, threads: int | None = None, seed: int = 1
-) -> Iterator[Topology]:
+def distributed(tensor: int = 1, pipeline: int = 1, **settings: Any) -> Iterator[Topology]:
     """:func:`init_topology` and :func:`shutdown` as a ``with`` block; run the training in a function that it calls."""
-    yield init_topology(tensor, pipeline, timeout_seconds=timeout_seconds, threads=threads, seed=seed)
+    yield init_topology(tensor, pipeline, **settings)
     shutdown()

@@ -1,7 +1,7 @@
 """Which rows of which Hugging Face tensors make up a Megatron-Core parameter, and the way back. Pure: no files, no groups.
 
-Every layout that Megatron uses (interleaved QKV, gate above up, a shard of the vocabulary) is a list of *slices*: the parameter,
-along one axis, is a row of contiguous pieces of Hugging Face tensors. So each entry states its slices once, for any tensor
+Every layout that Megatron uses (interleaved QKV, gate above up, a shard of the vocabulary) is a list of *slices*: along one
+axis, the parameter is a row of contiguous pieces of Hugging Face tensors. So each entry states its slices once, for any tensor
 parallel rank, and loading, export, conversion and gradients all follow from that one statement.
 
     linear_qkv (2 query groups of 2 heads)   q0 q1 k0 v0 | q2 q3 k1 v1         tp 2 cuts at the bar

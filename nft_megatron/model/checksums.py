@@ -1,0 +1,63 @@
+"""Checksums of a checkpoint's files. Megatron-Core loads a file with a flipped bit without a word."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file
+from nft_megatron.model.control import on_main, together
+from nft_megatron.model.topology import Topology
+
+_FILE = "checksums.json"
+_REMEDY = "continue from an older checkpoint: write its name into checkpoints/latest"
+_BLOCK = 1 << 22
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def write_checksums(folder: Path, topology: Topology) -> None:
+    """Write ``checksums.json`` over all files in ``folder``. Every rank reads back those it wrote, rank 0 the common ones."""
+    own = [path for path in folder.iterdir() if path.name.startswith(f"__{topology.rank}_")]
+    if topology.is_main:
+        own += [path for path in folder.iterdir() if not path.name.startswith("__")]
+    checksums = {path.name: _crc32(path) for path in own}
+    of_ranks: list[dict[str, int]] = [{} for _ in range(topology.world_size)]
+    dist.all_gather_object(of_ranks, checksums, group=topology.control_group)
+
+    def write() -> None:
+        with atomic_file(folder / _FILE) as temporary:
+            temporary.write_text(json.dumps({name: value for part in of_ranks for name, value in part.items()}, indent=1))
+
+    on_main(topology, write)
+
+
+def verify_checksums(folder: Path, topology: Topology) -> None:
+    """Read every file once, each rank its share, and compare. A collective.
+
+    Raises:
+        UserError: on every rank, when the folder is incomplete or a file is not what was written.
+    """
+
+    def verify() -> None:
+        path = folder / _FILE
+        if not path.is_file():
+            raise UserError("checkpoint", folder, f"is not a complete checkpoint (no {_FILE})", _REMEDY)
+        checksums = json.loads(path.read_text())
+        for name in sorted(checksums)[topology.rank :: topology.world_size]:
+            if not (folder / name).is_file():
+                raise UserError("checkpoint", folder, f"lacks its file {name}", _REMEDY)
+            if _crc32(folder / name) != checksums[name]:
+                raise UserError("checkpoint", folder, f"{name} is damaged: its checksum is not the recorded one", _REMEDY)
+
+    together(topology, verify)
