@@ -1,0 +1,182 @@
+"""The decode loop: continuous batching on a schedule that depends on the answers alone, so a call repeats bit for bit.
+
+A prompt is read once, all tokens but the last, and its keys and values are copied into a slot for each of its answers; the
+prompt's last token is then an answer's first decoding step. Slots of finished answers idle until an eighth of them do; then
+the live ones move together and the rest are filled from the queue. That makes bookkeeping rare and wastes at most an eighth.
+
+Shapes: B answers (slots in use), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.model import CausalModel
+from nft_megatron.rollout.sampling import draw, stream_keys, uniforms
+from nft_megatron.rollout.stopping import StopRule
+
+_PROMPT_TOKENS = 8192  # read at once, padding included: bounds the memory of a prefill
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An answer whose prompt has been read: row ``source`` of ``key_values``."""
+
+    request: Request
+    index: int
+    key_values: torch.Tensor
+    source: int
+    started: float
+
+
+class Decoder:
+    """``Engine`` in this process, without deadlines and checks: ``EmbeddedEngine`` sees to those."""
+
+    def __init__(self, model_folder: Path, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
+        self._folder, self._batch_size = model_folder, batch_size
+        self._model = CausalModel(model_folder, dtype)
+        self._version = -1
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        receipt = self._model.load(tensors)
+        self._version = version
+        return receipt
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        return _Batch(self._model, self._folder, self._batch_size, self._version, requests, sampling).run()
+
+    def close(self) -> None:
+        """Nothing to end: the memory goes with the object."""
+
+
+class _Batch:
+    """One call of ``generate``. Rows 0 … ``_num_rows`` − 1 of every array and of the cache are in use, some of them idle."""
+
+    def __init__(
+        self, model: CausalModel, folder: Path, batch_size: int, version: int, requests: Sequence[Request], sampling: Sampling
+    ) -> None:
+        self._model, self._sampling, self._version = model, sampling, version
+        self._stop = StopRule(sampling, model.vocab_size, folder)
+        self._unread = deque(requests)
+        self._waiting: deque[_Waiting] = deque()
+        size = min(batch_size, sum(len(request.seeds) for request in requests))
+        longest_prompt = max((len(request.prompt_tokens) for request in requests), default=0)
+        self._slots = model.new_slots(size, longest_prompt + sampling.max_tokens)
+        self._num_rows = 0
+        self._answer: list[_Waiting] = []
+        self._live_B = np.zeros(size, dtype=bool)
+        self._key_B = np.zeros(size, dtype=np.uint64)
+        self._count_B = np.zeros(size, dtype=np.int64)  # tokens generated
+        self._position_B = np.zeros(size, dtype=np.int64)  # of the token that the next step feeds
+        self._last_B = np.zeros(size, dtype=np.int64)  # that token
+        # One column beyond the longest answer takes what idle rows go on writing.
+        self._tokens_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.int32)
+        self._logprobs_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.float32)
+        self._arrays = (
+            self._live_B, self._key_B, self._count_B, self._position_B, self._last_B, self._tokens_BT, self._logprobs_BT
+        )  # fmt: skip
+
+    def run(self) -> Iterator[Completion]:
+        while True:
+            num_idle = self._num_rows - int(self._live_B[: self._num_rows].sum())
+            if 8 * num_idle >= self._num_rows:
+                self._compact()
+                self._refill()
+                if self._num_rows == 0:
+                    return
+            yield from self._step()
+
+    def _compact(self) -> None:
+        """Move the live rows together."""
+        live_B = self._live_B[: self._num_rows]
+        num_live = int(live_B.sum())
+        targets = np.flatnonzero(~live_B[:num_live])
+        sources = num_live + np.flatnonzero(live_B[num_live:])
+        if len(targets):
+            self._slots.move(torch.from_numpy(sources), torch.from_numpy(targets))
+            for array in self._arrays:
+                array[targets] = array[sources]
+            for source, target in zip(sources, targets, strict=True):
+                self._answer[target] = self._answer[source]
+        del self._answer[num_live:]
+        self._live_B[num_live:] = False
+        self._num_rows = num_live
+
+    def _refill(self) -> None:
+        """Start answers in all free rows, in the order of the requests, as long as there are any left."""
+        while self._num_rows < len(self._live_B) and (self._waiting or self._unread):
+            if not self._waiting:
+                self._read_prompts(len(self._live_B) - self._num_rows)
+            # Answers whose prompts were read together start together.
+            key_values = self._waiting[0].key_values
+            starting: list[_Waiting] = []
+            while self._waiting and self._num_rows + len(starting) < len(self._live_B):
+                starting.append(self._waiting.popleft())
+            rows = slice(self._num_rows, self._num_rows + len(starting))
+            self._slots.fill(rows, key_values, torch.tensor([answer.source for answer in starting]))
+            self._answer += starting
+            self._live_B[rows] = True
+            self._key_B[rows] = stream_keys([answer.request.seeds[answer.index] for answer in starting])
+            self._count_B[rows] = 0
+            self._position_B[rows] = [len(answer.request.prompt_tokens) - 1 for answer in starting]
+            self._last_B[rows] = [answer.request.prompt_tokens[-1] for answer in starting]
+            self._num_rows = rows.stop
+
+    def _read_prompts(self, num_answers: int) -> None:
+        """Read the next prompts, enough for ``num_answers`` answers if they fit into ``_PROMPT_TOKENS``; at least one."""
+        started = time.perf_counter()
+        batch: list[Request] = []
+        width = 0
+        while self._unread and sum(len(request.seeds) for request in batch) < num_answers:
+            width = max(width, len(self._unread[0].prompt_tokens) - 1)
+            if batch and width * (len(batch) + 1) > _PROMPT_TOKENS:
+                break
+            batch.append(self._unread.popleft())
+        width = max(1, *(len(request.prompt_tokens) - 1 for request in batch))  # of prompts of one token: padding alone
+        tokens_PS = torch.zeros(len(batch), width, dtype=torch.int64)
+        for row, request in enumerate(batch):
+            tokens_PS[row, : len(request.prompt_tokens) - 1] = torch.from_numpy(request.prompt_tokens[:-1].astype(np.int64))
+        key_values = self._model.read(tokens_PS)
+        for row, request in enumerate(batch):
+            self._waiting.extend(_Waiting(request, index, key_values, row, started) for index in range(len(request.seeds)))
+
+    def _step(self) -> Iterator[Completion]:
+        """One token for every row; yields the answers that it finishes."""
+        rows = np.arange(self._num_rows)
+        live_B, count_B, position_B = self._live_B[rows], self._count_B[rows], self._position_B[rows]
+        num_tokens = int(position_B[live_B].max()) + 1
+        last_B = torch.from_numpy(self._last_B[rows])
+        logits_BV = self._model.step(last_B, torch.from_numpy(position_B), num_tokens, self._slots)
+        uniforms_B = torch.from_numpy(uniforms(self._key_B[rows], count_B))
+        tokens, logprobs = draw(logits_BV, uniforms_B, self._sampling.temperature, self._sampling.top_p)
+        tokens_B, logprobs_B = tokens.numpy(), logprobs.numpy()
+        if not np.isfinite(logprobs_B[live_B]).all():
+            raise EngineFault(f"the model's logits are not finite with the weights of version {self._version}")
+        self._last_B[rows] = tokens_B
+        self._tokens_BT[rows, count_B] = tokens_B
+        self._logprobs_BT[rows, count_B] = logprobs_B
+        self._count_B[rows] += live_B
+        self._position_B[rows] += live_B
+        stopped_B = self._stop.find(self._tokens_BT, count_B + 1)
+        finished_B = live_B & (stopped_B | (count_B + 1 == self._sampling.max_tokens))
+        self._live_B[rows] = live_B & ~finished_B
+        for row in np.flatnonzero(finished_B):
+            answer, length = self._answer[row], count_B[row] + 1
+            yield Completion(
+                request_id=answer.request.request_id,
+                index=answer.index,
+                tokens=self._tokens_BT[row, :length].copy(),
+                logprobs=self._logprobs_BT[row, :length].copy(),
+                finish_reason="stop" if stopped_B[row] else "length",
+                weight_version=self._version,
+                seconds=time.perf_counter() - answer.started,
+            )

@@ -1,0 +1,75 @@
+"""The embedded engine: answers generated beside the trainer, on the CPU, by a transformers model.
+
+It needs no server and no GPU, which is what a laptop, a test and the quickstart want; a fleet of vLLM servers implements the
+same protocol for real sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.rollout.engine import Engine, EngineFault, check_requests
+from nft_megatron.rollout.pool import WorkerPool
+from nft_megatron.weights import read_shape
+
+
+class EmbeddedEngine:
+    """``Engine`` for the model of ``model_folder`` (its ``config.json``; the tokenizer only for stop texts; never its weights).
+
+    ``num_processes`` 0 generates in this process on torch's own threads; 1 or more start that many workers of ``threads``
+    threads each, in the background. Each decodes ``batch_size`` answers at a time in ``dtype``; log-probs are float32 always.
+    ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates.
+
+    The same requests give the same tokens for every ``num_processes`` and ``batch_size``, unless the rounding of logits, which
+    depends on a batch's shape, moves a draw across the boundary between two tokens. The same call repeats bit for bit.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path | str,
+        *,
+        num_processes: int,
+        batch_size: int,
+        threads: int = 1,
+        dtype: torch.dtype = torch.float32,
+        load_seconds: float = 300.0,
+        answer_seconds: float = 600.0,
+    ) -> None:
+        folder = Path(model_folder)
+        self._shape = read_shape(folder)
+        self._has_weights = False
+        self._engine: Engine
+        if num_processes == 0:
+            from nft_megatron.rollout.decode import Decoder  # imports transformers, which only workers need otherwise
+
+            self._engine = Decoder(folder, batch_size, dtype)
+        else:
+            self._engine = WorkerPool(
+                folder,
+                num_processes=num_processes,
+                batch_size=batch_size,
+                threads=threads,
+                dtype=dtype,
+                load_seconds=load_seconds,
+                answer_seconds=answer_seconds,
+            )
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        self._has_weights = False  # a load that fails midway leaves none to serve
+        receipt = self._engine.load(tensors, version)
+        self._has_weights = True
+        return receipt
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        if not self._has_weights:
+            raise EngineFault("the embedded engine has no weights: load() them before generate()")
+        check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
+        return self._engine.generate(requests, sampling)
+
+    def close(self) -> None:
+        self._has_weights = False
+        self._engine.close()

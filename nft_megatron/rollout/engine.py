@@ -1,0 +1,80 @@
+"""The protocol between the trainer and whatever generates the answers.
+
+Two rules hold for every engine. An answer depends on the weights, the prompt, the sampling settings and its own seed, never
+on what else is generated beside it. And an engine that is not sure of its weights does not serve: after a failed load or a
+fault it refuses until it holds the current ones again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from nft_megatron.errors import UserError
+from nft_megatron.records import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EngineFault(RuntimeError):
+    """An engine cannot serve: a worker raised, died again and again, or missed a deadline."""
+
+
+class Engine(Protocol):
+    """What generates answers. Calls don't overlap: one caller, one ``load`` or one ``generate`` at a time."""
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        """Take over the weights in ``tensors``, a stream under Hugging Face's names, and return their receipt.
+
+        Waits for: every process of the engine to hold them. Unblocks: ``generate``, whose answers carry ``version`` from
+        here on. The receipt is :func:`nft_megatron.weights.receipt.weights_receipt` of the stream, computed where the
+        weights arrived. Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape; the engine
+        is then without weights.
+        """
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yield one completion for each seed of each request, as they finish, in any order.
+
+        Waits for: weights (without them it raises). Unblocks: the verifier, with the first answer, while the others are
+        still being generated. A fault of the engine yields its unfinished answers with the finish reason ``abort``.
+        Giving the iterator up early is allowed and ends the work on the rest.
+        """
+
+    def close(self) -> None:
+        """End all processes of the engine; it cannot be used afterwards."""
+
+
+def check_requests(requests: Sequence[Request], sampling: Sampling, vocab_size: int, max_positions: int) -> None:
+    """Raise ``UserError`` where a request cannot be answered by a model of this vocabulary and context length.
+
+    >>> import numpy as np
+    >>> request = Request(0, np.arange(10), seeds=(1,))
+    >>> check_requests([request], Sampling(max_tokens=6), vocab_size=10, max_positions=16)
+    >>> check_requests([request], Sampling(max_tokens=7), vocab_size=10, max_positions=16)
+    Traceback (most recent call last):
+    nft_megatron.errors.UserError: rollout.max_answer_tokens = 7: with a prompt of 10 tokens it exceeds the model's context \
+of 16 tokens; set it to at most 6, or leave out longer prompts
+    """
+    if not sampling.temperature >= 0:
+        raise UserError("temperature", sampling.temperature, "is negative", "use 0 for greedy answers, 1 for training")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError("top_p", sampling.top_p, "is not in (0, 1]", "use 1 for the whole distribution")
+    if sampling.max_tokens < 1:
+        raise UserError("rollout.max_answer_tokens", sampling.max_tokens, "leaves no room for an answer", "set it to 1 or more")
+    for request in requests:
+        num_tokens = len(request.prompt_tokens)
+        if num_tokens == 0:
+            raise UserError("prompt", f"request {request.request_id}", "has no tokens", "check the prompt template")
+        if not 0 <= int(request.prompt_tokens.min()) <= int(request.prompt_tokens.max()) < vocab_size:
+            raise UserError(
+                "prompt", f"request {request.request_id}", f"has token ids outside the vocabulary of {vocab_size}",
+                "use the tokenizer that belongs to the model",
+            )  # fmt: skip
+        if num_tokens + sampling.max_tokens > max_positions:
+            raise UserError(
+                "rollout.max_answer_tokens",
+                sampling.max_tokens,
+                f"with a prompt of {num_tokens} tokens it exceeds the model's context of {max_positions} tokens",
+                f"set it to at most {max_positions - num_tokens}, or leave out longer prompts",
+            )

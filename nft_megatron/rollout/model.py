@@ -1,0 +1,78 @@
+"""A transformers model that reads prompts and decodes one token a call, over the slots of ``slots.py``.
+
+Any causal language model of transformers serves whose attention can be replaced and has no sliding window. The folder gives
+``config.json`` only; weights come through :meth:`CausalModel.load`.
+
+Shapes: P prompts, B answers, S tokens of the longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nft_megatron.errors import UserError
+from nft_megatron.rollout.slots import ATTENTION_NAME, PromptState, SlotState
+from nft_megatron.weights.receipt import combine_digests, tensor_digest
+
+
+class CausalModel:
+    """The model at ``folder`` in ``dtype`` on the CPU, with arbitrary weights until :meth:`load` has returned."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if any("sliding" in kind for kind in getattr(config, "layer_types", None) or ()):
+            raise UserError("model", folder, "the embedded engine has no sliding-window attention", "use the vLLM engine")
+        self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        self._model.eval().requires_grad_(False)
+        self._config, self._dtype = config, dtype
+        self.vocab_size: int = config.vocab_size
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+        """Copy the stream into the model, cast to its dtype, and return the receipt of what arrived.
+
+        Raises ``UserError`` when a name is missing, unexpected or repeated, or a shape differs; the weights are then mixed.
+        """
+        # named_parameters() gives a tied weight once, under its first name, as Hugging Face's files do.
+        wanted = dict(self._model.named_parameters())
+        digests = []
+        for name, tensor in tensors:
+            target = wanted.pop(name, None)
+            if target is None:
+                raise UserError("weights", name, "this tensor is repeated or the model has none of that name", _REMEDY)
+            if target.shape != tensor.shape:
+                raise UserError("weights", name, f"has shape {tuple(tensor.shape)}, not {tuple(target.shape)}", _REMEDY)
+            target.copy_(tensor)
+            digests.append(tensor_digest(name, tensor))
+        if wanted:
+            raise UserError("weights", ", ".join(sorted(wanted)), "missing from the stream", _REMEDY)
+        return combine_digests(digests)
+
+    def new_slots(self, num_slots: int, capacity: int) -> SlotState:
+        """An empty cache for ``num_slots`` answers of at most ``capacity`` tokens, prompts included."""
+        config = self._config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        num_layers, num_heads = config.num_hidden_layers, config.num_key_value_heads
+        return SlotState(num_layers, num_slots, num_heads, capacity, head_dim, self._dtype)
+
+    @torch.inference_mode()
+    def read(self, tokens_PS: torch.Tensor) -> torch.Tensor:
+        """Keys and values ``[2, L, P, H, S, D]`` of prompts padded on the right."""
+        state = PromptState(self._config.num_hidden_layers)
+        positions_PS = torch.arange(tokens_PS.shape[1]).expand(tokens_PS.shape)
+        self._model.base_model(tokens_PS, position_ids=positions_PS, attention_state=state, use_cache=False)
+        return state.key_values()
+
+    @torch.inference_mode()
+    def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, num_tokens: int, slots: SlotState) -> torch.Tensor:
+        """Feed each answer its last token, at ``positions_B`` < ``num_tokens``. Returns the next token's logits ``[B, V]``."""
+        slots.prepare(positions_B, num_tokens)
+        output = self._model(tokens_B[:, None], position_ids=positions_B[:, None], attention_state=slots, use_cache=False)
+        return output.logits[:, 0]
+
+
+_REMEDY = "the trainer's model and the engine's config.json must be of one architecture"

@@ -1,0 +1,246 @@
+"""The parent's side of the worker processes: split the work, collect the answers, replace what dies.
+
+A worker's life: started → asked to load → *ready* once its receipt equals the parent's → generating → ready. One that exits or
+stays silent past the deadline is killed, its unfinished answers come back as ``abort``, and its successor is asked to load the
+current weights before anything else, so that no worker ever serves older ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nft_megatron.errors import UserError
+from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.shared_weights import Entry, open_anonymous, write_weights
+from nft_megatron.rollout.worker import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+_MAX_STARTS = 3  # of one worker, for one set of weights, before it has loaded them
+_CLOSE_SECONDS = 5.0
+
+
+def split_requests(requests: Sequence[Request], num_parts: int) -> list[list[tuple[Request, int]]]:
+    """Who answers what: for each part, requests with the index of their first seed.
+
+    Whole requests in turn, since the answers to one prompt share its prefill; the seeds of the last few are divided. It
+    depends on the requests alone, never on which worker is faster.
+
+    >>> requests = [Request(i, np.array([1]), seeds=(10 * i, 10 * i + 1)) for i in range(3)]
+    >>> [[(request.request_id, first, request.seeds) for request, first in part] for part in split_requests(requests, 2)]
+    [[(0, 0, (0, 1)), (2, 0, (20,))], [(1, 0, (10, 11)), (2, 1, (21,))]]
+    """
+    num_whole = len(requests) // num_parts * num_parts
+    parts = [[(request, 0) for request in requests[part:num_whole:num_parts]] for part in range(num_parts)]
+    for request in requests[num_whole:]:
+        for part, indices in zip(parts, np.array_split(np.arange(len(request.seeds)), num_parts), strict=True):
+            if len(indices):
+                first, last = int(indices[0]), int(indices[-1])
+                part.append((Request(request.request_id, request.prompt_tokens, request.seeds[first : last + 1]), first))
+    return parts
+
+
+class _Worker:
+    """One process and the connection to it."""
+
+    def __init__(self, index: int, settings: dict[str, Any], weights: int, num_starts: int, send_seconds: float) -> None:
+        self.index, self.num_starts = index, num_starts
+        self.ticket = 0
+        self.ready = False
+        self.patience = 0.0  # seconds of further silence before it counts as hung
+        self.connection, child = Pipe()
+        # A stopped process would block a send for ever; with this the kernel ends it with an error.
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(send_seconds) + 1, 0))
+        own = WorkerSettings(**settings, parent=os.getpid(), connection=child.fileno(), weights=weights)
+        threads = str(own.threads)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nft_megatron.rollout.worker", own.to_argument()],
+            pass_fds=(child.fileno(), weights),
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )
+        child.close()
+
+    def command(self, ticket: int, name: str, arguments: Any, patience: float) -> None:
+        """Send a command; replies to earlier ones no longer count."""
+        self.ticket, self.patience = ticket, patience
+        try:
+            self.connection.send((ticket, name, arguments))
+        except OSError as error:  # it has died or is stopped; half a message may be in the pipe
+            log.warning("engine worker %d took no command: %s", self.index, error)
+            self.process.kill()  # so that the next receive finds the connection closed
+
+    def end(self, seconds: float) -> None:
+        """Close the connection, which ends the process; kill it if that takes longer than ``seconds``."""
+        self.connection.close()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class WorkerPool:
+    """``Engine`` over ``num_processes`` workers, which start in the background at once.
+
+    ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        *,
+        num_processes: int,
+        batch_size: int,
+        threads: int,
+        dtype: torch.dtype,
+        load_seconds: float,
+        answer_seconds: float,
+    ) -> None:
+        self._settings: dict[str, Any] = {
+            "model_folder": str(model_folder),
+            "batch_size": batch_size,
+            "threads": threads,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        self._load_seconds, self._answer_seconds = load_seconds, answer_seconds
+        self._weights = open_anonymous()
+        self._entries: list[Entry] = []
+        self._receipt, self._version = "", -1
+        self._ticket = 0
+        self._workers = [self._start(index, num_starts=1) for index in range(num_processes)]
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        self._version = version
+        self._entries, self._receipt = write_weights(self._weights, tensors)
+        for worker in self._workers:
+            worker.num_starts = 1
+            self._ask_to_load(worker)
+        self._await_ready()
+        return self._receipt
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        self._await_ready()
+        self._ticket += 1
+        first_index: dict[int, dict[int, int]] = {}
+        unfinished: dict[_Worker, set[tuple[int, int]]] = {}
+        for worker, part in zip(self._workers, split_requests(requests, len(self._workers)), strict=True):
+            if part:
+                first_index[worker.index] = {request.request_id: first for request, first in part}
+                unfinished[worker] = {
+                    (request.request_id, first + offset) for request, first in part for offset in range(len(request.seeds))
+                }
+                worker.command(self._ticket, "generate", ([request for request, _ in part], sampling), self._answer_seconds)
+        while unfinished:
+            for worker, kind, payload in self._receive(list(unfinished), self._answer_seconds):
+                if kind == "answer":
+                    index = payload.index + first_index[worker.index][payload.request_id]
+                    unfinished[worker].remove((payload.request_id, index))
+                    yield dataclasses.replace(payload, index=index)
+                elif kind == "done":
+                    assert not unfinished.pop(worker), "a worker ended with answers left"
+                else:
+                    self._replace(worker, payload)
+                    for request_id, index in sorted(unfinished.pop(worker)):
+                        yield aborted(request_id, index, self._version)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.end(_CLOSE_SECONDS)
+        if self._workers:
+            os.close(self._weights)
+        self._workers = []
+
+    def _start(self, index: int, num_starts: int) -> _Worker:
+        return _Worker(index, self._settings, self._weights, num_starts, self._load_seconds)
+
+    def _ask_to_load(self, worker: _Worker) -> None:
+        self._ticket += 1
+        worker.ready = False
+        worker.command(self._ticket, "load", (self._entries, self._version), self._load_seconds)
+
+    def _await_ready(self) -> None:
+        """Wait until every worker holds the current weights, replacing those that die."""
+        while waiting := [worker for worker in self._workers if not worker.ready]:
+            for worker, kind, payload in self._receive(waiting, self._load_seconds):
+                if kind == "loaded":
+                    if payload != self._receipt:
+                        raise EngineFault(f"engine worker {worker.index} holds weights {payload}, not {self._receipt}")
+                    worker.ready = True
+                else:
+                    self._replace(worker, payload)
+
+    def _replace(self, worker: _Worker, cause: str) -> None:
+        """End a faulty worker and start its successor, which loads the current weights first."""
+        num_starts = 1 if worker.ready else worker.num_starts + 1
+        worker.process.kill()
+        worker.end(_CLOSE_SECONDS)
+        if num_starts > _MAX_STARTS:
+            raise EngineFault(f"engine worker {worker.index} {cause} before it had weights, {_MAX_STARTS} times in a row")
+        log.warning("engine worker %d %s: its unfinished answers are aborted and it is started again", worker.index, cause)
+        successor = self._start(worker.index, num_starts)
+        self._workers[worker.index] = successor
+        self._ask_to_load(successor)
+
+    def _receive(self, workers: list[_Worker], patience: float) -> list[tuple[_Worker, str, Any]]:
+        """Wait for replies to the workers' current commands: ``(worker, kind, payload)``.
+
+        A worker that exited, or kept silent for its ``patience``, gives the kind ``died`` with the cause. Raises what a worker
+        refused, and ``EngineFault`` with its traceback when it failed.
+        """
+        started = time.monotonic()
+        heard = wait([worker.connection for worker in workers], timeout=max(0.0, min(worker.patience for worker in workers)))
+        waited = time.monotonic() - started
+        replies: list[tuple[_Worker, str, Any]] = []
+        for worker in workers:
+            if worker.connection not in heard:
+                worker.patience -= waited
+                if worker.patience <= 0:
+                    replies.append((worker, "died", f"gave no sign for {patience:g} s"))
+                continue
+            worker.patience = patience
+            try:
+                ticket, kind, payload = worker.connection.recv()
+            except (EOFError, OSError):
+                replies.append((worker, "died", f"ended ({_exit_text(worker.process)})"))
+                continue
+            if ticket == worker.ticket:
+                if kind == "refused":
+                    raise UserError(*payload)
+                if kind == "fault":
+                    raise EngineFault(f"engine worker {worker.index} failed:\n{payload}")
+                replies.append((worker, kind, payload))
+        return replies
+
+
+def _exit_text(process: subprocess.Popen[bytes]) -> str:
+    try:
+        status = process.wait(_CLOSE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "connection closed"
+    return f"signal {-status}" if status < 0 else f"exit code {status}"
+
+
+def aborted(request_id: int, index: int, version: int) -> Completion:
+    """The completion of an answer that an engine fault cut off: no tokens."""
+    nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)
+    return Completion(request_id, index, *nothing, finish_reason="abort", weight_version=version, seconds=0.0)

@@ -1,0 +1,113 @@
+"""Keys and values of a batch of answers, and attention over them, plugged into any transformers model.
+
+transformers lets a serving backend replace the attention function (``AttentionInterface``); a function it does not know gets
+no mask and no cache, and the keyword arguments of the model call are passed through to it. Here that argument is
+``attention_state``: :class:`PromptState` while prompts are read, :class:`SlotState` while answers are decoded. The projections,
+rotary embeddings and norms stay the model's own.
+
+Shapes: L layers, B answers (P prompts), H key-value heads, G query heads for each of them, C capacity in tokens, T ≤ C tokens
+in use, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from nft_megatron.errors import UserError
+
+ATTENTION_NAME = "nft_megatron_slots"
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+class AttentionState(Protocol):
+    """Keeps the keys and values of one model call and attends over them."""
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention output ``[B, H·G, tokens, D]`` for a query of that shape, key and value ``[B, H, tokens, D]``."""
+
+
+class PromptState:
+    """Reads prompts that all begin at position 0 and are padded on the right, so causality is all the mask they need.
+
+    What the padding leaves behind in the cache is hidden by each answer's length and overwritten by its tokens.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._layers: list[torch.Tensor] = [torch.empty(0)] * num_layers
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        self._layers[layer] = torch.stack((key, value))
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+    def key_values(self) -> torch.Tensor:
+        """``[2, L, P, H, T, D]``: keys and values of every layer."""
+        return torch.stack(self._layers, dim=1)
+
+
+class SlotState:
+    """A preallocated cache with one row an answer; rows 0 … B−1 are in use.
+
+    Memory is zeroed, because a masked score still multiplies the value behind it, and 0 · NaN is NaN.
+    """
+
+    def __init__(
+        self, num_layers: int, num_slots: int, num_heads: int, capacity: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self._kv_2LBHCD = torch.zeros(2, num_layers, num_slots, num_heads, capacity, head_dim, dtype=dtype)
+        self._range_C = torch.arange(capacity)
+        self._rows_N1 = torch.arange(num_slots * num_heads)[:, None]
+
+    def fill(self, rows: slice, key_values: torch.Tensor, sources: torch.Tensor) -> None:
+        """Start the answers in ``rows`` from prompts ``sources`` of :meth:`PromptState.key_values`."""
+        self._kv_2LBHCD[:, :, rows, :, : key_values.shape[4]] = key_values[:, :, sources]
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy whole rows; ``sources`` and ``targets`` don't meet."""
+        self._kv_2LBHCD[:, :, targets] = self._kv_2LBHCD[:, :, sources]
+
+    def prepare(self, positions_B: torch.Tensor, num_tokens: int) -> None:
+        """Before each decoding step: answer b's new token stands at ``positions_B[b]`` < ``num_tokens`` (T)."""
+        num_rows, num_heads, capacity = len(positions_B), self._kv_2LBHCD.shape[3], self._kv_2LBHCD.shape[4]
+        positions_N1 = positions_B.repeat_interleave(num_heads)[:, None]
+        self._write_N = (self._rows_N1[: num_rows * num_heads] * capacity + positions_N1)[:, 0]
+        hidden_NT = self._range_C[:num_tokens] > positions_N1
+        self._bias_N1T = torch.zeros(hidden_NT.shape, dtype=self._kv_2LBHCD.dtype).masked_fill_(hidden_NT, -torch.inf)[:, None]
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        keys_BHCD, values_BHCD = self._kv_2LBHCD[:, layer]
+        capacity, head_dim = keys_BHCD.shape[2:]
+        keys_BHCD.view(-1, head_dim).index_copy_(0, self._write_N, key.reshape(-1, head_dim))
+        values_BHCD.view(-1, head_dim).index_copy_(0, self._write_N, value.reshape(-1, head_dim))
+        # N = B·H rows of the flat cache. The G query heads of a key-value head are the rows of one small matrix product: no
+        # repeated keys (transformers' repeat_kv), and faster here than the fused kernel of torch 2.13 on a CPU.
+        num_rows, _, num_tokens = self._bias_N1T.shape
+        keys_NTD = keys_BHCD.view(-1, capacity, head_dim)[:num_rows, :num_tokens]
+        values_NTD = values_BHCD.view(-1, capacity, head_dim)[:num_rows, :num_tokens]
+        query_NGD = query.reshape(num_rows, -1, head_dim)
+        scores_NGT = torch.baddbmm(self._bias_N1T, query_NGD, keys_NTD.transpose(1, 2), alpha=scale)
+        return torch.bmm(torch.softmax(scores_NGT, dim=-1), values_NTD).view(query.shape)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    attention_state: AttentionState,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    for name in _UNSUPPORTED:
+        if settings.get(name) is not None:
+            raise UserError("model", type(module).__name__, f"the embedded engine has no attention with {name}", "use vLLM")
+    output = attention_state.attend(int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -1,0 +1,42 @@
+"""The receipt: one hash by which trainer, file and engine prove that they hold the same weights.
+
+It covers every tensor's Hugging Face name, dtype, shape and bytes, and does not depend on the order of the stream. The bytes
+are hashed as given: the same numbers in another dtype have another receipt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of ``tensor`` in row-major order as they lie in memory; no copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    """SHA-256 over one tensor's name, dtype, shape and bytes, as 64 hexadecimal digits."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{name}\0{dtype}\0{tuple(tensor.shape)}\0".encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def combine_digests(digests: Iterable[str]) -> str:
+    """The receipt of a set of tensors from the digest of each, in any order: 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:32]
+
+
+def weights_receipt(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The receipt of a stream of named tensors.
+
+    >>> a, b = ("a", torch.zeros(2)), ("b", torch.ones(2, 3))
+    >>> weights_receipt([a, b]) == weights_receipt([b, a])
+    True
+    >>> weights_receipt([a, b]) == weights_receipt([a, ("b", torch.ones(3, 2))])
+    False
+    """
+    return combine_digests(tensor_digest(name, tensor) for name, tensor in tensors)
