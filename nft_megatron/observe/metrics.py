@@ -47,7 +47,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("step", "1", "rollout steps done, this one included; row 0 evaluates the model before the first"),
+        Metric("step", "1", "rollout step, counted from 1; the number in the names of its ledger and its checkpoint"),
         Metric("updates", "count", "optimizer steps since the start of the run, this step's included"),
         Metric("loss", "1", "the objective, mean over the step's updates"),
         Metric("loss_positive", "1", "the part of the loss that right answers contribute"),
@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
         Metric("groups_sampled", "count", "questions that were answered"),
         Metric("groups_mixed", "count", "questions with 0 < r̂ < 1"),
         Metric("groups_trained", "count", "questions trained on"),
-        Metric("groups_surplus", "count", "mixed questions beyond the quota, kept for the next step"),
+        Metric("groups_surplus", "count", "mixed questions beyond the quota"),
         Metric("correct_rate_histogram", "counts", "questions by r̂ in K+1 bins from 0 to 1, over all questions answered"),
         Metric("truncated_rate", "share", "answers cut at the length limit"),
         Metric("answer_length_mean", "tokens", "mean length of an answer"),
@@ -76,6 +76,10 @@ METRICS: dict[str, Metric] = {
         Metric("response_tokens", "tokens", "tokens generated for this step"),
         Metric("trained_tokens", "tokens", "answer tokens in the loss"),
         Metric("eval_accuracy", "share", "held-out accuracy of the weights after this step"),
+        Metric("eval_accuracy_initial", "share", "held-out accuracy before the first step; in the row of step 1 only"),
+        Metric("eval_answer_length_mean", "tokens", "mean length of a held-out answer"),
+        Metric("eval_truncated_rate", "share", "held-out answers cut at the length limit"),
+        Metric("eval_unknown_rate", "share", "held-out answers that could not be judged"),
         Metric("time/generate", "s", "waiting for answers"),
         Metric("time/verify", "s", "waiting for verdicts after the last answer came; verifying while generating is free"),
         Metric("time/prepare", "s", "balancing, packing, old log-probs"),
@@ -119,8 +123,8 @@ def read_metrics(run_dir: Path | str) -> list[MetricsRow]:
 def _parse_row(path: Path, number: int, line: str) -> MetricsRow:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        row = error
+    except json.JSONDecodeError:
+        row = None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise UserError("metrics", f"{path}:{number}", "not a row of metrics", "restore the file or delete that line")
     return {name: math.nan if value is None else value for name, value in row.items()}

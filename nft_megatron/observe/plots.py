@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from nft_megatron.files import atomic_file
-from nft_megatron.observe.summary import finite_points, held_out_points, load_rows, trained_rows
+from nft_megatron.observe.summary import finite_points, held_out_points, load_rows
 
 _INK, _INK_2, _GRID, _PAPER = "#14140f", "#55544c", "#ebe9e2", "#fdfdfc"
 _BLUE, _AQUA, _VIOLET, _ORANGE, _GRAY = "#2a78d6", "#1baf7a", "#4a3aa7", "#e0622c", "#a5a399"
@@ -42,8 +42,8 @@ def write_overview_png(run_dir: Path | str, out: Path | str) -> Path:
     (accuracy, entropy), (rates, seconds) = figure.subplots(2, 2)
     _draw_accuracy(accuracy, rows)
     _draw_entropy(entropy, rows)
-    _draw_rates(rates, trained_rows(rows))
-    _draw_seconds(seconds, trained_rows(rows))
+    _draw_rates(rates, rows)
+    _draw_seconds(seconds, rows)
     for axes in (accuracy, entropy, rates, seconds):
         axes.set_xlim(0, max(rows[-1]["step"] + 0.5, 1))  # type: ignore[operator]
     with atomic_file(Path(out)) as temporary:

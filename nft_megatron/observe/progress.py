@@ -30,6 +30,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("accuracy", "accuracy", lambda value: f"{value:.1%}"),
     ("entropy", "entropy", lambda value: f"{value:.3f}"),
     ("loss", "loss", lambda value: f"{value:+.4f}"),
+    ("eval_accuracy_initial", "held-out before", lambda value: f"{value:.1%}"),
     ("eval_accuracy", "held-out", lambda value: f"{value:.1%}"),
 )
 
@@ -78,13 +79,11 @@ def format_duration(seconds: float) -> str:
 
 
 def time_left(seconds: float, first_step: int, step: int, num_steps: int) -> str:
-    """How long the run still takes at the pace of the steps since ``first_step``; empty before one is done.
+    """How long the run still takes at the pace of the steps since ``first_step``.
 
-    >>> time_left(40.0, first_step=10, step=12, num_steps=20), time_left(3.0, first_step=0, step=0, num_steps=20)
-    ('2 min 40 s left', '')
+    >>> time_left(40.0, first_step=10, step=12, num_steps=20)
+    '2 min 40 s left'
     """
-    if step == first_step:
-        return ""
     return f"{format_duration(seconds / (step - first_step) * (num_steps - step))} left"
 
 
@@ -119,7 +118,7 @@ class LineProgress(Progress):
         self._done = metrics["step"]
         took = f"  {format_duration(metrics['time/step'])}" if "time/step" in metrics else ""
         left = time_left(self._clock() - self._start, self._first_step, self._done, self._num_steps)
-        self._print(self._done, f"{describe_step(metrics)}{took}{left and f'  {left}'}")
+        self._print(self._done, f"{describe_step(metrics)}{took}  {left}")
 
     def _print_if_due(self) -> None:
         if self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:

@@ -21,7 +21,7 @@ from nft_megatron.observe.answers import AnswerSample, sample_answers
 from nft_megatron.observe.embed import json_for_script
 from nft_megatron.observe.metrics import METRICS, MetricsRow
 from nft_megatron.observe.progress import format_duration
-from nft_megatron.observe.summary import TIME_GROUPS, finite_points, held_out_points, load_rows, phase_seconds, trained_rows
+from nft_megatron.observe.summary import TIME_GROUPS, finite_points, held_out_points, load_rows, phase_seconds
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -92,17 +92,19 @@ def _render(name: str, rows: list[MetricsRow], config: dict[str, Any], answers: 
 
 
 def page_data(rows: Sequence[Mapping[str, Any]], answers: AnswerSample) -> dict[str, Any]:
-    """What the scripts read: ``steps``, ``columns`` {name: one value a step, None where absent}, ``groups``.
+    """What the scripts read: ``steps``, ``columns`` {name: one value a step, None where absent}, ``held_out``
+    [[rollout steps done, accuracy]], ``groups``.
 
     The column ``time/rest`` is what the stacked chart shows as one: publish, ledger, save and other.
     """
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     columns = {name: [_compact(row.get(name)) for row in rows] for name in names}
-    rest = [phase for phase in TIME_GROUPS["Everything else"] if phase != "evaluate"]
-    columns["time/rest"] = [_compact(math.fsum(row.get(f"time/{phase}", 0.0) for phase in rest)) for row in rows]
+    rest = [f"time/{phase}" for phase in TIME_GROUPS["Everything else"] if phase != "evaluate"]
+    columns["time/rest"] = [_compact(math.fsum(row.get(name, 0.0) for name in rest)) for row in rows]
     return {
         "steps": [row["step"] for row in rows],
         "columns": columns,
+        "held_out": [[step, _compact(accuracy)] for step, accuracy in held_out_points(rows)],
         "groups": answers.groups,
     }
 
@@ -129,15 +131,13 @@ def _tiles(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list
             (first_step, before), (last_step, after) = points[0], points[-1]
             note = f"{100 * (after - before):+.1f} points, step {first_step} to {last_step}"
             tiles.append(_tile(label, f"{_percent(before)} → {_percent(after)}", note))
-    steps = trained_rows(rows)
-    if steps:
-        planned = f" of {config['train.num_steps']}" if "train.num_steps" in config else ""
-        num_skipped = sum(row.get("skipped_updates", 0) for row in steps)
-        tiles.append(
-            _tile("Rollout steps", f"{steps[-1]['step']}{planned}", f"{steps[-1]['updates']} updates, {num_skipped} skipped")
-        )
-        seconds = math.fsum(phase_seconds(rows).values())
-        tiles.append(_tile("Time", format_duration(seconds), f"{format_duration(seconds / len(steps))} a step"))
+    planned = f" of {config['train.num_steps']}" if "train.num_steps" in config else ""
+    num_skipped = sum(row.get("skipped_updates", 0) for row in rows)
+    tiles.append(
+        _tile("Rollout steps", f"{rows[-1]['step']}{planned}", f"{rows[-1].get('updates', '–')} updates, {num_skipped} skipped")
+    )
+    seconds = math.fsum(phase_seconds(rows).values())
+    tiles.append(_tile("Time", format_duration(seconds), f"{format_duration(seconds / len(rows))} a step"))
     return tiles
 
 
@@ -147,7 +147,7 @@ def _tile(label: str, value: str, note: str) -> dict[str, str]:
 
 def _time_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Shares of the time: ``lines`` (each group and, where it has several, its phases) and the part outside the work itself."""
-    seconds, num_steps = phase_seconds(rows), len(trained_rows(rows)) or math.nan
+    seconds = phase_seconds(rows)
     total = math.fsum(seconds.values()) or math.nan
 
     def line(label: str, phases: Sequence[str], is_group: bool) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _time_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "is_group": is_group,
             "share": spent / total,
             "percent": _percent(spent / total),
-            "mean": f"{spent / num_steps:.3f}",
+            "mean": f"{spent / len(rows):.3f}",
             "total": format_duration(spent),
         }
 

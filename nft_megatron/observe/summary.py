@@ -34,11 +34,6 @@ def load_rows(run_dir: Path | str) -> list[MetricsRow]:
     return rows
 
 
-def trained_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of rollout steps, without row 0, which evaluates the model before the first."""
-    return [row for row in rows if row["step"] != 0]
-
-
 def finite_points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of every row that has a finite ``name``."""
     return [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
@@ -47,12 +42,13 @@ def finite_points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[in
 def held_out_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """(rollout steps done, held-out accuracy) in order; 0 is the model before the first update.
 
-    >>> held_out_points([{"step": 0, "eval_accuracy": 0.2}, {"step": 1, "loss": 0.1}, {"step": 2, "eval_accuracy": 0.5}])
-    [(0, 0.2), (2, 0.5)]
+    >>> held_out_points([{"step": 1, "eval_accuracy_initial": 0.2, "eval_accuracy": 0.3}, {"step": 2, "eval_accuracy": 0.5}])
+    [(0, 0.2), (1, 0.3), (2, 0.5)]
     """
-    return finite_points(rows, "eval_accuracy")
+    initial = [(step - 1, accuracy) for step, accuracy in finite_points(rows, "eval_accuracy_initial")]
+    return initial + finite_points(rows, "eval_accuracy")
 
 
 def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds of all rollout steps together by phase."""
-    return {phase: math.fsum(row.get(f"time/{phase}", 0.0) for row in trained_rows(rows)) for phase in PHASES}
+    return {phase: math.fsum(row.get(f"time/{phase}", 0.0) for row in rows) for phase in PHASES}

@@ -25,11 +25,11 @@ def test_one_line_a_step_with_the_time_left():
     clock, console = FakeClock(), Console(file=io.StringIO(), width=40)
     progress = LineProgress(console, num_steps=10, first_step=2, clock=clock)
     clock.now = 8.0
-    progress.step_done(METRICS)
+    progress.step_done({**METRICS, "eval_accuracy_initial": 0.25})
     clock.now = 20.0
     progress.step_done({**METRICS, "step": 4, "eval_accuracy": 0.625, "loss": float("nan"), "time/step": 12.0})
     assert lines_of(console) == [
-        "step 3/10  accuracy 45.7%  entropy 0.310  loss -0.0120  8.0 s  56.0 s left",
+        "step 3/10  accuracy 45.7%  entropy 0.310  loss -0.0120  held-out before 25.0%  8.0 s  56.0 s left",
         "step 4/10  accuracy 45.7%  entropy 0.310  held-out 62.5%  12.0 s  1 min 0 s left",  # 20 s for 2 steps, 6 to go
     ]
 
@@ -46,12 +46,6 @@ def test_a_long_phase_speaks_every_thirty_seconds_only():
     clock.now += 29
     progress.advance(2)
     assert lines_of(console)[2:] == ["step 1/5  save 2"]
-
-
-def test_evaluation_before_the_first_step_has_no_time_left():
-    console = Console(file=io.StringIO())
-    LineProgress(console, num_steps=5, first_step=0).step_done({"step": 0, "eval_accuracy": 0.25})
-    assert lines_of(console) == ["step 0/5  held-out 25.0%"]
 
 
 def test_other_ranks_are_silent(capsys):

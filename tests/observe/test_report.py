@@ -50,9 +50,9 @@ def group(step, group_id, labels, text="The answer is \\boxed{4}.", question="Wh
 def run_dir(tmp_path):
     root = tmp_path / "my-run"
     with MetricsLog(root, tensorboard=False, wandb_project=None, config=CONFIG) as log:
-        log.write({"step": 0, "eval_accuracy": 0.25})
-        for step in (1, 2, 3):
-            log.write(row(step))
+        log.write({**row(1), "eval_accuracy_initial": 0.25})
+        log.write(row(2))
+        log.write(row(3))
         log.write({**row(4), "loss": float("nan")})
     (root / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     groups = [group(4, 7, ["correct", "wrong", "unknown"], HOSTILE, HOSTILE), group(4, 9, ["wrong", "correct", "correct"])]
@@ -96,28 +96,24 @@ def test_embedded_data_are_the_metrics(run_dir):
     path = write_report(run_dir)
     assert path == run_dir / "report.html"
     data = read_page(path).data
-    assert data["steps"] == [0, 1, 2, 3, 4]
+    assert data["steps"] == [1, 2, 3, 4]
     columns = data["columns"]
-    assert columns["entropy"] == [None, *(pytest.approx(0.3 + step / 7, rel=1e-5) for step in (1, 2, 3, 4))]
-    assert columns["loss"] == [
-        None,
-        *(pytest.approx(-0.0123456789 * step, rel=1e-5) for step in (1, 2, 3)),
-        None,
-    ]  # NaN is a gap
-    assert columns["eval_accuracy"] == [0.25, 0.6, 0.7, 0.8, 0.9]
-    assert columns["correct_rate_histogram"] == [None, [1, 2, 3], [2, 2, 3], [3, 2, 3], [4, 2, 3]]
-    assert columns["time/rest"] == [0.0, 0.5, 0.5, 0.5, 0.5]  # publish, ledger, save, other
-    assert columns["time/evaluate"] == [None, 0.5, 0.5, 0.5, 0.5]
+    assert columns["entropy"] == [pytest.approx(0.3 + step / 7, rel=1e-5) for step in (1, 2, 3, 4)]
+    assert columns["loss"] == [*(pytest.approx(-0.0123456789 * step, rel=1e-5) for step in (1, 2, 3)), None]  # NaN is a gap
+    assert columns["eval_accuracy_initial"] == [0.25, None, None, None]
+    assert data["held_out"] == [[0, 0.25], [1, 0.6], [2, 0.7], [3, 0.8], [4, 0.9]]
+    assert columns["correct_rate_histogram"] == [[1, 2, 3], [2, 2, 3], [3, 2, 3], [4, 2, 3]]
+    assert columns["time/rest"] == [0.5, 0.5, 0.5, 0.5]  # publish, ledger, save, other
 
 
 def test_header_and_table_of_time(run_dir):
     texts = read_page(write_report(run_dir)).texts
-    assert "25.0 % → 90.0 %" in texts  # held-out, row 0 to row 4
+    assert "25.0 % → 90.0 %" in texts  # held-out, before step 1 to after step 4
     assert "+65.0 points, step 0 to 4" in texts
     assert "50.0 % → 80.0 %" in texts  # sampled
     assert "4 of 5" in texts
     assert "16 updates, 2 skipped" in texts
-    assert "40.0 s" in texts  # four steps of 10 s; row 0 is none
+    assert "40.0 s" in texts  # four steps of 10 s
     table = texts[texts.index("Generating") :]
     assert table[:4] == ["Generating", "30.0 %", "3.000", "12.0 s"]
     assert table[4:8] == ["Verifying", "5.0 %", "0.500", "2.0 s"]
@@ -201,7 +197,7 @@ def test_long_texts_lose_their_middle(tmp_path):
 
 def test_a_run_that_just_began(tmp_path):
     with MetricsLog(tmp_path, tensorboard=False, wandb_project=None, config={}) as log:
-        log.write({"step": 0, "eval_accuracy": 0.25})
+        log.write({"step": 1, "accuracy": 0.25})
     page = read_page(write_report(tmp_path, tmp_path / "elsewhere" / "page.html"))
     assert "This run folder holds no recorded answers." in page.texts
     assert page.data["groups"] == []

@@ -39,12 +39,13 @@ function ticks(low, high, count) {
   return Array.from({ length: last - first + 1 }, (_, k) => Number(((first + k) * step).toPrecision(12)));
 }
 
-function column(name, label, color, extra = {}) {
+function column(name, label, color) {
   if (!run.columns[name]) return null;
-  return { label, color, x: run.steps, y: run.columns[name], ...extra };
+  return { label, color, x: run.steps, y: run.columns[name] };
 }
 
-const xLow = run.steps[0];
+const heldOut = run.held_out.map(([step]) => step);
+const xLow = Math.min(run.steps[0], ...heldOut); // 0, the model before the first step, where that was evaluated
 const xHigh = Math.max(run.steps.at(-1), xLow + 1);
 
 class Chart {
@@ -130,7 +131,7 @@ class Chart {
       });
       svg("path", { d: path, class: "series", stroke: one.color, "stroke-width": one.y.length > 150 ? 1.5 : 2 }, this.frame);
       const known = one.y.filter(isNumber).length;
-      if (one.sparse ? known <= 80 : known <= 2) {
+      if (one.sparse ? 14 * known < this.width : known <= 2) {
         one.y.forEach((y, i) => isNumber(y) && svg("circle", { cx: this.xOf(one.x[i]), cy: this.yOf(y), r: 4, fill: one.color, class: "dot" }, this.frame));
       }
     }
@@ -147,7 +148,7 @@ class Chart {
   // A sparse series shows its newest value at that step; the others show the step's own.
   indexOf(one) {
     if (!one.sparse) return hovered;
-    return one.y.findLastIndex((y, i) => i <= hovered && isNumber(y));
+    return one.x.findLastIndex((x) => x <= run.steps[hovered]);
   }
 
   update() {
@@ -259,7 +260,7 @@ new Chart({
   section: "learning", title: "Accuracy", about: "On held-out questions, with the weights after a step; of the answers sampled in it, before the prompt filter.",
   format: percent, wide: true, height: 280, zero: true,
   series: [
-    column("eval_accuracy", "held-out", "var(--blue)", { sparse: true }),
+    { label: "held-out", color: "var(--blue)", sparse: true, x: heldOut, y: run.held_out.map(([, accuracy]) => accuracy) },
     column("accuracy", "sampled", "var(--orange)"),
   ],
 });
@@ -323,3 +324,4 @@ new Chart({
   section: "time", title: "Updating", about: "Trained tokens a second.", zero: true,
   series: [column("tokens_per_second/update", "tokens/s", "var(--orange)")],
 });
+for (const section of document.querySelectorAll("[data-section]")) section.hidden = !section.querySelector(".chart");
