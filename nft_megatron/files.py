@@ -50,22 +50,26 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like :func:`atomic_file` for a folder. An older folder of that name is moved aside first and deleted last."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    """Like :func:`atomic_file` for a folder; one process writes it."""
+    temporary = make_temporary_folder(Path(path))
     try:
         yield temporary
-        publish_folder(temporary, path)
+        publish_folder(temporary, Path(path))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def make_temporary_folder(path: Path) -> Path:
+    """An empty folder beside ``path``, for :func:`publish_folder` to rename once it is whole."""
+    temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Flush all of ``temporary`` and rename it to ``path``, which may exist."""
+    """Flush all of ``temporary`` and rename it to ``path``. An older folder of that name is moved aside first, deleted last."""
     for folder, _, names in os.walk(temporary):
         for name in names:
             fsync_path(Path(folder) / name)

@@ -53,6 +53,10 @@ class RunFolder:
         """One finished round of a step that is still being collected."""
         return self.ledgers / "rounds" / f"step_{step:06d}_round_{round_index:02d}.parquet"
 
+    def rounds(self, step: int) -> list[Path]:
+        """The finished rounds of ``step`` that are on the disk."""
+        return sorted((self.ledgers / "rounds").glob(f"step_{step:06d}_round_*.parquet"))
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 

@@ -29,7 +29,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class MiniBatchPlan:
-    """``rows_of[rank][micro_batch]`` are indices into the arrays given to :func:`plan_minibatches`; equal counts for all ranks."""
+    """``rows_of[rank][micro_batch]`` are indices into the arrays given to :func:`plan_minibatches`; every rank has as many."""
 
     rows_of: list[list[np.ndarray]]
     denominator: float

@@ -1,0 +1,64 @@
+"""What a configuration says about asking: the prompts, the sampling, the engine and the verifier. Rank 0's business."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nft_megatron.ask import Asker
+from nft_megatron.config import Config
+from nft_megatron.data.prompts import make_prompts
+from nft_megatron.data.questions import load_questions
+from nft_megatron.observe.metrics import PhaseTimer
+from nft_megatron.observe.progress import Progress
+from nft_megatron.records import Prompt, Sampling
+from nft_megatron.rollout.embedded import EmbeddedEngine
+from nft_megatron.tokenizer import stop_token_ids
+from nft_megatron.verify.service import Verifier
+
+log = logging.getLogger(__name__)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def read_prompts(config: Config, tokenizer: Any, field: str) -> list[Prompt]:
+    """The prompts of the data sets that ``field`` (``data.train`` or ``evaluate.data``) lists; empty when it lists none."""
+    paths = config.data.train if field == "data.train" else config.evaluate.data
+    if not paths:
+        return []
+    prompts, num_dropped = make_prompts(load_questions(paths, field), tokenizer, config.data, field)
+    if num_dropped:
+        log.warning("%s: %d questions longer than %d tokens are left out", field, num_dropped, config.data.max_prompt_tokens)
+    return prompts
+
+
+def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sampling:
+    """How answers to train on are drawn."""
+    rollout = config.rollout
+    return Sampling(
+        rollout.temperature, rollout.top_p, rollout.max_answer_tokens, stop_token_ids(model_folder, tokenizer), rollout.stop
+    )
+
+
+def open_asker(
+    config: Config, model_folder: Path, tokenizer: Any, stack: contextlib.ExitStack, timer: PhaseTimer, progress: Progress
+) -> Asker:
+    """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
+    engine = EmbeddedEngine(
+        model_folder,
+        num_processes=config.rollout.processes if config.rollout.processes is not None else num_cores(),
+        batch_size=config.rollout.batch_size,
+        dtype=getattr(torch, config.model.dtype),
+        answer_seconds=config.rollout.deadline_seconds,
+    )
+    stack.callback(engine.close)
+    verifier = stack.enter_context(Verifier(config.verify))
+    return Asker(engine, verifier, tokenizer, config.seed, config.rollout.deadline_seconds, timer, progress)

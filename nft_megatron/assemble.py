@@ -1,0 +1,166 @@
+"""Builds everything that a training run consists of, on every rank, and takes it apart again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nft_megatron.algorithms import build_algorithm
+from nft_megatron.answering import num_cores, open_asker, read_prompts, training_sampling
+from nft_megatron.checkpoints import Checkpoints
+from nft_megatron.collect import Collector
+from nft_megatron.config import Config
+from nft_megatron.config_load import dump_config, load_config
+from nft_megatron.data.prompts import PromptOrder
+from nft_megatron.errors import UserError
+from nft_megatron.evaluate.run import evaluate
+from nft_megatron.files import atomic_file
+from nft_megatron.layout.minibatches import Layout
+from nft_megatron.model.build import build_model
+from nft_megatron.model.control import on_main
+from nft_megatron.model.load import load_weights
+from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.step import Trainer
+from nft_megatron.model.topology import Topology, distributed
+from nft_megatron.observe.metrics import MetricsLog, PhaseTimer
+from nft_megatron.observe.progress import Progress, open_progress
+from nft_megatron.publish import Publisher
+from nft_megatron.run import Host, Run
+from nft_megatron.run_folder import RunFolder
+from nft_megatron.stop import StopRequests
+from nft_megatron.tokenizer import load_tokenizer
+from nft_megatron.weights import ModelShape, read_shape
+
+CHANGEABLE = ("train.num_steps", "parallel", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
+              "rollout.batch_size", "rollout.deadline_seconds")  # fmt: skip
+"""What may differ between two starts of one run. All else decides what the run computes."""
+
+
+@contextlib.contextmanager
+def assemble(config: Config) -> Iterator[Run]:
+    """The run of ``config``, resumed or new, ready for its next step. Called on every rank.
+
+    Everything that a user can get wrong is checked before the model is built.
+    """
+    threads = config.parallel.threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with (
+        distributed(
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            timeout_seconds=config.parallel.timeout_seconds,
+            control_timeout_seconds=config.rollout.deadline_seconds,
+            threads=threads,
+            seed=config.seed + 1,
+        ) as topology,
+        contextlib.ExitStack() as stack,
+    ):
+        run = _build(config, topology, stack)
+        run.start()
+        with run.progress:
+            yield run
+
+
+def _build(config: Config, topology: Topology, stack: contextlib.ExitStack) -> Run:
+    folder, timer, shape = RunFolder(config.run_dir), PhaseTimer(), read_shape(config.model.path)
+    _check_context(config, shape)
+    hosts: list[Host] = []
+    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stack)))
+    host = hosts[0] if hosts else None
+    trainer = build_trainer(config, topology, shape)
+    return Run(
+        config=config,
+        folder=folder,
+        topology=topology,
+        trainer=trainer,
+        publisher=Publisher(trainer, host.collector.asker.engine if host else None, config.model.path),
+        checkpoints=Checkpoints(folder, trainer, config.checkpoint.keep),
+        timer=timer,
+        progress=host.collector.asker.progress if host else Progress(),
+        host=host,
+    )
+
+
+def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
+    """The model with the weights of ``config.model.path``, its optimizer and its algorithm, on this rank."""
+    chunks = build_model(
+        shape, topology, dtype=getattr(torch, config.model.dtype), sequence_parallel=config.parallel.sequence_parallel
+    )
+    load_weights(chunks, topology, shape, config.model.path)
+    return Trainer(
+        topology=topology,
+        shape=shape,
+        chunks=chunks,
+        optimizer=PolicyOptimizer(chunks, AdamW(**config.optimizer.model_dump())),
+        algorithm=build_algorithm(**config.algorithm.model_dump()),
+        layout=Layout(
+            num_updates=config.train.updates_per_step,
+            num_ranks=topology.data_size,
+            token_budget=config.train.micro_batch_tokens,
+            multiple=topology.tensor_size,
+            hidden_size=shape.hidden_size,
+            denominator=config.train.denominator,
+            seed=config.seed,
+        ),
+        temperature=config.rollout.temperature,
+    )
+
+
+def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: contextlib.ExitStack) -> Host:
+    """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
+    stack.enter_context(folder.open())
+    _check_same_run(config, folder)
+    tokenizer = load_tokenizer(config.model.path)
+    questions = read_prompts(config, tokenizer, "data.train")
+    held_out = read_prompts(config, tokenizer, "evaluate.data")
+    progress = open_progress(config.train.num_steps, folder.latest_step() or 0)
+    asker = open_asker(config, config.model.path, tokenizer, stack, timer, progress)
+    metrics = MetricsLog(
+        folder.root,
+        tensorboard=config.observe.tensorboard,
+        wandb_project=config.observe.wandb_project,
+        config=config.model_dump(mode="json"),
+    )
+    stack.callback(metrics.close)
+    sampling = training_sampling(config, config.model.path, tokenizer)
+    return Host(
+        collector=Collector(folder, PromptOrder(questions, config.seed), asker, sampling, config.rollout),
+        evaluate=(lambda: evaluate(asker, held_out, config.evaluate, sampling)) if held_out else None,
+        metrics=metrics,
+        stop=StopRequests(folder.stop),
+    )
+
+
+def _check_context(config: Config, shape: ModelShape) -> None:
+    if config.max_sequence_tokens > shape.max_positions:
+        raise UserError(
+            "rollout.max_answer_tokens", config.rollout.max_answer_tokens,
+            f"with data.max_prompt_tokens = {config.data.max_prompt_tokens} it exceeds the model's context",
+            f"lower their sum to {shape.max_positions}",
+        )  # fmt: skip
+
+
+def _check_same_run(config: Config, folder: RunFolder) -> None:
+    """Refuse to go on with a run whose meaning was changed; remember the configuration of this start."""
+    if folder.config.exists():
+        before, now = _flat(load_config(folder.config).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            is_changeable = any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+            if before.get(key) != now.get(key) and not is_changeable:
+                raise UserError(
+                    key, now.get(key), f"the run in {folder.root} was started with {before.get(key)}",
+                    "set it back, or start a new run in another run_dir",
+                )  # fmt: skip
+    with atomic_file(folder.config) as temporary:
+        temporary.write_text(dump_config(config))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,64 @@
+"""Checkpoints of a run: written by all ranks, named by rank 0 once they are whole, found again at the next start."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from nft_megatron.collect import CollectorState
+from nft_megatron.errors import UserError
+from nft_megatron.files import make_temporary_folder, publish_folder
+from nft_megatron.model.control import on_main, together
+from nft_megatron.model.step import Trainer
+from nft_megatron.run_folder import RunFolder
+
+_COLLECTOR = "collector.parquet"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Saves and restores trainer and collector together. Every method is called on all ranks."""
+
+    folder: RunFolder
+    trainer: Trainer
+    num_kept: int
+
+    def save(self, step: int, collector: CollectorState) -> None:
+        """Write the checkpoint of ``step``, move the pointer to it, then delete all but the ``num_kept`` newest.
+
+        Whatever fails, the pointer still names a whole checkpoint and nothing half-written is left.
+        """
+        topology = self.trainer.topology
+        temporary = on_main(topology, lambda: make_temporary_folder(self.folder.checkpoint(step)))
+        try:
+            together(topology, lambda: self.trainer.save(temporary, step))
+            on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
+            on_main(topology, lambda: publish_folder(temporary, self.folder.checkpoint(step)))
+        finally:
+            if topology.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+        on_main(topology, lambda: self._keep_newest(step))
+
+    def _keep_newest(self, step: int) -> None:
+        self.folder.set_latest(step)
+        for old in [other for other in self.folder.checkpoint_steps() if other <= step][: -self.num_kept]:
+            shutil.rmtree(self.folder.checkpoint(old))
+
+    def restore(self) -> tuple[int, CollectorState]:
+        """Go back to the newest checkpoint: its step and the collector's state; step 0 of a fresh run where there is none.
+
+        Raises :class:`UserError` when the checkpoint that the pointer names is missing or damaged.
+        """
+        topology = self.trainer.topology
+        step = on_main(topology, self.folder.latest_step)
+        if step is None:
+            return 0, CollectorState()
+        path = self.folder.checkpoint(step)
+        if not path.is_dir():
+            raise UserError(
+                "checkpoints/latest", path.name, "that checkpoint is not there",
+                f"restore it, or write one of {self.folder.checkpoint_steps()} into {self.folder.latest}",
+            )  # fmt: skip
+        saved_step = together(topology, lambda: self.trainer.load(path))
+        assert saved_step == step, f"{path} holds step {saved_step}"
+        return step, on_main(topology, lambda: CollectorState.load(path / _COLLECTOR))

@@ -1,0 +1,141 @@
+"""The command ``nft-megatron``. Heavy packages are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nft_megatron import __version__
+from nft_megatron.config_load import config_help, load_config
+from nft_megatron.errors import EXIT_STOPPED_EARLY, StoppedEarly, UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and end the process: 0 done, 2 wrong input, 75 stopped early with everything saved, 1 a fault."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    options = _parser().parse_args(arguments)
+    code = _run(options)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and "torch" in sys.modules:
+        os._exit(code)  # after a failure, process groups that are still open would abort the interpreter's own exit
+    sys.exit(code)
+
+
+def _run(options: argparse.Namespace) -> int:
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except (UserError, StoppedEarly) as ending:
+        _say(ending)
+        return ending.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from the last checkpoint")
+        return EXIT_STOPPED_EARLY
+    except Exception as error:
+        full = _disk_full(error)
+        if full is not None:
+            _say(f"{full.filename or 'run_dir'}: {full.strerror}; free some space and run the same command again")
+            return EXIT_STOPPED_EARLY
+        _write_fault(options)
+        raise
+    return 0
+
+
+def _say(message: object) -> None:
+    """To standard error, once: of all ranks only the first speaks."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"nft-megatron: {message}", file=sys.stderr)
+
+
+def _disk_full(error: BaseException | None) -> OSError | None:
+    """The "no space left" at the root of ``error``, if that is what it is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _write_fault(options: argparse.Namespace) -> None:
+    """Leave the cause of a fault in the run folder, one file a rank."""
+    run_dir: Path | None = getattr(options, "run_dir", None)
+    if run_dir is not None and run_dir.is_dir():
+        (run_dir / "logs").mkdir(exist_ok=True)
+        (run_dir / "logs" / f"fault_rank{os.environ.get('RANK', '0')}.txt").write_text(traceback.format_exc())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nft-megatron",
+        description="Train language models on their own verified answers (NFT, arXiv 2505.18116) on Megatron-Core.",
+        epilog="Exit codes: 0 done; 2 the input is wrong; 75 stopped early with everything saved, run again to go on.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _add(
+        commands, "train", _train, "train, or go on with a run",
+        "Train from CONFIG until train.num_steps. Starting again with the same run_dir goes on from the newest checkpoint. "
+        "One process, or several: torchrun --nproc-per-node N -m nft_megatron train CONFIG",
+        epilog="CONFIG is YAML with the sections and fields below.\n\n" + config_help(),
+    )  # fmt: skip
+    _add_config(train)
+
+    evaluate = _add(
+        commands, "eval", _eval, "measure a Hugging Face model folder on held-out questions",
+        "Answer evaluate.data of CONFIG with MODEL, under the same prompts, limits and verifier as in training.",
+    )  # fmt: skip
+    evaluate.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder, such as RUN/hf/step_000100")
+    evaluate.add_argument("--out", type=Path, help="write accuracy and its error as JSON to this file")
+    _add_config(evaluate)
+
+    report = _add(
+        commands, "report", _report, "write the page of a run",
+        "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
+    )  # fmt: skip
+    report.add_argument("run_dir", metavar="RUN", type=Path, help="run folder")
+    report.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    return parser
+
+
+def _add(commands, name, function, short, description, epilog=None) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser = commands.add_parser(
+        name, help=short, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's value, read as YAML")
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    options.run_dir = config.run_dir
+    from nft_megatron.train import train
+
+    train(config)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from nft_megatron.evaluate.folder import evaluate_folder
+
+    evaluate_folder(config, options.model, options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from nft_megatron.observe.report import write_report
+
+    print(write_report(options.run_dir, options.out))

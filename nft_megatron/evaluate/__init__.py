@@ -1,0 +1,1 @@
+"""Accuracy on questions that are not trained on."""

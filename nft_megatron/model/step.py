@@ -1,0 +1,317 @@
+"""One rank's part of a rollout step: old log-probs, then the updates (lines 12-20 of Algorithm 1).
+
+The gradient is that of Σ_tokens ω·ℓ / D with one D for the whole mini-batch (contract 1). Each token carries its weight ω/D
+from the start, and gradients are plain sums over micro-batches and data-parallel ranks, so no layout can change the scale.
+
+Suffix ``_N``: one entry a loss token of a micro-batch; ``_R``: one a row (an answer) of it; ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nft_megatron.algorithms import Algorithm, TokenBatch
+from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
+from nft_megatron.layout.minibatches import Layout, plan_minibatches
+from nft_megatron.layout.packing import PackedBatch, Row, pack
+from nft_megatron.model.attention import pack_sequences
+from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, forward_backward, lm_head_weight, zero_gradients
+from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
+from nft_megatron.model.export import hf_tensors
+from nft_megatron.model.logprob import LogProbs, token_logprobs
+from nft_megatron.model.optimizer import PolicyOptimizer, Update
+from nft_megatron.model.topology import Topology
+from nft_megatron.observe.metrics import MetricsRow
+from nft_megatron.weights import ModelShape
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """A pack of this rank and what its loss needs of each token. ``weight_N`` is ω/D.
+
+    ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own where the
+    answer is older than the weights. It exists on the last pipeline stage only.
+    """
+
+    packed: PackedBatch
+    weight_N: Tensor
+    is_correct_N: Tensor
+    correct_rate_N: Tensor
+    engine_logprob_N: Tensor
+    is_stale_N: Tensor
+    old_logprob_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One optimizer step: this rank's micro-batches; ``num_tokens`` is of all ranks."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A prepared rollout step. ``metrics`` are those of all ranks."""
+
+    minibatches: tuple[MiniBatch, ...]
+    metrics: MetricsRow
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one optimizer step did, over all ranks. Sums over tokens, but ``loss_*``, which carry ω/D."""
+
+    loss_positive: float
+    loss_negative: float
+    kl_sum: float
+    num_clamped: float
+    num_wrong_tokens: float
+    num_tokens: int
+    log_ratio_max: float
+    applied: Update
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """The model on this rank and what trains it. Every method is called on all ranks together."""
+
+    topology: Topology
+    shape: ModelShape
+    chunks: Chunks
+    optimizer: PolicyOptimizer
+    algorithm: Algorithm
+    layout: Layout
+    temperature: float
+
+    # ---------------------------------------------------------------------------------------------- before the updates
+
+    def prepare(self, ledger: Path, step: int) -> StepBatch:
+        """Plan the updates of ``step``, read this rank's answers from the ledger, recompute their old log-probs.
+
+        The old log-probs come from the same packs as the updates, so that R = 1 to the bit before the first one.
+        """
+        minibatches = self._read(ledger, step)
+        micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
+        with torch.no_grad():
+            old = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
+        entropy_sum = sum(float(entropy_N.sum()) for _, entropy_N in old)
+        num_tokens = sum(minibatch.num_tokens for minibatch in minibatches)
+        (entropy_total,) = self._reduce([entropy_sum], dist.ReduceOp.SUM)
+        metrics: MetricsRow = {"entropy": entropy_total / num_tokens, "trained_tokens": num_tokens}
+        with_old = iter(micro_batches)
+        if self.topology.is_last_stage:
+            with_old = (
+                replace(micro_batch, old_logprob_N=torch.where(micro_batch.is_stale_N, micro_batch.engine_logprob_N, logprob_N))
+                for micro_batch, (logprob_N, _) in zip(micro_batches, old, strict=True)
+            )
+        return StepBatch(
+            tuple(
+                replace(minibatch, micro_batches=tuple(next(with_old) for _ in minibatch.micro_batches))
+                for minibatch in minibatches
+            ),
+            metrics,
+        )
+
+    def _read(self, ledger: Path, step: int) -> list[MiniBatch]:
+        index = read_index(ledger)
+        rows = np.flatnonzero(
+            (index.fate == "train")
+            & (index.label != "unknown")
+            & (index.answer_length > 0)
+            & (index.is_correct | self.algorithm.uses_wrong_answers)
+        )
+        plans = plan_minibatches(
+            index.group_id[rows],
+            (index.prompt_length + index.answer_length)[rows],
+            index.answer_length[rows],
+            step,
+            self.layout,
+        )
+        own = [[rows[members] for members in plan.rows_of[self.topology.data_rank]] for plan in plans]
+        needed = np.concatenate([members for minibatch in own for members in minibatch])
+        tokens = dict(zip(needed.tolist(), read_tokens(ledger, needed), strict=True))
+
+        def micro_batch(members: np.ndarray, denominator: float) -> MicroBatch:
+            answers = [tokens[row] for row in members.tolist()]
+            packed = pack(
+                [Row(answer.prompt_tokens, answer.answer_tokens) for answer in answers], multiple=self.layout.multiple
+            )
+            engine = [answer.behaviour_logprobs for answer in answers]
+            return self._micro_batch(packed, engine, index, members, step, denominator)
+
+        return [
+            MiniBatch(tuple(micro_batch(members, plan.denominator) for members in minibatch), plan.num_tokens)
+            for minibatch, plan in zip(own, plans, strict=True)
+        ]
+
+    def _micro_batch(
+        self,
+        packed: PackedBatch,
+        engine: Sequence[np.ndarray],
+        index: LedgerIndex,
+        rows: np.ndarray,
+        step: int,
+        denominator: float,
+    ) -> MicroBatch:
+        """Expand what the ledger says of each row to its loss tokens."""
+        rate_N = torch.from_numpy(index.correct_rate[rows])[packed.row_N]
+        tensors = {
+            "weight_N": self.algorithm.prompt_weight(rate_N) / denominator,
+            "correct_rate_N": rate_N,
+            "engine_logprob_N": torch.from_numpy(np.concatenate([np.empty(0), *engine])),
+        }
+        flags = {
+            "is_correct_N": torch.from_numpy(index.is_correct[rows])[packed.row_N],
+            "is_stale_N": torch.from_numpy(index.weight_version[rows] < step - 1)[packed.row_N],
+        }
+        device = self.topology.device
+        return MicroBatch(
+            packed.to(device),
+            **{name: tensor.float().to(device) for name, tensor in tensors.items()},
+            **{name: flag.to(device) for name, flag in flags.items()},
+        )
+
+    def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
+        def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
+            result = self._logprobs(hidden_NH, micro_batch, chunk, with_entropy=True)
+            return hidden_NH.new_zeros(()), NO_TOKEN_COUNT, (result.logprob_N, result.entropy_N)
+
+        return function
+
+    # ---------------------------------------------------------------------------------------------------- the updates
+
+    def update(self, minibatch: MiniBatch) -> UpdateStats:
+        """One optimizer step on the mini-batch. A gradient that is not finite is counted and not applied."""
+        zero_gradients(self.chunks)
+        sums = self._run_schedule(minibatch.micro_batches, self._loss, forward_only=False)
+        applied = self.optimizer.step()
+        totals = torch.stack([total for total, _ in sums]).sum(0).tolist() if sums else [0.0] * 5  # other stages have none
+        loss_positive, loss_negative, kl, clamped, wrong = self._reduce(totals, dist.ReduceOp.SUM)
+        largest = max((float(log_ratio) for _, log_ratio in sums), default=-torch.inf)
+        return UpdateStats(
+            loss_positive=loss_positive,
+            loss_negative=loss_negative,
+            kl_sum=kl,
+            num_clamped=clamped,
+            num_wrong_tokens=wrong,
+            num_tokens=minibatch.num_tokens,
+            log_ratio_max=self._reduce([largest], dist.ReduceOp.MAX)[0],
+            applied=applied,
+        )
+
+    def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
+        def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
+            logprob_N = self._logprobs(hidden_NH, micro_batch, chunk).logprob_N
+            old_logprob_N, is_correct_N = micro_batch.old_logprob_N, micro_batch.is_correct_N
+            assert old_logprob_N is not None, "prepare() fills it on the last stage"
+            token_loss = self.algorithm.token_loss(
+                TokenBatch(logprob_N, old_logprob_N, is_correct_N, micro_batch.correct_rate_N)
+            )
+            loss_N = micro_batch.weight_N * token_loss.loss_N
+            delta_N = (logprob_N - old_logprob_N).detach()
+            totals = torch.stack(
+                [
+                    loss_N.detach()[is_correct_N].sum(),
+                    loss_N.detach()[~is_correct_N].sum(),
+                    # KL(π_old ‖ π_θ) from answers of π_old, each term ≥ 0: R − 1 − log R
+                    (torch.expm1(delta_N.clamp(max=20)) - delta_N).sum(),
+                    token_loss.clamped_N.float().sum(),
+                    (~is_correct_N).float().sum(),
+                ]
+            )
+            return loss_N.sum(), NO_TOKEN_COUNT, (totals, delta_N.max() if len(delta_N) else -torch.inf)
+
+        return function
+
+    def summary(self, updates: Sequence[UpdateStats]) -> MetricsRow:
+        """The metrics of a rollout step's updates."""
+        loss_positive = float(np.mean([update.loss_positive for update in updates]))
+        loss_negative = float(np.mean([update.loss_negative for update in updates]))
+        num_wrong = sum(update.num_wrong_tokens for update in updates)
+        finite = [update.applied.grad_norm for update in updates if not update.applied.skipped] or [float("nan")]
+        return {
+            "updates": self.optimizer.num_updates,
+            "loss": loss_positive + loss_negative,
+            "loss_positive": loss_positive,
+            "loss_negative": loss_negative,
+            "grad_norm": float(np.mean(finite)),
+            "grad_norm_max": max(finite),
+            "learning_rate": updates[-1].applied.learning_rate,
+            "kl_old": sum(update.kl_sum for update in updates) / sum(update.num_tokens for update in updates),
+            "ratio_max": float(np.exp(max(update.log_ratio_max for update in updates))),
+            "clamp_rate": sum(update.num_clamped for update in updates) / num_wrong if num_wrong else 0.0,
+            "skipped_updates": sum(update.applied.skipped for update in updates),
+        }
+
+    # ---------------------------------------------------------------------------------------------------- between steps
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under their Hugging Face names, whole tensors on rank 0; every rank runs the iterator to its end."""
+        return hf_tensors(self.chunks, self.topology, self.shape)
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write model, optimizer and generators into ``folder``, each rank its part."""
+        save_checkpoint(folder, self.chunks, self.optimizer, self.topology, {"step": step})
+
+    def load(self, folder: Path) -> int:
+        """Restore what :meth:`save` wrote, under any layout, and return its step."""
+        return load_checkpoint(folder, self.chunks, self.optimizer, self.topology)["step"]
+
+    # ----------------------------------------------------------------------------------------------------- both passes
+
+    def _run_schedule(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_of: Callable[[MicroBatch, torch.nn.Module], LossFunction],
+        *,
+        forward_only: bool,
+    ) -> list:
+        """Megatron's pipeline schedule over ``micro_batches``; what the loss functions returned, on the last stage."""
+
+        def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+            micro_batch = next(data)
+            packed = micro_batch.packed
+            sequences = pack_sequences(packed.cu_seqlens.diff().tolist(), self.topology.device)
+            output = chunk(packed.input_ids_T[None], packed.position_ids_T[None], sequences, packed.loss_positions_N)
+            return output, loss_of(micro_batch, chunk)
+
+        return forward_backward(self.chunks)(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches)],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # unused under variable lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _logprobs(
+        self, hidden_NH: Tensor, micro_batch: MicroBatch, chunk: torch.nn.Module, with_entropy: bool = False
+    ) -> LogProbs:
+        return token_logprobs(
+            hidden_NH,
+            lm_head_weight(chunk),
+            micro_batch.packed.targets_N,
+            temperature=self.temperature,
+            vocab_size=self.shape.vocab_size,
+            group=self.topology.tensor_group,
+            with_entropy=with_entropy,
+        )
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        """Over all ranks, counting each data-parallel rank once: its last stage's first tensor rank."""
+        counts = self.topology.is_last_stage and self.topology.tensor_rank == 0
+        neutral = 0.0 if operation == dist.ReduceOp.SUM else -torch.inf
+        vector = torch.tensor(list(values) if counts else [neutral] * len(values), dtype=torch.float64)
+        dist.all_reduce(vector, op=operation, group=self.topology.control_group)
+        return vector.tolist()

@@ -1,0 +1,29 @@
+"""Algorithm 1 of the paper: collect verified answers, train on them, let the trained policy answer next."""
+
+from __future__ import annotations
+
+from nft_megatron.assemble import assemble
+from nft_megatron.config import Config
+
+
+def train(config: Config) -> None:
+    """Train until ``config.train.num_steps``, from the newest checkpoint in ``config.run_dir`` if it has one.
+
+    Called by every rank. Steps are numbered from 1: step k collects with the weights of version k − 1 and leaves version k.
+
+    Raises :class:`~nft_megatron.errors.StoppedEarly` after a stop request, with everything saved.
+    """
+    with assemble(config) as run:
+        for step in range(run.step + 1, config.train.num_steps + 1):
+            dataset = run.collect(step)  # lines 5-11: generate, verify, filter, write the ledger
+            with run.phase("prepare"):
+                batch = run.trainer.prepare(dataset.ledger, step)  # balance over dp, pack, old log-probs
+            with run.phase("update", total=len(batch.minibatches)):
+                updates = []
+                for minibatch in batch.minibatches:
+                    updates.append(run.trainer.update(minibatch))  # lines 13-20
+                    run.progress.advance()
+            with run.phase("publish"):
+                run.publisher.publish(version=step)  # π ← π_θ⁺
+            run.after_step(step, dataset, batch, updates)
+        run.finish()

@@ -1,0 +1,63 @@
+"""A Hugging Face model folder from a stream of named tensors: sharded safetensors, index, config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+_COPIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE",
+)  # fmt: skip
+"""Byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other."""
+
+
+def write_hf_folder(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], source: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write ``tensors`` into ``folder`` (which exists) with the configuration and tokenizer files of ``source``.
+
+    Holds one shard in memory at a time. One shard becomes ``model.safetensors``, several get an index.
+    """
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = pending_bytes = 0
+
+    def write_pending() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            write_pending()
+            pending_bytes = 0
+        pending[name] = tensor.contiguous().cpu()
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    write_pending()
+    _name_shards(folder, shards, total)
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """The number of shards is known only now, and stands in each one's name."""
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        shard = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
