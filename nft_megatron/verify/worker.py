@@ -1,0 +1,114 @@
+"""One math-verify judge: the program of a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
+
+    python -m nft_megatron.verify.worker SOCKET_FD PARENT_PID SOFT_SECONDS HARD_SECONDS MEMORY_BYTES
+
+It reads one JSON object a line, {"gold", "answer"}, and writes one, {"label", "reason", "seconds"}. math-verify works in the
+main thread, its own alarms off: they count whole seconds and start anew for every call; here one timer covers the comparison.
+Where Python cannot interrupt itself (a power of huge integers) the kernel ends the process after HARD_SECONDS of processor
+time, even if nobody is left to kill it; and it dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class SoftLimit(BaseException):
+    """The comparison ran past the soft limit. Not an ``Exception``: math-verify catches all of those."""
+
+
+def judge(gold: str, answer: str) -> tuple[str, str]:
+    """Label and reason, as the reference implementation compares (its verifier.py), but with three labels.
+
+    The gold is read from a box as LaTeX, the answer as an expression or LaTeX. A gold that math-verify cannot read and whatever
+    makes it crash is unknown, never wrong.
+    """
+    from math_verify.grader import verify
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    golds = parse(gold, (LatexExtractionConfig(),), parsing_timeout=None, raise_on_error=True)
+    if not golds:
+        return "unknown", "unreadable gold"
+    answers = parse(answer, (ExprExtractionConfig(), LatexExtractionConfig()), parsing_timeout=None, raise_on_error=True)
+    if not answers:
+        return "wrong", "no answer found"
+    crash = ""
+    for expected, given in itertools.product(golds, answers):
+        try:
+            if verify(expected, given, timeout_seconds=None, raise_on_error=True):
+                return "correct", "equal"
+        except Exception as error:  # another pair may still be equal
+            crash = f"math-verify: {type(error).__name__}"
+    return ("unknown", crash) if crash else ("wrong", "not equal")
+
+
+@contextmanager
+def _limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
+    """Raise :class:`SoftLimit` after ``soft_seconds``; die after ``hard_seconds`` of processor time."""
+
+    def give_up(signum: int, frame: FrameType | None) -> None:
+        raise SoftLimit
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, hard_seconds)
+        signal.setitimer(signal.ITIMER_REAL, soft_seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _die_with_parent(parent: int) -> None:
+    # Ctrl-C and the scheduler's signals reach all processes of a job; what they mean is for the parent to decide.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+        sys.exit(1)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until the socket closes or memory runs out."""
+    descriptor, parent, soft_seconds, hard_seconds, memory_bytes = arguments
+    _die_with_parent(int(parent))
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    logging.disable(logging.CRITICAL)
+    judge(r"\boxed{1}", r"\boxed{1}")  # imports and compiles all that a first task would have to
+    with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rw", encoding="utf-8") as stream:
+        stream.write("{}\n")  # ready
+        stream.flush()
+        for line in stream:
+            task = json.loads(line)
+            started = time.perf_counter()
+            try:
+                with _limits(float(soft_seconds), float(hard_seconds)):
+                    label, reason = judge(task["gold"], task["answer"])
+            except SoftLimit:
+                label, reason = "unknown", f"gave up after {float(soft_seconds):g} s"
+            except Exception as error:
+                label, reason = "unknown", f"math-verify: {type(error).__name__}"
+            stream.write(json.dumps({"label": label, "reason": reason, "seconds": time.perf_counter() - started}) + "\n")
+            stream.flush()
+            if reason.endswith(MemoryError.__name__):
+                return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,218 @@
+"""The strict route against verdicts written by hand."""
+
+import itertools
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from nft_megatron.verify.grade import MAX_BOX_CHARS, Undecided, closed_boxes, grade
+from nft_megatron.verify.numbers import read_bare_number, read_number
+
+RIGHT = [
+    # (answer text, gold)
+    (r"\boxed{34}", "34"),
+    (r"so $m+n=\boxed{34}$.", "34"),
+    (r"\boxed {34}", "34"),
+    (r"\boxed  {34}", "34"),
+    (r"\fbox{34}", "34"),
+    (r"\framebox{34}", "34"),
+    (r"in a string: \\boxed{34}", "34"),
+    (r"new line\\\boxed{34}", "34"),
+    (r"\boxed{ 34 }", "34"),
+    ("\\boxed{\n34\n}", "34"),
+    (r"\boxed{$34$}", "34"),
+    (r"\boxed{\(34\)}", "34"),
+    (r"\boxed{34.}", "34"),
+    (r"\boxed{34.0}", "34"),
+    (r"\boxed{034}", "34"),
+    (r"\boxed{34}", "034"),
+    (r"\boxed{27}", "27.0"),
+    (r"\boxed{+34}", "34"),
+    (r"\boxed{-34}", "-34"),
+    (r"\boxed{−34}", "-34"),
+    (r"\boxed{- 34}", "-34"),
+    (r"\boxed{{34}}", "34"),
+    (r"\boxed{(34)}", "34"),
+    (r"\boxed{\left(34\right)}", "34"),
+    (r"\boxed{\text{34}}", "34"),
+    (r"\boxed{\mathbf{34}}", "34"),
+    (r"\boxed{\textbf{(719) }}", "719"),
+    (r"\boxed{\textbf{(051) }}", "051"),
+    (r"\boxed{\boxed{34}}", "34"),
+    (r"\boxed{12,345}", "12345"),
+    (r"\boxed{12{,}345}", "12345"),
+    (r"\boxed{12\,345}", "12345"),
+    (r"\boxed{12 345}", "12345"),
+    (r"\boxed{12\!,345}", "12345"),
+    (r"\boxed{11,\! 111,\! 111,\! 100}", "11111111100"),
+    (r"\boxed{10000}", "10{,}000"),
+    (r"\boxed{1,234,567.00}", "1234567"),
+    (r"\boxed{\frac{68}{2}}", "34"),
+    (r"\boxed{\dfrac{68}{2}}", "34"),
+    (r"\boxed{\frac82}", "4"),
+    (r"\boxed{-\frac{68}{2}}", "-34"),
+    (r"\boxed{\frac{-68}{2}}", "-34"),
+    (r"\boxed{68/2}", "34"),
+    (r"\boxed{n = 34}", "34"),
+    (r"\boxed{m+n=34}", "34"),
+    (r"\boxed{f(1, 2) = 34}", "34"),
+    (r"\boxed{\angle ABC = 34^\circ}", "34"),
+    (r"\boxed{|S| = 34}", "34"),
+    (r"\boxed{\text{Total} = 34}", "34"),
+    (r"\boxed{m+n = 30+4 = 34}", "34"),
+    (r"\boxed{r = 4 \text{ cm}}", "4"),
+    (r"\boxed{34^\circ}", "34"),
+    (r"\boxed{34^{\circ}}", "34"),
+    (r"\boxed{34°}", "34"),
+    (r"\boxed{34 \text{ cm}}", "34"),
+    (r"\boxed{15\mbox{ cm}^2}", "15"),
+    (r"\boxed{34\text{ ways}}", "34"),
+    (r"\boxed{34 \mathrm{~km/h}}", "34"),
+    (r"\boxed{34 cm}", "34"),
+    (r"\boxed{30 degrees}", "30"),
+    (r"\boxed{\$78}", "78"),
+    (r"\boxed{33} is wrong. It is \boxed{34}", "34"),
+    (r"So \boxed{34}.\n\n**Final Answer**\n\boxed{34}", "34"),
+    (r"$\boxed{34}$ and $\boxed{34.0}$", "34"),
+    (r"{ an open brace, then \boxed{34}", "34"),
+    (r"} a closing one, then \boxed{34}", "34"),
+    (r"\boxed{34} and an unclosed \boxed{35", "34"),
+    (r"\boxed{3 \boxed{34}", "34"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{0.5}", r"\frac12"),
+    (r"\boxed{x^2+1}", "x^2+1"),
+]
+
+WRONG = [
+    (r"\boxed{35}", "34"),
+    (r"\boxed{-34}", "34"),
+    (r"\boxed{34.4}", "34"),
+    (r"\boxed{33.9999999999}", "34"),
+    (r"34", "34"),
+    (r"The answer is $34$.", "34"),
+    (r"The answer is $34$ but \boxed{}", "34"),
+    (r"\boxed{\boxed{34}} \boxed{}", "34"),
+    (r"\boxed{34", "34"),
+    (r"\boxed{34\}", "34"),
+    (r"\boxed{34} no, \boxed{35}", "34"),
+    (r"\boxed{35}, \boxed{34}", "34"),
+    (r"$\boxed{35}$ and $\boxed{34}$", "34"),
+    (r"\boxed{34} \boxed{35} \boxed{34}", "34"),
+    (r"\boxed{34\%}", "34"),
+    (r"\boxed{34 \text{ percent}}", "34"),
+    (r"\boxed{34 \%}", "34"),
+    (r"\boxed{1=34}", "34"),
+    (r"\boxed{x = 3 = 34}", "34"),
+    (r"\boxed{34 \approx 34.2}", "34"),
+    (r"\boxed{\approx 99}", "99"),
+    (r"\boxed{n \approx 99}", "99"),
+    (r"\boxed{n \le 34}", "34"),
+    (r"\boxed{n \geq 34}", "34"),
+    (r"\boxed{n \neq 34}", "34"),
+    (r"\boxed{n > 34}", "34"),
+    (r"\boxed{n <= 34}", "34"),
+    (r"\boxed{x \ne y = 34}", "34"),
+    (r"\boxed{\pm 34}", "34"),
+    (r"\boxed{34 \text{ or } 35}", "34"),
+    (r"\boxed{x = 35 \text{ or } x = 34}", "34"),
+    (r"\boxed{x = 2, y = 34}", "34"),
+    (r"\boxed{34, 35}", "34"),
+    (r"\boxed{1, 234}", "1234"),
+    (r"\boxed{12,34}", "1234"),
+    (r"\boxed{0,345}", "345"),
+    (r"\boxed{3 4}", "34"),
+    (r"\boxed{3 \quad 4}", "34"),
+    (r"\boxed{\{34\}}", "34"),
+    (r"\boxed{[34, 35]}", "34"),
+    (r"\boxed{(34, 35)}", "34"),
+    (r"\boxed{40_9}", "40"),
+    (r"\boxed{n}", "34"),
+    (r"\boxed{34n}", "34"),
+    (r"\boxed{34m}", "34"),
+    (r"\boxed{34i}", "34"),
+    (r"\boxed{34\text{i}}", "34"),
+    (r"\boxed{34\mathrm{e}}", "34"),
+    (r"\boxed{34 \pi}", "34"),
+    (r"\boxed{5 \text{ million}}", "5"),
+    (r"\boxed{34 \text{ or more}}", "34"),
+    (r"\boxed{\text{thirty-four}}", "34"),
+    (r"\boxed{\text{Evelyn}}", "34"),
+    (r"\boxed{9⁹}", "99"),
+    (r"\boxed{３４}", "34"),
+    (r"\boxed{" + "7" * 5000 + "}", "34"),
+    (r"\boxed{\frac13}, \boxed{\frac12}", r"\frac12"),
+]  # fmt: skip
+
+UNDECIDED = [
+    # (answer text, gold, what math-verify is to compare)
+    (r"\boxed{2^{10}}", "1024", "2^{10}"),
+    (r"\boxed{x = 2^{10}}", "1024", "2^{10}"),
+    (r"\boxed{\sqrt{1156}}", "34", r"\sqrt{1156}"),
+    (r"\boxed{4!}", "24", "4!"),
+    (r"\boxed{\frac{34}{0}}", "34", r"\frac{34}{0}"),
+    (r"\boxed{\binom{5}{2}}", "10", r"\binom{5}{2}"),
+    (r"\boxed{\frac{1}{3}}", "0.33", r"\frac{1}{3}"),
+    (r"\fbox{1+x^2}", "x^2+1", "1+x^2"),
+    (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", r"\{1,2,3\}", "1, 2, 3"),
+]
+
+
+@pytest.mark.parametrize(("text", "gold"), RIGHT)
+def test_right(text: str, gold: str) -> None:
+    verdict = grade(text, gold, "stop")
+    assert not isinstance(verdict, Undecided)
+    assert verdict.label == "correct", verdict.reason
+
+
+@pytest.mark.parametrize(("text", "gold"), WRONG)
+def test_wrong(text: str, gold: str) -> None:
+    verdict = grade(text, gold, "stop")
+    assert not isinstance(verdict, Undecided)
+    assert verdict.label == "wrong"
+
+
+@pytest.mark.parametrize(("text", "gold", "answer"), UNDECIDED)
+def test_left_to_math_verify(text: str, gold: str, answer: str) -> None:
+    assert grade(text, gold, "stop") == Undecided(answer, gold)
+
+
+def test_reasons_and_version() -> None:
+    assert grade(r"\boxed{34}", "34", "length").reason == "truncated"
+    assert grade(r"\boxed{34}", "34", "length").label == "wrong"
+    assert grade(r"\boxed{34}", "34", "abort").label == "unknown"
+    assert grade("34", "34", "stop").reason == "no closed box"
+    assert grade(r"\boxed{ }", "34", "stop").reason == "empty box"
+    assert grade(rf"\boxed{{{'x' * MAX_BOX_CHARS}}}", "x", "stop").reason == "box too long"
+    assert grade(r"\boxed{1},\boxed{2}", "2", "stop").reason == "several answers"
+    assert grade(r"\boxed{1}", "2", "stop").reason == "another number"
+    assert grade(r"\boxed{x}", "2", "stop").reason == "not a number"
+    assert grade(r"\boxed{2}", "2", "stop").verifier == "strict/1"
+
+
+@given(st.integers(-(10**12), 10**12), st.booleans())
+def test_every_spelling_of_an_integer(number: int, thousands: bool) -> None:
+    spelled = f"{number:,}" if thousands else str(number)
+    for text in (spelled, spelled.replace(",", "{,}"), spelled.replace(",", r"\,"), f"{spelled}.0", rf"\text{{{spelled}}}"):
+        assert read_bare_number(text) == number
+
+
+@given(st.integers(-999, 999), st.integers(1, 999))
+def test_every_fraction(above: int, below: int) -> None:
+    assert read_bare_number(rf"\frac{{{above}}}{{{below}}}") == Fraction(above, below)
+    assert read_number(rf"{above}/{below} \text{{ cm}}") == Fraction(above, below)
+
+
+@given(st.text(alphabet="\\{}boxed fx1$,", max_size=60))
+@example("\\" * 59)
+@example("{" * 60)
+def test_boxes_balance(text: str) -> None:
+    """Every box found is a slice of the text whose unescaped braces balance, and boxes do not overlap."""
+    boxes = closed_boxes(text)
+    for before, after in itertools.pairwise(boxes):
+        assert before.end <= after.start
+    for box in boxes:
+        inside = box.content.replace("\\\\", "").replace("\\{", "").replace("\\}", "")
+        assert inside.count("{") == inside.count("}")
+        assert text[: box.end].endswith(box.content + "}")

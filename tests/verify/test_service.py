@@ -1,0 +1,203 @@
+"""The verifier with real worker processes: they are killed, run away, and lose their parent."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nft_megatron.config import VerifySection
+from nft_megatron.verify.service import Verifier
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
+
+ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
+PATIENT = VerifySection(workers=1, soft_seconds=600.0, hard_seconds=600.0)
+CASES = [
+    (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}", "correct"),
+    (r"\boxed{(x+1)^2}", "x^2+2x+1", "correct"),
+    (r"\boxed{x+2}", "x+1", "wrong"),
+    (r"\boxed{\sqrt{1156}}", "34", "correct"),
+    (r"\boxed{2^{5}}", "34", "wrong"),
+    (r"$\boxed{1}$ and $\boxed{2}$", r"\{1, 2\}", "correct"),
+    (r"\boxed{[0, 1)}", "[0,1)", "correct"),
+    (r"\boxed{34}", "34", "correct"),
+    ("no box", "34", "wrong"),
+]
+
+
+def workers_of(parent: int) -> list[int]:
+    """Process ids of the graders that ``parent`` started and that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, ppid = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(ppid) == parent and state != "Z" and b"nft_megatron.verify.worker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    with Verifier(VerifySection(workers=2, soft_seconds=20.0, hard_seconds=30.0)) as shared:
+        yield shared
+
+
+@pytest.mark.parametrize(("text", "gold", "label"), CASES)
+def test_verdicts(verifier: Verifier, text: str, gold: str, label: str) -> None:
+    assert verifier.submit(text, gold, "stop").result(60).label == label
+
+
+def test_threads_and_asyncio_agree(verifier: Verifier) -> None:
+    expected = [label for _, _, label in CASES]
+    from_threads: dict[int, list[str]] = {}
+
+    def ask(index: int) -> None:
+        from_threads[index] = [verdict.label for verdict in verifier.verify_many((t, g, "stop") for t, g, _ in CASES)]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    async def ask_all() -> list[str]:
+        futures = [asyncio.wrap_future(verifier.submit(text, gold, "stop")) for text, gold, _ in CASES]
+        return [verdict.label for verdict in await asyncio.gather(*futures)]
+
+    assert [from_threads[index] for index in range(4)] == [expected] * 4
+    assert asyncio.run(ask_all()) == expected
+
+
+def test_a_cancelled_waiter_leaves_the_others_alone(verifier: Verifier) -> None:
+    """The same question from two sides shares one future; asyncio's cancelling must not reach it."""
+
+    async def cancel_first() -> str:
+        first = asyncio.wrap_future(verifier.submit(r"\boxed{\sqrt{49}}", "7", "stop"))
+        second = asyncio.wrap_future(verifier.submit(r"\boxed{\sqrt{49}}", "7", "stop"))
+        first.cancel()
+        return (await second).label
+
+    assert asyncio.run(cancel_first()) == "correct"
+
+
+def test_integers_start_no_process() -> None:
+    before = workers_of(os.getpid())
+    with Verifier() as verifier:
+        verdicts = verifier.verify_many([(rf"\boxed{{{i}}}", "3", "stop") for i in range(100)])
+        assert workers_of(os.getpid()) == before
+    assert [verdict.label == "correct" for verdict in verdicts] == [i == 3 for i in range(100)]
+
+
+def test_math_verify_mode_reads_the_whole_text() -> None:
+    with Verifier(VerifySection(mode="math-verify", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
+        assert verifier.submit("The answer is 34", "34", "stop").result(60).label == "correct"
+        assert verifier.submit("The answer is 34", "34", "length").result(60).label == "wrong"
+        assert verifier.submit("The answer is 34", "34", "abort").result(60).label == "unknown"
+        verdict = verifier.submit("The answer is 34", r"\frac{", "stop").result(60)
+        assert verdict.verifier.startswith("math-verify/")
+
+
+def test_soft_limit() -> None:
+    with Verifier(VerifySection(workers=1, soft_seconds=0.3, hard_seconds=60.0)) as verifier:
+        verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
+        pids = workers_of(os.getpid())
+        assert (verdict.label, verdict.reason) == ("unknown", "gave up after 0.3 s")
+        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
+        assert workers_of(os.getpid()) == pids, "the worker that gave up was kept"
+
+
+def test_hard_limit_kills_and_replaces_the_worker() -> None:
+    with Verifier(VerifySection(workers=1, soft_seconds=600.0, hard_seconds=1.0)) as verifier:
+        verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
+        assert (verdict.label, verdict.reason) == ("unknown", "killed after 1 s")
+        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
+
+
+def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
+    with Verifier(PATIENT) as verifier:
+        assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
+        others = set(workers_of(os.getpid()))
+        future = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop")
+        time.sleep(0.3)
+        for pid in others:
+            os.kill(pid, signal.SIGKILL)
+        verdict = future.result(60)
+        assert verdict.label == "unknown"
+        assert verdict.reason == "worker ended with -9"
+        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
+
+
+def test_workers_are_recycled() -> None:
+    with Verifier(VerifySection(workers=1, soft_seconds=20.0, hard_seconds=30.0), tasks_per_worker=2) as verifier:
+        seen = set()
+        for root in range(2, 8):
+            assert verifier.submit(rf"\boxed{{\sqrt{{{root * root}}}}}", str(root), "stop").result(60).label == "correct"
+            seen |= set(workers_of(os.getpid()))
+        assert len(seen) >= 4, "three workers of two tasks and a spare"
+
+
+def test_memory_limit() -> None:
+    """A text of 48 MB does not fit into a worker of 128 MB, of which imports take the half."""
+    settings = VerifySection(mode="math-verify", workers=1, soft_seconds=60.0, hard_seconds=60.0)
+    with Verifier(settings, memory_bytes=128 * 2**20) as verifier:
+        verdict = verifier.submit("x" * (48 * 2**20), "34", "stop").result(120)
+        assert verdict.label == "unknown"
+        assert verdict.reason in ("worker ended with 1", "math-verify: MemoryError")
+        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
+
+
+def test_workers_do_without_torch() -> None:
+    with Verifier(PATIENT) as verifier:
+        verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60)
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in workers_of(os.getpid())]
+    assert maps
+    assert not any("libtorch" in text for text in maps)
+
+
+def test_close_answers_everybody_and_leaves_nobody() -> None:
+    before = set(workers_of(os.getpid()))
+    verifier = Verifier(PATIENT)
+    futures = [verifier.submit(r"\boxed{(x+y+z)^{60}}", f"x+{i}", "stop") for i in range(5)]
+    wait_until(lambda: bool(set(workers_of(os.getpid())) - before))
+    verifier.close()
+    verifier.close()
+    assert [future.result(1).label for future in futures] == ["unknown"] * 5
+    assert set(workers_of(os.getpid())) <= before
+    with pytest.raises(RuntimeError, match="closed"):
+        verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop")
+
+
+def test_no_worker_outlives_a_killed_parent() -> None:
+    program = f"""
+import time
+from nft_megatron.config import VerifySection
+from nft_megatron.verify.service import Verifier
+verifier = Verifier(VerifySection(workers=2, soft_seconds=600.0, hard_seconds=600.0))
+verifier.submit(r"\\boxed{{\\sqrt{{9}}}}", "3", "stop").result(60)
+verifier.submit({ENDLESS!r}, "34", "stop")
+verifier.submit({ENDLESS!r}, "35", "stop")
+print("busy", flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "busy\n"
+        wait_until(lambda: len(workers_of(parent.pid)) == 3)
+        pids = workers_of(parent.pid)
+        parent.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
