@@ -88,28 +88,30 @@ class _Head(NamedTuple):
         is_own_N1 = (local_N1 >= 0) & (local_N1 < num_rows)
         return torch.where(is_own_N1, local_N1, 0), is_own_N1
 
+    def local_sums(self, hidden_CH: Tensor, weight_VH: Tensor, rows_C1: Tensor, is_own_C1: Tensor) -> Tensor:
+        """[4, C] over this rank's rows: max z; Σ e^(z − max); z of the target, or 0; Σ e^(z − max)·(z − max), or 0."""
+        logits_CV = self.logits(hidden_CH, weight_VH)
+        target_C = torch.where(is_own_C1, logits_CV.gather(1, rows_C1), 0).squeeze(1)
+        max_C = logits_CV.amax(1)
+        logits_CV -= max_C[:, None]
+        if not self.with_entropy:
+            return torch.stack([max_C, logits_CV.exp_().sum(1), target_C, torch.zeros_like(max_C)])
+        exp_CV = logits_CV.exp()
+        return torch.stack([max_C, exp_CV.sum(1), target_C, torch.linalg.vecdot(exp_CV, logits_CV)])
+
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, head: _Head) -> tuple[Tensor, Tensor | None]:
-        num_tokens = len(hidden_NH)
-        max_N, sum_N, target_N, weighted_N = torch.zeros(
-            4, num_tokens, dtype=_accurate(hidden_NH.dtype), device=hidden_NH.device
-        )
+        sums_4N = torch.empty(4, len(hidden_NH), dtype=_accurate(hidden_NH.dtype), device=hidden_NH.device)
         rows_N1, is_own_N1 = head.own_targets(targets_N, len(weight_VH))
-        for chunk in head.chunks(num_tokens):
-            logits_CV = head.logits(hidden_NH[chunk], weight_VH)
-            target_N[chunk] = torch.where(is_own_N1[chunk], logits_CV.gather(1, rows_N1[chunk]), 0).squeeze(1)
-            max_N[chunk] = logits_CV.amax(1)
-            logits_CV -= max_N[chunk, None]
-            exp_CV = logits_CV.exp() if head.with_entropy else logits_CV.exp_()
-            sum_N[chunk] = exp_CV.sum(1)
-            if head.with_entropy:
-                weighted_N[chunk] = torch.linalg.vecdot(exp_CV, logits_CV)
+        for chunk in head.chunks(len(hidden_NH)):
+            sums_4N[:, chunk] = head.local_sums(hidden_NH[chunk], weight_VH, rows_N1[chunk], is_own_N1[chunk])
+        own_max_N, sum_N, target_N, weighted_N = sums_4N
 
         # Shift each rank's sums from its own maximum to that of all ranks. Where a rank has nothing but padding the shift is
         # about −3e38 and the scale 0: multiplied in this order they stay finite.
-        own_max_N = max_N.clone()
+        max_N = own_max_N.clone()
         _all_reduce(max_N, dist.ReduceOp.MAX, head.group)
         shift_N = own_max_N - max_N
         scale_N = shift_N.exp()
@@ -139,14 +141,14 @@ class _TokenLogProbs(torch.autograd.Function):
         scale_N1 = (gradient_N / head.temperature).unsqueeze(1)
         rows_N1, is_own_N1 = head.own_targets(targets_N, len(weight_VH))
         for chunk in head.chunks(len(hidden_NH)):
-            logits_CV = head.logits(hidden_NH[chunk], weight_VH)
-            logits_grad_CV = logits_CV.sub_(lse_N[chunk, None]).exp_().mul_(-scale_N1[chunk])
-            logits_grad_CV.scatter_add_(1, rows_N1[chunk], scale_N1[chunk] * is_own_N1[chunk])
-            logits_grad_CV = logits_grad_CV.to(hidden_NH.dtype)
+            grad_CV = head.logits(hidden_NH[chunk], weight_VH).sub_(lse_N[chunk, None]).exp_().mul_(-scale_N1[chunk])
+            grad_CV.scatter_add_(1, rows_N1[chunk], scale_N1[chunk] * is_own_N1[chunk])
+            grad_CV = grad_CV.to(hidden_NH.dtype)
             if hidden_grad_NH is not None:
-                torch.matmul(logits_grad_CV, weight_VH, out=hidden_grad_NH[chunk])
+                torch.matmul(grad_CV, weight_VH, out=hidden_grad_NH[chunk])
             if weight_grad_VH is not None:
-                _add_matmul(weight_grad_VH, logits_grad_CV.t(), hidden_NH[chunk])
+                _add_matmul(weight_grad_VH, grad_CV.t(), hidden_NH[chunk])
+            del grad_CV  # before the next chunk's logits are made
         if weight_grad_VH is not None:
             weight_grad_VH = weight_grad_VH.to(weight_VH.dtype)
         return hidden_grad_NH, weight_grad_VH, None, None
