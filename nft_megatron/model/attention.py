@@ -120,16 +120,20 @@ class _FromRows(torch.autograd.Function):
 
 
 def rotary_cos_sin(position_ids_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, 1, D/2]`` of the rotary angles ``position / theta^(2i/D)``, taken in float32."""
+    """Cosines and signed sines ``[T, 1, D]`` of the rotary angles ``position / theta^(2i/D)``, taken in float32.
+
+    Both halves of D have the same angles; the sines of the first half are negated, as :func:`_rotate` wants them.
+    """
     exponent_D = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / head_dim
     angle_T1D = (position_ids_T.float()[:, None] / theta**exponent_D)[:, None]
-    return angle_T1D.cos().to(dtype), angle_T1D.sin().to(dtype)
+    cos_T1D, sin_T1D = angle_T1D.cos().to(dtype), angle_T1D.sin().to(dtype)
+    return torch.cat((cos_T1D, cos_T1D), dim=-1), torch.cat((-sin_T1D, sin_T1D), dim=-1)
 
 
 def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D/2), the halves-apart convention of GPT-NeoX that Qwen and Llama use."""
     first, second = x_THD.chunk(2, dim=-1)
-    return torch.cat((first * cos_T1D - second * sin_T1D, second * cos_T1D + first * sin_T1D), dim=-1)
+    return torch.addcmul(x_THD * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D)
 
 
 class _Rotary(torch.autograd.Function):

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from nft_megatron.errors import UserError
-from nft_megatron.weights.shape import ModelShape
+from nft_megatron.weights.shape import ModelShape, positive_int
 from nft_megatron.weights.table import Entry, Layout, WeightTable
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 
 
 def _refuse(field: str, value: object, problem: str) -> UserError:
-    return UserError(f"config.json: {field}", value, problem, "use a model without it; nothing was trained")
+    return UserError(f"config.json: {field}", value, problem, "use a model that this family's table can express")
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
@@ -47,28 +47,26 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         raise _refuse("hidden_act", config["hidden_act"], "only silu (SwiGLU) is supported")
     if config.get("attention_dropout", 0.0):
         raise _refuse("attention_dropout", config["attention_dropout"], "dropout would make the policy's log-probs random")
-    try:
-        num_heads = int(config["num_attention_heads"])
-        hidden_size = int(config["hidden_size"])
-        return ModelShape(
-            architecture=ARCHITECTURE,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden_size,
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_attention_heads=num_heads,
-            num_query_groups=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
-            vocab_size=int(config["vocab_size"]),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=_rope_theta(config),
-            max_positions=int(config.get("max_position_embeddings", 32768)),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=True,
-        )
-    except KeyError as missing:
-        raise UserError(
-            f"config.json: {missing.args[0]}", "absent", "a Qwen2 model needs it", "check that the model folder is complete"
-        ) from missing
+    num_heads = positive_int(config, "num_attention_heads")
+    num_groups = positive_int(config, "num_key_value_heads", num_heads)
+    hidden_size = positive_int(config, "hidden_size")
+    if num_heads % num_groups:
+        raise _refuse("num_key_value_heads", num_groups, f"does not divide num_attention_heads = {num_heads}")
+    return ModelShape(
+        architecture=ARCHITECTURE,
+        num_layers=positive_int(config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=positive_int(config, "intermediate_size"),
+        num_attention_heads=num_heads,
+        num_query_groups=num_groups,
+        head_dim=positive_int(config, "head_dim", hidden_size // num_heads),
+        vocab_size=positive_int(config, "vocab_size"),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=_rope_theta(config),
+        max_positions=positive_int(config, "max_position_embeddings", 32768),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=True,
+    )
 
 
 def table(shape: ModelShape) -> WeightTable:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from nft_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,18 @@ SHAPE_EXAMPLE = ModelShape(
     qkv_bias=True,
 )
 """Qwen2.5-7B."""
+
+
+def positive_int(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    """A whole number > 0 of a ``config.json``; ``default`` where it is absent or null.
+
+    Raises:
+        UserError: naming the field when it is something else, or absent without a default.
+    """
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(
+            f"config.json: {field}", value, "must be a whole number above 0", "check that the model folder is complete"
+        )
+    return value

@@ -1,0 +1,82 @@
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nft_megatron.model.attention import PackedAttention, pack_sequences, rotary_cos_sin
+
+CPU = torch.device("cpu")
+HEADS, GROUPS, DIM, THETA = 4, 2, 8, 100.0
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal grouped-query attention of one sequence with rotary positions, written out in complex numbers."""
+    position = torch.arange(len(query), dtype=torch.float64)
+    angle = position[:, None] * THETA ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.complex(x[..., : DIM // 2], x[..., DIM // 2 :]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (rotate(key), value))
+    scores = torch.einsum("qhd,khd->hqk", rotate(query), key) / DIM**0.5
+    scores = scores.masked_fill(torch.ones(len(query), len(query)).triu(1).bool(), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), seed=st.integers(0, 1000))
+def test_each_sequence_as_if_alone(lengths: list[int], seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    shapes = [(total, HEADS, DIM), (total, GROUPS, DIM), (total, GROUPS, DIM)]
+    qkv = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    weight = torch.randn(total, HEADS * DIM, dtype=torch.float64, generator=generator)
+
+    expected = torch.cat([reference(*parts) for parts in zip(*(x.split(lengths) for x in qkv), strict=True)])
+    expected_grads = torch.autograd.grad((expected * weight).sum(), qkv)
+
+    packed = pack_sequences(lengths, CPU)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, DIM, THETA, torch.float64)
+    attention = PackedAttention(SimpleNamespace(context_parallel_size=1, kv_channels=DIM))
+    output = attention(*qkv, None, packed_seq_params=packed)
+    grads = torch.autograd.grad((output[:, 0] * weight).sum(), qkv)
+
+    assert output.shape == (total, 1, HEADS * DIM)
+    torch.testing.assert_close(output[:, 0], expected, rtol=0, atol=2e-5)  # angles are float32
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max() + 1))
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_rows_hold_every_token_once_and_little_padding(lengths: list[int]):
+    packed = pack_sequences(lengths, CPU)
+    total = sum(lengths)
+    assert packed.cu_seqlens_q.tolist() == [0, *itertools.accumulate(lengths)]
+    assert torch.equal(packed.pack_to_rows_R[packed.rows_to_pack_T], torch.arange(total))
+    assert sum(bucket.num_sequences for bucket in packed.buckets) == len(lengths)
+    assert len(packed.pack_to_rows_R) == sum(bucket.num_sequences * bucket.length for bucket in packed.buckets)
+    assert len(packed.pack_to_rows_R) <= 1.125 * total
+
+
+@pytest.mark.gpu
+def test_the_variable_length_kernel_agrees_on_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    lengths, device = [5, 130, 64, 1], torch.device("cuda")
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(200, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    outputs = []
+    for place in (CPU, device):
+        packed = pack_sequences(lengths, place)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(place)
+        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, 64, 1e4, torch.bfloat16)
+        attention = PackedAttention(SimpleNamespace(context_parallel_size=1, kv_channels=64))
+        outputs.append(attention(*(x.to(place) for x in qkv), None, packed_seq_params=packed).cpu().float())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=3e-2)

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nft_megatron.errors import UserError
+from nft_megatron.weights.hf_reader import HFReader
+from nft_megatron.weights.table import Entry, Layout, WeightTable
+
+TENSORS = {"a": torch.arange(12.0).view(4, 3), "b": torch.arange(5).bfloat16()}
+TABLE = WeightTable(
+    (Entry("A", ("a",), ((4, 3),), Layout.SPLIT), Entry("B", ("b",), ((5,),), Layout.WHOLE)), ignored=frozenset({"spare"})
+)
+
+
+def write_shards(folder: Path) -> None:
+    for number, (name, tensor) in enumerate(TENSORS.items()):
+        save_file({name: tensor}, folder / f"model-{number}.safetensors")
+    weight_map = {name: f"model-{number}.safetensors" for number, name in enumerate(TENSORS)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_slices_along_either_axis(tmp_path: Path, sharded: bool):
+    if sharded:
+        write_shards(tmp_path)
+    else:
+        save_file(TENSORS, tmp_path / "model.safetensors")
+    with HFReader(tmp_path) as reader:
+        reader.check(TABLE)
+        assert reader.names == {"a", "b"}
+        assert torch.equal(reader.read("a", 0, 1, 3), TENSORS["a"][1:3])
+        assert torch.equal(reader.read("a", 1, 2, 3), TENSORS["a"][:, 2:])
+        assert torch.equal(reader.read("b", 0, 0, 5), TENSORS["b"])
+        assert reader.read("b", 0, 0, 5).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"a": TENSORS["a"]}, "lacks the tensor b"),
+        ({**TENSORS, "c": torch.zeros(2)}, "unexpected tensor c"),
+        ({**TENSORS, "a": torch.zeros(4, 4)}, r"a has shape \[4, 4\] where config.json implies \[4, 3\]"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, tensors: dict[str, torch.Tensor], problem: str):
+    save_file(tensors, tmp_path / "model.safetensors")
+    with HFReader(tmp_path) as reader, pytest.raises(UserError, match=problem):
+        reader.check(TABLE)
+
+
+def test_a_stored_copy_of_a_tied_head_is_ignored(tmp_path: Path):
+    save_file({**TENSORS, "spare": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with HFReader(tmp_path) as reader:
+        reader.check(TABLE)
+
+
+def test_broken_folders(tmp_path: Path):
+    with pytest.raises(UserError, match="no such folder"):
+        HFReader(tmp_path / "absent")
+    with pytest.raises(UserError, match="no weights"):
+        HFReader(tmp_path)
+
+    write_shards(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names model-1\.safetensors, which is not there"):
+        HFReader(tmp_path)
+
+    save_file({"other": TENSORS["b"]}, tmp_path / "model-1.safetensors")
+    with HFReader(tmp_path) as reader, pytest.raises(UserError, match="lacks b"):
+        reader.check(TABLE)
+
+    (tmp_path / "model-1.safetensors").write_bytes(b"\x10")
+    with HFReader(tmp_path) as reader, pytest.raises(UserError, match="not a whole safetensors file"):
+        reader.check(TABLE)
+
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="not an index"):
+        HFReader(tmp_path)
