@@ -3,8 +3,8 @@
     logprob_n = z_{n, target_n} − logsumexp_v z_{n, v}        z = hidden · weightᵀ / temperature
 
 Logits exist for ``chunk_size`` tokens at a time, in the forward pass and again in the backward pass; in between only the
-log-sum-exp of every token is kept. Peak memory above the inputs and their gradients is about two chunks of logits and, in the
-backward pass, the weight's gradient in float32.
+log-sum-exp of every token is kept. Peak memory above the inputs is a chunk of logits in float32 (half as much again for
+bfloat16 inputs, twice as much with entropy) and, in the backward pass, the weight's gradient in float32.
 
 Shapes: N loss tokens; C tokens of a chunk; H hidden size; V rows of the weight on this rank. The padded vocabulary is cut into
 equal consecutive ranges, one a tensor-parallel rank in order, as Megatron-Core does; rows from ``vocab_size`` on are padding.
