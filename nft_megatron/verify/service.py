@@ -9,6 +9,7 @@ A judgement that times out, crashes or is killed is *unknown*, never wrong.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -69,6 +70,8 @@ class Worker:
             what = f"killed after {self._hard_seconds:g} s" if self._is_ready else "worker did not start"
             return Verdict("unknown", what, "", self._hard_seconds), self._is_ready
         except OSError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # it closed its socket: let it say why
             self.kill()
             return Verdict("unknown", f"worker ended with {self.process.returncode}", ""), False
         return Verdict(reply["label"], reply["reason"], "", reply["seconds"]), not reply["reason"].endswith("MemoryError")
