@@ -65,9 +65,7 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
         raise _missing(row, "question", QUESTION_KEYS, where, field)
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not _are_messages(messages):
-        raise UserError(
-            field, where, "the question is neither a text nor a list of {role, content}", "see the README on data sets"
-        )
+        raise UserError(field, where, "the question is neither a text nor a list of {role, content}", "make it one of them")
     gold = _first(row.get("reward_model") or {}, ("ground_truth",))
     gold = _first(row, GOLD_KEYS) if gold is None else gold
     if not isinstance(gold, (str, int, float)) or not str(gold).strip():

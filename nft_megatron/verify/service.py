@@ -56,8 +56,8 @@ class Worker:
             )
         self._is_ready = False
 
-    def judge(self, gold: str, answer: str) -> tuple[Verdict, bool]:
-        """The verdict (its ``verifier`` left empty) and whether it would be the same again. A worker that fails is killed."""
+    def judge(self, gold: str, answer: str) -> Verdict:
+        """The verdict, its ``verifier`` left empty. A worker that does not answer in time is killed."""
         task = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
         self.num_tasks += 1
         try:
@@ -67,14 +67,15 @@ class Worker:
             reply = json.loads(self._exchange(task, self._hard_seconds))
         except TimeoutError:
             self.kill()
-            what = f"killed after {self._hard_seconds:g} s" if self._is_ready else "worker did not start"
-            return Verdict("unknown", what, "", self._hard_seconds), self._is_ready
+            return Verdict(
+                "unknown", f"killed after {self._hard_seconds:g} s" if self._is_ready else "worker did not start", ""
+            )
         except OSError:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)  # it closed its socket: let it say why
             self.kill()
-            return Verdict("unknown", f"worker ended with {self.process.returncode}", ""), False
-        return Verdict(reply["label"], reply["reason"], "", reply["seconds"]), not reply["reason"].endswith("MemoryError")
+            return Verdict("unknown", f"worker ended with {self.process.returncode}", "")
+        return Verdict(reply["label"], reply["reason"], "", reply["seconds"])
 
     def kill(self) -> None:
         """End the process now. May be called from another thread; whoever waits for its answer gets *unknown*."""
@@ -196,14 +197,18 @@ class Verifier:
             gold, answer, future = task
             try:
                 worker = self._usable(worker)
-                verdict, is_final = worker.judge(gold, answer) if worker else (Verdict("unknown", "verifier closed", ""), False)
+                verdict = worker.judge(gold, answer) if worker else Verdict("unknown", "verifier closed", "")
             except Exception as error:  # no process can be started, or a bug: whoever waits must hear of it
+                self._forget(gold, answer)
                 future.set_exception(error)
                 continue
-            if not is_final:
-                with self._lock:
-                    self._cache.pop((gold, answer), None)
+            if verdict.label == "unknown":
+                self._forget(gold, answer)  # it may do better another time
             future.set_result(replace(verdict, verifier=self._name))
+
+    def _forget(self, gold: str, answer: str) -> None:
+        with self._lock:
+            self._cache.pop((gold, answer), None)
 
     def _usable(self, worker: Worker | None) -> Worker | None:
         """``worker`` itself, or the spare once it is dead or worn out; None when the verifier is closed."""

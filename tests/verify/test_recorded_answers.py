@@ -105,6 +105,5 @@ def test_pathological_answers(mode: Any) -> None:
         futures = [verifier.submit(row["pred_text"], row["gold"], "stop") for row in rows]
         verdicts = [future.result(120) for future in futures]
         assert {verdict.label for verdict in verdicts} == {"wrong", "unknown"}
-        assert all(verdict.seconds <= 0.6 for verdict in verdicts if not verdict.reason.startswith("gave up"))
         after = [verifier.submit(rf"\boxed{{\sqrt{{{root**2}}}}}", str(root), "stop").result(60).label for root in range(2, 8)]
         assert "correct" in after, "the pool survives"

@@ -44,6 +44,13 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
+def kill_workers() -> bool:
+    for pid in workers_of(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return True
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -131,14 +138,14 @@ def test_hard_limit_kills_and_replaces_the_worker() -> None:
 def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
     with Verifier(PATIENT) as verifier:
         assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
-        others = set(workers_of(os.getpid()))
-        future = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop")
-        time.sleep(0.3)
-        for pid in others:
-            os.kill(pid, signal.SIGKILL)
-        verdict = future.result(60)
-        assert verdict.label == "unknown"
-        assert verdict.reason == "worker ended with -9"
+        futures = []
+        for _ in range(2):
+            futures.append(verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop"))
+            wait_until(lambda: kill_workers() and futures[-1].done())
+            assert futures[-1].result().label == "unknown"
+            assert futures[-1].result().reason == "worker ended with -9"
+        assert futures[0] is not futures[1], "an unknown verdict is not remembered"
+        time.sleep(0.3)  # until all that were killed are gone
         assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
 
 
