@@ -29,13 +29,12 @@ _PROMPT_TOKENS = 8192  # read at once, padding included: bounds the memory of a 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """An answer whose prompt has been read: row ``source`` of ``key_values``."""
+    """An answer whose prompt has been read into row ``source`` of ``key_values``."""
 
     request: Request
     index: int
     key_values: torch.Tensor
     source: int
-    started: float
 
 
 class Decoder:
@@ -66,14 +65,14 @@ class _Batch:
     ) -> None:
         self._model, self._sampling, self._version = model, sampling, version
         self._stop = StopRule(sampling, model.vocab_size, folder)
-        self._unread = deque(requests)
+        self._unread = deque(request for request in requests if request.seeds)
         self._waiting: deque[_Waiting] = deque()
         size = min(batch_size, sum(len(request.seeds) for request in requests))
-        longest_prompt = max((len(request.prompt_tokens) for request in requests), default=0)
-        self._slots = model.new_slots(size, longest_prompt + sampling.max_tokens)
+        self._slots = model.new_slots(size)
         self._num_rows = 0
         self._answer: list[_Waiting] = []
         self._live_B = np.zeros(size, dtype=bool)
+        self._started_B = np.zeros(size)  # by time.perf_counter()
         self._key_B = np.zeros(size, dtype=np.uint64)
         self._count_B = np.zeros(size, dtype=np.int64)  # tokens generated
         self._position_B = np.zeros(size, dtype=np.int64)  # of the token that the next step feeds
@@ -82,7 +81,8 @@ class _Batch:
         self._tokens_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.int32)
         self._logprobs_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.float32)
         self._arrays = (
-            self._live_B, self._key_B, self._count_B, self._position_B, self._last_B, self._tokens_BT, self._logprobs_BT
+            self._live_B, self._started_B, self._key_B, self._count_B, self._position_B, self._last_B,
+            self._tokens_BT, self._logprobs_BT,
         )  # fmt: skip
 
     def run(self) -> Iterator[Completion]:
@@ -125,6 +125,7 @@ class _Batch:
             self._slots.fill(rows, key_values, torch.tensor([answer.source for answer in starting]))
             self._answer += starting
             self._live_B[rows] = True
+            self._started_B[rows] = time.perf_counter()
             self._key_B[rows] = stream_keys([answer.request.seeds[answer.index] for answer in starting])
             self._count_B[rows] = 0
             self._position_B[rows] = [len(answer.request.prompt_tokens) - 1 for answer in starting]
@@ -133,21 +134,20 @@ class _Batch:
 
     def _read_prompts(self, num_answers: int) -> None:
         """Read the next prompts, enough for ``num_answers`` answers if they fit into ``_PROMPT_TOKENS``; at least one."""
-        started = time.perf_counter()
         batch: list[Request] = []
-        width = 0
+        width = 1  # a prompt of one token is padding alone
         while self._unread and sum(len(request.seeds) for request in batch) < num_answers:
-            width = max(width, len(self._unread[0].prompt_tokens) - 1)
-            if batch and width * (len(batch) + 1) > _PROMPT_TOKENS:
+            wider = max(width, len(self._unread[0].prompt_tokens) - 1)
+            if batch and wider * (len(batch) + 1) > _PROMPT_TOKENS:
                 break
+            width = wider
             batch.append(self._unread.popleft())
-        width = max(1, *(len(request.prompt_tokens) - 1 for request in batch))  # of prompts of one token: padding alone
         tokens_PS = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, request in enumerate(batch):
             tokens_PS[row, : len(request.prompt_tokens) - 1] = torch.from_numpy(request.prompt_tokens[:-1].astype(np.int64))
         key_values = self._model.read(tokens_PS)
         for row, request in enumerate(batch):
-            self._waiting.extend(_Waiting(request, index, key_values, row, started) for index in range(len(request.seeds)))
+            self._waiting.extend(_Waiting(request, index, key_values, row) for index in range(len(request.seeds)))
 
     def _step(self) -> Iterator[Completion]:
         """One token for every row; yields the answers that it finishes."""
@@ -178,5 +178,5 @@ class _Batch:
                 logprobs=self._logprobs_BT[row, :length].copy(),
                 finish_reason="stop" if stopped_B[row] else "length",
                 weight_version=self._version,
-                seconds=time.perf_counter() - answer.started,
+                seconds=time.perf_counter() - self._started_B[row],
             )

@@ -52,12 +52,12 @@ class CausalModel:
             raise UserError("weights", ", ".join(sorted(wanted)), "missing from the stream", _REMEDY)
         return combine_digests(digests)
 
-    def new_slots(self, num_slots: int, capacity: int) -> SlotState:
-        """An empty cache for ``num_slots`` answers of at most ``capacity`` tokens, prompts included."""
+    def new_slots(self, num_slots: int) -> SlotState:
+        """An empty cache for ``num_slots`` answers."""
         config = self._config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         num_layers, num_heads = config.num_hidden_layers, config.num_key_value_heads
-        return SlotState(num_layers, num_slots, num_heads, capacity, head_dim, self._dtype)
+        return SlotState(num_layers, num_slots, num_heads, head_dim, self._dtype)
 
     @torch.inference_mode()
     def read(self, tokens_PS: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ class _Worker:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            self.process.wait(seconds)
 
 
 class WorkerPool:

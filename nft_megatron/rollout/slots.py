@@ -49,33 +49,44 @@ class PromptState:
 
 
 class SlotState:
-    """A preallocated cache with one row an answer; rows 0 … B−1 are in use.
+    """A cache with one row an answer, of which the first are in use; its capacity grows with the longest answer.
 
     Memory is zeroed, because a masked score still multiplies the value behind it, and 0 · NaN is NaN.
     """
 
-    def __init__(
-        self, num_layers: int, num_slots: int, num_heads: int, capacity: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
-        self._kv_2LBHCD = torch.zeros(2, num_layers, num_slots, num_heads, capacity, head_dim, dtype=dtype)
-        self._range_C = torch.arange(capacity)
-        self._rows_N1 = torch.arange(num_slots * num_heads)[:, None]
+    def __init__(self, num_layers: int, num_slots: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self._kv_2LBHCD = torch.zeros(2, num_layers, num_slots, num_heads, 0, head_dim, dtype=dtype)
+        self._rows_N = torch.arange(num_slots * num_heads)
 
+    @torch.inference_mode()
     def fill(self, rows: slice, key_values: torch.Tensor, sources: torch.Tensor) -> None:
         """Start the answers in ``rows`` from prompts ``sources`` of :meth:`PromptState.key_values`."""
-        self._kv_2LBHCD[:, :, rows, :, : key_values.shape[4]] = key_values[:, :, sources]
+        num_tokens = key_values.shape[4]
+        self._reserve(num_tokens)
+        self._kv_2LBHCD[:, :, rows, :, :num_tokens] = key_values[:, :, sources]
 
+    @torch.inference_mode()
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy whole rows; ``sources`` and ``targets`` don't meet."""
         self._kv_2LBHCD[:, :, targets] = self._kv_2LBHCD[:, :, sources]
 
+    @torch.inference_mode()
     def prepare(self, positions_B: torch.Tensor, num_tokens: int) -> None:
-        """Before each decoding step: answer b's new token stands at ``positions_B[b]`` < ``num_tokens`` (T)."""
-        num_rows, num_heads, capacity = len(positions_B), self._kv_2LBHCD.shape[3], self._kv_2LBHCD.shape[4]
-        positions_N1 = positions_B.repeat_interleave(num_heads)[:, None]
-        self._write_N = (self._rows_N1[: num_rows * num_heads] * capacity + positions_N1)[:, 0]
-        hidden_NT = self._range_C[:num_tokens] > positions_N1
+        """Before each decoding step: answer b's new token stands at ``positions_B[b]``; ``num_tokens`` (T) are looked at."""
+        self._reserve(num_tokens)
+        num_heads, capacity = self._kv_2LBHCD.shape[3:5]
+        positions_N = positions_B.repeat_interleave(num_heads)
+        self._write_N = self._rows_N[: len(positions_N)] * capacity + positions_N
+        hidden_NT = torch.arange(num_tokens) > positions_N[:, None]
         self._bias_N1T = torch.zeros(hidden_NT.shape, dtype=self._kv_2LBHCD.dtype).masked_fill_(hidden_NT, -torch.inf)[:, None]
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Make the capacity at least ``num_tokens``, growing by half so that copying stays a small share of the work."""
+        *outer, capacity, head_dim = self._kv_2LBHCD.shape
+        if num_tokens > capacity:
+            grown_2LBHCD = self._kv_2LBHCD.new_zeros(*outer, max(num_tokens, capacity + capacity // 2), head_dim)
+            grown_2LBHCD[..., :capacity, :] = self._kv_2LBHCD
+            self._kv_2LBHCD = grown_2LBHCD
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         keys_BHCD, values_BHCD = self._kv_2LBHCD[:, layer]

@@ -57,8 +57,8 @@ def _read_commands(connection: Connection, parent: int, inbox: SimpleQueue[Any])
 
 def main(settings: WorkerSettings) -> None:
     """Serve until the parent closes the connection or dies."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, sent to the whole process group
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, whose end ends this process
     connection = Connection(settings.connection)
     inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_read_commands, args=(connection, settings.parent, inbox), daemon=True).start()

@@ -21,16 +21,16 @@ from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.weights.receipt import weights_receipt
 
 VOCAB = 61
-SIZES = dict(
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
-    max_position_embeddings=128,
-    initializer_range=0.2,  # far from uniform, so that a wrong key or position shows
-)
+SIZES: dict = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # far from uniform, so that a wrong key or position shows
+}
 
 
 def build(config_class, model_class, **changes):
@@ -118,6 +118,20 @@ def test_untied_models_of_several_families(config_class, model_class, tmp_path):
     for completion in decoder.generate(requests, Sampling(max_tokens=12)):
         expected = reference_logprobs(model, requests[completion.request_id].prompt_tokens, completion.tokens, 1.0, 1.0)
         assert np.abs(completion.logprobs - expected).max() < 1e-5
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(model, folder):
+    decoder = Decoder(folder, batch_size=16, dtype=torch.bfloat16)
+    decoder.load(model.named_parameters(), version=1)
+    rounded = Qwen2ForCausalLM(model.config).eval().bfloat16()
+    rounded.load_state_dict(model.state_dict())
+    requests, ours, theirs = make_requests(), [], []
+    for completion in decoder.generate(requests, Sampling(max_tokens=20)):
+        prompt, tokens = requests[completion.request_id].prompt_tokens, completion.tokens
+        exact = reference_logprobs(model, prompt, tokens, 1.0, 1.0)
+        ours.append(np.abs(completion.logprobs - exact).mean())
+        theirs.append(np.abs(reference_logprobs(rounded, prompt, tokens, 1.0, 1.0) - exact).mean())
+    assert 1e-3 < np.mean(ours) < 1.3 * np.mean(theirs)
 
 
 def test_greedy_equals_generate(model, folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nft_megatron.errors import UserError
@@ -155,6 +156,9 @@ def test_a_killed_worker_aborts_its_answers_and_returns_with_current_weights(eng
     long_requests = [Request(i, np.array([1, 2], dtype=np.int32), tuple(range(40))) for i in range(4)]
     completions = engine.generate(long_requests, Sampling(max_tokens=500))
     first = next(completions)
+    for pid in before:  # signals for the trainer reach the whole process group; workers end with it, not before
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGUSR1)
     os.kill(before[0], signal.SIGKILL)
     answers = [first, *completions]
     assert sorted((c.request_id, c.index) for c in answers) == [(i, k) for i in range(4) for k in range(40)]
@@ -185,7 +189,7 @@ def test_a_silent_worker_is_replaced_within_the_deadline(folder, models, expecte
 def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     engine = EmbeddedEngine(folder, num_processes=1, batch_size=8, load_seconds=60)
-    with pytest.raises(EngineFault, match="exit code 1.*3 times in a row"):
+    with pytest.raises(EngineFault, match=r"exit code 1.*3 times in a row"):
         engine.load(models[0].named_parameters(), version=1)
     engine.close()
 
@@ -198,21 +202,21 @@ def test_close_leaves_no_process(folder):
     assert worker_pids(os.getpid()) == others
 
 
-def test_workers_die_with_a_killed_parent(folder, tmp_path):
+def test_workers_die_with_a_killed_parent(folder, models, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file({name: tensor.detach() for name, tensor in models[0].named_parameters()}, weights)
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, numpy as np\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "import sys, numpy as np, safetensors.torch\n"
         "from nft_megatron.records import Request, Sampling\n"
         "from nft_megatron.rollout.embedded import EmbeddedEngine\n"
         "engine = EmbeddedEngine(sys.argv[1], num_processes=2, batch_size=8)\n"
-        "model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))\n"
-        "engine.load(model.named_parameters(), version=1)\n"
+        "engine.load(safetensors.torch.load_file(sys.argv[2]).items(), version=1)\n"
         "requests = [Request(i, np.array([1]), tuple(range(64))) for i in range(64)]\n"
         "for completion in engine.generate(requests, Sampling(max_tokens=2000)):\n"
         "    print('generating', flush=True)\n"
     )
-    parent = subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE)
+    parent = subprocess.Popen([sys.executable, script, folder, weights], stdout=subprocess.PIPE)
     try:
         assert parent.stdout.readline() == b"generating\n"
         workers = worker_pids(parent.pid)

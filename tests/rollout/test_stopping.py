@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from nft_megatron.records import Sampling
+from nft_megatron.rollout.stopping import StopRule
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path):
+    """One token a byte, as the rarest characters of Qwen's vocabulary are written."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    wrapped.save_pretrained(tmp_path)
+    return wrapped
+
+
+def test_stop_texts_are_found_across_tokens_and_within_characters(byte_tokenizer, tmp_path):
+    rule = StopRule(Sampling(stop=("。\n", "答えは")), len(byte_tokenizer), tmp_path)
+    texts = ["これで。\nおわり", "では答えは7", "🙂。\n", "答え は。 \n"]
+    rows = [byte_tokenizer(text)["input_ids"] for text in texts]
+    tokens = np.zeros((len(rows), max(map(len, rows)) + 1), dtype=np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    ends = [len("これで。\n".encode()), len("では答えは".encode()), len("🙂。\n".encode()), None]
+    for row, end in enumerate(ends):
+        found = [
+            bool(rule.find(tokens, np.array([count if r == row else 1 for r in range(len(rows))]))[row])
+            for count in range(1, (end or len(rows[row])) + 1)
+        ]
+        assert found == [count == end for count in range(1, len(found) + 1)]
+
+
+def test_stop_tokens_beyond_the_vocabulary_never_match(tmp_path):
+    rule = StopRule(Sampling(stop_token_ids=(3, 99)), vocab_size=5, folder=tmp_path)
+    assert rule.find(np.array([[0, 3], [3, 4]]), np.array([2, 2])).tolist() == [True, False]
+    assert rule.find(np.array([[0, 3], [3, 4]]), np.array([1, 1])).tolist() == [False, True]
