@@ -20,7 +20,7 @@
 **The scale of gradients.** After the schedule, ``parameter.main_grad`` is the plain sum of d(loss)/d(parameter) over the
 micro-batches of all data-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's scaling factor to 1
 (distributed/distributed_data_parallel.py:257) and, with a three-tuple from the loss function, keeps the schedule from dividing
-by the number of micro-batches (pipeline_parallel/schedules.py:255); ``_finalize`` withholds the token count by which
+by the number of micro-batches (pipeline_parallel/schedules.py:262); ``_finalize`` withholds the token count by which
 ``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what several ranks hold
 a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline stage. With the
 distributed optimizer a rank's sum is complete only on its own shard of the buffer.
@@ -64,7 +64,7 @@ Chunks = list[DistributedDataParallel]
 class RMSNorm(torch.nn.Module):
     """RMSNorm whose weight Megatron's gradient finalisation recognises under sequence parallelism.
 
-    Megatron's own for the local spec refuses sequence parallelism (transformer/torch_norm.py:33).
+    Megatron's own for the local spec refuses sequence parallelism (transformer/torch_norm.py:32).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:

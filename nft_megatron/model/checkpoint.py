@@ -6,12 +6,13 @@ optimizer state of its data-parallel group, 12 bytes a parameter). So it loads u
 
 The caller gives an empty folder and publishes it once all ranks are back. Megatron's default writer forks processes and starts
 a manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the kernel killed
-(dist_checkpointing/strategies/filesystem_async.py:290-390); ``_Writer`` writes in this process instead, with torch's own.
+(dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); ``_Writer`` writes in this process instead, with torch's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,30 @@ def _sharded_state(
         "chained_optim_avoid_prefix": True,
     }
     model = policy_model(chunk).sharded_state_dict(metadata=metadata)
-    return {
-        "model": model,
-        "optimizer": optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-    }
+    with _padding_counted(chunk):
+        state = optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": state}
+
+
+@contextlib.contextmanager
+def _padding_counted(chunk: DistributedDataParallel) -> Iterator[None]:
+    """Let Megatron gather optimizer state with the padding between its buckets.
+
+    It leaves the padding out and then looks parameters up at offsets that include it, so that with more than one bucket (a tied
+    embedding split over pipeline stages has its own) moments and master weights of the later ones are saved shifted
+    (optimizer/distrib_optimizer.py:1118 and 1508, "see issue #504").
+    """
+    holders = [*chunk.buffers, *(bucket for buffer in chunk.buffers for bucket in buffer.buckets)]
+    unpadded = [holder.numel_unpadded for holder in holders]
+    for buffer in chunk.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for holder, numel in zip(holders, unpadded, strict=True):
+            holder.numel_unpadded = numel
 
 
 def save_checkpoint(
@@ -165,8 +186,8 @@ def load_checkpoint(
 def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:
     """``DistributedOptimizer.load_state_dict`` in two steps, around torch's own step counters.
 
-    Megatron restores one counter tensor shared by all parameters (optimizer/distrib_optimizer.py:829), to which torch's AdamW
-    would add one for each of them; and while it restores the moments it looks for a counter that it has left out (:939).
+    Megatron restores one counter tensor shared by all parameters (optimizer/distrib_optimizer.py:825), to which torch's AdamW
+    would add one for each of them; and while it restores the moments it looks for a counter that it has left out (:940).
     """
     (megatron,) = optimizer.megatron.chained_optimizers
     parameter_state = loaded.pop("param_state")
