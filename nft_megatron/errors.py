@@ -26,6 +26,10 @@ class UserError(ValueError):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(f"{field} = {value}: {problem}; {remedy}")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
+        # Ranks tell each other their errors: pickle would call the class with the message alone.
+        return type(self), (self.field, self.value, self.problem, self.remedy)
+
 
 class StoppedEarly(Exception):
     """The run stopped before its last step with everything saved; the same command continues it."""
