@@ -4,9 +4,11 @@ A checkpoint does not depend on the layout that wrote it: every tensor is stored
 optimizer's shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds the
 optimizer state of its data-parallel group, 12 bytes a parameter). So it loads under other tensor, pipeline and data sizes.
 
-The caller gives an empty folder and publishes it once all ranks are back. Megatron's default writer forks processes and starts
-a manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the kernel killed
-(dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); ``_Writer`` writes in this process instead, with torch's own.
+The caller gives an empty folder and publishes it once all ranks are back. Saving takes the steps of Megatron's own
+``dist_checkpointing.save`` with two differences. Its writer forks processes and starts a manager, which needs a ``__main__``
+guard in the user's script and waits without a deadline for workers that the kernel killed
+(dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); here torch's writer works in this process. And a failure
+of rank 0 to write the common part is told to the other ranks, which would wait for it.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -35,31 +38,11 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from nft_megatron.errors import UserError
 from nft_megatron.model.build import policy_model
 from nft_megatron.model.checksums import verify_checksums, write_checksums
+from nft_megatron.model.control import on_main
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.topology import Topology
 
 _FORMAT = 1
-
-
-class _Writer(SaveShardedStrategy):
-    """Every rank writes its own shards, flushed, in this process. A failure on one rank raises on all."""
-
-    def __init__(self, control_group: dist.ProcessGroup) -> None:
-        super().__init__("torch_dist", 1)
-        self._group = control_group
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            process_group=self._group,
-        )
 
 
 def _layout(topology: Topology) -> list[int]:
@@ -142,12 +125,33 @@ def save_checkpoint(
         "num_updates": optimizer.num_updates,
         "extra": extra,
     }
-    try:
-        dist_checkpointing.save(state, str(folder), _Writer(topology.control_group))
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise OSError(f"{folder}: the checkpoint could not be written: {cause}") from error
+    sharded, common = save_preprocess(state)
+    on_main(topology, lambda: _write_common(common, folder))
+    _write_shards(sharded, folder, topology.control_group)
+    on_main(topology, lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
     write_checksums(folder, topology)
+
+
+def _write_common(common: dict[str, Any], folder: Path) -> None:
+    """Rank 0's part: what is not sharded."""
+    try:
+        TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
+    except RuntimeError as error:  # torch's zip writer reports a full disk so
+        raise OSError(f"{folder}: the checkpoint could not be written: {error}") from error
+
+
+def _write_shards(sharded: dict[str, Any], folder: Path, control_group: dist.ProcessGroup) -> None:
+    """Every rank writes what it is the main holder of into one file, flushed. A failure on one rank raises on all."""
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    try:
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, is_loading=False),
+            storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=control_group,
+        )
+    except CheckpointException as error:
+        raise OSError(f"{folder}: the checkpoint could not be written: {_first_line(error)}") from error
 
 
 def load_checkpoint(

@@ -31,7 +31,7 @@ def write_checksums(folder: Path, topology: Topology) -> None:
     own = [path for path in folder.iterdir() if path.name.startswith(f"__{topology.rank}_")]
     if topology.is_main:
         own += [path for path in folder.iterdir() if not path.name.startswith("__")]
-    checksums = {path.name: _crc32(path) for path in own}
+    checksums = together(topology, lambda: {path.name: _crc32(path) for path in own})
     of_ranks: list[dict[str, int]] = [{} for _ in range(topology.world_size)]
     dist.all_gather_object(of_ranks, checksums, group=topology.control_group)
 
