@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--answer-tokens", type=int, default=64, help="longest answer (%(default)s)")
     add("--mean-tokens", type=float, default=32.0, help="of an answer in the varied workload, before the cut (%(default)s)")
     add("--generate-batch-sizes", type=int, nargs="+", default=[64, 128, 256], help="tried for generate (%(default)s)")
-    add("--batch-size", type=int, default=128, help="of the embedded engine, per process (%(default)s)")
+    add("--batch-size", type=int, default=256, help="of the embedded engine, per process (%(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="for `all` (one a core: %(default)s)")
     add("--repeats", type=int, default=5, help="rounds in which all ways take turns (%(default)s)")
     return parser.parse_args()
