@@ -52,8 +52,8 @@ class DataSection(Section):
     """The prompt under template ``plain``; ``{question}`` is replaced."""
     system_prompt: str | None = None
     """System message under template ``chat``."""
-    instruction: Literal["keep", "boxed", "none"] = "keep"
-    """Of questions in DAPO's wording: keep it (last line "Answer: …"), ask for a \\boxed{} answer as NFT does, or strip it."""
+    instruction: Literal["boxed", "keep", "none"] = "boxed"
+    """Of questions in DAPO's wording ("Answer: $Answer"): ask for \\boxed{} as NFT does, keep the wording, or strip it."""
     max_prompt_tokens: PositiveInt = 512
     """Longest prompt, template included."""
     overlong: Literal["error", "drop"] = "error"
@@ -219,7 +219,7 @@ class Config(Section):
 
     run_dir: LoosePath
     """Folder of everything the run writes. Starting again with the same folder goes on where it stopped."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the order of questions, of every answer and of the mini-batches."""
     model: ModelSection
     data: DataSection

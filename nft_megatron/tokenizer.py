@@ -13,6 +13,9 @@ def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
     """The folder's Hugging Face tokenizer; nothing is fetched, no code of the folder is run."""
     from transformers import AutoTokenizer
 
+    # Without any of these, transformers 5 makes up a tokenizer that knows no word
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise UserError(field, folder, "has no tokenizer", "copy tokenizer.json and tokenizer_config.json into it")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

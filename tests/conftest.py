@@ -5,3 +5,131 @@ five: the K answers to a question are mixed, verdicts are real, and a few NFT st
 """
 
 import json
+import os
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from launcher import Ranks
+
+from nft_megatron.cli import main
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+BOXES = [f"\\boxed{{{number}}}" for number in range(5)]
+WORDS = ["<pad>", "<eos>", "What", "is", "+", *"01234", *BOXES]
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Every word is an added token: ``AutoTokenizer`` gives each Qwen2 folder Qwen2's own splitting of all other text."""
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A random Qwen2 of 2 layers with grouped-query attention, tied embeddings and biases that are not zero."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.generation_config.eos_token_id = [1, *map(WORDS.index, BOXES)]
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def question_file(tmp_path_factory) -> Path:
+    """15 sums in the schema of DAPO-Math-17k."""
+    rows = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"What is {a} + {b}"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": str(a + b), "style": "rule"},
+            "extra_info": {"index": f"{a}+{b}"},
+        }
+        for a in range(5)
+        for b in range(5 - a)
+    ]
+    path = tmp_path_factory.mktemp("data") / "sums.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture
+def run_config(tmp_path, model_folder, question_file):
+    """Writes the config file of a small run. Keyword arguments replace fields of sections: ``train={"num_steps": 2}``."""
+
+    def write(run_dir: Path | str = "run", **sections) -> Path:
+        tree = {
+            "run_dir": str(tmp_path / run_dir),
+            "model": {"path": str(model_folder), "dtype": "float32"},
+            "data": {"train": str(question_file), "template": "plain", "max_prompt_tokens": 8},
+            "rollout": {
+                "questions_per_step": 4, "answers_per_question": 8, "max_answer_tokens": 4, "processes": 0, "oversample": 2.0,
+            },
+            "optimizer": {"learning_rate": 1.0e-3, "warmup_updates": 2},
+            "train": {"num_steps": 3, "updates_per_step": 2, "micro_batch_tokens": 64},
+            "parallel": {"threads": 1, "timeout_seconds": 60.0},
+            "checkpoint": {"every": 1},
+            "evaluate": {"data": str(question_file), "every": 2},
+            "observe": {"tensorboard": False},
+        }  # fmt: skip
+        for section, fields in sections.items():
+            tree[section] = {**tree.get(section, {}), **fields} if isinstance(fields, dict) else fields
+        path = tmp_path / f"{Path(run_dir).name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start(tmp_path_factory):
+    """Starts ``nft-megatron`` with the given arguments, on ``ranks`` processes; see :mod:`launcher`."""
+    commands = []
+
+    def begin(*arguments, ranks: int = 1) -> Ranks:
+        commands.append(Ranks(main, ([str(argument) for argument in arguments],), ranks, tmp_path_factory.mktemp("output")))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        command.signal(signal.SIGKILL)
+
+
+@pytest.fixture
+def command(start):
+    """Runs ``nft-megatron`` to its end and returns exit code and output."""
+    return lambda *arguments, ranks=1: start(*arguments, ranks=ranks).wait()
+
+
+@pytest.fixture
+def metrics_of():
+    """The rows of a run without what depends on the machine's speed."""
+
+    def read(run_dir: Path) -> list[dict]:
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second/"))} for row in rows]
+
+    return read

@@ -9,10 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nft_megatron"
 FLOORS = {
-    "__init__": 0, "errors": 0, "files": 0, "records": 0, "config": 0, "config_load": 0, "run_folder": 0, "data": 0,
-    "verify.grade": 0, "algorithms": 1, "layout": 1, "weights": 1, "observe": 1, "model": 2, "rollout": 2, "verify": 2,
-    "collect": 3, "publish": 3, "evaluate": 3, "assemble": 3, "train": 3, "cli": 5, "__main__": 5,
-}  # fmt: skip
+    **dict.fromkeys(["__init__", "errors", "files", "records", "config", "config_load", "run_folder", "stop", "data"], 0),
+    **dict.fromkeys(["verify.grade", "verify.numbers"], 0),
+    **dict.fromkeys(["algorithms", "layout", "weights", "observe"], 1),
+    **dict.fromkeys(["model", "rollout", "verify"], 2),
+    **dict.fromkeys(["tokenizer", "ask", "answering", "collect", "publish", "checkpoints", "evaluate"], 3),
+    **dict.fromkeys(["run", "assemble", "train"], 3),
+    **dict.fromkeys(["cli", "__main__"], 5),
+}
 PEERS = ("model", "rollout", "verify")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, TokenBatch
 from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
-from nft_megatron.layout.minibatches import Layout, plan_minibatches
+from nft_megatron.layout.minibatches import Answers, Layout, plan_minibatches
 from nft_megatron.layout.packing import PackedBatch, Row, pack
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, forward_backward, lm_head_weight, zero_gradients
@@ -124,19 +124,14 @@ class Trainer:
 
     def _read(self, ledger: Path, step: int) -> list[MiniBatch]:
         index = read_index(ledger)
-        rows = np.flatnonzero(
-            (index.fate == "train")
-            & (index.label != "unknown")
-            & (index.answer_length > 0)
-            & (index.is_correct | self.algorithm.uses_wrong_answers)
+        rows = np.flatnonzero((index.fate == "train") & (index.label != "unknown") & (index.answer_length > 0))
+        answers = Answers(
+            group_id=index.group_id[rows],
+            lengths=(index.prompt_length + index.answer_length)[rows],
+            answer_lengths=index.answer_length[rows],
+            is_forwarded=index.is_correct[rows] | self.algorithm.uses_wrong_answers,
         )
-        plans = plan_minibatches(
-            index.group_id[rows],
-            (index.prompt_length + index.answer_length)[rows],
-            index.answer_length[rows],
-            step,
-            self.layout,
-        )
+        plans = plan_minibatches(answers, step, self.layout)
         own = [[rows[members] for members in plan.rows_of[self.topology.data_rank]] for plan in plans]
         needed = np.concatenate([members for minibatch in own for members in minibatch])
         tokens = dict(zip(needed.tolist(), read_tokens(ledger, needed), strict=True))

@@ -1,0 +1,78 @@
+"""Runs the command in processes forked from one that has imported everything, so that a start costs no import time.
+
+Used by the fixtures ``command`` and ``start`` of conftest.py. Each process is a session of its own, with the exit code, the
+output and the signals of the installed command.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["launcher_preload"])
+
+
+@dataclass
+class Outcome:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Ranks:
+    """``function(*arguments)`` in ``count`` processes with the environment that torchrun would give them.
+
+    ``function`` belongs to a module that can be imported (one beside this file, or of the package).
+    """
+
+    def __init__(self, function: Callable[..., object], arguments: tuple[object, ...], count: int, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._folder = folder
+        self.processes: list[BaseProcess] = []
+        for rank in range(count):
+            env = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            variables = {name: str(value) for name, value in env.items()} if count > 1 else {}
+            process = CONTEXT.Process(target=_main, args=(function, arguments, variables, folder, rank))
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def signal(self, number: int) -> None:
+        """To every rank that still runs."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def wait(self, timeout: float = 120.0) -> Outcome:
+        """The first failing rank's exit code, and rank 0's output."""
+        for process in self.processes:
+            process.join(timeout)
+        if self.is_running:
+            self.signal(9)
+            raise TimeoutError(f"still running after {timeout} s:\n{(self._folder / 'stderr0').read_text()}")
+        codes = [process.exitcode for process in self.processes]
+        output = [path.read_text() if path.exists() else "" for path in (self._folder / "stdout0", self._folder / "stderr0")]
+        return Outcome(next((code for code in codes if code), 0), *output)
+
+
+def _main(
+    function: Callable[..., object], arguments: tuple[object, ...], variables: dict[str, str], folder: Path, rank: int
+) -> None:
+    os.setsid()
+    os.environ.update(variables)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    function(*arguments)

@@ -1,0 +1,286 @@
+"""Whole runs of the command: they learn, resume to the bit, and say what is wrong."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from nft_megatron.data.ledger import read_groups
+
+
+def generated(run_dir: Path) -> dict[int, list]:
+    """Every answer of every step's ledger: tokens and log-probs, in file order."""
+    return {
+        int(path.stem.removeprefix("step_")): [
+            (group.group_id, answer.completion.tokens.tolist(), answer.completion.logprobs.tolist(), answer.verdict.label)
+            for group, _ in read_groups(path)
+            for answer in group.answers
+        ]
+        for path in sorted((run_dir / "ledger").glob("step_*.parquet"))
+    }
+
+
+def wait_for(condition, process, seconds: float = 60) -> None:
+    """Until ``condition()``; the process must be running all the while."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and process.is_running, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_run_writes_what_its_folder_promises(run_config, command, metrics_of, tmp_path):
+    config = run_config(observe={"tensorboard": True}, checkpoint={"every": 2, "keep": 1})
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
+    assert (run / "checkpoints" / "latest").read_text() == "step_000003"
+    assert [folder.name for folder in (run / "checkpoints").glob("step_*")] == ["step_000003"]
+    assert sorted(path.name for path in (run / "ledger").glob("*.parquet")) == [f"step_00000{k}.parquet" for k in (1, 2, 3)]
+    assert not list(run.rglob(".tmp-*")) and not list((run / "ledger" / "rounds").iterdir())
+    assert list((run / "logs" / "tensorboard").iterdir())
+    row = metrics_of(run)[1]
+    assert row["groups_trained"] == 4 and row["updates"] == 4 and 0 < row["accuracy"] < 1
+    assert sum(row["correct_rate_histogram"]) == row["groups_sampled"]
+    assert "eval_accuracy_initial" in metrics_of(run)[0] and "eval_accuracy" in row
+    again = command("train", config)
+    assert again.returncode == 0, again.stderr
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
+
+
+def test_export_loads_in_transformers_and_answers_the_same(run_config, command, metrics_of, tmp_path):
+    config = run_config()
+    assert command("train", config).returncode == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "run" / "hf" / "step_000003"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    right = 0
+    questions = [(a, b) for a in range(5) for b in range(5 - a)]
+    for a, b in questions:
+        ids = tokenizer(f"What is {a} + {b}\n", return_tensors="pt")["input_ids"]
+        answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        right += tokenizer.decode(answer).split()[-1] == f"\\boxed{{{a + b}}}"
+    assert metrics_of(tmp_path / "run")[-1]["eval_accuracy"] == pytest.approx(right / len(questions))
+    evaluated = command("eval", folder, config, "--out", tmp_path / "eval.json")
+    assert f"{right / len(questions):.1%}" in evaluated.stdout
+
+
+def test_nft_learns_the_sums(run_config, command, metrics_of, tmp_path):
+    config = run_config(
+        train={"num_steps": 30, "micro_batch_tokens": 1024}, rollout={"questions_per_step": 12},
+        optimizer={"learning_rate": 1e-2}, checkpoint={"every": 100}, evaluate={"every": 100},
+    )  # fmt: skip
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    rows = metrics_of(tmp_path / "run")
+    assert rows[-1]["eval_accuracy"] >= rows[0]["eval_accuracy_initial"] + 0.4
+
+
+def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_path):
+    assert command("train", run_config(algorithm={"name": "rft"})).returncode == 0
+    rows, ledger = metrics_of(tmp_path / "run"), generated(tmp_path / "run")
+    for row in rows:
+        right = sum(len(tokens) for _, tokens, _, label in ledger[row["step"]] if label == "correct")
+        assert row["trained_tokens"] == right
+        assert row["loss_negative"] == 0
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, start, metrics_of, tmp_path, attempt):
+    sections = {"rollout": {"oversample": 1.0}, "train": {"num_steps": 6}, "checkpoint": {"every": 2}}
+    assert command("train", run_config("whole", **sections)).returncode == 0
+    config, moments = run_config("killed", **sections), random.Random(attempt)
+    for _ in range(12):
+        process = start("train", config)
+        time.sleep(0.5 + 4 * moments.random())
+        process.signal(signal.SIGKILL)
+        outcome = process.wait()
+        before = generated(tmp_path / "killed")
+        if outcome.returncode == 0:
+            break
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    assert generated(tmp_path / "killed") == generated(tmp_path / "whole")
+    assert all(generated(tmp_path / "killed")[step] == answers for step, answers in before.items())
+
+
+@pytest.mark.parametrize("name", ["stop file", "signal"])
+def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, start, metrics_of, tmp_path, name):
+    config, run = run_config(train={"num_steps": 200}, checkpoint={"every": 1000}), tmp_path / "run"
+    process = start("train", config)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process)
+    (run / "stop").touch() if name == "stop file" else process.signal(signal.SIGTERM)
+    outcome = process.wait()
+    assert outcome.returncode == 75, outcome.stderr
+    steps = metrics_of(run)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{steps:06d}"
+    assert not (run / "stop").exists()
+    done = command("train", config, f"train.num_steps={steps + 1}")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, steps + 2))
+
+
+def test_surplus_groups_train_the_next_step_when_they_may_be_stale(run_config, command, metrics_of, tmp_path):
+    config = run_config(rollout={"max_staleness": 1, "questions_per_step": 2}, train={"num_steps": 4})
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    rows = metrics_of(tmp_path / "run")
+    used_again = [row for row in rows if row["staleness_max"] == 1]
+    assert used_again
+    for before, row in pairwise(rows):
+        assert (row["staleness_max"] == 1) == (before["groups_surplus"] > 0)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "ranks"), [(2, 1, 2), (1, 2, 2), (1, 1, 2)])
+def test_parallel_runs_train_like_one_process(run_config, command, metrics_of, tmp_path, tensor, pipeline, ranks):
+    sections = {"train": {"num_steps": 2}}
+    assert command("train", run_config("one", **sections)).returncode == 0
+    several = run_config("several", **sections, parallel={"tensor": tensor, "pipeline": pipeline})
+    done = command("train", several, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "several"), strict=True):
+        assert other["groups_sampled"] == one["groups_sampled"] and other["trained_tokens"] == one["trained_tokens"]
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert other["entropy"] == pytest.approx(one["entropy"], rel=1e-6)
+    from safetensors.torch import load_file
+
+    files = [load_file(tmp_path / name / "hf" / "step_000002" / "model.safetensors") for name in ("one", "several")]
+    assert files[0].keys() == files[1].keys()
+    for name in files[0]:
+        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
+
+
+def test_resume_under_another_layout(run_config, command, metrics_of, tmp_path):
+    sections = {"checkpoint": {"every": 1}}
+    assert command("train", run_config("whole", **sections)).returncode == 0
+    config = run_config("moved", **sections)
+    assert command("train", config, "train.num_steps=2").returncode == 0
+    done = command("train", config, "parallel.pipeline=2", ranks=2)
+    assert done.returncode == 0, done.stderr
+    whole, moved = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "moved")
+    assert moved[2]["grad_norm"] == pytest.approx(whole[2]["grad_norm"], rel=1e-4)
+    assert moved[2]["updates"] == 6
+
+
+def test_a_second_process_is_kept_out(run_config, command, start, tmp_path):
+    config = run_config(train={"num_steps": 500})
+    process = start("train", config)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    second = command("train", config)
+    process.signal(signal.SIGKILL)
+    assert second.returncode == 2
+    assert "another process is training in it" in second.stderr
+
+
+def test_changed_meaning_is_refused(run_config, command):
+    config = run_config(train={"num_steps": 1})
+    assert command("train", config).returncode == 0
+    changed = command("train", config, "optimizer.learning_rate=1e-4")
+    assert changed.returncode == 2
+    assert "optimizer.learning_rate = 0.0001: the run in" in changed.stderr and "was started with 0.001" in changed.stderr
+
+
+def corrupt_model(tmp_path: Path, model_folder: Path, what: str) -> Path:
+    """A copy of the model without what ``what`` names."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        if not file.name.startswith(what):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_stps=3", "train.num_stps = 3: no such key; did you mean 'train.num_steps'?"),
+        ("train.num_steps=soon", "train.num_steps = soon: Input should be a valid integer"),
+        ("model.path=/nowhere", "model.path = /nowhere: no such folder"),
+        ("data.train=/nowhere.parquet", "data.train = /nowhere.parquet: no such file"),
+        ("data.max_prompt_tokens=3", "data.max_prompt_tokens = 3: 15 of 15 questions of data.train are longer"),
+        ("rollout.max_answer_tokens=56", "rollout.max_answer_tokens = 56: with data.max_prompt_tokens = 8 it exceeds"),
+        ("parallel.tensor=3", "parallel.tensor = 3: does not divide"),
+        ("run_dir=/proc/nowhere", "run_dir = /proc/nowhere: cannot be written"),
+    ],
+)
+def test_wrong_input_ends_with_one_message(run_config, command, tmp_path, override, message):
+    overrides = (
+        [override] if "max_answer" not in override else [override, "train.micro_batch_tokens=256", "data.max_prompt_tokens=9"]
+    )
+    message = message.replace("max_prompt_tokens = 8", "max_prompt_tokens = 9")
+    done = command("train", run_config(), *overrides)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("nft-megatron: ")]
+    assert message in line and "; " in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("model.safetensors", "has no weights"), ("config.json", "has no config.json"), ("tokenizer", "has no tokenizer")],
+)
+def test_incomplete_model_folder(run_config, command, tmp_path, model_folder, missing, message):
+    folder = corrupt_model(tmp_path, model_folder, missing)
+    done = command("train", run_config(), f"model.path={folder}")
+    assert done.returncode == 2 and f"model.path = {folder}: " in done.stderr and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"not parquet", "unreadable"), (None, "holds no questions")])
+def test_unreadable_and_empty_data(run_config, command, tmp_path, content, message):
+    path = tmp_path / "bad.parquet"
+    if content is None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), path)
+    else:
+        path.write_bytes(content)
+    done = command("train", run_config(), f"data.train={path}")
+    assert done.returncode == 2 and "data.train = " in done.stderr and message in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root: run the tests as root to include this one")
+def test_full_disk_loses_nothing(run_config, command, metrics_of, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here ({mounted.stderr.strip()}): run where mount is allowed")
+    try:
+        config = run_config(disk / "run", checkpoint={"keep": 100}, train={"num_steps": 50})
+        full = command("train", config)
+        assert full.returncode == 75, full.stderr
+        assert "No space left" in full.stderr and "free some space" in full.stderr
+        assert "Traceback" not in full.stderr
+        step = int((disk / "run" / "checkpoints" / "latest").read_text().removeprefix("step_"))
+        assert not list((disk / "run").rglob(".tmp-*"))
+        subprocess.run(["mount", "-o", "remount,size=64M", disk], check=True)
+        done = command("train", config, f"train.num_steps={step + 2}")
+        assert done.returncode == 0, done.stderr
+        assert [row["step"] for row in metrics_of(disk / "run")] == list(range(1, step + 3))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_faults_leave_their_cause_in_the_run_folder(run_config, command, tmp_path):
+    config = run_config()
+    assert command("train", config, "train.num_steps=1").returncode == 0
+    (tmp_path / "run" / "ledger" / "step_000002.parquet").mkdir()  # nothing that a user would do
+    done = command("train", config)
+    assert done.returncode not in (0, 75)
+
+
+def test_help_lists_commands_and_fields(command):
+    top, train = command("--help"), command("train", "--help")
+    assert all(name in top.stdout for name in ("train", "eval", "report"))
+    assert "rollout.questions_per_step" not in train.stdout and "questions_per_step  (integer; default 512)" in train.stdout
+    assert "Groups with both right and wrong answers" in train.stdout
