@@ -160,13 +160,21 @@ def load_checkpoint(
     """Restore what :func:`save_checkpoint` wrote, under this run's layout, and return its ``extra``. A collective.
 
     On the layout that wrote it, training goes on to the bit as if it had not stopped. On another, generators keep their seeds.
+    The optimizer keeps its own settings: a changed config takes effect.
 
     Raises:
-        UserError: on every rank, for a folder that is incomplete, damaged, or of another model; in the last case weights may
-            be partly overwritten.
+        UserError: on every rank, for a folder that is incomplete, damaged, of another version or of another model; in the last
+            case weights may be partly overwritten.
     """
     verify_checksums(folder, topology)
     common = dist_checkpointing.load_common_state_dict(str(folder))["common"]
+    if common["format"] != _FORMAT:
+        raise UserError(
+            "checkpoint",
+            folder,
+            f"has format {common['format']}, this version reads {_FORMAT}",
+            "continue it with the version of nft_megatron that wrote it",
+        )
     state = _sharded_state(chunks, optimizer, topology, is_loading=True)
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
@@ -202,6 +210,7 @@ def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:
     for state, counter in zip(states, counters, strict=True):
         if counter is not None:
             state["step"] = counter.clone()
+    optimizer.apply_settings()
 
 
 def _first_line(error: BaseException) -> str:

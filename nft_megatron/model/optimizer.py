@@ -79,10 +79,8 @@ class PolicyOptimizer:
             list(chunks),
             use_gloo_process_groups=False,
         )
-        for group in self.megatron.param_groups:
-            # Megatron leaves it to its scheduler to apply `wd_mult` (optimizer_param_scheduler.py); ours is one line below.
-            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         self._allocate_moments()
+        self.apply_settings()
 
     def _allocate_moments(self) -> None:
         """Make the zero moments now instead of in the first update: a checkpoint may be saved or restored before it."""
@@ -91,6 +89,16 @@ class PolicyOptimizer:
             if isinstance(megatron.optimizer, torch.optim.AdamW):  # the fused ones count steps by group
                 for state in megatron.optimizer.state.values():
                     state["step"] = torch.tensor(0.0)
+
+    def apply_settings(self) -> None:
+        """Set what Megatron keeps with its parameter groups; a restored checkpoint brings those it was written under.
+
+        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
+        """
+        for group in self.megatron.param_groups:
+            group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
+            group["betas"] = (self.settings.beta1, self.settings.beta2)
+            group["eps"] = self.settings.epsilon
 
     def step(self) -> Update:
         """Apply the gradients that the schedule left in the chunks. A collective over all ranks."""

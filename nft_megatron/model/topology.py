@@ -172,5 +172,7 @@ def shutdown() -> None:
 @contextlib.contextmanager
 def distributed(tensor: int = 1, pipeline: int = 1, **settings: Any) -> Iterator[Topology]:
     """:func:`init_topology` and :func:`shutdown` as a ``with`` block; run the training in a function that it calls."""
-    yield init_topology(tensor, pipeline, **settings)
-    shutdown()
+    try:
+        yield init_topology(tensor, pipeline, **settings)
+    finally:
+        shutdown()
