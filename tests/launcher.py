@@ -16,6 +16,8 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["launcher_preload"])
+# The fork server of Python 3.11 does not take over sys.path, and ignores what it cannot preload.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 @dataclass

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import train_with_broken_update
+from launcher import Ranks
 
 from nft_megatron.data.ledger import read_groups
 
@@ -94,22 +96,26 @@ def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, start, metrics_of, tmp_path, attempt):
-    sections = {"rollout": {"oversample": 1.0}, "train": {"num_steps": 6}, "checkpoint": {"every": 2}}
+    sections = {"rollout": {"oversample": 1.0}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
     assert command("train", run_config("whole", **sections)).returncode == 0
-    config, moments = run_config("killed", **sections), random.Random(attempt)
-    for _ in range(12):
+    config, run, moments = run_config("killed", **sections), tmp_path / "killed", random.Random(attempt)
+    finished_ledgers = {}
+    for _ in range(4):
         process = start("train", config)
-        time.sleep(0.5 + 4 * moments.random())
+        wait_for(lambda known=finished_ledgers: set((run / "ledger").glob("*.parquet")) - known.keys(), process)
+        time.sleep(moments.uniform(0.0, 0.4))  # about one step, with its collecting, updates and save
+        assert process.is_running
         process.signal(signal.SIGKILL)
-        outcome = process.wait()
-        before = generated(tmp_path / "killed")
-        if outcome.returncode == 0:
-            break
+        process.wait()
+        for path, written in finished_ledgers.items():
+            assert path.stat().st_mtime_ns == written, f"{path.name} was collected again"
+        finished_ledgers = {path: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.parquet")}
     done = command("train", config)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    assert generated(tmp_path / "killed") == generated(tmp_path / "whole")
-    assert all(generated(tmp_path / "killed")[step] == answers for step, answers in before.items())
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert generated(run) == generated(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == written for path, written in finished_ledgers.items())
+    assert not list(run.rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize("name", ["stop file", "signal"])
@@ -271,12 +277,11 @@ def test_full_disk_loses_nothing(run_config, command, metrics_of, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_faults_leave_their_cause_in_the_run_folder(run_config, command, tmp_path):
-    config = run_config()
-    assert command("train", config, "train.num_steps=1").returncode == 0
-    (tmp_path / "run" / "ledger" / "step_000002.parquet").mkdir()  # nothing that a user would do
-    done = command("train", config)
-    assert done.returncode not in (0, 75)
+def test_a_fault_leaves_its_cause_in_the_run_folder(run_config, tmp_path):
+    outcome = Ranks(train_with_broken_update, (str(run_config()),), 1, tmp_path).wait()
+    assert outcome.returncode == 1
+    assert "RuntimeError: the second update broke" in outcome.stderr
+    assert "the second update broke" in (tmp_path / "run" / "logs" / "fault_rank0.txt").read_text()
 
 
 def test_help_lists_commands_and_fields(command):

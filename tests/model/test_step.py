@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_the_papers_on_every_layout(run_config, model_fold
         measured = load_file(tmp_path / "out" / f"gradient_{i}.safetensors")
         assert measured.keys() == expected.keys() - {"lm_head.weight"}
         for name, gradient in measured.items():
-            # q, k and v are one parameter of Megatron's; the key's bias alone has nearly no gradient, softmax being shift-invariant
+            # q, k and v are one parameter of Megatron's; k's bias alone has nearly no gradient, as softmax ignores shifts
             together = [re.sub("[qkv]_proj", f"{part}_proj", name) for part in "qkv"]
             error = (gradient - expected[name]).abs().max() / max(expected[other].abs().max() for other in together)
             assert error < 1e-5, f"{name}: {error:.1e}"

@@ -1,0 +1,142 @@
+"""Collecting with the real engine and verifier; a wrapper around the engine counts, and fails when told to."""
+
+import contextlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nft_megatron.answering import open_asker, read_prompts, training_sampling
+from nft_megatron.collect import Collector, CollectorState
+from nft_megatron.config_load import load_config
+from nft_megatron.data.ledger import read_groups, read_index
+from nft_megatron.data.prompts import PromptOrder
+from nft_megatron.errors import UserError
+from nft_megatron.observe.metrics import PhaseTimer
+from nft_megatron.observe.progress import Progress
+from nft_megatron.run_folder import RunFolder
+from nft_megatron.tokenizer import load_tokenizer
+from nft_megatron.weights import read_shape, weight_table
+from nft_megatron.weights.hf_reader import HFReader
+
+
+class Counting:
+    """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0)."""
+
+    def __init__(self, engine, fails_in=None) -> None:
+        self.engine, self.fails_in, self.rounds = engine, fails_in, []
+
+    def generate(self, requests, sampling):
+        self.rounds.append([request.request_id for request in requests])
+        for number, completion in enumerate(self.engine.generate(requests, sampling)):
+            if len(self.rounds) - 1 == self.fails_in and number == 3:
+                raise ConnectionError("the power went out")
+            yield completion
+
+
+@pytest.fixture
+def collector(run_config, model_folder):
+    """Builds a collector on its own run folder; all share one engine."""
+    with contextlib.ExitStack() as stack:
+        config = load_config(run_config())
+        tokenizer = load_tokenizer(model_folder)
+        asker = open_asker(config, model_folder, tokenizer, stack, PhaseTimer(), Progress())
+        with HFReader(model_folder) as reader:
+            shapes = weight_table(read_shape(model_folder)).shapes
+            asker.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
+        order = PromptOrder(read_prompts(config, tokenizer, "data.train"), seed=0)
+
+        def build(folder, fails_in=None, **settings) -> Collector:
+            return Collector(
+                RunFolder(folder),
+                order,
+                replace(asker, engine=Counting(asker.engine, fails_in)),
+                training_sampling(config, model_folder, tokenizer),
+                config.rollout.model_copy(update={"oversample": 1.0, **settings}),
+            )
+
+        yield build
+
+
+def content(path):
+    return [
+        (g.group_id, g.prompt.question_id, fate, [(a.completion.tokens.tolist(), a.text, a.verdict.label) for a in g.answers])
+        for g, fate in read_groups(path)
+    ]
+
+
+def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector, tmp_path):
+    built = collector(tmp_path / "run")
+    collected = built.collect(1, CollectorState())
+    index = read_index(collected.ledger)
+    asked = [position for asked_round in built.asker.engine.rounds for position in asked_round]
+    assert asked == list(range(collected.state.cursor)) == list(range(collected.metrics["groups_sampled"]))
+    groups = np.unique(index.group_id)
+    assert len(groups) == 4 == collected.metrics["groups_trained"]
+    for group in groups:
+        member = index.group_id == group
+        assert member.sum() == 8
+        assert index.correct_rate[member].tolist() == [index.is_correct[member].mean()] * 8
+        assert 0 < index.correct_rate[member][0] < 1
+    for group, _ in read_groups(collected.ledger):
+        gold = group.prompt.gold
+        for answer in group.answers:
+            right = answer.completion.finish_reason == "stop" and answer.text.endswith(f"\\boxed{{{gold}}}")
+            assert (answer.verdict.label == "correct") == right, answer
+    assert collected.metrics["rounds"] == len(built.asker.engine.rounds)
+    assert collected.state.mixed_rate == pytest.approx(collected.metrics["groups_mixed"] / len(asked))
+
+
+def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
+    whole = collector(tmp_path / "whole").collect(1, CollectorState())
+    assert whole.metrics["rounds"] >= 3
+    broken = collector(tmp_path / "broken", fails_in=2)
+    with pytest.raises(ConnectionError):
+        broken.collect(1, CollectorState())
+    assert not RunFolder(tmp_path / "broken").ledger(1).exists()
+    resumed = collector(tmp_path / "broken")
+    collected = resumed.collect(1, CollectorState())
+    assert resumed.asker.engine.rounds[0] == broken.asker.engine.rounds[2]
+    assert len(resumed.asker.engine.rounds) == whole.metrics["rounds"] - 2
+    assert content(collected.ledger) == content(whole.ledger)
+    assert collected.metrics == whole.metrics
+    assert not RunFolder(tmp_path / "broken").rounds(1)
+    again = collector(tmp_path / "broken")
+    assert again.collect(1, CollectorState()).metrics == whole.metrics
+    assert again.asker.engine.rounds == []
+
+
+def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
+    built = collector(tmp_path / "run", questions_per_step=2, oversample=4.0, max_staleness=1)
+    first = built.collect(1, CollectorState())
+    surplus = first.state.surplus
+    assert len(surplus) == first.metrics["groups_surplus"] > 2
+    first.state.save(tmp_path / "collector.parquet")
+    restored = CollectorState.load(tmp_path / "collector.parquet")
+    assert (restored.cursor, restored.mixed_rate) == (first.state.cursor, first.state.mixed_rate)
+    second = built.collect(2, restored)
+    trained = [group.group_id for group, fate in read_groups(second.ledger) if fate == "train"]
+    assert trained == [group.group_id for group in surplus[:2]]
+    assert second.metrics["staleness_max"] == 1
+    assert second.metrics["groups_sampled"] == 0
+    third = built.collect(3, second.state)
+    assert third.metrics["staleness_max"] <= 1
+    assert all(group.step == 3 for group, _ in read_groups(third.ledger))
+
+
+def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
+    collected = collector(tmp_path / "run", questions_per_step=60, max_rounds=1).collect(1, CollectorState())
+    assert 0 < collected.metrics["groups_trained"] < 60
+    assert f"trains on {collected.metrics['groups_trained']} of 60 questions" in caplog.text
+
+
+def test_no_mixed_group_is_the_users_error(collector, tmp_path):
+    built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
+    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers"):
+        built.collect(1, CollectorState())
+
+
+@pytest.mark.parametrize(("missing", "rate", "expected"), [(100, None, 300), (100, 0.5, 215), (100, 0.01, 300), (10, 1.0, 10)])
+def test_round_size(collector, tmp_path, missing, rate, expected):
+    """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never beyond 3 × 100; a rate of 1 asks no more than needed."""
+    assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
