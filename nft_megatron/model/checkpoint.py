@@ -136,8 +136,8 @@ def _write_common(common: dict[str, Any], folder: Path) -> None:
     """Rank 0's part: what is not sharded."""
     try:
         TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
-    except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise OSError(f"{folder}: the checkpoint could not be written: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise _not_written(folder, error) from error
 
 
 def _write_shards(sharded: dict[str, Any], folder: Path, control_group: dist.ProcessGroup) -> None:
@@ -151,7 +151,20 @@ def _write_shards(sharded: dict[str, Any], folder: Path, control_group: dist.Pro
             process_group=control_group,
         )
     except CheckpointException as error:
-        raise OSError(f"{folder}: the checkpoint could not be written: {_first_line(error)}") from error
+        raise _not_written(folder, next(iter(error.failures.values()))[0]) from error
+
+
+def _not_written(folder: Path, cause: BaseException) -> OSError:
+    """The reason with its number. torch's zip writer reports a full disk as a RuntimeError about positions, so ask the disk."""
+    if not isinstance(cause, OSError):
+        try:
+            with (folder / "probe").open("wb") as probe:
+                probe.write(bytes(1 << 20))
+        except OSError as error:
+            cause = error
+    if isinstance(cause, OSError):
+        return OSError(cause.errno, f"{cause.strerror} while saving a checkpoint", str(folder))
+    return OSError(f"{folder}: the checkpoint could not be written: {cause}")
 
 
 def load_checkpoint(

@@ -1,0 +1,46 @@
+# Two commands for a new user: `make quickstart` and `make test`. Each sets up .venv by itself; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+# With another build of torch already chosen (CPU, CUDA), say so: make TORCH=torch==2.13.0+cpu …
+TORCH ?= torch==2.13.0
+# The versions of CI, for Python 3.11; empty takes the newest that pyproject.toml allows: make CONSTRAINTS= …
+CONSTRAINTS ?= -c constraints.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup quickstart test check format bench clean
+
+help:  ## List the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
+
+setup: $(READY)  ## Install everything into .venv
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)' $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
+	@touch $(READY)
+
+quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few minutes, no GPU
+	$(BIN)/python examples/quickstart/run.py
+
+test: $(READY)  ## All tests, on the real Megatron-Core
+	$(BIN)/pytest -n 2 --dist loadfile -q tests nft_megatron
+
+check: $(READY)  ## Format, lint, types, doctests: what a change must pass besides the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q nft_megatron
+
+format: $(READY)  ## Rewrite the code in the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## The figures that the README quotes
+	$(BIN)/python benchmarks/embedded_engine.py
+
+clean:  ## Remove .venv and runs/
+	rm -rf $(VENV) runs
