@@ -1,0 +1,36 @@
+"""Folders written here are read by transformers."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from nft_megatron.weights.hf_writer import write_hf_folder
+
+
+@pytest.mark.parametrize(("max_shard_bytes", "num_shards"), [(1 << 30, 1), (20_000, 3)])
+def test_transformers_reads_back_every_tensor(model_folder, tmp_path, max_shard_bytes, num_shards):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    write_hf_folder(tmp_path, tensors.items(), model_folder, max_shard_bytes)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) == num_shards
+    assert all((tmp_path / shard).stat().st_size < max_shard_bytes + 4096 for shard in shards)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in tensors.items():
+        assert torch.equal(again[name], tensor), name
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (model_folder / name).read_bytes()
+
+
+def test_index_names_every_tensor_once_and_its_size(model_folder, tmp_path):
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
+    write_hf_folder(tmp_path, tensors.items(), model_folder, max_shard_bytes=100)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 7 * 40
+    assert index["weight_map"].keys() == tensors.keys()
+    for name, shard in index["weight_map"].items():
+        with safe_open(tmp_path / shard, framework="pt") as file:
+            assert torch.equal(file.get_tensor(name), tensors[name])
