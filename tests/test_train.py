@@ -230,6 +230,12 @@ def test_wrong_input_ends_with_one_message(run_config, command, tmp_path, overri
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_what_rank_0_finds_wrong_ends_every_rank_with_one_message(run_config, command):
+    done = command("train", run_config(), "data.train=/nowhere.parquet", ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.count("data.train = /nowhere.parquet: no such file") == 1
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("model.safetensors", "has no weights"), ("config.json", "has no config.json"), ("tokenizer", "has no tokenizer")],

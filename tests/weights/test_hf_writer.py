@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from nft_megatron.weights.hf_writer import write_hf_folder
 
 
-@pytest.mark.parametrize(("max_shard_bytes", "num_shards"), [(1 << 30, 1), (20_000, 3)])
+@pytest.mark.parametrize(("max_shard_bytes", "num_shards"), [(1 << 30, 1), (20_000, 4)])
 def test_transformers_reads_back_every_tensor(model_folder, tmp_path, max_shard_bytes, num_shards):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
