@@ -6,6 +6,7 @@ overrides of config.yaml, such as ``algorithm.name=rft``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -29,9 +30,12 @@ def run(*command: object) -> None:
     """Print ``command`` and run it; end with its exit code if it fails."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    code = subprocess.run(words, check=False).returncode
-    if code:
-        sys.exit(code)
+    process = subprocess.Popen(words)
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the command too, which saves what it has and ends
+            process.wait()
+    if process.returncode:
+        sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
 
 
 def main(overrides: list[str]) -> None:
