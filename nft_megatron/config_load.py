@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that :func:`load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested configuration with one key a value, in order; a section without keys leaves none.
+
+    >>> flatten({"seed": 3, "train": {"num_steps": 5}, "rollout": {"stop": ["\\n"]}})
+    {'seed': 3, 'train.num_steps': 5, 'rollout.stop': ['\\n']}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,7 +7,7 @@ wrote is untrusted: it travels as JSON in which no character can end the script 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from nft_megatron.config_load import flatten
 from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file
 from nft_megatron.observe.answers import AnswerSample, sample_answers
@@ -63,15 +64,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
         raise UserError("config", path, f"not readable as YAML: {error}", "restore the file or delete it") from error
     if not isinstance(tree, dict):
         raise UserError("config", path, "holds no sections", "restore the file or delete it")
-    return dict(_flatten(tree))
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flatten(tree)
 
 
 def _render(name: str, rows: list[MetricsRow], config: dict[str, Any], answers: AnswerSample) -> str:
