@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -47,17 +47,13 @@ class Algorithm:
     """An objective, and what it asks of the rooms around it.
 
     uses_wrong_answers: False means that wrong answers are never packed and never forwarded.
-    filters_prompts: only questions with 0 < r̂ < 1 are trained on (dynamic sampling).
-    coupling: which tokens ``token_loss`` must see together: ``token`` none, ``sequence`` those of an answer, ``group`` those
-        of all answers to a question. Packing and micro-batches may separate anything else.
     prompt_weight: r̂ → ω, elementwise.
-    token_loss: see :class:`TokenBatch` and :class:`TokenLoss`.
+    token_loss: see :class:`TokenBatch` and :class:`TokenLoss`. ℓ of a token may not depend on other tokens, since packing
+        and micro-batches separate them.
     """
 
     name: str
     uses_wrong_answers: bool
-    filters_prompts: bool
-    coupling: Literal["token", "sequence", "group"]
     prompt_weight: Callable[[Tensor], Tensor]
     token_loss: Callable[[TokenBatch], TokenLoss]
 

@@ -53,8 +53,6 @@ def build_nft(*, epsilon: float = 1.0, prompt_weight: str = "one_minus_rate", ne
     return Algorithm(
         name="nft",
         uses_wrong_answers=True,
-        filters_prompts=True,
-        coupling="token",
         prompt_weight=lookup("algorithm.prompt_weight", prompt_weight, PROMPT_WEIGHTS),
         token_loss=functools.partial(nft_token_loss, epsilon=epsilon, negative_weight=negative_weight),
     )
@@ -65,8 +63,6 @@ def build_rft() -> Algorithm:
     return Algorithm(
         name="rft",
         uses_wrong_answers=False,
-        filters_prompts=True,
-        coupling="token",
         prompt_weight=one,
         token_loss=rft_token_loss,
     )

@@ -10,8 +10,6 @@ from nft_megatron.errors import UserError
 def test_builds_by_name(name):
     algorithm = build_algorithm(name)
     assert algorithm.name == name
-    assert algorithm.filters_prompts
-    assert algorithm.coupling == "token"
     assert algorithm.uses_wrong_answers == (name == "nft")
 
 
