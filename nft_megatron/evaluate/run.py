@@ -21,10 +21,6 @@ class Evaluation:
     answers: tuple[tuple[Answer, ...], ...]
 
     @property
-    def num_answers(self) -> int:
-        return sum(map(len, self.answers))
-
-    @property
     def accuracy(self) -> float:
         """Share of right answers among the judged ones, averaged over questions; questions with none judged are left out."""
         rates = self._question_rates()
@@ -64,5 +60,5 @@ def evaluate(asker: Asker, prompts: Sequence[Prompt], settings: EvaluateSection,
     """
     sampling = replace(training, temperature=settings.temperature, top_p=settings.top_p)
     # A clock of its own: to a training step all of this is "evaluate", not "generate" and "verify".
-    answers = replace(asker, timer=PhaseTimer()).ask(prompts, 0, settings.samples, sampling, "evaluate")
+    answers = replace(asker, timer=PhaseTimer()).ask(prompts, settings.samples, sampling, purpose="evaluate")
     return Evaluation(tuple(prompts), tuple(answers))

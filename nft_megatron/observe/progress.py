@@ -1,6 +1,7 @@
-"""What a run shows while it works: a live display on a terminal, single lines anywhere else, nothing on ranks other than 0.
+"""What a run shows while it works: a live display on a terminal, single lines anywhere else. Ranks other than 0
+hold the silent :class:`Progress`.
 
-with open_progress(config.train.num_steps, first_step, rank=rank) as progress:
+with open_progress(config.train.num_steps, first_step) as progress:
     progress.phase("generate", total=quota)       # begins a phase, and so ends the one before
     progress.advance(3)
     progress.step_done(metrics)
@@ -54,13 +55,11 @@ class Progress:
         """Release the terminal."""
 
 
-def open_progress(num_steps: int, first_step: int = 0, *, rank: int = 0, console: Console | None = None) -> Progress:
-    """The display that suits the place: :class:`Progress` (silent), :class:`LiveProgress` or :class:`LineProgress`.
+def open_progress(num_steps: int, first_step: int = 0, *, console: Console | None = None) -> Progress:
+    """The display that suits the place: :class:`LiveProgress` on a terminal, :class:`LineProgress` anywhere else.
 
     ``num_steps`` are the steps of the whole run, ``first_step`` the number of those done before this process.
     """
-    if rank != 0:
-        return Progress()
     console = console or Console()
     return (LiveProgress if console.is_terminal else LineProgress)(console, num_steps, first_step)
 

@@ -39,4 +39,3 @@ def test_lengths_and_shares_are_over_answers():
     assert result.answer_length_mean == 5
     assert result.truncated_rate == 0.25
     assert result.unknown_rate == 0.25
-    assert result.num_answers == 4
