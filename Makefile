@@ -27,7 +27,7 @@ quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(READY)  ## All tests, on the real Megatron-Core
-	$(BIN)/pytest -n 2 --dist loadfile -q tests nft_megatron
+	$(BIN)/pytest -n 2 --dist loadfile -q tests
 
 check: $(READY)  ## Format, lint, types, doctests: what a change must pass besides the tests
 	$(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ from nft_megatron.ask import Asker
 from nft_megatron.config import Config
 from nft_megatron.data.prompts import make_prompts
 from nft_megatron.data.questions import load_questions
+from nft_megatron.errors import UserError
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.records import Prompt, Sampling
@@ -42,10 +43,13 @@ def read_prompts(config: Config, tokenizer: Any, field: str) -> list[Prompt]:
 
 def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sampling:
     """How answers to train on are drawn."""
-    rollout = config.rollout
-    return Sampling(
-        rollout.temperature, rollout.top_p, rollout.max_answer_tokens, stop_token_ids(model_folder, tokenizer), rollout.stop
-    )
+    rollout, end = config.rollout, stop_token_ids(model_folder, tokenizer)
+    if not end and not rollout.stop:
+        raise UserError(
+            "rollout.stop", "[]", f"{model_folder} names no end-of-text token either, so no answer would end",
+            "add eos_token_id to its generation_config.json, or name a text that ends an answer",
+        )  # fmt: skip
+    return Sampling(rollout.temperature, rollout.top_p, rollout.max_answer_tokens, end, rollout.stop)
 
 
 def open_asker(

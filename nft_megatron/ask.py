@@ -11,7 +11,7 @@ from typing import Any
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.records import Answer, Completion, Prompt, Request, Sampling, Verdict
-from nft_megatron.rollout.engine import Engine
+from nft_megatron.rollout.engine import Engine, EngineFault
 from nft_megatron.verify.service import Verifier
 
 
@@ -38,12 +38,22 @@ class Asker:
     progress: Progress = field(default_factory=Progress)
 
     def ask(
-        self, prompts: Sequence[Prompt], first_id: int, answers_per_prompt: int, sampling: Sampling, purpose: str
+        self,
+        prompts: Sequence[Prompt],
+        answers_per_prompt: int,
+        sampling: Sampling,
+        *,
+        purpose: str,
+        first_id: int = 0,
+        label: str | None = None,
     ) -> list[tuple[Answer, ...]]:
         """``answers_per_prompt`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``.
 
-        Answers are verified while others are still being generated; the time under ``verify`` is what is waited for after that.
-        An answer that an engine fault cut off is *unknown*.
+        ``purpose`` sets its seeds apart from those of other purposes; ``label`` is what the progress display says. Answers are
+        verified while others are still being generated; the time under ``verify`` is what is waited for after that. An answer
+        that an engine fault cut off is *unknown*.
+
+        Raises :class:`~nft_megatron.rollout.engine.EngineFault` when most of the answers were cut off.
         """
         requests = [
             Request(
@@ -54,13 +64,16 @@ class Asker:
             for offset, prompt in enumerate(prompts)
         ]
         pending: dict[tuple[int, int], tuple[Completion, str, Future[Verdict]]] = {}
-        self.progress.phase("generate" if purpose == "train" else "evaluate", total=len(prompts) * answers_per_prompt)
+        self.progress.phase(label or purpose, total=len(prompts) * answers_per_prompt)
         with self.timer.phase("generate"):
             for completion in self.engine.generate(requests, sampling):
                 text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
                 gold = prompts[completion.request_id - first_id].gold
                 pending[completion.request_id, completion.index] = (completion, text, self._judge(text, gold, completion))
                 self.progress.advance()
+        num_aborted = sum(completion.finish_reason == "abort" for completion, _, _ in pending.values())
+        if num_aborted > len(pending) / 2:
+            raise EngineFault(f"the engine broke off {num_aborted} of {len(pending)} answers")
         with self.timer.phase("verify"):
             answers = {
                 key: Answer(completion, text, verdict.result(timeout=self.deadline_seconds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,20 +13,21 @@ from nft_megatron.answering import num_cores, open_asker, read_prompts, training
 from nft_megatron.checkpoints import Checkpoints
 from nft_megatron.collect import Collector
 from nft_megatron.config import Config
-from nft_megatron.config_load import dump_config, load_config
+from nft_megatron.config_load import dump_config, flatten, load_config
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.errors import UserError
 from nft_megatron.evaluate.run import evaluate
 from nft_megatron.files import atomic_file
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.build import build_model
-from nft_megatron.model.control import on_main
+from nft_megatron.model.control import on_main, together
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, distributed
 from nft_megatron.observe.metrics import MetricsLog, PhaseTimer
 from nft_megatron.observe.progress import Progress, open_progress
+from nft_megatron.place import place
 from nft_megatron.publish import Publisher
 from nft_megatron.run import Host, Run
 from nft_megatron.run_folder import RunFolder
@@ -35,8 +35,10 @@ from nft_megatron.stop import StopRequests
 from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.weights import ModelShape, read_shape
 
-CHANGEABLE = ("train.num_steps", "parallel", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
-              "rollout.batch_size", "rollout.deadline_seconds")  # fmt: skip
+CHANGEABLE = (
+    "run_dir", "train.num_steps", "parallel", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
+    "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
+)  # fmt: skip
 """What may differ between two starts of one run. All else decides what the run computes."""
 
 
@@ -46,31 +48,35 @@ def assemble(config: Config) -> Iterator[Run]:
 
     Everything that a user can get wrong is checked before the model is built.
     """
-    threads = config.parallel.threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = place()
+    threads = config.parallel.threads or max(1, num_cores() // here.local_size)
+    stop = StopRequests(RunFolder(config.run_dir).stop if here.rank == 0 else None)
     with (
         distributed(
             config.parallel.tensor,
             config.parallel.pipeline,
             timeout_seconds=config.parallel.timeout_seconds,
-            control_timeout_seconds=config.rollout.deadline_seconds,
+            control_timeout_seconds=config.rollout.step_deadline_seconds,
             threads=threads,
             seed=config.seed + 1,
         ) as topology,
         contextlib.ExitStack() as stack,
+        stop.watching(),
     ):
-        run = _build(config, topology, stack)
-        run.start()
+        run = _build(config, topology, stop, stack)
         with run.progress:
+            run.start()
             yield run
 
 
-def _build(config: Config, topology: Topology, stack: contextlib.ExitStack) -> Run:
-    folder, timer, shape = RunFolder(config.run_dir), PhaseTimer(), read_shape(config.model.path)
+def _build(config: Config, topology: Topology, stop: StopRequests, stack: contextlib.ExitStack) -> Run:
+    folder, timer = RunFolder(config.run_dir), PhaseTimer()
+    shape = together(topology, lambda: read_shape(config.model.path))
     _check_context(config, shape)
     hosts: list[Host] = []
     on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stack)))
     host = hosts[0] if hosts else None
-    trainer = build_trainer(config, topology, shape)
+    trainer = together(topology, lambda: build_trainer(config, topology, shape))
     return Run(
         config=config,
         folder=folder,
@@ -80,6 +86,7 @@ def _build(config: Config, topology: Topology, stack: contextlib.ExitStack) -> R
         checkpoints=Checkpoints(folder, trainer, config.checkpoint.keep),
         timer=timer,
         progress=host.collector.asker.progress if host else Progress(),
+        stop=stop,
         host=host,
     )
 
@@ -87,7 +94,11 @@ def _build(config: Config, topology: Topology, stack: contextlib.ExitStack) -> R
 def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
     """The model with the weights of ``config.model.path``, its optimizer and its algorithm, on this rank."""
     chunks = build_model(
-        shape, topology, dtype=getattr(torch, config.model.dtype), sequence_parallel=config.parallel.sequence_parallel
+        shape,
+        topology,
+        dtype=getattr(torch, config.model.dtype),
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.model.recompute,
     )
     load_weights(chunks, topology, shape, config.model.path)
     return Trainer(
@@ -113,6 +124,7 @@ def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: cont
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
     stack.enter_context(folder.open())
     _check_same_run(config, folder)
+    _check_steps(config, folder)
     tokenizer = load_tokenizer(config.model.path)
     questions = read_prompts(config, tokenizer, "data.train")
     held_out = read_prompts(config, tokenizer, "evaluate.data")
@@ -126,11 +138,12 @@ def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: cont
     )
     stack.callback(metrics.close)
     sampling = training_sampling(config, config.model.path, tokenizer)
+    with atomic_file(folder.config) as temporary:
+        temporary.write_text(dump_config(config))
     return Host(
         collector=Collector(folder, PromptOrder(questions, config.seed), asker, sampling, config.rollout),
         evaluate=(lambda: evaluate(asker, held_out, config.evaluate, sampling)) if held_out else None,
         metrics=metrics,
-        stop=StopRequests(folder.stop),
     )
 
 
@@ -144,23 +157,34 @@ def _check_context(config: Config, shape: ModelShape) -> None:
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:
-    """Refuse to go on with a run whose meaning was changed; remember the configuration of this start."""
-    if folder.config.exists():
-        before, now = _flat(load_config(folder.config).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-        for key in sorted(before.keys() | now.keys()):
-            is_changeable = any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
-            if before.get(key) != now.get(key) and not is_changeable:
-                raise UserError(
-                    key, now.get(key), f"the run in {folder.root} was started with {before.get(key)}",
-                    "set it back, or start a new run in another run_dir",
-                )  # fmt: skip
-    with atomic_file(folder.config) as temporary:
-        temporary.write_text(dump_config(config))
+    """Refuse to go on with a run whose meaning was changed since it first collected answers."""
+    if not folder.config.exists() or not (folder.latest_step() or list(folder.ledgers.rglob("*.parquet"))):
+        return
+    before, now = _meaning(load_config(folder.config)), _meaning(config)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                key, now.get(key), f"the run in {folder.root} was started with {before.get(key)}",
+                f"set it back, or start a new run in another run_dir (only {', '.join(CHANGEABLE)} may change)",
+            )  # fmt: skip
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _meaning(config: Config) -> dict[str, Any]:
+    """All that may not change, with paths made absolute."""
+    tree = config.model_dump(mode="json")
+    tree["model"]["path"] = str(config.model.path.resolve())
+    tree["data"]["train"] = [str(path.resolve()) for path in config.data.train]
+    return {
+        key: value
+        for key, value in flatten(tree).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+    }
+
+
+def _check_steps(config: Config, folder: RunFolder) -> None:
+    done = folder.latest_step() or 0
+    if config.train.num_steps < done:
+        raise UserError(
+            "train.num_steps", config.train.num_steps, f"the run in {folder.root} has already finished {done} steps",
+            f"set it to {done} or more, or write an older checkpoint's name into {folder.latest}",
+        )  # fmt: skip

@@ -31,8 +31,8 @@ class Checkpoints:
         topology = self.trainer.topology
         temporary = on_main(topology, lambda: make_temporary_folder(self.folder.checkpoint(step)))
         try:
-            together(topology, lambda: self.trainer.save(temporary, step))
             on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
+            together(topology, lambda: self.trainer.save(temporary, step))  # ends with checksums over all files
             on_main(topology, lambda: publish_folder(temporary, self.folder.checkpoint(step)))
         finally:
             if topology.is_main:
@@ -44,15 +44,15 @@ class Checkpoints:
         for old in [other for other in self.folder.checkpoint_steps() if other <= step][: -self.num_kept]:
             shutil.rmtree(self.folder.checkpoint(old))
 
-    def restore(self) -> tuple[int, CollectorState]:
-        """Go back to the newest checkpoint: its step and the collector's state; step 0 of a fresh run where there is none.
+    def restore(self) -> tuple[int, CollectorState | None]:
+        """Go back to the newest checkpoint: its step (0 where there is none) and, on rank 0, the collector's state.
 
         Raises :class:`UserError` when the checkpoint that the pointer names is missing or damaged.
         """
         topology = self.trainer.topology
         step = on_main(topology, self.folder.latest_step)
         if step is None:
-            return 0, CollectorState()
+            return 0, None
         path = self.folder.checkpoint(step)
         if not path.is_dir():
             raise UserError(
@@ -61,4 +61,4 @@ class Checkpoints:
             )  # fmt: skip
         saved_step = together(topology, lambda: self.trainer.load(path))
         assert saved_step == step, f"{path} holds step {saved_step}"
-        return step, on_main(topology, lambda: CollectorState.load(path / _COLLECTOR))
+        return step, CollectorState.load(path / _COLLECTOR) if topology.is_main else None

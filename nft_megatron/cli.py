@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from nft_megatron import __version__
 from nft_megatron.config_load import config_help, load_config
 from nft_megatron.errors import EXIT_STOPPED_EARLY, StoppedEarly, UserError
+from nft_megatron.place import place
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -21,13 +23,24 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and end the process: 0 done, 2 wrong input, 75 stopped early with everything saved, 1 a fault."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     code = _run(options)
     sys.stdout.flush()
     sys.stderr.flush()
     if code and "torch" in sys.modules:
         os._exit(code)  # after a failure, process groups that are still open would abort the interpreter's own exit
     sys.exit(code)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse does not find overrides behind an option (``eval MODEL CONFIG --out FILE a.b=1``): take them over."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -39,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
         return ending.exit_code
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on from the last checkpoint")
-        return EXIT_STOPPED_EARLY
+        return 128 + signal.SIGINT
     except Exception as error:
         full = _disk_full(error)
         if full is not None:
@@ -52,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _say(message: object) -> None:
     """To standard error, once: of all ranks only the first speaks."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if place().rank == 0:
         print(f"nft-megatron: {message}", file=sys.stderr)
 
 
@@ -70,7 +83,7 @@ def _write_fault(options: argparse.Namespace) -> None:
     run_dir: Path | None = getattr(options, "run_dir", None)
     if run_dir is not None and run_dir.is_dir():
         (run_dir / "logs").mkdir(exist_ok=True)
-        (run_dir / "logs" / f"fault_rank{os.environ.get('RANK', '0')}.txt").write_text(traceback.format_exc())
+        (run_dir / "logs" / f"fault_rank{place().rank}.txt").write_text(traceback.format_exc())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     train = _add(
         commands, "train", _train, "train, or go on with a run",
         "Train from CONFIG until train.num_steps. Starting again with the same run_dir goes on from the newest checkpoint. "
-        "One process, or several: torchrun --nproc-per-node N -m nft_megatron train CONFIG",
+        "One process, or several: torchrun --nproc-per-node N -m nft_megatron train CONFIG (torchrun itself ends with 1 "
+        "whenever a rank ends with another code than 0).",
         epilog="CONFIG is YAML with the sections and fields below.\n\n" + config_help(),
     )  # fmt: skip
     _add_config(train)
@@ -104,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("run_dir", metavar="RUN", type=Path, help="run folder")
     report.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    report.add_argument("--png", type=Path, help="also write an overview picture to this file")
     return parser
 
 
@@ -139,3 +154,7 @@ def _report(options: argparse.Namespace) -> None:
     from nft_megatron.observe.report import write_report
 
     print(write_report(options.run_dir, options.out))
+    if options.png:
+        from nft_megatron.observe.plots import write_overview_png
+
+        print(write_overview_png(options.run_dir, options.png))

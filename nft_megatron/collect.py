@@ -7,8 +7,11 @@ to know of the collecting stands in that file, so a step that is found on the di
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +36,24 @@ class CollectorState:
 
     ``cursor``: questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's questions that
     were mixed, None before the first. ``surplus``: mixed groups beyond the quota, empty unless they may be stale.
+    ``questions``: a hash of all of them, without which the cursor means nothing; empty before the first step.
     """
 
     cursor: int = 0
     mixed_rate: float | None = None
     surplus: tuple[Group, ...] = ()
+    questions: str = ""
 
     def save(self, path: Path) -> None:
         """Write it as a ledger file whose groups are the surplus."""
-        meta = {"cursor": self.cursor, "mixed_rate": self.mixed_rate}
+        meta = {"cursor": self.cursor, "mixed_rate": self.mixed_rate, "questions": self.questions}
         write_ledger(path, self.surplus, fates=["surplus"] * len(self.surplus), meta=meta)
 
     @classmethod
     def load(cls, path: Path) -> CollectorState:
         meta = read_meta(path)
-        return cls(meta["cursor"], meta["mixed_rate"], tuple(group for group, _ in read_groups(path)))
+        surplus = tuple(group for group, _ in read_groups(path))
+        return cls(meta["cursor"], meta["mixed_rate"], surplus, meta["questions"])
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,26 @@ class Collector:
     sampling: Sampling
     settings: RolloutSection
 
+    @functools.cached_property
+    def questions(self) -> str:
+        """A hash of all prompts and golds in order."""
+        digest = hashlib.sha256()
+        for prompt in self.order.prompts:
+            digest.update(f"{prompt.question_id}\0{prompt.gold}\0".encode() + prompt.tokens.tobytes())
+        return digest.hexdigest()[:16]
+
     def collect(self, step: int, state: CollectorState) -> Collected:
         """The step's ledger, read back if it is on the disk already.
 
-        Raises :class:`UserError` when not a single question had both right and wrong answers.
+        Raises :class:`UserError` when not a single question had both right and wrong answers, and when the questions are not
+        those that the run began with.
         """
         path = self.folder.ledger(step)
+        if state.questions not in ("", self.questions):
+            raise UserError(
+                "data.train", f"{len(self.order.prompts)} questions", "are not those that this run began with",
+                "restore the files, or start a new run in another run_dir",
+            )  # fmt: skip
         generated_tokens = 0 if path.exists() else self._fill(path, step, state)
         for finished_round in self.folder.rounds(step):
             finished_round.unlink()
@@ -87,7 +107,9 @@ class Collector:
             surplus = (
                 tuple(group for group, fate in read_groups(path) if fate == "surplus") if self.settings.max_staleness else ()
             )
-        return Collected(path, meta["metrics"], CollectorState(meta["cursor"], meta["mixed_rate"], surplus), generated_tokens)
+        return Collected(
+            path, meta["metrics"], CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions), generated_tokens
+        )
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         quota = self.settings.questions_per_step
@@ -100,7 +122,8 @@ class Collector:
                 with self.asker.timer.phase("ledger"):
                     groups = [group for group, _ in read_groups(round_file)]
             else:
-                groups = self._ask(step, cursor, self._round_size(quota - len(mixed), mixed_rate))
+                label = f"round {rounds + 1}, {len(mixed)}/{quota} mixed"
+                groups = self._ask(step, cursor, self._round_size(quota - len(mixed), mixed_rate), label)
                 generated_tokens += sum(len(answer.completion.tokens) for group in groups for answer in group.answers)
                 with self.asker.timer.phase("ledger"):
                     write_ledger(round_file, groups, fates=["sampled"] * len(groups), meta={})
@@ -110,11 +133,13 @@ class Collector:
             mixed += [group for group in groups if group.is_mixed]
             mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled)
         if not mixed:
-            num_right = sum(group.num_correct for group in sampled)
+            answers = [answer for group in sampled for answer in group.answers]
+            count = Counter(answer.verdict.label for answer in answers)
             raise UserError(
                 "rollout.max_rounds", self.settings.max_rounds,
-                f"none of {len(sampled)} questions had both right and wrong answers ({num_right} answers were right)",
-                "choose easier or harder questions, or raise rollout.max_answer_tokens",
+                f"none of {len(sampled)} questions had both right and wrong answers "
+                f"({count['correct']} right, {count['wrong']} wrong, {count['unknown']} unknown)",
+                "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers",
             )  # fmt: skip
         if len(mixed) < quota:
             log.warning("step %d trains on %d of %d questions: %d rounds gave no more", step, len(mixed), quota, rounds)
@@ -138,9 +163,11 @@ class Collector:
         rate = max(mixed_rate, 1 / self.settings.oversample)
         return min(most, math.ceil((missing + math.sqrt(missing * (1 - rate))) / rate))
 
-    def _ask(self, step: int, cursor: int, num_questions: int) -> list[Group]:
+    def _ask(self, step: int, cursor: int, num_questions: int, label: str) -> list[Group]:
         prompts = self.order.take(cursor, num_questions)
-        answers = self.asker.ask(prompts, cursor, self.settings.answers_per_question, self.sampling, "train")
+        answers = self.asker.ask(
+            prompts, self.settings.answers_per_question, self.sampling, purpose="train", first_id=cursor, label=label
+        )
         return [Group(cursor + i, step, prompt, answers[i]) for i, prompt in enumerate(prompts)]
 
     def _metrics(self, step: int, sampled: Sequence[Group], trained: Sequence[Group], surplus: int, rounds: int) -> MetricsRow:
@@ -169,4 +196,7 @@ class Collector:
             "answer_length_p90": float(np.percentile(lengths, 90)),
             "answer_length_max": int(lengths.max()),
             "response_tokens": int(lengths.sum()),
+            "entropy_sampled": -float(
+                np.concatenate([answer.completion.logprobs for answer in answers]).mean(dtype=np.float64)
+            ),
         }

@@ -29,7 +29,7 @@ TextList = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 class Section(BaseModel):
     """A group of fields. Unknown keys and values of the wrong type are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -37,6 +37,8 @@ class ModelSection(Section):
 
     path: LoosePath
     """Hugging Face model folder: config.json, safetensors and the tokenizer. The family must be Qwen2 or Qwen2.5."""
+    recompute: bool = False
+    """Keep only each layer's input and compute the layer again in the backward pass: less memory, a third more work."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations while training. Master weights, log-probs and reductions are float32 either way."""
 
@@ -44,7 +46,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """The questions to train on."""
 
-    train: PathList
+    train: Annotated[PathList, Field(min_length=1)]
     """One or several of: Parquet in the schema of DAPO-Math-17k, JSONL, a local Hugging Face data set folder."""
     template: Literal["chat", "plain"] = "chat"
     """``chat``: the tokenizer's chat template. ``plain``: ``plain_format`` alone, for base models without one."""
@@ -88,7 +90,9 @@ class RolloutSection(Section):
     batch_size: PositiveInt = 128
     """Answers that one engine process decodes at a time."""
     deadline_seconds: PositiveFloat = 3600.0
-    """Longest wait for the next finished answer, and of other ranks for rank 0 to finish collecting a round."""
+    """Longest wait for the next finished answer."""
+    step_deadline_seconds: PositiveFloat = 86400.0
+    """Longest wait of other ranks for rank 0 to collect or evaluate a whole step; a rank 0 that dies is noticed at once."""
 
 
 class VerifySection(Section):
@@ -100,9 +104,9 @@ class VerifySection(Section):
     workers: PositiveInt = 2
     """Grader processes; started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
-    """After this a grader gives up by itself: verdict unknown."""
+    """CPU time after which a grader gives up by itself, so that a busy machine changes no verdict: unknown."""
     hard_seconds: PositiveFloat = 3.0
-    """After this it is killed and replaced: verdict unknown."""
+    """Wall-clock time after which it is killed and replaced: unknown."""
 
 
 class NFTSection(Section):
@@ -252,6 +256,16 @@ class Config(Section):
                 "train.micro_batch_tokens", train.micro_batch_tokens,
                 f"a sequence may have data.max_prompt_tokens + rollout.max_answer_tokens = {self.max_sequence_tokens} tokens",
                 f"raise it to at least {self.max_sequence_tokens}, or lower those two",
+            )  # fmt: skip
+        if self.data.template == "plain" and "{question}" not in self.data.plain_format:
+            raise UserError(
+                "data.plain_format", repr(self.data.plain_format), "has no {question}, so all prompts would be the same",
+                "put {question} where the question belongs",
+            )  # fmt: skip
+        if self.data.template == "plain" and self.data.system_prompt is not None:
+            raise UserError(
+                "data.system_prompt", repr(self.data.system_prompt), "has no place under data.template = plain",
+                "write it into data.plain_format, or set data.template=chat",
             )  # fmt: skip
         if self.verify.hard_seconds < self.verify.soft_seconds:
             raise UserError(

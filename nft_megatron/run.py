@@ -12,7 +12,7 @@ from nft_megatron.collect import Collector, CollectorState
 from nft_megatron.config import Config
 from nft_megatron.errors import StoppedEarly
 from nft_megatron.evaluate.run import Evaluation
-from nft_megatron.model.control import on_main
+from nft_megatron.model.control import first_of, on_main
 from nft_megatron.model.step import StepBatch, Trainer, UpdateStats
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
@@ -29,7 +29,6 @@ class Host:
     collector: Collector
     evaluate: Callable[[], Evaluation] | None
     metrics: MetricsLog
-    stop: StopRequests
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Run:
     checkpoints: Checkpoints
     timer: PhaseTimer
     progress: Progress
+    stop: StopRequests
     host: Host | None
     step: int = 0
     collected: CollectorState = field(default_factory=CollectorState)
@@ -67,7 +67,8 @@ class Run:
 
     def start(self) -> None:
         """Resume from the newest checkpoint, give the engine its weights, evaluate the model that nothing has trained yet."""
-        self.step, self.collected = self.checkpoints.restore()
+        self.step, collected = self.checkpoints.restore()
+        self.collected = collected or self.collected
         self.publisher.publish(version=self.step)
         on_main(self.topology, self._forget_later_metrics)
         if self.step == 0 and (result := self._evaluate()):
@@ -102,14 +103,18 @@ class Run:
         if step % self.config.evaluate.every == 0 or is_last:
             row |= self._evaluate()
         num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
-        reason = on_main(self.topology, lambda: self._write_row(row, num_tokens))
+        on_main(self.topology, lambda: self._write_row(row, num_tokens))
+        if row["skipped_updates"] == len(updates):
+            raise RuntimeError(f"step {step}: no update had a finite gradient; the run ends before it wastes more time")
+        reason = first_of(self.topology, self.stop.reason())
         with self.phase("save"):
             if step % self.config.checkpoint.every == 0 or is_last or reason:
                 self.checkpoints.save(step, self.collected)
             if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
                 self.publisher.export(self.folder.export(step))
+        if reason:
+            self.stop.clear()
         if reason and not is_last:
-            on_main(self.topology, self._clear_stop)
             raise StoppedEarly(
                 f"stopped after step {step} by {reason}; everything is saved, the same command goes on from there"
             )
@@ -132,8 +137,8 @@ class Run:
         with self.timer.phase("evaluate"):
             return on_main(self.topology, action)
 
-    def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> str | None:
-        """Write the step's row with its timings; the reason to stop, if there is one."""
+    def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> None:
+        """Write the step's row with its timings."""
         assert self.host is not None
         timings: MetricsRow = dict(
             self.timer.finish_step(generated_tokens=num_tokens["generate"], trained_tokens=num_tokens["update"])
@@ -142,12 +147,7 @@ class Run:
         self.host.metrics.write(row)
         self.progress.step_done(row)
         self._initial = {}
-        return self.host.stop.reason()
-
-    def _clear_stop(self) -> None:
-        assert self.host is not None
-        self.host.stop.clear()
 
     def finish(self) -> None:
         """Export the trained model. A second call finds it there."""
-        self.publisher.export(self.folder.export(self.config.train.num_steps))
+        self.publisher.export(self.folder.export(self.step))

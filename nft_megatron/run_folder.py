@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file, remove_leftovers
+
+_STEP = re.compile(r"step_\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,19 @@ class RunFolder:
         return self.root / "hf" / f"step_{step:06d}"
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, None before the first."""
-        return int(self.latest.read_text().removeprefix("step_")) if self.latest.exists() else None
+        """The step of the newest whole checkpoint, None before the first.
+
+        Raises :class:`UserError` when the pointer, which people may edit, names no step.
+        """
+        if not self.latest.exists():
+            return None
+        name = self.latest.read_text().strip()
+        if not _STEP.fullmatch(name):
+            raise UserError(
+                str(self.latest), name, "is not the name of a checkpoint",
+                f"write one of {[self.checkpoint(step).name for step in self.checkpoint_steps()]} into it",
+            )  # fmt: skip
+        return int(name.removeprefix("step_"))
 
     def set_latest(self, step: int) -> None:
         """Move the pointer; to be called only once the checkpoint is on the disk."""
@@ -75,7 +89,8 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first."""
-        return sorted(int(folder.name.removeprefix("step_")) for folder in self.checkpoints.glob("step_*"))
+        names = (folder.name for folder in self.checkpoints.glob("step_*"))
+        return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
 
     def open(self) -> IO[str]:
         """Make the folder, take its lock and clear what a killed process left. Keep the returned file open.

@@ -1,9 +1,11 @@
-"""Requests to save and leave: a signal, or a file named ``stop`` in the run folder."""
+"""Requests to save and leave: a signal to any rank, or a file named ``stop`` in the run folder."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -13,23 +15,36 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """Watches for them from its making on. A second Ctrl-C ends the process at once, as usual; no finished step is lost."""
+    """What asked this rank to stop. ``file`` is looked at where it is given: on rank 0."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:
         self._file = file
         self._signal: str | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the signals over inside the ``with`` block.
+
+        After the first one a Ctrl-C ends the process at once, as usual; no finished step is lost.
+        """
+        before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.warning("%s: saving and leaving after this step", self._signal)
+        if self._file is not None:
+            log.warning("%s: saving and leaving after this step", self._signal)
 
     def reason(self) -> str | None:
         """What asked to stop, None while nothing did."""
-        return self._signal or (f"the file {self._file}" if self._file.exists() else None)
+        return self._signal or (f"the file {self._file}" if self._file is not None and self._file.exists() else None)
 
     def clear(self) -> None:
         """The request has been honoured: the next start is not to stop again."""
-        self._file.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

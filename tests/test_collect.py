@@ -14,6 +14,7 @@ from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.errors import UserError
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
+from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.weights import read_shape, weight_table
@@ -24,14 +25,14 @@ class Counting:
     """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0)."""
 
     def __init__(self, engine, fails_in=None) -> None:
-        self.engine, self.fails_in, self.rounds = engine, fails_in, []
+        self.engine, self.fails_in, self.rounds, self.aborts = engine, fails_in, [], False
 
     def generate(self, requests, sampling):
         self.rounds.append([request.request_id for request in requests])
         for number, completion in enumerate(self.engine.generate(requests, sampling)):
             if len(self.rounds) - 1 == self.fails_in and number == 3:
                 raise ConnectionError("the power went out")
-            yield completion
+            yield replace(completion, finish_reason="abort") if self.aborts else completion
 
 
 @pytest.fixture
@@ -130,9 +131,27 @@ def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
     assert f"trains on {collected.metrics['groups_trained']} of 60 questions" in caplog.text
 
 
+def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
+    built = collector(tmp_path / "run")
+    built.asker.engine.aborts = True
+    with pytest.raises(EngineFault, match="broke off 32 of 32 answers"):
+        built.collect(1, CollectorState())
+    assert not RunFolder(tmp_path / "run").rounds(1)
+    whole = collector(tmp_path / "run").collect(1, CollectorState())
+    assert whole.metrics["unknown_rate"] == 0
+
+
+def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path):
+    built = collector(tmp_path / "run")
+    state = built.collect(1, CollectorState()).state
+    shorter = PromptOrder(built.order.prompts[1:], seed=0)
+    with pytest.raises(UserError, match="14 questions: are not those that this run began with"):
+        replace(built, order=shorter).collect(2, state)
+
+
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
-    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers"):
+    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \\("):
         built.collect(1, CollectorState())
 
 

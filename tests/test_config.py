@@ -63,7 +63,7 @@ def test_dump_reads_back_equal(minimal, tmp_path):
         ("train.num_steps=1.5", "train.num_steps = 1.5: Input should be a valid integer"),
         ("train.num_steps='3'", "train.num_steps = 3: Input should be a valid integer"),
         ("train.num_steps=0", "train.num_steps = 0: Input should be greater than 0"),
-        ("train.denominator=foo", "train.denominator = foo: Input should be 'tokens' or 'sequences'; the type is"),
+        ("train.denominator=foo", "train.denominator = foo: is not allowed; the type is tokens | sequences | number > 0"),
         ("model.path=null", "model.path = None: Input is not a valid path"),
         ("model=3", "model = 3: Input should be a valid dictionary"),
         ("seed.x=3", "seed.x = 3: 'seed' is a value, not a section"),

@@ -9,7 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nft_megatron"
 FLOORS = {
-    **dict.fromkeys(["__init__", "errors", "files", "records", "config", "config_load", "run_folder", "stop", "data"], 0),
+    **dict.fromkeys(
+        ["__init__", "errors", "files", "records", "config", "config_load", "run_folder", "stop", "place", "data"], 0
+    ),
     **dict.fromkeys(["verify.grade", "verify.numbers"], 0),
     **dict.fromkeys(["algorithms", "layout", "weights", "observe"], 1),
     **dict.fromkeys(["model", "rollout", "verify"], 2),

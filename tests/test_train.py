@@ -8,6 +8,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from faults import train_with_broken_update
@@ -96,7 +98,8 @@ def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, start, metrics_of, tmp_path, attempt):
-    sections = {"rollout": {"oversample": 1.0}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
+    processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core
+    sections = {"rollout": {"oversample": 1.0, "processes": processes}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
     assert command("train", run_config("whole", **sections)).returncode == 0
     config, run, moments = run_config("killed", **sections), tmp_path / "killed", random.Random(attempt)
     finished_ledgers = {}
@@ -143,6 +146,47 @@ def test_surplus_groups_train_the_next_step_when_they_may_be_stale(run_config, c
     assert used_again
     for before, row in pairwise(rows):
         assert (row["staleness_max"] == 1) == (before["groups_surplus"] > 0)
+
+
+def test_a_signal_stops_all_ranks_with_everything_saved(run_config, start, metrics_of, tmp_path):
+    process, run = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}), ranks=2), tmp_path / "run"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and metrics_of(run), process)
+    process.signal(signal.SIGTERM)
+    outcome = process.wait()
+    assert [each.exitcode for each in process.processes] == [75, 75], outcome.stderr
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{metrics_of(run)[-1]['step']:06d}"
+
+
+def test_a_corrected_config_is_accepted_after_a_wrong_start(run_config, command):
+    config = run_config(train={"num_steps": 1})
+    assert command("train", config, "data.max_prompt_tokens=3").returncode == 2
+    assert command("train", config, "data.max_prompt_tokens=5").returncode == 0
+
+
+def test_fewer_steps_than_are_done_are_refused(run_config, command, tmp_path):
+    config = run_config(train={"num_steps": 2})
+    assert command("train", config).returncode == 0
+    fewer = command("train", config, "train.num_steps=1")
+    assert fewer.returncode == 2
+    assert "has already finished 2 steps" in fewer.stderr
+    assert [folder.name for folder in (tmp_path / "run" / "hf").iterdir()] == ["step_000002"]
+
+
+def test_a_moved_run_goes_on_and_other_questions_are_refused(run_config, command, question_file, tmp_path):
+    assert command("train", run_config("first", train={"num_steps": 1})).returncode == 0
+    (tmp_path / "first").rename(tmp_path / "second")
+    config = run_config("second", train={"num_steps": 2})
+    assert command("train", config).returncode == 0
+    rows = pq.read_table(question_file).to_pylist()
+    rows[0]["reward_model"]["ground_truth"] = "77"
+    original = question_file.read_bytes()
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), question_file)
+        other = command("train", config, "train.num_steps=3")
+    finally:
+        question_file.write_bytes(original)
+    assert other.returncode == 2
+    assert "data.train = 15 questions: are not those that this run began with" in other.stderr
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "ranks"), [(2, 1, 2), (1, 2, 2), (1, 1, 2)])
@@ -214,6 +258,10 @@ def corrupt_model(tmp_path: Path, model_folder: Path, what: str) -> Path:
         ("data.max_prompt_tokens=3", "data.max_prompt_tokens = 3: 15 of 15 questions of data.train are longer"),
         ("rollout.max_answer_tokens=56", "rollout.max_answer_tokens = 56: with data.max_prompt_tokens = 8 it exceeds"),
         ("parallel.tensor=3", "parallel.tensor = 3: does not divide"),
+        ("data.train=[]", "data.train = []: Tuple should have at least 1 item"),
+        ("data.plain_format=x", "data.plain_format = 'x': has no {question}"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate = inf: Input should be a finite number"),
+        ("train.denominator=-1", "train.denominator = -1: is not allowed; the type is tokens | sequences | number > 0"),
         ("run_dir=/proc/nowhere", "run_dir = /proc/nowhere: cannot be written"),
     ],
 )
@@ -250,9 +298,6 @@ def test_incomplete_model_folder(run_config, command, tmp_path, model_folder, mi
 def test_unreadable_and_empty_data(run_config, command, tmp_path, content, message):
     path = tmp_path / "bad.parquet"
     if content is None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), path)
     else:
         path.write_bytes(content)

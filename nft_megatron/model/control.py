@@ -5,6 +5,8 @@ Without this a rank that meets a wrong file leaves the others waiting in a colle
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,37 +22,50 @@ def on_main(topology: Topology, action: Callable[[], T]) -> T:
 
     Waits for rank 0, at most the control group's deadline.
     """
-    result: list[object] = [None, None]
-    if topology.is_main:
-        try:
-            result[0] = action()
-        except Exception as error:
-            result[1] = error
-    _broadcast(topology, result)
-    if isinstance(result[1], Exception):
-        raise result[1]
-    return result[0]  # type: ignore[return-value]
+    result, failure = _attempt(action) if topology.is_main else (None, None)
+    shared = [result, _sendable(failure)]
+    dist.broadcast_object_list(shared, src=0, group=topology.control_group)
+    failure = failure or shared[1]  # type: ignore[assignment]
+    if failure is not None:
+        raise failure
+    return shared[0]  # type: ignore[return-value]
 
 
 def together(topology: Topology, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank and return each rank's own result; if any failed, every rank raises its own or the
-    lowest-numbered failure. ``action`` may contain collectives as long as all ranks fail before or after them."""
-    failure: Exception | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
+    """Run ``action`` on every rank and return each rank's own result.
+
+    If it failed anywhere, every rank raises: its own failure, else that of the lowest-numbered rank. ``action`` may contain
+    collectives as long as all ranks fail before or after them.
+    """
+    result, failure = _attempt(action)
     failures: list[Exception | None] = [None] * topology.world_size
-    dist.all_gather_object(failures, failure, group=topology.control_group)
-    if failure is not None:
-        raise failure
+    dist.all_gather_object(failures, _sendable(failure), group=topology.control_group)
+    failures.insert(0, failure)
     for other in failures:
         if other is not None:
             raise other
     return result  # type: ignore[return-value]
 
 
-def _broadcast(topology: Topology, objects: list[object]) -> None:
-    if topology.world_size > 1:
-        dist.broadcast_object_list(objects, src=0, group=topology.control_group)
+def first_of(topology: Topology, value: str | None) -> str | None:
+    """The value of the lowest-numbered rank that has one, the same on every rank."""
+    values: list[str | None] = [None] * topology.world_size
+    dist.all_gather_object(values, value, group=topology.control_group)
+    return next((other for other in values if other is not None), None)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _sendable(failure: Exception | None) -> Exception | None:
+    """``failure``, or its text where it cannot travel between processes."""
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:
+        assert failure is not None
+        return RuntimeError("".join(traceback.format_exception(failure)))
+    return failure

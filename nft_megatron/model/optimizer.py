@@ -10,6 +10,7 @@ finite is skipped whole: neither weights nor moments nor t change.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class PolicyOptimizer:
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())
         if not math.isfinite(grad_norm):
+            log.warning("the gradient norm is %s: update %d is skipped", grad_norm, self.num_updates + 1)
             return Update(grad_norm, learning_rate, skipped=True)
         if self.settings.clip_grad:
             clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.settings.clip_grad, grad_norm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from nft_megatron.layout.packing import PackedBatch, Row, pack
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, forward_backward, lm_head_weight, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
+from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.logprob import LogProbs, token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer, Update
@@ -100,27 +102,36 @@ class Trainer:
 
         The old log-probs come from the same packs as the updates, so that R = 1 to the bit before the first one.
         """
-        minibatches = self._read(ledger, step)
+        minibatches = together(self.topology, lambda: self._read(ledger, step))
         micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
         with torch.no_grad():
-            old = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
-        entropy_sum = sum(float(entropy_N.sum()) for _, entropy_N in old)
+            recomputed = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
         num_tokens = sum(minibatch.num_tokens for minibatch in minibatches)
-        (entropy_total,) = self._reduce([entropy_sum], dist.ReduceOp.SUM)
-        metrics: MetricsRow = {"entropy": entropy_total / num_tokens, "trained_tokens": num_tokens}
-        with_old = iter(micro_batches)
+        metrics = {"trained_tokens": num_tokens} | self._old_policy_metrics(micro_batches, recomputed, num_tokens)
         if self.topology.is_last_stage:
-            with_old = (
+            micro_batches = [
                 replace(micro_batch, old_logprob_N=torch.where(micro_batch.is_stale_N, micro_batch.engine_logprob_N, logprob_N))
-                for micro_batch, (logprob_N, _) in zip(micro_batches, old, strict=True)
-            )
+                for micro_batch, (logprob_N, _) in zip(micro_batches, recomputed, strict=True)
+            ]
+        in_order = iter(micro_batches)
         return StepBatch(
-            tuple(
-                replace(minibatch, micro_batches=tuple(next(with_old) for _ in minibatch.micro_batches))
-                for minibatch in minibatches
-            ),
+            tuple(replace(each, micro_batches=tuple(islice(in_order, len(each.micro_batches)))) for each in minibatches),
             metrics,
         )
+
+    def _old_policy_metrics(self, micro_batches: Sequence[MicroBatch], recomputed: Sequence, num_tokens: int) -> MetricsRow:
+        """Entropy, and how far the engine's log-probs are from the trainer's where both are of the same weights."""
+        sums, largest = [0.0, 0.0, 0.0], 0.0
+        for micro_batch, (logprob_N, entropy_N) in zip(micro_batches, recomputed, strict=False):  # other stages have none
+            gap_N = (logprob_N - micro_batch.engine_logprob_N).abs()[~micro_batch.is_stale_N].double()
+            sums = [sums[0] + float(entropy_N.sum()), sums[1] + float(gap_N.sum()), sums[2] + len(gap_N)]
+            largest = max(largest, float(gap_N.max()) if len(gap_N) else 0.0)
+        entropy, gap, num_fresh = self._reduce(sums, dist.ReduceOp.SUM)
+        return {
+            "entropy": entropy / num_tokens,
+            "mismatch_mean": gap / max(num_fresh, 1),
+            "mismatch_max": self._reduce([largest], dist.ReduceOp.MAX)[0],
+        }
 
     def _read(self, ledger: Path, step: int) -> list[MiniBatch]:
         index = read_index(ledger)

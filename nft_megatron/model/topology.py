@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from nft_megatron.errors import UserError
 from nft_megatron.model.cpu import adapt_to_cpu
+from nft_megatron.place import place
 
 ProcessGroup = dist.ProcessGroup
 
@@ -59,20 +59,6 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def _environment() -> tuple[int, int, int]:
-    """``(rank, world size, local rank)`` from torchrun's variables, else Slurm's, else a single process.
-
-    Slurm's are believed only together with ``MASTER_ADDR``, which a batch script sets: an interactive shell inside an
-    allocation has a ``SLURM_PROCID`` too and is still one process.
-    """
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
-
-
 def _check_sizes(world_size: int, tensor: int, pipeline: int) -> None:
     for field, size in (("parallel.tensor", tensor), ("parallel.pipeline", pipeline)):
         if size < 1:
@@ -109,7 +95,8 @@ def init_topology(
     Raises:
         UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when they do not divide the number of processes.
     """
-    rank, world_size, local_rank = _environment()
+    here = place()
+    rank, world_size, local_rank = here.rank, here.world_size, here.local_rank
     _check_sizes(world_size, tensor, pipeline)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,0 +1,35 @@
+"""Which of the run's processes this is, as torchrun or Slurm tells it through the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """``local_*`` count the processes of this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place() -> Place:
+    """From torchrun's variables, else Slurm's, else a single process.
+
+    Slurm's are believed only together with ``MASTER_ADDR``, which a batch script sets: an interactive shell inside an
+    allocation has a ``SLURM_PROCID`` too and is still one process.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return Place(
+            int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        )
+    if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        per_node = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1"))  # such as 8(x4)
+        local_size = int(per_node.group()) if per_node else 1
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_size)
+    return Place()
