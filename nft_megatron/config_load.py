@@ -155,6 +155,10 @@ def _readable(error: ValidationError) -> UserError:
         return UserError(field, value, "no such key" + more, _nearest(path))
     if kind == "missing":
         return UserError(field, "(nothing)", "is required" + more, f"add it to the file or as {field}=…")
+    if kind == "too_short":
+        return UserError(field, value, "is empty" + more, "name at least one")
+    if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or a number was possible
+        return UserError(field, value, "is not allowed" + more, f"the type is {_expected(path)} > 0")
     if kind.startswith("union_tag"):
         return UserError("algorithm.name", value["name"], "no such algorithm" + more, f"one of {', '.join(_ALGORITHMS)}")
     return UserError(

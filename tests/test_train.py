@@ -258,7 +258,7 @@ def corrupt_model(tmp_path: Path, model_folder: Path, what: str) -> Path:
         ("data.max_prompt_tokens=3", "data.max_prompt_tokens = 3: 15 of 15 questions of data.train are longer"),
         ("rollout.max_answer_tokens=56", "rollout.max_answer_tokens = 56: with data.max_prompt_tokens = 8 it exceeds"),
         ("parallel.tensor=3", "parallel.tensor = 3: does not divide"),
-        ("data.train=[]", "data.train = []: Tuple should have at least 1 item"),
+        ("data.train=[]", "data.train = []: is empty"),
         ("data.plain_format=x", "data.plain_format = 'x': has no {question}"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate = inf: Input should be a finite number"),
         ("train.denominator=-1", "train.denominator = -1: is not allowed; the type is tokens | sequences | number > 0"),
