@@ -30,16 +30,21 @@ def load_questions(paths: Sequence[Path | str], field: str = "data.train") -> li
     """All questions of ``paths``, in file order, each id once.
 
     A row that repeats an earlier one (same id, question and gold: the public DAPO-Math-17k holds each a hundred times) is left
-    out. Raises :class:`UserError` naming ``field``: no such file, unreadable, empty, a row without question or gold, one id
-    for two different questions.
+    out. A row without an id is named after its place, ``data/train.parquet/17``; where several paths are listed, their position
+    in the list stands before it, so that equal names in two data sets stay apart.
+
+    Raises :class:`UserError` naming ``field``: no such file, unreadable, empty, a row without question or gold, one id for two
+    different questions.
     """
     questions: dict[str, Question] = {}
-    for path in map(Path, paths):
+    for position, path in enumerate(map(Path, paths)):
         if not path.exists():
             raise UserError(field, path, "no such file or folder", "check the path")
         for file in _files_of(path, field):
+            name = file.name if file == path else file.relative_to(path).as_posix()
+            place = f"{position}/{name}" if len(paths) > 1 else name
             for number, row in enumerate(_rows_of(file, field)):
-                question = question_of_row(row, f"{file.parent.name}/{file.stem}/{number}", f"{file}, row {number}", field)
+                question = question_of_row(row, f"{place}/{number}", f"{file}, row {number}", field)
                 known = questions.setdefault(question.question_id, question)
                 if known != question:
                     raise UserError(
@@ -66,12 +71,12 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not _are_messages(messages):
         raise UserError(field, where, "the question is neither a text nor a list of {role, content}", "make it one of them")
-    gold = _first(row.get("reward_model") or {}, ("ground_truth",))
+    gold = _first(_section(row, "reward_model"), ("ground_truth",))
     gold = _first(row, GOLD_KEYS) if gold is None else gold
     if not isinstance(gold, (str, int, float)) or not str(gold).strip():
         raise _missing(row, "gold answer", (*GOLD_KEYS, "reward_model.ground_truth"), where, field)
     source = str(_first(row, ("data_source", "source")) or "")
-    index = _first(row.get("extra_info") or {}, ("index",))
+    index = _first(_section(row, "extra_info"), ("index",))
     given_id = _first(row, ID_KEYS) if index is None else index
     # A number only counts rows within a file; a text is taken to be unique.
     question_id = given_id if isinstance(given_id, str) and given_id else default_id
@@ -82,6 +87,11 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
 
 def _first(row: Row, keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _section(row: Row, key: str) -> Row:
+    """The nested row under ``key``; some data sets keep a text there, which says nothing about gold or id."""
+    return row[key] if isinstance(row.get(key), dict) else {}
 
 
 def _are_messages(messages: Any) -> bool:

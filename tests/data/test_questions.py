@@ -84,7 +84,7 @@ def test_plain_columns(tmp_path: Path, asked: str, gold: str) -> None:
     jsonl = write_jsonl(folder / "a.jsonl", {asked: "1+1?", gold: 2}, {"id": "x", asked: "1/2?", gold: "1/2"})
     parquet = folder / "b.parquet"
     pq.write_table(pa.table({asked: ["1+1?"], gold: [2], "solution": ["…"]}), parquet)
-    expected = [question("data/a/0", "1+1?", "2"), question("x", "1/2?", "1/2"), question("data/b/0", "1+1?", "2")]
+    expected = [question("0/a.jsonl/0", "1+1?", "2"), question("x", "1/2?", "1/2"), question("1/b.parquet/0", "1+1?", "2")]
     assert load_questions([jsonl, parquet]) == expected
 
 
@@ -97,7 +97,22 @@ def test_numbers_are_no_ids(tmp_path: Path) -> None:
     """verl's data sets number the rows of each file from 0."""
     row = {"question": "1+1?", "answer": "2", "extra_info": {"index": 0}}
     paths = [write_jsonl(tmp_path / "a.jsonl", row), write_jsonl(tmp_path / "b.jsonl", row)]
-    assert [q.question_id.split("/")[1:] for q in load_questions(paths)] == [["a", "0"], ["b", "0"]]
+    assert [q.question_id for q in load_questions(paths)] == ["0/a.jsonl/0", "1/b.jsonl/0"]
+
+
+def test_equal_file_names_in_two_data_sets_are_told_apart(tmp_path: Path) -> None:
+    for name, asked in (("A", "1+1?"), ("B", "2+2?")):
+        (tmp_path / name / "data").mkdir(parents=True)
+        write_jsonl(tmp_path / name / "data" / "train-00000.jsonl", {"question": asked, "answer": "4"})
+    both = load_questions([tmp_path / "A", tmp_path / "B"])
+    assert both == [question("0/data/train-00000.jsonl/0", "1+1?", "4"), question("1/data/train-00000.jsonl/0", "2+2?", "4")]
+    assert load_questions([tmp_path / "B"]) == [question("data/train-00000.jsonl/0", "2+2?", "4")]
+
+
+@pytest.mark.parametrize("odd", ["a text", 7, ["index"]])
+def test_a_text_where_others_nest_is_passed_over(tmp_path: Path, odd: Any) -> None:
+    row = {"id": "x", "question": "1+1?", "answer": "2", "reward_model": odd, "extra_info": odd}
+    assert load_questions([write_jsonl(tmp_path / "a.jsonl", row)]) == [question("x", "1+1?", "2")]
 
 
 def test_save_to_disk_folder(tmp_path: Path) -> None:
