@@ -10,6 +10,7 @@ A judgement that times out, crashes or is killed is *unknown*, never wrong.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -30,7 +31,7 @@ from nft_megatron.records import FinishReason, Verdict
 from nft_megatron.verify.grade import STRICT, Undecided, cut_off, grade
 
 _START_SECONDS = 60.0  # for imports, on a busy machine
-_CACHE_SIZE = 65536
+_CACHE_SIZE = 65536  # verdicts; their keys are digests, since an answer in math-verify mode is a whole text
 
 
 class Worker:
@@ -101,6 +102,11 @@ class Worker:
         return line
 
 
+def _key(gold: str, answer: str) -> bytes:
+    """What a comparison is remembered by: 32 bytes, however long the texts are."""
+    return hashlib.sha256(json.dumps([gold, answer]).encode()).digest()
+
+
 _Task = tuple[str, str, "Future[Verdict]"]
 
 
@@ -125,7 +131,7 @@ class Verifier:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()  # of everything below
-        self._cache: OrderedDict[tuple[str, str], Future[Verdict]] = OrderedDict()
+        self._cache: OrderedDict[bytes, Future[Verdict]] = OrderedDict()
         self._workers: set[Worker] = set()
         self._spare: Worker | None = None
         self._is_closed = False
@@ -173,13 +179,14 @@ class Verifier:
 
     def _compare(self, gold: str, answer: str) -> Future[Verdict]:
         """Queue a task, unless the same one is known or under way: K answers to one question often share their box."""
+        key = _key(gold, answer)
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the verifier is closed")
-            future = self._cache.get((gold, answer))
+            future = self._cache.get(key)
             if future is not None:
                 return future
-            future = self._cache[gold, answer] = Future()
+            future = self._cache[key] = Future()
             future.set_running_or_notify_cancel()  # several may wait for it: none may cancel it
             if len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
@@ -208,7 +215,7 @@ class Verifier:
 
     def _forget(self, gold: str, answer: str) -> None:
         with self._lock:
-            self._cache.pop((gold, answer), None)
+            self._cache.pop(_key(gold, answer), None)
 
     def _usable(self, worker: Worker | None) -> Worker | None:
         """``worker`` itself, or the spare once it is dead or worn out; None when the verifier is closed."""

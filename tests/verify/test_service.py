@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_math_verify_mode_reads_the_whole_text() -> None:
         assert verifier.submit("The answer is 34", "34", "abort").result(60).label == "unknown"
         verdict = verifier.submit("The answer is 34", r"\frac{", "stop").result(60)
         assert verdict.verifier.startswith("math-verify/")
+
+
+def test_a_remembered_verdict_does_not_keep_the_text() -> None:
+    """An answer may have tens of thousands of characters, and as many verdicts are remembered."""
+
+    class Text(str):  # a plain str takes no weak references
+        pass
+
+    with Verifier(VerifySection(mode="math-verify", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
+        text = Text("so it is $34$")
+        first = verifier.submit(text, "34", "stop")
+        assert first.result(60).label == "correct"
+        assert verifier.submit("so it is $34$", "34", "stop") is first, "remembered"
+        assert verifier.submit("so it is $34$", "35", "stop").result(60).label == "wrong"  # the worker's next task
+        text = weakref.ref(text)
+        assert text() is None
 
 
 def test_soft_limit() -> None:
