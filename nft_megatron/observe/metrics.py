@@ -56,7 +56,16 @@ METRICS: dict[str, Metric] = {
         Metric("grad_norm_max", "1", "norm of the gradient before clipping, largest of the step's updates"),
         Metric("learning_rate", "1", "learning rate of the step's last update"),
         Metric("entropy", "nats", "entropy of the policy, mean over trained tokens"),
+        Metric(
+            "entropy_sampled",
+            "nats",
+            "entropy estimated from all sampled answers, right, wrong and filtered: mean of −log π(a_t)",
+        ),
         Metric("kl_old", "nats", "KL divergence to the policy that generated the answers, estimated on trained tokens"),
+        Metric(
+            "mismatch_mean", "nats", "|log-prob of the engine − of the trainer|, mean over trained tokens of current weights"
+        ),
+        Metric("mismatch_max", "nats", "the same, largest"),
         Metric("ratio_max", "1", "largest R_t = π⁺(a_t) / π(a_t) over the step's trained tokens"),
         Metric("clamp_rate", "share", "tokens of wrong answers whose negative ratio (1 - r̂R)/(1 - r̂) was raised to ε"),
         Metric("skipped_updates", "count", "updates left out because the gradient was not finite"),
