@@ -3,9 +3,10 @@
     python -m nft_megatron.verify.worker SOCKET_FD PARENT_PID SOFT_SECONDS HARD_SECONDS MEMORY_BYTES
 
 It reads one JSON object a line, {"gold", "answer"}, and writes one, {"label", "reason", "seconds"}. math-verify works in the
-main thread, its own alarms off: they count whole seconds and start anew for every call; here one timer covers the comparison.
-Where Python cannot interrupt itself (a power of huge integers) the kernel ends the process after HARD_SECONDS of processor
-time, even if nobody is left to kill it; and it dies with its parent.
+main thread, its own alarms off: they count whole seconds of the clock and start anew for every call; here one timer covers the
+comparison. It counts the processor time that the worker itself gets, so that a busy machine makes a verdict late but does not
+change it. Where Python cannot interrupt itself (a power of huge integers) the kernel ends the process after HARD_SECONDS of
+processor time, even if nobody is left to kill it; and it dies with its parent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class SoftLimit(BaseException):
-    """The comparison ran past the soft limit. Not an ``Exception``: math-verify catches all of those."""
+    """The comparison used up the soft limit. Not an ``Exception``: math-verify catches all of those."""
 
 
 def judge(gold: str, answer: str) -> tuple[str, str]:
@@ -57,20 +58,20 @@ def judge(gold: str, answer: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
-    """Raise :class:`SoftLimit` after ``soft_seconds``; die after ``hard_seconds`` of processor time."""
+def limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
+    """Raise :class:`SoftLimit` after ``soft_seconds`` of processor time in the body, die after ``hard_seconds`` of it."""
 
     def give_up(signum: int, frame: FrameType | None) -> None:
         raise SoftLimit
 
-    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGVTALRM, give_up)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
         signal.setitimer(signal.ITIMER_PROF, hard_seconds)
-        signal.setitimer(signal.ITIMER_REAL, soft_seconds)
+        signal.setitimer(signal.ITIMER_VIRTUAL, soft_seconds)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
@@ -98,10 +99,10 @@ def main(arguments: Sequence[str]) -> None:
             task = json.loads(line)
             started = time.perf_counter()
             try:
-                with _limits(float(soft_seconds), float(hard_seconds)):
+                with limits(float(soft_seconds), float(hard_seconds)):
                     label, reason = judge(task["gold"], task["answer"])
             except SoftLimit:
-                label, reason = "unknown", f"gave up after {float(soft_seconds):g} s"
+                label, reason = "unknown", f"gave up after {float(soft_seconds):g} s of processor time"
             except Exception as error:
                 label, reason = "unknown", f"math-verify: {type(error).__name__}"
             stream.write(json.dumps({"label": label, "reason": reason, "seconds": time.perf_counter() - started}) + "\n")

@@ -140,9 +140,28 @@ def test_soft_limit() -> None:
     with Verifier(VerifySection(workers=1, soft_seconds=0.3, hard_seconds=60.0)) as verifier:
         verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
         pids = workers_of(os.getpid())
-        assert (verdict.label, verdict.reason) == ("unknown", "gave up after 0.3 s")
+        assert (verdict.label, verdict.reason) == ("unknown", "gave up after 0.3 s of processor time")
         assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
         assert workers_of(os.getpid()) == pids, "the worker that gave up was kept"
+
+
+def test_the_soft_limit_counts_processor_time_alone() -> None:
+    """Waiting, as for a core on a busy machine, is free; computing is not."""
+    program = """
+import time
+from nft_megatron.verify.worker import SoftLimit, limits
+with limits(0.2, 60.0):
+    time.sleep(0.6)
+print("waited")
+try:
+    with limits(0.2, 60.0):
+        while True:
+            pass
+except SoftLimit:
+    print("gave up", time.process_time() >= 0.2)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines() == ["waited", "gave up True"], result.stderr
 
 
 def test_hard_limit_kills_and_replaces_the_worker() -> None:
