@@ -1,10 +1,10 @@
 """The verifier: decides what it can at once and lets killable processes compare the rest with math-verify.
 
 One thread a worker: it hands its process one task, waits for the answer until the hard limit, and kills and replaces the
-process that has none. That limit (``verify.hard_seconds``) goes by the clock and is for processes that hang; a comparison that is
-merely long ends before it by the soft limit (``verify.soft_seconds``), which counts the worker's processor time. A warm spare
-takes over, so that the next task does not wait for imports. Nothing is started before the first task that needs it: data sets
-with integer answers never do.
+process that has none. That limit (``verify.hard_seconds``) goes by the clock and is for processes that hang; a comparison that
+is merely long ends before it by the soft limit (``verify.soft_seconds``), which counts the worker's processor time. A warm
+spare takes over, so that the next task does not wait for imports. Nothing is started before the first task that needs it: data
+sets with integer answers never do.
 
 A judgement that times out, crashes or is killed is *unknown*, never wrong.
 """
