@@ -3,6 +3,7 @@
 One launch of this file as a worker, which saves one checkpoint and then loads spoilt copies of it.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -61,7 +62,9 @@ def test_a_full_disk_is_an_os_error(messages: dict, space: str):
     """100 bytes: not even the common part fits. 20000: that does, the tensors don't."""
     kind, message, _ = messages[space]
     assert kind == "OSError"
-    assert "could not be written" in message
+    errno_and_text, filename = message.split(": ")
+    assert errno_and_text == f"[Errno {errno.EFBIG}] File too large while saving a checkpoint"
+    assert Path(filename.strip("'")).name == space, "the folder"
 
 
 # ------------------------------------------------------------------------------------------------------------ the worker
