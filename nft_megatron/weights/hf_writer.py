@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -25,16 +29,21 @@ def write_hf_folder(
     """Write ``tensors`` into ``folder`` (which exists) with the configuration and tokenizer files of ``source``.
 
     Holds one shard in memory at a time. One shard becomes ``model.safetensors``, several get an index.
+
+    Raises:
+        OSError: a file could not be written (disk full, no permission); it names ``folder``.
     """
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    with _writing(folder):
+        for name in _COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = pending_bytes = 0
 
     def write_pending() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        with _writing(folder):
+            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 
@@ -46,7 +55,21 @@ def write_hf_folder(
         pending_bytes += tensor.nbytes
         total += tensor.nbytes
     write_pending()
-    _name_shards(folder, shards, total)
+    with _writing(folder):
+        _name_shards(folder, shards, total)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell what could not be written. safetensors reports a full disk as an error of its own, "… (os error 28)"."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reported = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else reported and int(reported[1])
+        if number is None:
+            raise
+        raise OSError(number, f"{os.strerror(number)} while writing an export", str(folder)) from error
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:

@@ -1,6 +1,9 @@
 """Folders written here are read by transformers."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,3 +37,27 @@ def test_index_names_every_tensor_once_and_its_size(model_folder, tmp_path):
     for name, shard in index["weight_map"].items():
         with safe_open(tmp_path / shard, framework="pt") as file:
             assert torch.equal(file.get_tensor(name), tensors[name])
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from nft_megatron.weights.hf_writer import write_hf_folder
+source, folder, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails like one on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    write_hf_folder(folder, [(f"t{i}", torch.zeros(1000)) for i in range(4)], source, max_shard_bytes=5000)
+except OSError as error:
+    print(error.errno, error.strerror, error.filename, sep="|")
+"""
+
+
+@pytest.mark.parametrize("part", ["copied files", "tensors"])
+def test_a_full_disk_is_an_os_error_that_names_the_folder(model_folder, tmp_path, part):
+    source = model_folder if part == "copied files" else tmp_path / "nothing to copy"
+    command = [sys.executable, "-c", FULL_DISK, str(source), str(tmp_path), "100"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    expected = f"{errno.EFBIG}|File too large while writing an export|{tmp_path}"
+    assert result.stdout.strip() == expected, result.stderr
