@@ -2,7 +2,8 @@
 
 A worker's life: started → asked to load → *ready* once its receipt equals the parent's → generating → ready. One that exits or
 stays silent past the deadline is killed, its unfinished answers come back as ``abort``, and its successor is asked to load the
-current weights before anything else, so that no worker ever serves older ones.
+current weights before anything else, so that no worker ever serves older ones. A place whose workers die again and again, with
+no answer finished in between, is a fault of the engine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nft_megatron.rollout.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-_MAX_STARTS = 3  # of one worker, for one set of weights, before it has loaded them
+_MAX_DEATHS = 3  # in one worker's place, since the last answer that was finished there
 _CLOSE_SECONDS = 5.0
 
 
@@ -59,8 +60,8 @@ def split_requests(requests: Sequence[Request], num_parts: int) -> list[list[tup
 class _Worker:
     """One process and the connection to it."""
 
-    def __init__(self, index: int, settings: dict[str, Any], weights: int, num_starts: int, send_seconds: float) -> None:
-        self.index, self.num_starts = index, num_starts
+    def __init__(self, index: int, settings: dict[str, Any], weights: int, num_deaths: int, send_seconds: float) -> None:
+        self.index, self.num_deaths = index, num_deaths
         self.ticket = 0
         self.ready = False
         self.patience = 0.0  # seconds of further silence before it counts as hung
@@ -125,13 +126,12 @@ class WorkerPool:
         self._entries: list[Entry] = []
         self._receipt, self._version = "", -1
         self._ticket = 0
-        self._workers = [self._start(index, num_starts=1) for index in range(num_processes)]
+        self._workers = [self._start(index, num_deaths=0) for index in range(num_processes)]
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         self._version = version
         self._entries, self._receipt = write_weights(self._weights, tensors)
         for worker in self._workers:
-            worker.num_starts = 1
             self._ask_to_load(worker)
         self._await_ready()
         return self._receipt
@@ -153,6 +153,7 @@ class WorkerPool:
                 if kind == "answer":
                     index = payload.index + first_index[worker.index][payload.request_id]
                     unfinished[worker].remove((payload.request_id, index))
+                    worker.num_deaths = 0
                     yield dataclasses.replace(payload, index=index)
                 elif kind == "done":
                     assert not unfinished.pop(worker), "a worker ended with answers left"
@@ -170,8 +171,8 @@ class WorkerPool:
             os.close(self._weights)
         self._workers = []
 
-    def _start(self, index: int, num_starts: int) -> _Worker:
-        return _Worker(index, self._settings, self._weights, num_starts, self._load_seconds)
+    def _start(self, index: int, num_deaths: int) -> _Worker:
+        return _Worker(index, self._settings, self._weights, num_deaths, self._load_seconds)
 
     def _ask_to_load(self, worker: _Worker) -> None:
         self._ticket += 1
@@ -191,13 +192,13 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker, cause: str) -> None:
         """End a faulty worker and start its successor, which loads the current weights first."""
-        num_starts = 1 if worker.ready else worker.num_starts + 1
+        num_deaths = worker.num_deaths + 1
         worker.process.kill()
         worker.end(_CLOSE_SECONDS)
-        if num_starts > _MAX_STARTS:
-            raise EngineFault(f"engine worker {worker.index} {cause} before it had weights, {_MAX_STARTS} times in a row")
+        if num_deaths == _MAX_DEATHS:
+            raise EngineFault(f"engine worker {worker.index} {cause}, {num_deaths} times in a row without a finished answer")
         log.warning("engine worker %d %s: its unfinished answers are aborted and it is started again", worker.index, cause)
-        successor = self._start(worker.index, num_starts)
+        successor = self._start(worker.index, num_deaths)
         self._workers[worker.index] = successor
         self._ask_to_load(successor)
 

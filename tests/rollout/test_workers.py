@@ -194,6 +194,25 @@ def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
     engine.close()
 
 
+def test_a_worker_that_dies_again_and_again_is_a_fault_unless_it_answers_in_between(folder, models, expected):
+    others = worker_pids(os.getpid())
+    engine = EmbeddedEngine(folder, num_processes=1, batch_size=8, load_seconds=120, answer_seconds=60)
+
+    def generate_with_a_dead_worker():
+        engine.load(models[0].named_parameters(), version=1)
+        (pid,) = set(worker_pids(os.getpid())) - set(others)
+        os.kill(pid, signal.SIGKILL)
+        return {completion.finish_reason for completion in engine.generate(REQUESTS, SAMPLING)}
+
+    assert generate_with_a_dead_worker() == {"abort"}
+    assert as_table(engine.generate(REQUESTS, SAMPLING)) == expected[0]
+    assert generate_with_a_dead_worker() == {"abort"}
+    assert generate_with_a_dead_worker() == {"abort"}
+    with pytest.raises(EngineFault, match=r"signal 9.*3 times in a row without a finished answer"):
+        generate_with_a_dead_worker()
+    engine.close()
+
+
 def test_close_leaves_no_process(folder):
     others = worker_pids(os.getpid())
     engine = EmbeddedEngine(folder, num_processes=2, batch_size=8)
