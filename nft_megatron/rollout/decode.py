@@ -38,7 +38,10 @@ class _Waiting:
 
 
 class Decoder:
-    """``Engine`` in this process, without deadlines and checks: ``EmbeddedEngine`` sees to those."""
+    """``Engine`` in this process, for requests that ``EmbeddedEngine`` has checked.
+
+    Nothing here watches the time: a worker process has its parent for that, and without workers there is no deadline.
+    """
 
     def __init__(self, model_folder: Path, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
         self._folder, self._batch_size = model_folder, batch_size

@@ -22,7 +22,8 @@ class EmbeddedEngine:
 
     ``num_processes`` 0 generates in this process on torch's own threads; 1 or more start that many workers of ``threads``
     threads each, in the background. Each decodes ``batch_size`` answers at a time in ``dtype``; log-probs are float32 always.
-    ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates.
+    ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates;
+    with ``num_processes`` 0 there are no such bounds.
 
     The same requests give the same tokens for every ``num_processes`` and ``batch_size``, unless the rounding of logits, which
     depends on a batch's shape, moves a draw across the boundary between two tokens. The same call repeats bit for bit.

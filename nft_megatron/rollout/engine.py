@@ -37,8 +37,11 @@ class Engine(Protocol):
         """Yield one completion for each seed of each request, as they finish, in any order.
 
         Waits for: weights (without them it raises). Unblocks: the verifier, with the first answer, while the others are
-        still being generated. A fault of the engine yields its unfinished answers with the finish reason ``abort``.
-        Giving the iterator up early is allowed and ends the work on the rest.
+        still being generated. Giving the iterator up early is allowed and ends the work on the rest.
+
+        A process that dies or misses its deadline yields its unfinished answers with the finish reason ``abort`` and is
+        replaced. Raises ``EngineFault`` where that does not help: without weights, when a process dies again and again, and
+        for an error inside the engine, such as logits that are not finite; it names the cause.
         """
 
     def close(self) -> None:
