@@ -92,7 +92,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """All entries of a model, in the order in which Hugging Face lists its tensors, and the padded size of the vocabulary.
+    """All entries of a model, in the order in which Hugging Face lists its tensors.
 
     ``ignored`` are Hugging Face names that a folder may hold and nobody reads, such as a stored copy of a tied LM head.
     """
