@@ -151,7 +151,7 @@ def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path
 
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
-    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \\("):
+    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \("):
         built.collect(1, CollectorState())
 
 
