@@ -63,7 +63,10 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("kl_old", "nats", "KL divergence to the policy that generated the answers, estimated on trained tokens"),
         Metric(
-            "mismatch_mean", "nats", "|log-prob of the engine − of the trainer|, mean over trained tokens of current weights"
+            "mismatch_mean",
+            "nats",
+            "|log-prob of the engine − of the trainer| for the same weights, mean over trained tokens; π_old of answers older "
+            "than that is the engine's (rollout.max_staleness > 0), of all others the trainer's",
         ),
         Metric("mismatch_max", "nats", "the same, largest"),
         Metric("ratio_max", "1", "largest R_t = π⁺(a_t) / π(a_t) over the step's trained tokens"),
@@ -73,7 +76,11 @@ METRICS: dict[str, Metric] = {
         Metric("groups_sampled", "count", "questions that were answered"),
         Metric("groups_mixed", "count", "questions with 0 < r̂ < 1"),
         Metric("groups_trained", "count", "questions trained on"),
-        Metric("groups_surplus", "count", "mixed questions beyond the quota"),
+        Metric(
+            "groups_surplus",
+            "count",
+            "mixed questions beyond the quota; kept for a later step only when rollout.max_staleness allows",
+        ),
         Metric("correct_rate_histogram", "counts", "questions by r̂ in K+1 bins from 0 to 1, over all questions answered"),
         Metric("truncated_rate", "share", "answers cut at the length limit"),
         Metric("answer_length_mean", "tokens", "mean length of an answer"),

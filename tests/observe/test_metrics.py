@@ -13,10 +13,10 @@ from nft_megatron.errors import UserError
 from nft_megatron.observe.metrics import METRICS, PHASES, MetricsLog, PhaseTimer, is_known, read_metrics
 
 ROWS = [
-    {"step": 0, "eval_accuracy": 0.25},
-    {"step": 1, "loss": 0.1 + 0.2, "updates": 4, "correct_rate_histogram": [3, 2, 1], "time/step": 1.5},
-    {"step": 2, "loss": -1e-300, "updates": 8, "correct_rate_histogram": [0, 0, 6], "time/step": 2.5},
-    {"step": 3, "loss": 5e22, "updates": 12, "correct_rate_histogram": [1, 4, 1], "eval_accuracy": 0.5},
+    {"step": 1, "eval_accuracy": 0.25},
+    {"step": 2, "loss": 0.1 + 0.2, "updates": 4, "correct_rate_histogram": [3, 2, 1], "time/step": 1.5},
+    {"step": 3, "loss": -1e-300, "updates": 8, "correct_rate_histogram": [0, 0, 6], "time/step": 2.5},
+    {"step": 4, "loss": 5e22, "updates": 12, "correct_rate_histogram": [1, 4, 1], "eval_accuracy": 0.5},
 ]
 
 
@@ -58,7 +58,7 @@ def test_no_file_reads_as_no_rows(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}'])
+@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5}'])
 def test_torn_last_line_is_left_out(tmp_path, torn):
     write_rows(tmp_path, ROWS)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -78,12 +78,12 @@ def test_damage_anywhere_else_is_an_error_that_names_the_line(tmp_path, damage):
 def test_truncate_drops_later_rows_and_a_torn_line_and_the_log_goes_on(tmp_path):
     write_rows(tmp_path, ROWS)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": 5, "lo')
     with open_log(tmp_path) as log:
-        log.truncate_from(2)
+        log.truncate_from(3)
         assert read_metrics(tmp_path) == ROWS[:2]
-        log.write({"step": 2, "loss": 7.0})
-    assert read_metrics(tmp_path) == [*ROWS[:2], {"step": 2, "loss": 7.0}]
+        log.write({"step": 3, "loss": 7.0})
+    assert read_metrics(tmp_path) == [*ROWS[:2], {"step": 3, "loss": 7.0}]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -117,8 +117,8 @@ def test_tensorboard_reads_back_scalars_and_histogram(tmp_path):
         for row in ROWS:
             log.write(row)
     events = read_events(tmp_path)
-    assert [(event.step, event.value) for event in events.Scalars("eval_accuracy")] == [(0, 0.25), (3, 0.5)]
-    assert [event.step for event in events.Scalars("updates")] == [1, 2, 3]
+    assert [(event.step, event.value) for event in events.Scalars("eval_accuracy")] == [(1, 0.25), (4, 0.5)]
+    assert [event.step for event in events.Scalars("updates")] == [2, 3, 4]
     assert [event.value for event in events.Scalars("time/step")] == [1.5, 2.5]
     histograms = events.Histograms("correct_rate_histogram")
     assert [list(event.histogram_value.bucket) for event in histograms] == [[3, 2, 1], [0, 0, 6], [1, 4, 1]]
@@ -132,9 +132,9 @@ def test_tensorboard_forgets_what_a_killed_run_logged(tmp_path):
         for row in ROWS:
             log.write(row)
     with open_log(tmp_path, tensorboard=True) as log:
-        log.truncate_from(2)
-        log.write({"step": 2, "loss": 7.0})
-    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss")] == [(1, pytest.approx(0.3)), (2, 7.0)]
+        log.truncate_from(3)
+        log.write({"step": 3, "loss": 7.0})
+    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss")] == [(2, pytest.approx(0.3)), (3, 7.0)]
 
 
 def test_missing_wandb_names_the_field_and_the_remedy(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import yaml
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.errors import UserError
 from nft_megatron.observe import answers
-from nft_megatron.observe.metrics import MetricsLog
+from nft_megatron.observe.metrics import METRICS, MetricsLog
 from nft_megatron.observe.plots import write_overview_png
 from nft_megatron.observe.report import write_report
 from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
@@ -28,6 +28,7 @@ def row(step):
     timings = {f"time/{phase}": seconds for phase, seconds in SECONDS.items()} | {"time/step": sum(SECONDS.values())}
     return {
         "step": step, "updates": 4 * step, "loss": -0.0123456789 * step, "entropy": 0.3 + step / 7, "accuracy": 0.4 + step / 10,
+        "entropy_sampled": 0.4 + step / 7, "mismatch_mean": 1e-7 * step, "mismatch_max": 1e-5 * step,
         "skipped_updates": step % 2, "correct_rate_histogram": [step, 2, 3], "eval_accuracy": 0.5 + step / 10, **timings,
     }  # fmt: skip
 
@@ -104,6 +105,14 @@ def test_embedded_data_are_the_metrics(run_dir):
     assert data["held_out"] == [[0, 0.25], [1, 0.6], [2, 0.7], [3, 0.8], [4, 0.9]]
     assert columns["correct_rate_histogram"] == [[1, 2, 3], [2, 2, 3], [3, 2, 3], [4, 2, 3]]
     assert columns["time/rest"] == [0.5, 0.5, 0.5, 0.5]  # publish, ledger, save, other
+
+
+def test_charts_draw_metrics_that_exist(run_dir):
+    program = read_page(write_report(run_dir)).scripts["program"]
+    drawn = re.findall(r'column\("([^"]+)"', program)
+    assert set(drawn) <= METRICS.keys() | {"time/rest"}
+    assert {"entropy", "entropy_sampled", "mismatch_mean", "mismatch_max"} <= set(drawn)
+    assert len(drawn) == len(set(drawn))
 
 
 def test_header_and_table_of_time(run_dir):

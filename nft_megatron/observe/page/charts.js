@@ -265,8 +265,9 @@ new Chart({
   ],
 });
 new Chart({
-  section: "learning", title: "Entropy", about: "Nats a token, mean over trained tokens.", zero: true,
-  series: [column("entropy", "entropy", "var(--blue)")],
+  section: "learning", title: "Entropy", zero: true,
+  about: "Nats a token: exact over trained tokens, estimated over all sampled ones.",
+  series: [column("entropy", "trained", "var(--blue)"), column("entropy_sampled", "sampled", "var(--orange)")],
 });
 new Chart({
   section: "learning", title: "Answer length", about: "Tokens.", zero: true,
@@ -295,6 +296,10 @@ new Chart({
 });
 new Chart({
   section: "optimization", title: "KL to the old policy", about: "Nats a token.", zero: true, series: [column("kl_old", "KL", "var(--blue)")],
+});
+new Chart({
+  section: "optimization", title: "Engine against trainer", about: "|Δ log-prob| of trained tokens for the same weights, nats.", zero: true,
+  series: [column("mismatch_mean", "mean", "var(--blue)"), column("mismatch_max", "largest", "var(--orange)")],
 });
 new Chart({
   section: "optimization", title: "Largest likelihood ratio", about: "R = π⁺ / π over a step's trained tokens.", zero: true,
