@@ -1,6 +1,7 @@
 """How fast the embedded engine is, as a ratio to transformers' own `generate` in the same run.
 
-A random Qwen2 of the quickstart's shape answers the same prompts, several answers each, in three ways:
+A random Qwen2 of the quickstart's shape answers as many prompts as a round of the quickstart has, of their length, several
+answers each, in three ways:
 
   generate   `model.generate` of transformers at each of --generate-batch-sizes, one thread, without log-probs; the best counts
   one        the embedded engine in this process, one thread, with the log-prob of every token
@@ -39,19 +40,19 @@ from nft_megatron.rollout.embedded import EmbeddedEngine
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--hidden", type=int, default=128, help="hidden size (%(default)s)")
-    add("--intermediate", type=int, default=384, help="MLP size (%(default)s)")
-    add("--layers", type=int, default=4, help="layers (%(default)s)")
+    add("--hidden", type=int, default=96, help="hidden size (%(default)s)")
+    add("--intermediate", type=int, default=288, help="MLP size (%(default)s)")
+    add("--layers", type=int, default=2, help="layers (%(default)s)")
     add("--heads", type=int, default=4, help="query heads (%(default)s)")
     add("--kv-heads", type=int, default=2, help="key-value heads (%(default)s)")
-    add("--vocab", type=int, default=96, help="vocabulary (%(default)s)")
-    add("--questions", type=int, default=32, help="prompts (%(default)s)")
+    add("--vocab", type=int, default=320, help="vocabulary (%(default)s)")
+    add("--questions", type=int, default=48, help="prompts (%(default)s)")
     add("--answers", type=int, default=16, help="answers to each prompt (%(default)s)")
-    add("--prompt-tokens", type=int, default=48, help="length of every prompt (%(default)s)")
-    add("--answer-tokens", type=int, default=64, help="longest answer (%(default)s)")
-    add("--mean-tokens", type=float, default=32.0, help="of an answer in the varied workload, before the cut (%(default)s)")
+    add("--prompt-tokens", type=int, default=20, help="length of every prompt (%(default)s)")
+    add("--answer-tokens", type=int, default=48, help="longest answer (%(default)s)")
+    add("--mean-tokens", type=float, default=27.0, help="of an answer in the varied workload, before the cut (%(default)s)")
     add("--generate-batch-sizes", type=int, nargs="+", default=[64, 128, 256], help="tried for generate (%(default)s)")
-    add("--batch-size", type=int, default=256, help="of the embedded engine, per process (%(default)s)")
+    add("--batch-size", type=int, default=128, help="of the embedded engine, per process (%(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="for `all` (one a core: %(default)s)")
     add("--repeats", type=int, default=5, help="rounds in which all ways take turns (%(default)s)")
     return parser.parse_args()
