@@ -142,9 +142,10 @@ def init_topology(
 
 
 def shutdown() -> None:
-    """Leave the process groups. Call it once, last; every object that holds a group must be unreachable by then.
+    """Leave the process groups. Call it once, last, with no collective under way; no group may be used afterwards.
 
-    gloo's threads abort the interpreter when a group outlives ``destroy_process_group``, hence the collection of cycles.
+    Local variables of the caller may still hold groups, but nothing may when the interpreter exits: gloo's threads can abort
+    it there, hence the collection of cycles.
     """
     from megatron.core import parallel_state
 
