@@ -13,12 +13,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.records import Completion, FinishReason, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.model import CausalModel
 from nft_megatron.rollout.sampling import draw, stream_keys, uniforms
@@ -54,6 +55,10 @@ class Decoder:
         return receipt
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        return chain.from_iterable(self.steps(requests, sampling))
+
+    def steps(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
+        """What :meth:`generate` yields, in lists of answers that the same decoding step finished."""
         return _Batch(self._model, self._folder, self._batch_size, self._version, requests, sampling).run()
 
     def close(self) -> None:
@@ -88,7 +93,8 @@ class _Batch:
             self._tokens_BT, self._logprobs_BT,
         )  # fmt: skip
 
-    def run(self) -> Iterator[Completion]:
+    def run(self) -> Iterator[list[Completion]]:
+        """The answers that each step finished, for steps that finished any."""
         while True:
             num_idle = self._num_rows - int(self._live_B[: self._num_rows].sum())
             if 8 * num_idle >= self._num_rows:
@@ -96,7 +102,8 @@ class _Batch:
                 self._refill()
                 if self._num_rows == 0:
                     return
-            yield from self._step()
+            if finished := self._step():
+                yield finished
 
     def _compact(self) -> None:
         """Move the live rows together."""
@@ -152,8 +159,8 @@ class _Batch:
         for row, request in enumerate(batch):
             self._waiting.extend(_Waiting(request, index, key_values, row) for index in range(len(request.seeds)))
 
-    def _step(self) -> Iterator[Completion]:
-        """One token for every row; yields the answers that it finishes."""
+    def _step(self) -> list[Completion]:
+        """One token for every row; returns the answers that it finishes."""
         rows = np.arange(self._num_rows)
         live_B, count_B, position_B = self._live_B[rows], self._count_B[rows], self._position_B[rows]
         num_tokens = int(position_B[live_B].max()) + 1
@@ -172,14 +179,16 @@ class _Batch:
         stopped_B = self._stop.find(self._tokens_BT, count_B + 1)
         finished_B = live_B & (stopped_B | (count_B + 1 == self._sampling.max_tokens))
         self._live_B[rows] = live_B & ~finished_B
-        for row in np.flatnonzero(finished_B):
-            answer, length = self._answer[row], count_B[row] + 1
-            yield Completion(
-                request_id=answer.request.request_id,
-                index=answer.index,
-                tokens=self._tokens_BT[row, :length].copy(),
-                logprobs=self._logprobs_BT[row, :length].copy(),
-                finish_reason="stop" if stopped_B[row] else "length",
-                weight_version=self._version,
-                seconds=time.perf_counter() - self._started_B[row],
-            )
+        return [self._completion(row, "stop" if stopped_B[row] else "length") for row in np.flatnonzero(finished_B).tolist()]
+
+    def _completion(self, row: int, finish_reason: FinishReason) -> Completion:
+        answer, length = self._answer[row], self._count_B[row]
+        return Completion(
+            request_id=answer.request.request_id,
+            index=answer.index,
+            tokens=self._tokens_BT[row, :length].copy(),
+            logprobs=self._logprobs_BT[row, :length].copy(),
+            finish_reason=finish_reason,
+            weight_version=self._version,
+            seconds=time.perf_counter() - self._started_B[row],
+        )

@@ -82,8 +82,8 @@ def main(settings: WorkerSettings) -> None:
                 connection.send((ticket, "loaded", receipt))
             else:
                 assert command == "generate", command
-                for completion in decoder.generate(*arguments):
-                    connection.send((ticket, "answer", completion))
+                for finished in decoder.steps(*arguments):
+                    connection.send((ticket, "answers", finished))
                     if not inbox.empty():
                         break
                 connection.send((ticket, "done", None))
