@@ -94,22 +94,26 @@ class Collector:
         those that the run began with.
         """
         path = self.folder.ledger(step)
-        if state.questions not in ("", self.questions):
-            raise UserError(
-                "data.train", f"{len(self.order.prompts)} questions", "are not those that this run began with",
-                "restore the files, or start a new run in another run_dir",
-            )  # fmt: skip
+        self._check_questions(state.questions)
         generated_tokens = 0 if path.exists() else self._fill(path, step, state)
         for finished_round in self.folder.rounds(step):
             finished_round.unlink()
         with self.asker.timer.phase("ledger"):
             meta = read_meta(path)
+            self._check_questions(meta["questions"])
             surplus = (
                 tuple(group for group, fate in read_groups(path) if fate == "surplus") if self.settings.max_staleness else ()
             )
         return Collected(
             path, meta["metrics"], CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions), generated_tokens
         )
+
+    def _check_questions(self, known: str) -> None:
+        if known not in ("", self.questions):
+            raise UserError(
+                "data.train", f"{len(self.order.prompts)} questions", "are not those that this run began with",
+                "restore the files, or start a new run in another run_dir",
+            )  # fmt: skip
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         quota = self.settings.questions_per_step
@@ -147,7 +151,7 @@ class Collector:
             surplus = mixed[quota:] if self.settings.max_staleness else []
             metrics = self._metrics(step, sampled, mixed[:quota], len(mixed) - quota, rounds)
             fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
-            meta = {"cursor": cursor, "mixed_rate": mixed_rate, "metrics": metrics}
+            meta = {"cursor": cursor, "mixed_rate": mixed_rate, "questions": self.questions, "metrics": metrics}
             write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
         return generated_tokens
 

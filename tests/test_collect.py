@@ -147,6 +147,8 @@ def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path
     shorter = PromptOrder(built.order.prompts[1:], seed=0)
     with pytest.raises(UserError, match="14 questions: are not those that this run began with"):
         replace(built, order=shorter).collect(2, state)
+    with pytest.raises(UserError, match="are not those that this run began with"):
+        replace(built, order=shorter).collect(1, CollectorState())  # its ledger is there, its checkpoint is not
 
 
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
