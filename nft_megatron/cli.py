@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(commands, name, function, short, description, epilog=None) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
     parser = commands.add_parser(
-        name, help=short, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=short,
+        description=textwrap.fill(description, 100),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=function)
     return parser

@@ -57,6 +57,7 @@ def write_hf_folder(
     write_pending()
     with _writing(folder):
         _name_shards(folder, shards, total)
+        _state_dtype(folder / "config.json", str(tensor.dtype).removeprefix("torch."))
 
 
 @contextlib.contextmanager
@@ -70,6 +71,14 @@ def _writing(folder: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(number, f"{os.strerror(number)} while writing an export", str(folder)) from error
+
+
+def _state_dtype(path: Path, dtype: str) -> None:
+    """Where the weights were trained in another dtype than the source's, config.json says so (transformers loads in it)."""
+    config = json.loads(path.read_text())
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
+    if config.get(field) != dtype:
+        path.write_text(json.dumps(config | {field: dtype}, indent=2) + "\n")
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:

@@ -28,6 +28,18 @@ def test_transformers_reads_back_every_tensor(model_folder, tmp_path, max_shard_
         assert (tmp_path / name).read_bytes() == (model_folder / name).read_bytes()
 
 
+def test_config_states_the_dtype_of_the_weights(model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    write_hf_folder(tmp_path, tensors.items(), model_folder)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert (
+        json.loads((tmp_path / "config.json").read_text()).keys()
+        == json.loads((model_folder / "config.json").read_text()).keys()
+    )
+
+
 def test_index_names_every_tensor_once_and_its_size(model_folder, tmp_path):
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
     write_hf_folder(tmp_path, tensors.items(), model_folder, max_shard_bytes=100)
