@@ -51,7 +51,7 @@ def main(overrides: list[str]) -> None:
     run(nft_megatron, "train", config, *overrides)
     export = max((run_dir / "hf").glob("step_*"))
     run(nft_megatron, "eval", export, config, *overrides, "--out", after)
-    run(nft_megatron, "report", run_dir)
+    run(nft_megatron, "report", run_dir, "--png", run_dir / "overview.png")
 
     print(f"\n{'held-out questions':20} {'right':>16} {'tokens an answer':>18}")
     for name, path in (("before", before), ("after NFT", after)):
