@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from nft_megatron.collect import CollectorState
 from nft_megatron.errors import UserError
@@ -54,11 +55,14 @@ class Checkpoints:
         if step is None:
             return 0, None
         path = self.folder.checkpoint(step)
+        together(topology, lambda: self._check_is_there(path))
+        saved_step = self.trainer.load(path)
+        assert saved_step == step, f"{path} holds step {saved_step}"
+        return step, CollectorState.load(path / _COLLECTOR) if topology.is_main else None
+
+    def _check_is_there(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(
                 "checkpoints/latest", path.name, "that checkpoint is not there",
                 f"restore it, or write one of {self.folder.checkpoint_steps()} into {self.folder.latest}",
             )  # fmt: skip
-        saved_step = together(topology, lambda: self.trainer.load(path))
-        assert saved_step == step, f"{path} holds step {saved_step}"
-        return step, CollectorState.load(path / _COLLECTOR) if topology.is_main else None

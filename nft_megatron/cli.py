@@ -22,7 +22,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and end the process: 0 done, 2 wrong input, 75 stopped early with everything saved, 1 a fault."""
+    """Run one command and end the process.
+
+    0 done, 2 wrong input, 75 stopped early with everything saved, 130 interrupted, 1 a fault.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     options = _parse(arguments)
     code = _run(options)

@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from nft_megatron.errors import UserError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 LoosePath = Annotated[Path, Field(strict=False)]
 
 

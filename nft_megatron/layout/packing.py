@@ -42,7 +42,6 @@ class PackedBatch:
 
     input_ids_T: prompt, answer, prompt, answer … and padding (int64). position_ids_T: position in the own sequence (int64).
     cu_seqlens: where each sequence starts, and T (int32). A padding, if any, is the last sequence.
-    max_seqlen: the longest sequence.
     loss_positions_N: indices into T whose next token is an answer token (int64), ascending.
     targets_N: that answer token (int64). row_N: its row in the order given to :func:`pack` (int64), so that
     ``quantity_R[row_N]`` expands what belongs to a row to its loss tokens.
@@ -57,15 +56,9 @@ class PackedBatch:
     input_ids_T: Tensor
     position_ids_T: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
     loss_positions_N: Tensor
     targets_N: Tensor
     row_N: Tensor
-    num_rows: int
-
-    def split_rows(self, values_N: Tensor) -> tuple[Tensor, ...]:
-        """``values_N`` (N first, any other dimensions after) cut into one piece a row, in order; ``torch.cat`` undoes it."""
-        return values_N.split(torch.bincount(self.row_N, minlength=self.num_rows).tolist())
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -95,13 +88,11 @@ def pack(rows: Sequence[Row], *, multiple: int = 1, num_tokens: int | None = Non
         input_ids_T=_int64([*(part for row in rows for part in (row.prompt_tokens, row.answer_tokens)), padding]),
         position_ids_T=_int64([np.arange(length) for length in lengths_S]),
         cu_seqlens=torch.from_numpy(np.append(starts_S, num_tokens).astype(np.int32)),
-        max_seqlen=int(lengths_S.max()),
         loss_positions_N=_int64(
             [first + np.arange(count) for first, count in zip(first_loss_R, answer_lengths_R, strict=True)]
         ),
         targets_N=_int64([row.answer_tokens for row in rows]),
         row_N=torch.from_numpy(np.repeat(np.arange(len(rows)), answer_lengths_R)),
-        num_rows=len(rows),
     )
 
 

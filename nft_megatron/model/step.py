@@ -3,7 +3,7 @@
 The gradient is that of Σ_tokens ω·ℓ / D with one D for the whole mini-batch (contract 1). Each token carries its weight ω/D
 from the start, and gradients are plain sums over micro-batches and data-parallel ranks, so no layout can change the scale.
 
-Suffix ``_N``: one entry a loss token of a micro-batch; ``_R``: one a row (an answer) of it; ``H`` hidden size.
+Suffix ``_N``: one entry a loss token of a micro-batch; ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, TokenBatch
-from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
-from nft_megatron.layout.minibatches import Answers, Layout, plan_minibatches
-from nft_megatron.layout.packing import PackedBatch, Row, pack
+from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
+from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, forward_backward, lm_head_weight, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
@@ -34,31 +33,6 @@ from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.weights import ModelShape
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """A pack of this rank and what its loss needs of each token. ``weight_N`` is ω/D.
-
-    ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own where the
-    answer is older than the weights. It exists on the last pipeline stage only.
-    """
-
-    packed: PackedBatch
-    weight_N: Tensor
-    is_correct_N: Tensor
-    correct_rate_N: Tensor
-    engine_logprob_N: Tensor
-    is_stale_N: Tensor
-    old_logprob_N: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """One optimizer step: this rank's micro-batches; ``num_tokens`` is of all ranks."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +76,8 @@ class Trainer:
 
         The old log-probs come from the same packs as the updates, so that R = 1 to the bit before the first one.
         """
-        minibatches = together(self.topology, lambda: self._read(ledger, step))
+        rank, device = self.topology.data_rank, self.topology.device
+        minibatches = together(self.topology, lambda: read_minibatches(ledger, step, self.algorithm, self.layout, rank, device))
         micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
         with torch.no_grad():
             recomputed = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
@@ -132,60 +107,6 @@ class Trainer:
             "mismatch_mean": gap / max(num_fresh, 1),
             "mismatch_max": self._reduce([largest], dist.ReduceOp.MAX)[0],
         }
-
-    def _read(self, ledger: Path, step: int) -> list[MiniBatch]:
-        index = read_index(ledger)
-        rows = np.flatnonzero((index.fate == "train") & (index.label != "unknown") & (index.answer_length > 0))
-        answers = Answers(
-            group_id=index.group_id[rows],
-            lengths=(index.prompt_length + index.answer_length)[rows],
-            answer_lengths=index.answer_length[rows],
-            is_forwarded=index.is_correct[rows] | self.algorithm.uses_wrong_answers,
-        )
-        plans = plan_minibatches(answers, step, self.layout)
-        own = [[rows[members] for members in plan.rows_of[self.topology.data_rank]] for plan in plans]
-        needed = np.concatenate([members for minibatch in own for members in minibatch])
-        tokens = dict(zip(needed.tolist(), read_tokens(ledger, needed), strict=True))
-
-        def micro_batch(members: np.ndarray, denominator: float) -> MicroBatch:
-            answers = [tokens[row] for row in members.tolist()]
-            packed = pack(
-                [Row(answer.prompt_tokens, answer.answer_tokens) for answer in answers], multiple=self.layout.multiple
-            )
-            engine = [answer.behaviour_logprobs for answer in answers]
-            return self._micro_batch(packed, engine, index, members, step, denominator)
-
-        return [
-            MiniBatch(tuple(micro_batch(members, plan.denominator) for members in minibatch), plan.num_tokens)
-            for minibatch, plan in zip(own, plans, strict=True)
-        ]
-
-    def _micro_batch(
-        self,
-        packed: PackedBatch,
-        engine: Sequence[np.ndarray],
-        index: LedgerIndex,
-        rows: np.ndarray,
-        step: int,
-        denominator: float,
-    ) -> MicroBatch:
-        """Expand what the ledger says of each row to its loss tokens."""
-        rate_N = torch.from_numpy(index.correct_rate[rows])[packed.row_N]
-        tensors = {
-            "weight_N": self.algorithm.prompt_weight(rate_N) / denominator,
-            "correct_rate_N": rate_N,
-            "engine_logprob_N": torch.from_numpy(np.concatenate([np.empty(0), *engine])),
-        }
-        flags = {
-            "is_correct_N": torch.from_numpy(index.is_correct[rows])[packed.row_N],
-            "is_stale_N": torch.from_numpy(index.weight_version[rows] < step - 1)[packed.row_N],
-        }
-        device = self.topology.device
-        return MicroBatch(
-            packed.to(device),
-            **{name: tensor.float().to(device) for name, tensor in tensors.items()},
-            **{name: flag.to(device) for name, flag in flags.items()},
-        )
 
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:

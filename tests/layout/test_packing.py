@@ -108,7 +108,6 @@ def test_pack_by_hand():
     assert batch.input_ids_T.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, 24, 0, 0, 0]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 5, 9, 12]
-    assert batch.max_seqlen == 5
     assert batch.loss_positions_N.tolist() == [2, 3, 5, 6, 7]
     assert batch.targets_N.tolist() == [14, 15, 22, 23, 24]
     assert batch.row_N.tolist() == [0, 0, 1, 1, 1]
@@ -122,7 +121,6 @@ def test_padding_is_a_last_sequence_of_its_own(options, total):
     batch = pack(make_rows([(3, 2), (1, 3)]), **options)
     assert len(batch.input_ids_T) == len(batch.position_ids_T) == total
     assert batch.cu_seqlens.tolist() == [0, 5, 9] + ([total] if total > 9 else [])
-    assert batch.max_seqlen == max(5, total - 9)
     assert batch.loss_positions_N.max().item() < 9
 
 
@@ -132,16 +130,13 @@ def test_a_pack_of_nothing_has_tokens_but_no_loss(options, total):
     assert batch.cu_seqlens.tolist() == [0, total]
     assert batch.input_ids_T.tolist() == [0] * total
     assert len(batch.loss_positions_N) == len(batch.targets_N) == len(batch.row_N) == 0
-    assert batch.split_rows(torch.empty(0)) == ()
 
 
-def test_split_rows_keeps_rows_without_an_answer():
+def test_a_row_without_an_answer_has_no_loss_token():
     batch = pack(make_rows([(2, 3), (4, 0), (1, 2)]))
-    pieces = batch.split_rows(torch.arange(10).view(5, 2))
-    assert [piece.tolist() for piece in pieces] == [[[0, 1], [2, 3], [4, 5]], [], [[6, 7], [8, 9]]]
+    assert batch.row_N.tolist() == [0, 0, 0, 2, 2]
 
 
 def test_to_moves_every_tensor():
     batch = pack(make_rows([(2, 3)])).to("meta")
     assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}
-    assert (batch.max_seqlen, batch.num_rows) == (5, 1)

@@ -68,7 +68,7 @@ def test_rows_hold_every_token_once_and_little_padding(lengths: list[int]):
 @pytest.mark.gpu
 def test_the_variable_length_kernel_agrees_on_cuda():
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device: run `pytest -m gpu` on a machine with one")
     lengths, device = [5, 130, 64, 1], torch.device("cuda")
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(200, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
