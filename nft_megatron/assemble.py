@@ -36,8 +36,9 @@ from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
-    "run_dir", "train.num_steps", "parallel", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
-    "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
+    "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget", "optimizer.cpu_offload",
+    "parallel", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes", "rollout.batch_size",
+    "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
 )  # fmt: skip
 """What may differ between two starts of one run. All else decides what the run computes."""
 

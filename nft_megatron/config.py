@@ -36,8 +36,9 @@ class ModelSection(Section):
 
     path: LoosePath
     """Hugging Face model folder: config.json, safetensors and the tokenizer. The family must be Qwen2 or Qwen2.5."""
-    recompute: bool = False
-    """Keep only each layer's input and compute the layer again in the backward pass: less memory, a third more work."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it. ``selective``: the MLPs, which hold over half of the
+    activations. ``full``: whole layers, of which only the input is kept; a third more work."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations while training. Master weights, log-probs and reductions are float32 either way."""
 
@@ -152,6 +153,8 @@ class OptimizerSection(Section):
     """Added to the root of the second moment."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of master weights and moments that live, and are updated, in the memory of the host."""
 
 
 class TrainSection(Section):
@@ -162,24 +165,44 @@ class TrainSection(Section):
     updates_per_step: PositiveInt = 16
     """Optimizer steps on each rollout step's groups."""
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens packed into one forward pass of one data-parallel rank; prompt and answer of every sequence must fit."""
+    """Tokens packed into one forward pass of one data-parallel rank; prompt and answer of every sequence must fit.
+    Context-parallel ranks share them out."""
+    pad_to_budget: bool = False
+    """Pad every pack to micro_batch_tokens: pipeline stages need not tell each other shapes, and memory is the same for all."""
     denominator: Literal["tokens", "sequences"] | PositiveFloat = "tokens"
     """D of loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
 
 
 class ParallelSection(Section):
-    """How the model is cut. Data-parallel ranks are what is left of the world size."""
+    """How model and sequences are cut. Data-parallel ranks are what is left of the world size."""
 
     tensor: PositiveInt = 1
     """Tensor-parallel ranks."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
+    virtual_pipeline: PositiveInt = 1
+    """Parts of the model that each pipeline stage holds. 2 and more: the interleaved schedule, with a smaller bubble."""
+    context: PositiveInt = 1
+    """Context-parallel ranks, which share every sequence between them."""
     sequence_parallel: bool = True
     """Shard activations between tensor-parallel ranks (no effect when tensor is 1)."""
     threads: PositiveInt | None = None
     """CPU threads of a rank. null: the machine's cores divided by its ranks."""
     timeout_seconds: PositiveFloat = 600.0
     """Longest wait in a collective before the run stops with an error."""
+
+
+class ClusterSection(Section):
+    """The machines that a run is meant for. ``plan`` reads it; training takes the processes that it is started with."""
+
+    gpu: str = "h100"
+    """Kind of GPU, one of those that ``plan --help`` lists."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs of a node, connected by NVLink."""
+    trainer_nodes: PositiveInt = 1
+    """Nodes that train."""
+    rollout_nodes: Annotated[int, Field(ge=0)] = 0
+    """Nodes that only generate answers. 0: the trainers' nodes do both."""
 
 
 class CheckpointSection(Section):
@@ -232,6 +255,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     parallel: ParallelSection = ParallelSection()
+    cluster: ClusterSection = ClusterSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     observe: ObserveSection = ObserveSection()
@@ -255,6 +279,11 @@ class Config(Section):
                 "train.micro_batch_tokens", train.micro_batch_tokens,
                 f"a sequence may have data.max_prompt_tokens + rollout.max_answer_tokens = {self.max_sequence_tokens} tokens",
                 f"raise it to at least {self.max_sequence_tokens}, or lower those two",
+            )  # fmt: skip
+        if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
+            raise UserError(
+                "parallel.virtual_pipeline", self.parallel.virtual_pipeline, "interleaves pipeline stages, and there is one",
+                "set parallel.pipeline to 2 or more, or leave it at 1",
             )  # fmt: skip
         if self.data.template == "plain" and "{question}" not in self.data.plain_format:
             raise UserError(

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import tensor_parallel
@@ -59,6 +59,7 @@ NO_TOKEN_COUNT = torch.tensor(0, dtype=torch.int)
 """Second item that a loss function returns: see "The scale of gradients"."""
 
 Chunks = list[DistributedDataParallel]
+Recompute = Literal["none", "selective", "full"]
 
 
 class RMSNorm(torch.nn.Module):
@@ -143,7 +144,7 @@ def _finalize(chunks: Chunks, num_tokens: Tensor | None = None, **kwargs: Any) -
 
 
 def _transformer_config(
-    shape: ModelShape, topology: Topology, dtype: torch.dtype, sequence_parallel: bool, recompute: bool
+    shape: ModelShape, topology: Topology, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute
 ) -> TransformerConfig:
     with_engine = _has_transformer_engine()
     on_cpu = topology.device.type == "cpu"
@@ -181,9 +182,10 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=False,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["mlp"],
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize,
     )
@@ -220,14 +222,14 @@ def build_model(
     *,
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = True,
-    recompute: bool = False,
+    recompute: Recompute = "none",
 ) -> Chunks:
     """This rank's part of the model, with zeros for weights until they are loaded. The list has one chunk.
 
     Args:
         dtype: of weights and activations. Gradients are summed in float32.
         sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
-        recompute: keep only each layer's input and compute the layer again in the backward.
+        recompute: what the backward computes again instead of keeping it: ``selective`` the MLPs, ``full`` whole layers.
 
     Raises:
         UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when the model cannot be cut that way.

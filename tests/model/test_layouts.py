@@ -17,7 +17,7 @@ import pytest
 LAUNCHES = {  # tensor, pipeline, processes: layouts that one launch goes through, and what they switch on
     (1, 1, 1): {"one process": {}},
     (2, 1, 2): {"tensor 2": {}, "tensor 2 with sequence parallel": {"sequence_parallel": True}},
-    (1, 2, 2): {"pipeline 2 with recomputation": {"recompute": True}},
+    (1, 2, 2): {"pipeline 2 with recomputation": {"recompute": "full"}},
     (1, 1, 2): {"data 2": {}},
 }
 LAYOUTS = [name for layouts in LAUNCHES.values() for name in layouts]
