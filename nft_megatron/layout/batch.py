@@ -1,4 +1,4 @@
-"""From a step's ledger to one data-parallel rank's packed mini-batches, with what the loss needs of every token.
+"""From a step's ledger to one rank's packed mini-batches, with what the loss needs of every token.
 
 Suffix ``_N``: one entry a loss token of a micro-batch.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm
 from nft_megatron.data.ledger import AnswerTokens, LedgerIndex, read_index, read_tokens
+from nft_megatron.layout.context import context_shard
 from nft_megatron.layout.minibatches import Answers, Layout, plan_minibatches
 from nft_megatron.layout.packing import PackedBatch, Row, pack
 
@@ -46,9 +47,9 @@ class MiniBatch:
 
 
 def read_minibatches(
-    ledger: Path, step: int, algorithm: Algorithm, layout: Layout, data_rank: int, device: torch.device
+    ledger: Path, step: int, algorithm: Algorithm, layout: Layout, data_rank: int, context_rank: int, device: torch.device
 ) -> list[MiniBatch]:
-    """The mini-batches of ``step`` as ``data_rank`` sees them. Only the tokens of its own answers are read.
+    """The mini-batches of ``step`` as one rank sees them. Only the tokens of its data-parallel rank's answers are read.
 
     Raises:
         UserError: the ledger is missing or damaged, or a sequence is longer than the layout's token budget.
@@ -67,9 +68,8 @@ def read_minibatches(
     tokens = dict(zip(needed.tolist(), read_tokens(ledger, needed), strict=True))
 
     def micro_batch(members: np.ndarray, denominator: float) -> MicroBatch:
-        return _micro_batch(
-            index, members, [tokens[row] for row in members.tolist()], step, algorithm, denominator, layout.multiple
-        )
+        own_tokens = [tokens[row] for row in members.tolist()]
+        return _micro_batch(index, members, own_tokens, step, algorithm, denominator, layout, context_rank)
 
     return [
         MiniBatch(tuple(_to(device, micro_batch(members, plan.denominator)) for members in minibatch), plan.num_tokens)
@@ -84,18 +84,25 @@ def _micro_batch(
     step: int,
     algorithm: Algorithm,
     denominator: float,
-    multiple: int,
+    layout: Layout,
+    context_rank: int,
 ) -> MicroBatch:
-    """Pack ``answers``, the ledger's ``rows``, and expand what the ledger says of each to its loss tokens."""
-    packed = pack([Row(answer.prompt_tokens, answer.answer_tokens) for answer in answers], multiple=multiple)
-    correct_rate_N = torch.from_numpy(index.correct_rate[rows])[packed.row_N]
+    """Pack ``answers``, the ledger's ``rows``, and expand what the ledger says of each to the loss tokens of this rank."""
+    whole = pack(
+        [Row(answer.prompt_tokens, answer.answer_tokens) for answer in answers],
+        multiple=layout.multiple,
+        sequence_multiple=layout.sequence_multiple,
+        num_tokens=layout.token_budget if layout.pad_to_budget else None,
+    )
+    packed, kept_N = context_shard(whole, context_rank, layout.context_size)
     engine_logprobs = [answer.behaviour_logprobs for answer in answers]
+    correct_rate_N = torch.from_numpy(index.correct_rate[rows])[packed.row_N]
     return MicroBatch(
         packed,
         weight_N=(algorithm.prompt_weight(correct_rate_N) / denominator).float(),
         is_correct_N=torch.from_numpy(index.is_correct[rows])[packed.row_N],
         correct_rate_N=correct_rate_N.float(),
-        engine_logprob_N=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.float32), *engine_logprobs])),
+        engine_logprob_N=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.float32), *engine_logprobs]))[kept_N],
         is_stale_N=torch.from_numpy(index.weight_version[rows] < step - 1)[packed.row_N],
     )
 

@@ -9,21 +9,56 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nft_megatron.errors import UserError
 from nft_megatron.layout.denominator import Denominator, loss_denominator
 from nft_megatron.layout.packing import plan_micro_batches
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the plan depends on besides the answers. ``multiple``: packs are padded to it."""
+    """What the plan depends on besides the answers.
+
+    num_ranks: data-parallel ranks. token_budget: of a micro-batch over all its context-parallel ranks.
+    count_multiple: micro-batches of a mini-batch are a multiple of it; the interleaved pipeline schedule needs its stages.
+    pad_to_budget: every pack has exactly ``token_budget`` tokens, otherwise it ends at the next multiple of ``multiple``.
+    keep_groups: all answers of a group are in one micro-batch, for losses that couple them.
+
+    Raises:
+        UserError: ``pad_to_budget`` with a budget that no pack can have.
+    """
 
     num_updates: int
     num_ranks: int
     token_budget: int
-    multiple: int
     hidden_size: int
     denominator: Denominator
     seed: int
+    tensor_size: int
+    context_size: int
+    count_multiple: int
+    pad_to_budget: bool
+    keep_groups: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pad_to_budget and self.token_budget % self.multiple:
+            below = self.token_budget // self.multiple * self.multiple
+            raise UserError(
+                "train.micro_batch_tokens",
+                self.token_budget,
+                f"packs are padded to it (train.pad_to_budget), but with parallel.tensor = {self.tensor_size} and "
+                f"parallel.context = {self.context_size} their tokens are multiples of {self.multiple}",
+                f"use {below} or {below + self.multiple}" if below else f"use {self.multiple}",
+            )
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sequence is padded to it: each context-parallel rank holds two equal chunks, so 2 · context_size."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
+    @property
+    def multiple(self) -> int:
+        """Every pack is padded to it: sequence parallelism splits a context-parallel rank's part over tensor ranks."""
+        return self.sequence_multiple * self.tensor_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +106,9 @@ def _plan(answers: Answers, is_member: np.ndarray, layout: Layout) -> MiniBatchP
         token_budget=layout.token_budget,
         num_ranks=layout.num_ranks,
         multiple=layout.multiple,
+        sequence_multiple=layout.sequence_multiple,
+        count_multiple=layout.count_multiple,
+        groups=answers.group_id[rows] if layout.keep_groups else None,
         hidden_size=layout.hidden_size,
     )
     return MiniBatchPlan(
