@@ -1,56 +1,94 @@
-"""Reads slices of tensors from a Hugging Face model folder: one ``model.safetensors``, or shards with an index."""
+"""Where the tensors of a Hugging Face model folder are, and slices of them: one ``model.safetensors``, or shards with an index.
+
+Headers are read here and bytes with plain reads at their place. Nothing is mapped into memory, which is very slow on network
+disks, where every page is a request of its own.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from nft_megatron.errors import UserError
 from nft_megatron.weights.table import WeightTable
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES: Mapping[str, torch.dtype] = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Of safetensors headers."""
+
 _COPY_AGAIN = "copy or download the model folder again"
+_BAND_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor lies row-major in ``file`` from byte ``offset`` on."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class HFReader:
     """An open model folder. A context manager; files are opened when their first tensor is read.
 
     Raises:
-        UserError: naming ``field`` and the folder or file that is missing or unreadable.
+        UserError: naming ``field`` and the folder or file that is missing, truncated or unreadable.
     """
 
     def __init__(self, folder: Path, field: str = "model.path") -> None:
         self._field, self._folder = field, folder
-        self._files: dict[str, Any] = {}
-        self._stack = contextlib.ExitStack()
+        self._descriptors: dict[Path, int] = {}
         if not folder.is_dir():
             raise UserError(field, folder, "no such folder", "give the path of a Hugging Face model folder")
-        self._file_of = self._find_tensors()
+        self.places: Mapping[str, TensorPlace] = self._find_tensors()
 
     def __enter__(self) -> HFReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
     @property
     def names(self) -> frozenset[str]:
         """Every tensor of the folder."""
-        return frozenset(self._file_of)
+        return frozenset(self.places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The full shape of a tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self.places[name].shape
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start:stop`` along ``axis``, in the file's dtype; only their bytes are read."""
-        return self._slice(name)[(slice(None),) * axis + (slice(start, stop),)]
+        """Rows ``start:stop`` along ``axis``, in the file's dtype.
+
+        Along the first axis only their bytes are read; along another the whole tensor is, a band of rows at a time.
+        """
+        place = self.places[name]
+        shape = list(place.shape)
+        row_bytes = math.prod(shape[1:]) * place.dtype.itemsize
+        if axis == 0:
+            return self._rows(place, start, stop, row_bytes)
+        num_rows, band = shape[0], max(1, _BAND_BYTES // row_bytes)
+        shape[axis] = stop - start
+        result = torch.empty(shape, dtype=place.dtype)
+        for row in range(0, num_rows, band):
+            rows = self._rows(place, row, min(row + band, num_rows), row_bytes)
+            result[row : row + band].copy_(rows.narrow(axis, start, stop - start))
+        return result
 
     def check(self, table: WeightTable) -> None:
         """Raise :class:`UserError` unless the folder holds exactly the table's tensors, in its shapes."""
@@ -72,41 +110,66 @@ class HFReader:
                     "check config.json against the weights",
                 )
 
-    def _find_tensors(self) -> dict[str, str]:
-        if (self._folder / _SINGLE).is_file():
-            return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
-        path = self._folder / _INDEX
+    def _rows(self, place: TensorPlace, start: int, stop: int, row_bytes: int) -> torch.Tensor:
+        if place.file not in self._descriptors:
+            self._descriptors[place.file] = os.open(place.file, os.O_RDONLY)
+        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        view, offset = memoryview(buffer.numpy()), place.offset + start * row_bytes
+        while view:
+            count = os.preadv(self._descriptors[place.file], [view], offset)
+            if not count:
+                raise UserError(self._field, place.file, "has become shorter while it was read", _COPY_AGAIN)
+            view, offset = view[count:], offset + count
+        return buffer.view(place.dtype).view(stop - start, *place.shape[1:])
+
+    def _find_tensors(self) -> dict[str, TensorPlace]:
+        if (self._folder / SINGLE).is_file():
+            return self._read_header(self._folder / SINGLE)
+        path = self._folder / INDEX
         if not path.is_file():
             raise UserError(
                 self._field,
                 self._folder,
-                f"has no weights: neither {_SINGLE} nor {_INDEX}",
+                f"has no weights: neither {SINGLE} nor {INDEX}",
                 "give a folder with safetensors weights",
             )
         try:
             file_of = dict(json.loads(path.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(self._field, path, f"is not an index of weights ({error})", _COPY_AGAIN) from error
+        places: dict[str, TensorPlace] = {}
         for name in sorted(set(file_of.values())):
             if not (self._folder / name).is_file():
                 raise UserError(self._field, path, f"names {name}, which is not there", _COPY_AGAIN)
-        return file_of
+            places |= self._read_header(self._folder / name)
+        for name, file in file_of.items():
+            if name not in places or places[name].file.name != file:
+                raise UserError(self._field, self._folder / file, f"lacks {name}, which {INDEX} places there", _COPY_AGAIN)
+        return places
 
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            try:
-                self._files[name] = self._stack.enter_context(safe_open(self._folder / name, framework="pt"))
-            except SafetensorError as error:
-                raise UserError(
-                    self._field, self._folder / name, f"is not a whole safetensors file ({error})", _COPY_AGAIN
-                ) from error
-        return self._files[name]
-
-    def _slice(self, name: str) -> Any:
-        path = self._file_of[name]
+    def _read_header(self, path: Path) -> dict[str, TensorPlace]:
+        """The tensors of one file. Its length must be what its header says: a truncated one is noticed before it is read."""
         try:
-            return self._open(path).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(
-                self._field, self._folder / path, f"lacks {name}, which {_INDEX} places there", _COPY_AGAIN
-            ) from error
+            with path.open("rb") as file:
+                num_bytes = int.from_bytes(file.read(8), "little")
+                size, start = path.stat().st_size, 8 + num_bytes
+                if start > size:
+                    raise ValueError(f"its header of {num_bytes} bytes does not fit into its {size} bytes")
+                header = json.loads(file.read(num_bytes))
+            places, end = {}, 0
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                first, last = entry["data_offsets"]
+                if last - first != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name} of shape {list(shape)} does not take {last - first} bytes")
+                places[name] = TensorPlace(path, start + first, dtype, shape)
+                end = max(end, last)
+            if start + end != size:
+                raise ValueError(f"its tensors end at byte {start + end}, the file at {size}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(self._field, path, f"is not a whole safetensors file ({error})", _COPY_AGAIN) from error
+        return places

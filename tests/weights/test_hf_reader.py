@@ -57,6 +57,22 @@ def test_a_stored_copy_of_a_tied_head_is_ignored(tmp_path: Path):
         reader.check(TABLE)
 
 
+@pytest.mark.parametrize("change", ["one byte less", "one byte more"])
+def test_a_file_of_another_length_than_its_header_says(tmp_path: Path, change: str):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-1] if change == "one byte less" else content + b"\0")
+    with pytest.raises(UserError, match=r"model\.safetensors: is not a whole safetensors file \(its tensors end at byte"):
+        HFReader(tmp_path)
+
+
+def test_a_tensor_wider_than_a_band_is_read_by_columns(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("nft_megatron.weights.hf_reader._BAND_BYTES", 24)  # two rows of three floats
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    with HFReader(tmp_path) as reader:
+        assert torch.equal(reader.read("a", 1, 1, 3), TENSORS["a"][:, 1:])
+
+
 def test_broken_folders(tmp_path: Path):
     with pytest.raises(UserError, match="no such folder"):
         HFReader(tmp_path / "absent")
@@ -69,12 +85,12 @@ def test_broken_folders(tmp_path: Path):
         HFReader(tmp_path)
 
     save_file({"other": TENSORS["b"]}, tmp_path / "model-1.safetensors")
-    with HFReader(tmp_path) as reader, pytest.raises(UserError, match="lacks b"):
-        reader.check(TABLE)
+    with pytest.raises(UserError, match="lacks b"):
+        HFReader(tmp_path)
 
     (tmp_path / "model-1.safetensors").write_bytes(b"\x10")
-    with HFReader(tmp_path) as reader, pytest.raises(UserError, match="not a whole safetensors file"):
-        reader.check(TABLE)
+    with pytest.raises(UserError, match=r"model-1\.safetensors: is not a whole safetensors file"):
+        HFReader(tmp_path)
 
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="not an index"):
