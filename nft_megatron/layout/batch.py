@@ -64,7 +64,7 @@ def read_minibatches(
     )
     plans = plan_minibatches(answers, step, layout)
     own = [[rows[members] for members in plan.rows_of[data_rank]] for plan in plans]
-    needed = np.concatenate([members for minibatch in own for members in minibatch])
+    needed = np.concatenate([rows[:0], *(members for minibatch in own for members in minibatch)])
     tokens = dict(zip(needed.tolist(), read_tokens(ledger, needed), strict=True))
 
     def micro_batch(members: np.ndarray, denominator: float) -> MicroBatch:
