@@ -1,22 +1,26 @@
 """Weight layouts, one file a model family: how Hugging Face tensors and Megatron-Core parameters correspond.
 
-A new family is a file with ``ARCHITECTURE``, ``shape(config)`` and ``table(shape)``, and one line in ``FAMILIES``.
+A new family is a file with ``ARCHITECTURE``, ``shape(config)``, ``table(shape)`` and ``hf_config(shape)``, and its name in
+``FAMILIES``; docs/new_model_family.md shows one line by line.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nft_megatron.errors import UserError
-from nft_megatron.weights import qwen2
+from nft_megatron.weights import llama, mistral, qwen2, qwen3, qwen3_moe
 from nft_megatron.weights.shape import ModelShape
 from nft_megatron.weights.table import WeightTable
 
-FAMILIES: dict[str, ModuleType] = {qwen2.ARCHITECTURE: qwen2}
+FAMILIES: dict[str, ModuleType] = {family.ARCHITECTURE: family for family in (qwen2, qwen3, qwen3_moe, llama, mistral)}
 
-__all__ = ["FAMILIES", "ModelShape", "WeightTable", "read_shape", "weight_table"]
+__all__ = ["FAMILIES", "ModelShape", "WeightTable", "hf_config", "read_shape", "shape_of", "weight_table"]
 
 
 def read_shape(folder: Path | str, field: str = "model.path") -> ModelShape:
@@ -36,14 +40,44 @@ def read_shape(folder: Path | str, field: str = "model.path") -> ModelShape:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(field, path, f"is not JSON ({error})", "copy the model folder again") from error
-    architectures = config.get("architectures") or []
-    family = FAMILIES.get(architectures[0]) if architectures else None
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{path}: architectures", architectures, "no such model family here", f"use one of {known}")
-    return family.shape(config)
+    return shape_of(config)
+
+
+def shape_of(config: Mapping[str, Any]) -> ModelShape:
+    """The sizes in a parsed ``config.json``.
+
+    Raises:
+        UserError: naming the entry that is malformed, or that no family here can express.
+    """
+    architectures = config.get("architectures") or [None]
+    return _family("config.json: architectures", architectures[0]).shape(config)
 
 
 def weight_table(shape: ModelShape) -> WeightTable:
     """The table of the family that ``shape`` belongs to."""
     return FAMILIES[shape.architecture].table(shape)
+
+
+def hf_config(shape: ModelShape) -> dict[str, Any]:
+    """A ``config.json`` for a model that never had one: :func:`shape_of` reads ``shape`` from it again.
+
+    Ids of special tokens are null and the dtype is absent: they belong to the tokenizer and to the weights.
+
+    Raises:
+        UserError: naming the field of ``shape`` that the family's ``config.json`` has no way to say.
+    """
+    config = _family("architecture", shape.architecture).hf_config(shape)
+    read = shape_of(config)
+    for field in fields(ModelShape):
+        value = getattr(shape, field.name)
+        if getattr(read, field.name) != value:
+            raise UserError(
+                field.name, value, f"{shape.architecture} is always {getattr(read, field.name)}", "name another family"
+            )
+    return config
+
+
+def _family(field: str, architecture: object) -> ModuleType:
+    if architecture not in FAMILIES:
+        raise UserError(field, architecture, "no such model family here", f"use one of {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]

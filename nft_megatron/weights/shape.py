@@ -1,17 +1,40 @@
-"""The sizes of a decoder-only model, read from a Hugging Face ``config.json`` by the family's file."""
+"""The sizes of a decoder-only model: what a family's file reads from ``config.json``, and all that building the model takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from nft_megatron.errors import UserError
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3.1 and later stretch rotary positions; see :func:`nft_megatron.weights.rotary.inverse_frequencies`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in every layer: a router gives each token to ``experts_per_token`` gated MLPs of ``num_experts``.
+
+    ``normalise_topk``: the router's probabilities of the chosen experts are scaled to sum to 1.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    normalise_topk: bool
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What it takes to build the model. All sizes are those of the whole model; ``vocab_size`` is without padding."""
+    """What it takes to build the model. All sizes are those of the whole model; ``vocab_size`` is without padding.
+
+    ``ffn_hidden_size`` is that of a dense MLP, which no layer has where there are ``experts``. ``qkv_bias``: the query, key and
+    value projections have a bias; no other linear layer ever has. ``qk_norm``: RMSNorm over each head's query and key.
+    """
 
     architecture: str
     num_layers: int
@@ -26,6 +49,9 @@ class ModelShape:
     max_positions: int
     tied_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool = False
+    rope_scaling: Llama3Scaling | None = None
+    experts: Experts | None = None
 
     def padded_vocab(self, multiple: int) -> int:
         """The vocabulary rounded up to a multiple, so that every tensor rank holds the same number of rows.
@@ -52,18 +78,3 @@ SHAPE_EXAMPLE = ModelShape(
     qkv_bias=True,
 )
 """Qwen2.5-7B."""
-
-
-def positive_int(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    """A whole number > 0 of a ``config.json``; ``default`` where it is absent or null.
-
-    Raises:
-        UserError: naming the field when it is something else, or absent without a default.
-    """
-    value = config.get(field)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(
-            f"config.json: {field}", value, "must be a whole number above 0", "check that the model folder is complete"
-        )
-    return value

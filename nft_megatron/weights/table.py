@@ -7,6 +7,10 @@ parallel rank, and loading, export, conversion and gradients all follow from tha
     linear_qkv (2 query groups of 2 heads)   q0 q1 k0 v0 | q2 q3 k1 v1         tp 2 cuts at the bar
     linear_fc1                               gate | up                         tp 2: gate_0 up_0, gate_1 up_1
 
+Names count layers and experts over the whole model: ``decoder.layers.7.mlp.experts.local_experts.5.linear_fc1.weight`` belongs
+to expert 5 of all, on whichever rank. Expert-parallel ranks hold equal consecutive ranges of the experts, and tensor ranks cut
+each expert as they cut a dense MLP (Megatron's default: expert tensor parallel size = tensor parallel size).
+
 Shapes in comments: H hidden, V vocabulary, d head dimension, g query groups.
 """
 
@@ -43,7 +47,8 @@ class Entry:
 
     ``name`` is Megatron's name with the layer counted over the whole model; ``sources`` and ``shapes`` are the Hugging Face
     names and full shapes; ``axis`` is the one along which the sources are concatenated and ranks cut. ``num_groups`` is for
-    ``QKV``. ``exported`` is False for a second copy of a tensor that another entry already gives back (a tied LM head).
+    ``QKV``. ``expert`` is the number of the expert that the parameter belongs to, None outside experts. ``exported`` is False
+    for a second copy of a tensor that another entry already gives back (a tied LM head).
     """
 
     name: str
@@ -52,6 +57,7 @@ class Entry:
     layout: Layout
     axis: int = 0
     num_groups: int = 0
+    expert: int | None = None
     exported: bool = True
 
     def pieces(self, tensor_size: int, tensor_rank: int, padded_vocab: int) -> tuple[Piece, ...]:
