@@ -56,6 +56,8 @@ def assemble(config: Config) -> Iterator[Run]:
         distributed(
             config.parallel.tensor,
             config.parallel.pipeline,
+            config.parallel.context,
+            virtual_pipeline=config.parallel.virtual_pipeline,
             timeout_seconds=config.parallel.timeout_seconds,
             control_timeout_seconds=config.rollout.step_deadline_seconds,
             threads=threads,
@@ -100,6 +102,7 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         dtype=getattr(torch, config.model.dtype),
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.model.recompute,
+        variable_lengths=not config.train.pad_to_budget,
     )
     load_weights(chunks, topology, shape, config.model.path)
     return Trainer(
@@ -116,8 +119,8 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
             denominator=config.train.denominator,
             seed=config.seed,
             tensor_size=topology.tensor_size,
-            context_size=1,
-            count_multiple=1,
+            context_size=topology.context_size,
+            count_multiple=topology.pipeline_size if topology.virtual_pipeline > 1 else 1,
             pad_to_budget=config.train.pad_to_budget,
         ),
         temperature=config.rollout.temperature,

@@ -6,32 +6,35 @@
 
     def forward_step(data_iterator, chunk):                      # one micro-batch; called by Megatron's pipeline schedule
         micro_batch = next(data_iterator)
-        packed = pack_sequences(micro_batch.lengths, topology.device)
+        packed = pack_sequences(lengths, topology.device, topology.context_rank, topology.context_size)
         hidden_NH = chunk(input_ids_1T, position_ids_1T, packed, loss_positions_N)
-        def loss_function(hidden_NH):                            # called on the last stage only
+        def loss_function(hidden_NH):                            # called where the model ends only
             loss = ...                                           # from hidden_NH and lm_head_weight(chunk)
             return loss, NO_TOKEN_COUNT, statistics
         return hidden_NH, loss_function
 
     zero_gradients(chunks)
-    forward_backward(chunks)(forward_step_func=forward_step, data_iterator=[iter(micro_batches)], model=chunks,
-        num_microbatches=len(micro_batches), seq_length=1, micro_batch_size=1, forward_only=False)
+    run_schedule(chunks, forward_step, micro_batches, forward_only=False)
+
+**Parts.** A pipeline stage holds one part of the model, or under the interleaved schedule several, each a chunk of the list:
+part v of stage p is number v · stages + p of the model's parts, all of them with equally many layers.
 
 **The scale of gradients.** After the schedule, ``parameter.main_grad`` is the plain sum of d(loss)/d(parameter) over the
-micro-batches of all data-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's scaling factor to 1
-(distributed/distributed_data_parallel.py:257) and, with a three-tuple from the loss function, keeps the schedule from dividing
-by the number of micro-batches (pipeline_parallel/schedules.py:262); ``_finalize`` withholds the token count by which
-``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what several ranks hold
-a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline stage. With the
-distributed optimizer a rank's sum is complete only on its own shard of the buffer.
+micro-batches of all data-parallel and context-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's
+scaling factor to 1 (distributed/distributed_data_parallel.py:257) and, with a three-tuple from the loss function, keeps the
+schedule from dividing by the number of micro-batches (pipeline_parallel/schedules.py:262); ``_finalize`` withholds the token
+count by which ``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what
+several ranks hold a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline
+stage. With the distributed optimizer a rank's sum is complete only on its own shard of the buffer.
 
-Shapes: T tokens of the pack (divisible by the tensor size under sequence parallelism), N positions that carry a loss, H hidden.
+Shapes: T tokens of the pack on this context rank (divisible by the tensor size under sequence parallelism), N of its positions
+that carry a loss, H hidden.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,7 +46,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import functional
 
@@ -60,6 +62,7 @@ NO_TOKEN_COUNT = torch.tensor(0, dtype=torch.int)
 
 Chunks = list[DistributedDataParallel]
 Recompute = Literal["none", "selective", "full"]
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]]
 
 
 class RMSNorm(torch.nn.Module):
@@ -71,7 +74,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.epsilon = eps
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -90,10 +93,10 @@ class PolicyModel(GPTModel):
     ) -> Tensor:
         """One pipeline stage of one micro-batch.
 
-        Every tensor rank and every stage of a data-parallel rank passes the same arguments.
+        Every tensor rank and every stage of a data-parallel rank passes the same arguments; context ranks pass their shares.
 
         Returns:
-            On the last stage ``[N, H]``, complete on every tensor rank; the backward adds up the ranks' gradients. On others
+            Where the model ends ``[N, H]``, complete on every tensor rank; the backward adds up the ranks' gradients. On others
             the hidden states for the next stage, ``[T, 1, H]``, or this rank's ``T / tensor size`` of them under sequence
             parallelism.
         """
@@ -118,14 +121,14 @@ class PolicyModel(GPTModel):
         return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_NH, group=self.pg_collection.tp)
 
 
-def _has_transformer_engine() -> bool:
+def _has_transformer_engine(topology: Topology) -> bool:
     from megatron.core.models.gpt import gpt_layer_specs
 
-    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    return gpt_layer_specs.HAVE_TE and topology.device.type == "cuda"
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this stage: Transformer Engine's where they run, else Megatron's local ones with our norm and attention."""
+def _block_spec(config: TransformerConfig, part: int | None) -> TransformerBlockSubmodules:
+    """The layers of a chunk: Transformer Engine's where they run, else Megatron's local ones with our norm and attention."""
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -134,7 +137,7 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
         layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config)
+    layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, part)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
@@ -143,11 +146,18 @@ def _finalize(chunks: Chunks, num_tokens: Tensor | None = None, **kwargs: Any) -
     finalize_model_grads(chunks, None, **kwargs)
 
 
-def _transformer_config(
-    shape: ModelShape, topology: Topology, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute
+def transformer_config(
+    shape: ModelShape,
+    topology: Topology,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute,
+    variable_lengths: bool,
 ) -> TransformerConfig:
-    with_engine = _has_transformer_engine()
-    on_cpu = topology.device.type == "cpu"
+    """Megatron's settings for this rank; arguments and errors are those of :func:`build_model`."""
+    _check_layout(shape, topology)
+    with_engine, on_cuda = _has_transformer_engine(topology), topology.device.type == "cuda"
+    interleaved = topology.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -168,19 +178,25 @@ def _transformer_config(
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.pipeline_size,
+        virtual_pipeline_model_parallel_size=topology.virtual_pipeline if interleaved else None,
+        # Otherwise, of two stages, activations and gradients change places between the same two ranks in one batch of messages,
+        # which are told apart by their order alone (pipeline_parallel/p2p_communication.py:26).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=topology.context_size,
         sequence_parallel=sequence_parallel and topology.tensor_size > 1,
-        variable_seq_lengths=True,
+        variable_seq_lengths=variable_lengths,
         # Megatron refuses variable lengths under the default dispatcher even in a model without experts
         # (transformer/transformer_config.py:1828); without them a pipeline over gloo delivers wrong shapes in silence.
         moe_token_dispatcher_type="alltoall",
-        use_cpu_initialization=on_cpu,
+        use_cpu_initialization=not on_cuda,
         # All weights are loaded; but `perform_initialization=False` would leave `tensor_model_parallel` unset on them.
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
         transformer_impl="transformer_engine" if with_engine else "local",
         apply_rope_fusion=with_engine,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=not on_cpu,
+        bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
@@ -201,10 +217,12 @@ def _check_layout(shape: ModelShape, topology: Topology) -> None:
             raise UserError(
                 "parallel.tensor", topology.tensor_size, f"does not divide the model's {size} {what}", "choose a divisor"
             )
-    if shape.num_layers % topology.pipeline_size:
+    num_parts = topology.pipeline_size * topology.virtual_pipeline
+    if shape.num_layers % num_parts:
+        interleaved = topology.virtual_pipeline > 1
         raise UserError(
-            "parallel.pipeline",
-            topology.pipeline_size,
+            "parallel.pipeline × parallel.virtual_pipeline" if interleaved else "parallel.pipeline",
+            num_parts,
             f"does not divide the model's {shape.num_layers} layers",
             "choose a divisor",
         )
@@ -223,39 +241,53 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = True,
     recompute: Recompute = "none",
+    variable_lengths: bool = True,
 ) -> Chunks:
-    """This rank's part of the model, with zeros for weights until they are loaded. The list has one chunk.
+    """This rank's part of the model, with zeros for weights until they are loaded: ``topology.virtual_pipeline`` chunks.
 
     Args:
         dtype: of weights and activations. Gradients are summed in float32.
         sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
         recompute: what the backward computes again instead of keeping it: ``selective`` the MLPs, ``full`` whole layers.
+        variable_lengths: pipeline stages tell each other the length of every pack. Without it all packs have one length.
 
     Raises:
         UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when the model cannot be cut that way.
     """
-    _check_layout(shape, topology)
-    config = _transformer_config(shape, topology, dtype, sequence_parallel, recompute)
-    model = PolicyModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config),
-        vocab_size=padded_vocab(shape, topology),
-        max_sequence_length=shape.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope" if config.transformer_impl == "transformer_engine" else "none",
-        rotary_base=shape.rope_theta,
-    ).to(topology.device)
+    config = transformer_config(shape, topology, dtype, sequence_parallel, recompute, variable_lengths)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=topology.device.type == "cuda",
     )
-    chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=model)
+    chunks = [
+        DistributedDataParallel(
+            config=config, ddp_config=ddp_config, module=model.to(topology.device), disable_bucketing=part > 0
+        )
+        for part, model in enumerate(build_parts(shape, topology, config))
+    ]
     if ddp_config.overlap_grad_reduce:
-        config.no_sync_func = chunk.no_sync
-    return [chunk]
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks
+
+
+def build_parts(shape: ModelShape, topology: Topology, config: TransformerConfig) -> Iterator[PolicyModel]:
+    """The chunks of :func:`build_model` before they get gradient buffers."""
+    first, last = topology.is_first_stage, topology.is_last_stage
+    for part in range(topology.virtual_pipeline):
+        number = part if topology.virtual_pipeline > 1 else None
+        yield PolicyModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, number),
+            vocab_size=padded_vocab(shape, topology),
+            max_sequence_length=shape.max_positions,
+            pre_process=first and part == 0,
+            post_process=last and part == topology.virtual_pipeline - 1,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope" if config.transformer_impl == "transformer_engine" else "none",
+            rotary_base=shape.rope_theta,
+            vp_stage=number,
+        )
 
 
 def policy_model(chunk: torch.nn.Module) -> PolicyModel:
@@ -266,21 +298,38 @@ def policy_model(chunk: torch.nn.Module) -> PolicyModel:
 
 
 def lm_head_weight(chunk: torch.nn.Module) -> Tensor:
-    """The LM head's rows of this tensor rank, ``[padded vocabulary / tensor size, H]``. Only on the last stage.
+    """The LM head's rows of this tensor rank, ``[padded vocabulary / tensor size, H]``. Only where the model ends.
 
     Tied: the embedding itself, or on the last of several stages its second copy, which training keeps equal.
     """
     model = policy_model(chunk)
-    assert model.post_process, "only the last pipeline stage has an LM head"
+    assert model.post_process, "only the model's last chunk has an LM head"
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
 
 
-def forward_backward(chunks: Chunks) -> Callable[..., list[Any]]:
-    """Megatron's schedule for this pipeline size; see the example at the top of this file."""
-    assert get_model_config(chunks[0]).variable_seq_lengths
-    return get_forward_backward_func()
+def run_schedule(
+    chunks: Chunks, forward_step: ForwardStep, micro_batches: Sequence[Any], *, num_tokens: int = 1, forward_only: bool
+) -> list[Any]:
+    """Megatron's pipeline schedule over ``micro_batches``; see the example at the top of this file.
+
+    Args:
+        forward_step: takes an iterator over micro-batches, of which it draws one, and a chunk.
+        num_tokens: of every pack, over all its context ranks; read only where lengths do not vary.
+
+    Returns:
+        The third item of every loss function, in the order of the micro-batches; nothing where the model does not end.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=num_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
 
 
 def zero_gradients(chunks: Sequence[DistributedDataParallel]) -> None:

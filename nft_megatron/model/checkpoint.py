@@ -2,7 +2,7 @@
 
 A checkpoint does not depend on the layout that wrote it: every tensor is stored under its place in the whole model, the
 optimizer's shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds the
-optimizer state of its data-parallel group, 12 bytes a parameter). So it loads under other tensor, pipeline and data sizes.
+optimizer state of its replica group, 12 bytes a parameter). So it loads under other tensor, pipeline and data sizes.
 
 The caller gives an empty folder and publishes it once all ranks are back. Saving takes the steps of Megatron's own
 ``dist_checkpointing.save`` with two differences. Its writer forks processes and starts a manager, which needs a ``__main__``
@@ -46,7 +46,7 @@ _FORMAT = 1
 
 
 def _layout(topology: Topology) -> list[int]:
-    return [topology.tensor_size, topology.pipeline_size, topology.data_size]
+    return [topology.tensor_size, topology.pipeline_size, topology.context_size, topology.data_size]
 
 
 def _generators(topology: Topology) -> ShardedObject:
@@ -56,7 +56,7 @@ def _generators(topology: Topology) -> ShardedObject:
         "device": torch.cuda.get_rng_state() if topology.device.type == "cuda" else None,
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    place = (topology.tensor_rank, topology.pipeline_rank, topology.data_rank)
+    place = (topology.tensor_rank, topology.pipeline_rank, topology.context_rank, topology.data_rank)
     return ShardedObject("generators", states, tuple(_layout(topology)), place, replica_id=0)
 
 
@@ -70,29 +70,29 @@ def _set_generators(states: dict[str, Any]) -> None:
 def _sharded_state(
     chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology, is_loading: bool
 ) -> dict[str, Any]:
-    (chunk,) = chunks
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": topology.data_group,
+        "dp_cp_group": topology.replica_group,
         "chained_optim_avoid_prefix": True,
     }
-    model = policy_model(chunk).sharded_state_dict(metadata=metadata)
-    with _padding_counted(chunk):
+    model = {str(part): policy_model(chunk).sharded_state_dict(metadata=metadata) for part, chunk in enumerate(chunks)}
+    with _padding_counted(chunks):
         state = optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": state}
 
 
 @contextlib.contextmanager
-def _padding_counted(chunk: DistributedDataParallel) -> Iterator[None]:
+def _padding_counted(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Let Megatron gather optimizer state with the padding between its buckets.
 
     It leaves the padding out and then looks parameters up at offsets that include it, so that with more than one bucket (a tied
     embedding split over pipeline stages has its own) moments and master weights of the later ones are saved shifted
     (optimizer/distrib_optimizer.py:1118 and 1508, "see issue #504").
     """
-    holders = [*chunk.buffers, *(bucket for buffer in chunk.buffers for bucket in buffer.buckets)]
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
+    holders = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
     unpadded = [holder.numel_unpadded for holder in holders]
-    for buffer in chunk.buffers:
+    for buffer in buffers:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
@@ -200,7 +200,8 @@ def load_checkpoint(
             f"is of another model: {_first_line(error)}",
             "use the model.path that the run began with, or another run_dir",
         ) from error
-    policy_model(chunks[0]).load_state_dict(loaded["model"])
+    for part, chunk in enumerate(chunks):
+        policy_model(chunk).load_state_dict(loaded["model"][str(part)])
     _load_optimizer(optimizer, loaded["optimizer"])
     optimizer.num_updates = common["num_updates"]
     if "generators" in loaded:

@@ -22,17 +22,16 @@ def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: Mod
     Every rank must run the generator to its end: the shards of one parameter at a time go over the tensor group to its rank 0,
     and from there over the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors are in the model's
     dtype, on this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face files. Replicas on
-    other data-parallel ranks stay idle.
+    other data-parallel and context-parallel ranks stay idle.
     """
-    if topology.data_rank != 0:
+    if topology.data_rank != 0 or topology.context_rank != 0:
         return
     parameters = dict(table_parameters(chunks))
     rows = padded_vocab(shape, topology)
-    layers_per_stage = shape.num_layers // topology.pipeline_size
     for entry in weight_table(shape).entries:
         if not entry.exported:
             continue
-        stage = _stage(entry, layers_per_stage, topology.pipeline_size)
+        stage = _stage(entry, shape, topology)
         stacked = None
         if topology.pipeline_rank == stage:
             stacked = _gather(entry, parameters[entry.name].detach(), topology)
@@ -42,11 +41,11 @@ def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: Mod
                 yield from zip(entry.sources, split(entry, stacked.unbind(), rows), strict=True)
 
 
-def _stage(entry: Entry, layers_per_stage: int, num_stages: int) -> int:
+def _stage(entry: Entry, shape: ModelShape, topology: Topology) -> int:
     """The pipeline stage that holds an entry."""
     if entry.name.startswith("decoder.layers."):
-        return int(entry.name.split(".")[2]) // layers_per_stage
-    return 0 if entry.name.startswith("embedding.") else num_stages - 1
+        return topology.stage_of(int(entry.name.split(".")[2]), shape.num_layers)
+    return 0 if entry.name.startswith("embedding.") else topology.pipeline_size - 1
 
 
 def _num_shards(entry: Entry, topology: Topology) -> int:

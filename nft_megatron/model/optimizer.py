@@ -34,6 +34,7 @@ class AdamW:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_grad: float = 1.0
+    cpu_offload: float = 0.0
 
     def learning_rate_at(self, update: int) -> float:
         """lr of update number ``update``, counted from 1.

@@ -22,7 +22,7 @@ from nft_megatron.algorithms import Algorithm, TokenBatch
 from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.attention import pack_sequences
-from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, forward_backward, lm_head_weight, zero_gradients
+from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, lm_head_weight, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
@@ -76,8 +76,13 @@ class Trainer:
 
         The old log-probs come from the same packs as the updates, so that R = 1 to the bit before the first one.
         """
-        rank, device = self.topology.data_rank, self.topology.device
-        minibatches = together(self.topology, lambda: read_minibatches(ledger, step, self.algorithm, self.layout, rank, device))
+        topology = self.topology
+        minibatches = together(
+            topology,
+            lambda: read_minibatches(
+                ledger, step, self.algorithm, self.layout, topology.data_rank, topology.context_rank, topology.device
+            ),
+        )
         micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
         with torch.no_grad():
             recomputed = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
@@ -207,20 +212,14 @@ class Trainer:
 
         def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, LossFunction]:
             micro_batch = next(data)
-            packed = micro_batch.packed
-            sequences = pack_sequences(packed.cu_seqlens.diff().tolist(), self.topology.device)
+            packed, topology = micro_batch.packed, self.topology
+            lengths = packed.cu_seqlens.diff().tolist()
+            sequences = pack_sequences(lengths, topology.device, topology.context_rank, topology.context_size)
             output = chunk(packed.input_ids_T[None], packed.position_ids_T[None], sequences, packed.loss_positions_N)
             return output, loss_of(micro_batch, chunk)
 
-        return forward_backward(self.chunks)(
-            forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches)],
-            model=self.chunks,
-            num_microbatches=len(micro_batches),
-            seq_length=1,  # unused under variable lengths
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        num_tokens = self.layout.token_budget
+        return run_schedule(self.chunks, forward_step, micro_batches, num_tokens=num_tokens, forward_only=forward_only)
 
     def _logprobs(
         self, hidden_NH: Tensor, micro_batch: MicroBatch, chunk: torch.nn.Module, with_entropy: bool = False
@@ -236,7 +235,7 @@ class Trainer:
         )
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
-        """Over all ranks, counting each data-parallel rank once: its last stage's first tensor rank."""
+        """Over all ranks, counting each share of the tokens once: on the last stage's first tensor rank."""
         counts = self.topology.is_last_stage and self.topology.tensor_rank == 0
         neutral = 0.0 if operation == dist.ReduceOp.SUM else -torch.inf
         vector = torch.tensor(list(values) if counts else [neutral] * len(values), dtype=torch.float64)

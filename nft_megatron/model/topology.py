@@ -1,8 +1,8 @@
-"""The grid of processes: every rank has one place in data × pipeline × tensor.
+"""The grid of processes: every rank has one place in pipeline × data × context × tensor.
 
-Ranks that follow each other share a tensor group, then come the data ranks, and the pipeline stages are farthest apart
-(Megatron's order ``tp-cp-ep-dp-pp``). A group of size 1 is an ordinary group. This file is the only one that fills and clears
-Megatron's global ``parallel_state``; everything else of this package takes its groups from :class:`Topology`.
+Ranks that follow each other share a tensor group, then come the context ranks, then the data ranks, and the pipeline stages are
+farthest apart (Megatron's order ``tp-cp-ep-dp-pp``). A group of size 1 is an ordinary group. This file is the only one that
+fills and clears Megatron's global ``parallel_state``; everything else of this package takes its groups from :class:`Topology`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ import torch.distributed as dist
 
 from nft_megatron.errors import UserError
 from nft_megatron.model.cpu import adapt_to_cpu
-from nft_megatron.place import place
+from nft_megatron.place import Place, place
 
 ProcessGroup = dist.ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """This process's place. ``control_group`` spans all ranks over gloo: for small Python objects, on the CPU everywhere."""
+    """This process's place.
+
+    ``virtual_pipeline``: parts of the model that each pipeline stage holds. ``replica_group``: the ranks that hold the same
+    weights, data × context of them; gradients are summed and optimizer state is sharded over it. ``control_group`` spans all
+    ranks over gloo: for small Python objects, on the CPU everywhere.
+    """
 
     rank: int
     world_size: int
@@ -36,11 +41,15 @@ class Topology:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    virtual_pipeline: int
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
     tensor_group: ProcessGroup
     pipeline_group: ProcessGroup
-    data_group: ProcessGroup
+    context_group: ProcessGroup
+    replica_group: ProcessGroup
     control_group: ProcessGroup
 
     @property
@@ -58,26 +67,34 @@ class Topology:
         """Holds the final norm and the LM head; the only stage on which a loss exists."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    def stage_of(self, layer: int, num_layers: int) -> int:
+        """The pipeline stage that holds a layer. Parts of the model go round the stages, ``virtual_pipeline`` times."""
+        layers_per_part = num_layers // (self.pipeline_size * self.virtual_pipeline)
+        return layer // layers_per_part % self.pipeline_size
 
-def _check_sizes(world_size: int, tensor: int, pipeline: int) -> None:
-    for field, size in (("parallel.tensor", tensor), ("parallel.pipeline", pipeline)):
+
+def _check_sizes(world_size: int, tensor: int, pipeline: int, context: int) -> None:
+    sizes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.context": context}
+    for field, size in sizes.items():
         if size < 1:
             raise UserError(field, size, "a group needs at least one rank", "set it to 1 or more")
         if world_size % size:
             raise UserError(field, size, f"does not divide the {world_size} processes of this run", "set it to a divisor")
-    if world_size % (tensor * pipeline):
+    if world_size % (tensor * pipeline * context):
         raise UserError(
-            "parallel.tensor, parallel.pipeline",
-            f"{tensor} × {pipeline}",
+            ", ".join(sizes),
+            f"{tensor} × {pipeline} × {context}",
             f"does not divide the {world_size} processes of this run",
-            f"start a multiple of {tensor * pipeline} processes, or lower parallel.tensor or parallel.pipeline",
+            f"start a multiple of {tensor * pipeline * context} processes, or lower one of them",
         )
 
 
 def init_topology(
     tensor: int = 1,
     pipeline: int = 1,
+    context: int = 1,
     *,
+    virtual_pipeline: int = 1,
     timeout_seconds: float = 600.0,
     control_timeout_seconds: float = 600.0,
     threads: int | None = None,
@@ -86,7 +103,9 @@ def init_topology(
     """Join the other processes and return this one's place.
 
     Args:
-        tensor: ranks that share each layer; pipeline: stages that share the layers. The rest is data parallel.
+        tensor: ranks that share each layer; pipeline: stages that share the layers; context: ranks that share each sequence.
+            The rest is data parallel.
+        virtual_pipeline: parts of the model on each stage; more than one for the interleaved schedule.
         timeout_seconds: deadline of every collective; a rank that waits longer raises instead of hanging.
         control_timeout_seconds: the same for the control group, on which ranks wait for rank 0 to collect answers.
         threads: intra-op threads of torch on the CPU; ``None`` leaves torch's choice.
@@ -97,7 +116,7 @@ def init_topology(
     """
     here = place()
     rank, world_size, local_rank = here.rank, here.world_size, here.local_rank
-    _check_sizes(world_size, tensor, pipeline)
+    _check_sizes(world_size, tensor, pipeline, context)
     if threads is not None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
@@ -106,38 +125,67 @@ def init_topology(
     else:
         device, backend = torch.device("cpu"), "gloo"
         adapt_to_cpu()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
 
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+    control_timeout = datetime.timedelta(seconds=control_timeout_seconds)
+    control_group = dist.new_group(backend="gloo", timeout=control_timeout)
+    topology = take_place(
+        here, device, tensor, pipeline, context, virtual_pipeline, timeout_seconds=timeout_seconds, control_group=control_group
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return topology
+
+
+def take_place(
+    here: Place,
+    device: torch.device,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    virtual_pipeline: int,
+    *,
+    timeout_seconds: float,
+    control_group: ProcessGroup,
+) -> Topology:
+    """The second half of :func:`init_topology`: the groups of a process that has joined the others."""
+    from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
         distributed_timeout_minutes=timeout_seconds / 60,
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    context_group = parallel_state.get_context_parallel_group()
+    data_group = parallel_state.get_data_parallel_group()
     return Topology(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
+        rank=here.rank,
+        world_size=here.world_size,
+        local_rank=here.local_rank,
         device=device,
         tensor_rank=tensor_group.rank(),
         tensor_size=tensor_group.size(),
         pipeline_rank=pipeline_group.rank(),
         pipeline_size=pipeline_group.size(),
+        virtual_pipeline=virtual_pipeline,
+        context_rank=context_group.rank(),
+        context_size=context_group.size(),
         data_rank=data_group.rank(),
         data_size=data_group.size(),
         tensor_group=tensor_group,
         pipeline_group=pipeline_group,
-        data_group=data_group,
-        control_group=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=control_timeout_seconds)),
+        context_group=context_group,
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        control_group=control_group,
     )
 
 
@@ -151,16 +199,19 @@ def shutdown() -> None:
 
     if not dist.is_initialized():
         return
+    has_threads = dist.get_backend() != "fake"  # those of nft_megatron/model/meta.py have none, and a collection takes long
     parallel_state.destroy_model_parallel()
-    gc.collect()
+    if has_threads:
+        gc.collect()
     dist.destroy_process_group()
-    gc.collect()
+    if has_threads:
+        gc.collect()
 
 
 @contextlib.contextmanager
-def distributed(tensor: int = 1, pipeline: int = 1, **settings: Any) -> Iterator[Topology]:
+def distributed(tensor: int = 1, pipeline: int = 1, context: int = 1, **settings: Any) -> Iterator[Topology]:
     """:func:`init_topology` and :func:`shutdown` as a ``with`` block; run the training in a function that it calls."""
     try:
-        yield init_topology(tensor, pipeline, **settings)
+        yield init_topology(tensor, pipeline, context, **settings)
     finally:
         shutdown()

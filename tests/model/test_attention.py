@@ -1,5 +1,6 @@
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import nft_megatron.model.attention as attention_module
 from nft_megatron.model.attention import PackedAttention, pack_sequences, rotary_cos_sin
 
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def test_each_sequence_as_if_alone(lengths: list[int], seed: int):
     packed = pack_sequences(lengths, CPU)
     positions = torch.cat([torch.arange(length) for length in lengths])
     packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, DIM, THETA, torch.float64)
-    attention = PackedAttention(SimpleNamespace(context_parallel_size=1, kv_channels=DIM))
+    attention = PackedAttention(SimpleNamespace(kv_channels=DIM), SimpleNamespace(cp=None))
     output = attention(*qkv, None, packed_seq_params=packed)
     grads = torch.autograd.grad((output[:, 0] * weight).sum(), qkv)
 
@@ -59,10 +61,50 @@ def test_rows_hold_every_token_once_and_little_padding(lengths: list[int]):
     packed = pack_sequences(lengths, CPU)
     total = sum(lengths)
     assert packed.cu_seqlens_q.tolist() == [0, *itertools.accumulate(lengths)]
-    assert torch.equal(packed.pack_to_rows_R[packed.rows_to_pack_T], torch.arange(total))
-    assert sum(bucket.num_sequences for bucket in packed.buckets) == len(lengths)
-    assert len(packed.pack_to_rows_R) == sum(bucket.num_sequences * bucket.length for bucket in packed.buckets)
-    assert len(packed.pack_to_rows_R) <= 1.125 * total
+    for rows in (packed.query_rows, packed.key_rows):
+        assert torch.equal(rows.tokens_R[rows.rows_T], torch.arange(total))
+        assert len(rows.tokens_R) == sum(bucket.num_pieces * bucket.num_keys for bucket in packed.buckets)
+        assert len(rows.tokens_R) <= 1.125 * total
+    assert sum(bucket.num_pieces for bucket in packed.buckets) == len(lengths)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=st.lists(st.integers(1, 12), min_size=1, max_size=6), size=st.sampled_from([2, 4]), seed=st.integers(0, 1000))
+def test_context_ranks_together_attend_as_one(chunks: list[int], size: int, seed: int):
+    """The collective is left to test_parity.py: here each rank's keys are gathered by hand."""
+    lengths = [2 * size * chunk for chunk in chunks]
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(sum(lengths), heads, DIM, dtype=torch.float64, generator=generator) for heads in (HEADS, GROUPS, GROUPS)
+    )
+    expected = torch.cat([reference(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+
+    def chunk_of(rank: int) -> Tensor:
+        """Chunks ``rank`` and ``2 size − 1 − rank`` of each sequence, written out."""
+        held, start = [], 0
+        for chunk in chunks:
+            for place in (rank, 2 * size - 1 - rank):
+                held += range(start + place * chunk, start + (place + 1) * chunk)
+            start += 2 * size * chunk
+        return torch.tensor(held)
+
+    in_turn = torch.cat([chunk_of(rank) for rank in range(size)])
+    for rank in range(size):
+        own = chunk_of(rank)
+        packed = pack_sequences(lengths, CPU, rank, size)
+        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions[own], DIM, THETA, torch.float64)
+        whole = SimpleNamespace(apply=lambda x, index, group: gathered(x).index_select(0, index))
+
+        def gathered(own_keys_and_values: Tensor) -> Tensor:
+            cos_T1D, sin_T1D = rotary_cos_sin(positions[in_turn], DIM, THETA, torch.float64)
+            turned = attention_module._Rotary.apply(key[in_turn], cos_T1D, sin_T1D)
+            return torch.cat((turned, value[in_turn]), dim=-1)
+
+        attention = PackedAttention(SimpleNamespace(kv_channels=DIM), SimpleNamespace(cp=None))
+        with mock.patch.object(attention_module, "_ContextKeys", whole):
+            output = attention(query[own], key[own], value[own], None, packed_seq_params=packed)
+        torch.testing.assert_close(output[:, 0], expected[own], rtol=0, atol=2e-5)
 
 
 @pytest.mark.gpu
@@ -77,6 +119,6 @@ def test_the_variable_length_kernel_agrees_on_cuda():
         packed = pack_sequences(lengths, place)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(place)
         packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, 64, 1e4, torch.bfloat16)
-        attention = PackedAttention(SimpleNamespace(context_parallel_size=1, kv_channels=64))
+        attention = PackedAttention(SimpleNamespace(kv_channels=64), SimpleNamespace(cp=None))
         outputs.append(attention(*(x.to(place) for x in qkv), None, packed_seq_params=packed).cpu().float())
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=3e-2)

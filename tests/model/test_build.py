@@ -18,32 +18,36 @@ from nft_megatron.weights.shape import SHAPE_EXAMPLE
 
 
 @pytest.mark.parametrize(
-    ("processes", "tensor", "pipeline", "field"),
+    ("sizes", "field"),
     [
-        (4, 3, 1, "parallel.tensor"),
-        (4, 1, 3, "parallel.pipeline"),
-        (4, 0, 1, "parallel.tensor"),
-        (4, 2, 4, "parallel.tensor, parallel.pipeline"),
+        ((3, 1, 1), "parallel.tensor"),
+        ((1, 3, 1), "parallel.pipeline"),
+        ((1, 1, 3), "parallel.context"),
+        ((0, 1, 1), "parallel.tensor"),
+        ((2, 4, 1), "parallel.tensor, parallel.pipeline, parallel.context"),
+        ((2, 1, 4), "parallel.tensor, parallel.pipeline, parallel.context"),
     ],
 )
-def test_processes_that_do_not_divide(monkeypatch: pytest.MonkeyPatch, processes: int, tensor: int, pipeline: int, field: str):
+def test_processes_that_do_not_divide(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], field: str):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError) as caught:
-        init_topology(tensor, pipeline)
+        init_topology(*sizes)
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "field", "problem"),
+    ("sizes", "field", "problem"),
     [
-        (3, 1, "parallel.tensor", "28 attention heads"),
-        (7, 1, "parallel.tensor", "4 key-value heads"),
-        (1, 3, "parallel.pipeline", "28 layers"),
+        ((3, 1, 1), "parallel.tensor", "28 attention heads"),
+        ((7, 1, 1), "parallel.tensor", "4 key-value heads"),
+        ((1, 3, 1), "parallel.pipeline", "28 layers"),
+        ((1, 4, 2), "parallel.pipeline × parallel.virtual_pipeline", "28 layers"),
     ],
 )
-def test_models_that_cannot_be_cut_that_way(tensor: int, pipeline: int, field: str, problem: str):
-    place = SimpleNamespace(tensor_size=tensor, pipeline_size=pipeline)
+def test_models_that_cannot_be_cut_that_way(sizes: tuple[int, int, int], field: str, problem: str):
+    tensor, pipeline, virtual_pipeline = sizes
+    place = SimpleNamespace(tensor_size=tensor, pipeline_size=pipeline, virtual_pipeline=virtual_pipeline)
     with pytest.raises(UserError, match=problem) as caught:
         build_model(SHAPE_EXAMPLE, place)
     assert caught.value.field == field

@@ -1,0 +1,176 @@
+"""One recorded step under every layout: losses, all gradients and the new weights are the same, and they are the paper's.
+
+The reference is Eq. 10 written out over transformers' model in float64, one answer at a time, and AdamW in float64. That
+Megatron-Core's own model says the same, each sequence alone through its own attention, without packing or any parallelism, is
+``test_megatrons_own_attention_agrees``.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launcher import Ranks
+from parity_worker import MUTATIONS, Run, measure
+from recorded_step import ADAM, EPSILON, LAYOUTS, NUM_GROUPS, NUM_UPDATES, Layout, write_config
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from nft_megatron.data.ledger import read_groups
+
+
+@dataclass(frozen=True)
+class Outcome:
+    gradients: list[dict[str, torch.Tensor]]
+    losses: list[tuple[float, float]]
+    weights: dict[str, torch.Tensor]
+    grad_norm: float
+    num_empty: int = 0
+
+
+def launch(folder: Path, configs: list[Path], ledger: Path, num_processes: int, mutation: str | None = None) -> list[Outcome]:
+    runs = [Run(config, ledger, config.parent / "out") for config in configs]
+    ended = Ranks(measure, (runs, mutation), num_processes, folder).wait()
+    assert ended.returncode == 0, ended.stderr
+    return [read_outcome(run.out) for run in runs]
+
+
+def read_outcome(out: Path) -> Outcome:
+    stats = json.loads((out / "stats.json").read_text())
+    return Outcome(
+        gradients=[load_file(out / f"gradient_{i}.safetensors") for i in range(NUM_UPDATES)],
+        losses=[(update["positive"], update["negative"]) for update in stats["updates"]],
+        weights=load_file(out / "weights.safetensors"),
+        grad_norm=stats["grad_norm"],
+        num_empty=stats["num_empty"],
+    )
+
+
+def members(step: int, seed: int = 0) -> list[np.ndarray]:
+    """Which groups meet in which mini-batch is part of a run's definition: the seeded permutation, split evenly."""
+    return np.array_split(np.random.default_rng([seed, step]).permutation(NUM_GROUPS), NUM_UPDATES)
+
+
+def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts of Eq. 10 over one mini-batch; ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens."""
+    judged = [
+        (group, answer)
+        for group, _ in read_groups(ledger)
+        if group.group_id in groups
+        for answer in group.answers
+        if answer.verdict.label != "unknown"
+    ]
+    denominator = sum(len(answer.completion.tokens) for _, answer in judged)
+    parts = {True: torch.zeros(()), False: torch.zeros(())}
+    for group, answer in judged:
+        prompt, tokens = torch.tensor(group.prompt.tokens).long(), torch.tensor(answer.completion.tokens).long()
+        ratio = (logprobs_of(prompt, tokens) - torch.tensor(answer.completion.logprobs)).exp()
+        rate, correct = group.num_correct / group.num_judged, answer.verdict.label == "correct"
+        if correct:
+            log_term = ratio.log()
+        else:
+            x = (1 - rate * ratio) / (1 - rate)
+            log_term = ((x.clamp(min=EPSILON) - x).detach() + x).log()
+        weight = 1 - rate if algorithm == "nft" else float(correct)
+        parts[correct] = parts[correct] - weight * log_term.sum() / denominator
+    return parts[True], parts[False]
+
+
+def paper(model_folder: Path, ledger: Path, algorithm: str = "nft") -> Outcome:
+    """What Eq. 10 says of transformers' model in float64, and the weights after AdamW on the first mini-batch."""
+    model = Qwen2ForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+
+    def logprobs_of(prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+    gradients, losses = [], []
+    for groups in members(step=1):
+        positive, negative = paper_loss(logprobs_of, ledger, groups, algorithm)
+        model.zero_grad()
+        (positive + negative).backward()
+        losses.append((float(positive.detach()), float(negative.detach())))
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    norm = float(torch.nn.utils.get_total_norm(gradients[0].values()))
+    scale = min(1.0, ADAM["clip_grad"] / (norm + 1e-6))
+    weights = {}
+    for name, parameter in model.named_parameters():
+        gradient = gradients[0][name] * scale
+        decay = ADAM["weight_decay"] if parameter.dim() > 1 else 0.0
+        weights[name] = parameter.detach() - ADAM["learning_rate"] * (
+            gradient / (gradient.abs() + ADAM["epsilon"]) + decay * parameter.detach()  # the first update: m̂ = g, v̂ = g²
+        )
+    return Outcome(gradients, losses, weights, norm)
+
+
+@pytest.fixture(scope="module")
+def expected(models, ledger) -> dict[str, Outcome]:
+    return {kind: paper(folder, ledger) for kind, folder in models.items()}
+
+
+def gradient_error(measured: Outcome, reference: Outcome) -> tuple[float, str]:
+    """The worst gradient tensor: its largest difference as a part of its largest entry, and its name.
+
+    q, k and v are one parameter of Megatron's; k's bias alone has nearly no gradient, as softmax ignores shifts.
+    """
+    errors = []
+    for ours, theirs in zip(measured.gradients, reference.gradients, strict=True):
+        assert ours.keys() == theirs.keys() - ({"lm_head.weight"} - ours.keys())
+        assert len(ours) >= 31
+        for name, gradient in ours.items():
+            together = [re.sub("[qkv]_proj", f"{part}_proj", name) for part in "qkv"]
+            scale = max(theirs[other].abs().max() for other in together)
+            errors.append((float((gradient - theirs[name]).abs().max() / scale), name))
+    return max(errors)
+
+
+def assert_equal(measured: Outcome, reference: Outcome) -> None:
+    for ours, theirs in zip(measured.losses, reference.losses, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6 * sum(map(abs, theirs)))
+    error, name = gradient_error(measured, reference)
+    assert error < 1e-5, f"{name}: {error:.1e}"
+    assert measured.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+    for name, weight in measured.weights.items():
+        step = reference.weights[name]
+        assert (weight - step).abs().max() < 1e-6 * max(1.0, float(step.abs().max())), name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_computes_the_papers_step(models, ledger, expected, tmp_path, name):
+    layout = LAYOUTS[name]
+    configs = [write_config(tmp_path / kind, folder, layout) for kind, folder in models.items()]
+    for kind, measured in zip(models, launch(tmp_path, configs, ledger, layout.num_processes), strict=True):
+        assert_equal(measured, expected[kind])
+
+
+def test_right_answers_alone_leave_ranks_without_a_token(models, ledger, tmp_path):
+    """RFT on four data ranks with two context ranks each: some hold a pack without any loss token."""
+    config = write_config(tmp_path / "rft", models["tied"], Layout(8, {"context": 2}), algorithm="rft")
+    (measured,) = launch(tmp_path, [config], ledger, 8)
+    assert measured.num_empty > 0
+    assert_equal(measured, paper(models["tied"], ledger, "rft"))
+
+
+def test_bfloat16_is_within_its_own_noise(models, ledger, expected, tmp_path):
+    """Parallel bfloat16 is as far from float64 as one process is, to a factor that rounding in another order explains."""
+    errors = {}
+    for name in ("alone", "tensor 2 × pipeline 2 × context 2"):
+        layout = LAYOUTS[name]
+        config = write_config(tmp_path / name / "untied", models["untied"], layout, dtype="bfloat16")
+        (measured,) = launch(config.parent, [config], ledger, layout.num_processes)
+        errors[name] = gradient_error(measured, expected["untied"])[0]
+    alone, parallel = errors.values()
+    assert 1e-3 < alone < 0.1, "bfloat16 rounds to 8 bits"
+    assert parallel < 2 * alone
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_faults_of_others_would_be_found(models, ledger, expected, tmp_path, mutation):
+    """Each planted fault moves a gradient by a hundred times the tolerance and more."""
+    layout = LAYOUTS["context 2 × data 2"]
+    config = write_config(tmp_path / "mutated", models["untied"], layout)
+    (measured,) = launch(tmp_path, [config], ledger, layout.num_processes, mutation)
+    assert gradient_error(measured, expected["untied"])[0] > 1e-3

@@ -1,0 +1,275 @@
+"""What each rank does in tests/model/test_parity.py, test_step.py and test_layouts.py, on a recorded step."""
+
+import contextlib
+import gc
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from nft_megatron.assemble import build_trainer
+from nft_megatron.config_load import load_config
+from nft_megatron.layout import context
+from nft_megatron.model import attention, step
+from nft_megatron.model.optimizer import Update
+from nft_megatron.model.step import Trainer
+from nft_megatron.model.topology import Topology, init_topology, shutdown
+from nft_megatron.weights import read_shape
+
+
+class GradientRecorder:
+    """In the optimizer's place: keeps every update's gradient under Hugging Face names and leaves the weights alone."""
+
+    num_updates = 0
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def step(self) -> Update:
+        topology = self._trainer.topology
+        for chunk in self._trainer.chunks:
+            for buffer in chunk.buffers:  # the distributed optimizer leaves each replica its shard of the sum
+                for bucket in buffer.buckets:
+                    shards = list(bucket.grad_data.chunk(topology.replica_group.size()))
+                    dist.all_gather(shards, shards[topology.replica_group.rank()].clone(), group=topology.replica_group)
+        parameters = [parameter for chunk in self._trainer.chunks for parameter in chunk.parameters()]
+        weights = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.main_grad.clone()
+        self.gradients.append({name: tensor.clone() for name, tensor in self._trainer.hf_tensors()})
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data = weight
+        return Update(grad_norm=0.0, learning_rate=0.0, skipped=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trainer's part of a launch: which configuration, which recorded step, where the numbers go."""
+
+    config: Path
+    ledger: Path
+    out: Path
+
+
+def measure(runs: list[Run], mutation: str | None = None) -> None:
+    """Write ``out/gradient_<i>.safetensors`` of every mini-batch, ``out/weights.safetensors`` after an update on the first of
+    them, and ``out/stats.json``, on rank 0. All runs have one layout. ``mutation`` plants a fault of that name.
+    """
+
+    def all_runs(topology: Topology) -> None:
+        with MUTATIONS[mutation](topology) if mutation else contextlib.nullcontext():
+            for run in runs:
+                _measure(run, topology)
+
+    _in_topology(runs[0].config, all_runs)
+
+
+def _in_topology(config: Path, action: Callable[[Topology], None]) -> None:
+    parallel = load_config(config).parallel
+    topology = init_topology(
+        parallel.tensor, parallel.pipeline, parallel.context,
+        virtual_pipeline=parallel.virtual_pipeline, timeout_seconds=60, threads=1,
+    )  # fmt: skip
+    action(topology)
+    del topology
+    gc.collect()
+    shutdown()
+
+
+def _trainer(run: Run, topology: Topology) -> Trainer:
+    config = load_config(run.config)
+    return build_trainer(config, topology, read_shape(config.model.path))
+
+
+def _measure(run: Run, topology: Topology) -> None:
+    trainer = _trainer(run, topology)
+    recorder = GradientRecorder(trainer)
+    recording = replace(trainer, optimizer=recorder)
+    batch = recording.prepare(run.ledger, step=1)
+    updates = [recording.update(minibatch) for minibatch in batch.minibatches]
+    applied = trainer.update(batch.minibatches[0]).applied
+    weights = _export(trainer)
+    empty: list = [None] * topology.world_size
+    dist.all_gather_object(
+        empty,
+        sum(not len(m.packed.targets_N) for b in batch.minibatches for m in b.micro_batches),
+        group=topology.control_group,
+    )
+    if topology.is_main:
+        run.out.mkdir(parents=True)
+        for i, gradients in enumerate(recorder.gradients):
+            save_file(gradients, run.out / f"gradient_{i}.safetensors")
+        save_file(weights, run.out / "weights.safetensors")
+        stats = {
+            "updates": [{"positive": update.loss_positive, "negative": update.loss_negative} for update in updates],
+            "grad_norm": applied.grad_norm,
+            "metrics": batch.metrics,
+            "num_empty": sum(empty),
+        }
+        (run.out / "stats.json").write_text(json.dumps(stats))
+
+
+# ---------------------------------------------------------------------------------------------- exports and checkpoints
+
+
+def reshard(runs: list[Run], references: list[Path]) -> None:
+    """Export, train, save, restore each run; load what one process saved under ``references`` (itself, for one process)."""
+
+    def all_runs(topology: Topology) -> None:
+        for run, reference in zip(runs, references, strict=True):
+            _reshard(run, reference, topology)
+
+    _in_topology(runs[0].config, all_runs)
+
+
+def _reshard(run: Run, reference: Path, topology: Topology) -> None:
+    trainer = _trainer(run, topology)
+    stats: dict = {"exported": _compare(_export(trainer), load_file(load_config(run.config).model.path / "model.safetensors"))}
+    first, second = trainer.prepare(run.ledger, step=1).minibatches
+    for minibatch in (first, second):
+        trainer.update(minibatch)
+    trainer.save(_new_folder(run.out / "checkpoint", topology), step=7)
+    after_two = _export(trainer)
+    trainer.update(first)
+    after_three = _export(trainer)
+    if run.out == reference and topology.is_main:
+        save_file(after_two, run.out / "two.safetensors")
+        save_file(after_three, run.out / "three.safetensors")
+    dist.barrier(group=topology.control_group)
+    of_one_process = load_file(reference / "three.safetensors")
+    stats["update_error"] = _error(after_three, of_one_process)
+
+    trainer = _trainer(run, topology)
+    stats["restored_step"] = trainer.load(run.out / "checkpoint")
+    stats["restored_updates"] = trainer.optimizer.num_updates
+    trainer.update(first)
+    stats["restored"] = _compare(_export(trainer), after_three)
+
+    trainer = _trainer(run, topology)
+    trainer.load(reference / "checkpoint")
+    stats["resharded"] = _compare(_export(trainer), load_file(reference / "two.safetensors"))
+    trainer.save(_new_folder(run.out / "rewritten", topology), step=7)
+    trainer.update(first)
+    stats["continued_error"] = _error(_export(trainer), of_one_process)
+    if topology.is_main:
+        (run.out / "stats.json").write_text(json.dumps(stats))
+
+
+def restore(runs: list[Run], references: list[Path]) -> None:
+    """One process goes on from every run's rewritten checkpoint; ``restored.json`` tells what differs from the references."""
+
+    def all_runs(topology: Topology) -> None:
+        for run, reference in zip(runs, references, strict=True):
+            trainer = _trainer(run, topology)
+            trainer.load(run.out / "rewritten")
+            trainer.update(trainer.prepare(run.ledger, step=1).minibatches[0])
+            differs = _compare(_export(trainer), load_file(reference / "three.safetensors"))
+            (run.out / "restored.json").write_text(json.dumps(differs))
+
+    _in_topology(runs[0].config, all_runs)
+
+
+def _new_folder(path: Path, topology: Topology) -> Path:
+    if topology.is_main:
+        path.mkdir()
+    dist.barrier(group=topology.control_group)
+    return path
+
+
+def _export(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """On rank 0; empty elsewhere."""
+    return {name: tensor.clone() for name, tensor in trainer.hf_tensors()}
+
+
+def _compare(export: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """What is not bit for bit as expected; on rank 0."""
+    common = export.keys() & expected.keys()
+    return {
+        "missing": sorted(expected.keys() - export.keys()),
+        "unexpected": sorted(export.keys() - expected.keys()),
+        "differs": sorted(name for name in common if not torch.equal(export[name], expected[name])),
+    }
+
+
+def _error(export: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest difference of a tensor relative to its largest entry, or to 1 where that is less; on rank 0."""
+    return max(
+        (float((x - expected[name]).abs().max() / max(1.0, float(x.abs().max()))) for name, x in export.items()), default=0.0
+    )
+
+
+# ------------------------------------------------------------------------------------------------- faults that peers had
+
+
+@contextlib.contextmanager
+def _without_reduction(topology: Topology) -> Iterator[None]:
+    """Each rank keeps its own gradients of its keys and values and forgets those of the others."""
+
+    def own(everywhere: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return everywhere.chunk(group.size())[group.rank()]
+
+    with mock.patch.object(attention, "_sum_own", own):
+        yield
+
+
+@contextlib.contextmanager
+def _not_unzigzagged(topology: Topology) -> Iterator[None]:
+    """Gathered keys are read as if the ranks held consecutive tokens."""
+
+    def consecutive(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        return torch.arange(int(cu_seqlens[-1])).chunk(size)[rank]
+
+    with mock.patch.object(attention, "zigzag_index", consecutive):
+        yield
+
+
+@contextlib.contextmanager
+def _contiguous_shards(topology: Topology) -> Iterator[None]:
+    """Ranks get consecutive tokens while attention believes in the zigzag."""
+
+    def consecutive(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        return torch.arange(int(cu_seqlens[-1])).chunk(size)[rank]
+
+    with mock.patch.object(context, "zigzag_index", consecutive):
+        yield
+
+
+def _changed_batches(change):
+    @contextlib.contextmanager
+    def mutation(topology: Topology) -> Iterator[None]:
+        def read(*arguments):
+            minibatches = read_minibatches(*arguments)
+            return [replace(b, micro_batches=tuple(change(m, topology) for m in b.micro_batches)) for b in minibatches]
+
+        read_minibatches = step.read_minibatches
+        with mock.patch.object(step, "read_minibatches", read):
+            yield
+
+    return mutation
+
+
+def _rolled_labels(micro_batch, topology: Topology):
+    """Targets are the rank's own inputs moved by one, as if it held whole sequences."""
+    packed = micro_batch.packed
+    targets_N = packed.input_ids_T.roll(-1)[packed.loss_positions_N]
+    return replace(micro_batch, packed=replace(packed, targets_N=targets_N))
+
+
+MUTATIONS = {
+    "no reduction of dK and dV": _without_reduction,
+    "gathered keys not put in order": _not_unzigzagged,
+    "contiguous shards": _contiguous_shards,
+    "labels rolled after slicing": _changed_batches(_rolled_labels),
+    "loss averaged over context ranks": _changed_batches(
+        lambda micro_batch, topology: replace(micro_batch, weight_N=micro_batch.weight_N / topology.context_size)
+    ),
+    "loss averaged over data ranks": _changed_batches(
+        lambda micro_batch, topology: replace(micro_batch, weight_N=micro_batch.weight_N / topology.data_size)
+    ),
+}

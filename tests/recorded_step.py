@@ -1,0 +1,110 @@
+"""A recorded step of small models: what tests/model trains on, under which layouts, and with which settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from nft_megatron.data.ledger import write_ledger
+from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
+
+EPSILON = 0.6
+NUM_GROUPS, NUM_ANSWERS, NUM_UPDATES = 5, 6, 2
+VOCAB = 131  # does not divide by 2: padding under tensor parallelism
+ADAM = {"learning_rate": 1e-3, "warmup_updates": 1, "epsilon": 1e-3, "weight_decay": 0.1, "clip_grad": 0.05}
+"""An ε above the noise of float32, so that new weights are as comparable as gradients are; clipping is active."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``num_processes`` under these settings; data-parallel ranks are what is left."""
+
+    num_processes: int
+    parallel: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+
+
+LAYOUTS = {
+    "alone": Layout(1),
+    "recompute MLPs": Layout(1, model={"recompute": "selective"}),
+    "tensor 2": Layout(2, {"tensor": 2}),
+    "tensor 2, no sequence parallel": Layout(2, {"tensor": 2, "sequence_parallel": False}),
+    "pipeline 2, recompute layers": Layout(2, {"pipeline": 2}, {"recompute": "full"}),
+    "pipeline 4": Layout(4, {"pipeline": 4}),
+    "pipeline 2 interleaved": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pipeline 2, fixed lengths": Layout(2, {"pipeline": 2}, train={"pad_to_budget": True}),
+    "data 2": Layout(2),
+    "data 4": Layout(4),
+    "context 2": Layout(2, {"context": 2}),
+    "context 2, recompute layers": Layout(2, {"context": 2}, {"recompute": "full"}),
+    "context 4": Layout(4, {"context": 4}),
+    "tensor 2 × context 2": Layout(4, {"tensor": 2, "context": 2}),
+    "context 2 × data 2": Layout(4, {"context": 2}),
+    "tensor 2 × pipeline 2 × data 2": Layout(8, {"tensor": 2, "pipeline": 2}),
+    "tensor 2 × pipeline 2 × context 2": Layout(8, {"tensor": 2, "pipeline": 2, "context": 2}),
+    "pipeline 2 interleaved × context 2 × data 2, fixed lengths, recompute MLPs": Layout(
+        8,
+        {"pipeline": 2, "virtual_pipeline": 2, "context": 2},
+        {"recompute": "selective"},
+        {"pad_to_budget": True},
+    ),
+}
+KINDS = {"tied": True, "untied": False}
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """Random models of 4 layers whose norms and biases matter and whose attention is far from uniform."""
+    for kind, tied in KINDS.items():
+        torch.manual_seed(7)
+        config = Qwen2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, rope_theta=100.0, tie_word_embeddings=tied, pad_token_id=0,
+        )  # fmt: skip
+        model = Qwen2ForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+            else:
+                parameter.data *= 4
+        model.save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in KINDS}
+
+
+def write_step(path: Path) -> Path:
+    """Mixed groups with answers of unequal lengths, an unknown verdict, and log-probs of an older policy that is not ours."""
+    rng = np.random.default_rng(0)
+
+    def answer(group: int, index: int) -> Answer:
+        tokens = rng.integers(1, VOCAB, rng.integers(1, 25)).astype(np.int32)  # 0 pads: transformers gives it no gradient
+        # log(1/131) is about what the random model gives: ratios on both sides of 1, clamped and not
+        logprobs = np.minimum(-4.9 + rng.normal(0, 0.8, len(tokens)), -0.01).astype(np.float32)
+        label = "unknown" if (group, index) == (2, 5) else "correct" if index <= group else "wrong"
+        return Answer(Completion(group, index, tokens, logprobs, "stop", -5, 0.0), "", Verdict(label, "made up", "test"))
+
+    def group(number: int) -> Group:
+        tokens = rng.integers(1, VOCAB, rng.integers(2, 15)).astype(np.int32)
+        return Group(number, 1, Prompt(f"q{number}", "", "", tokens), tuple(answer(number, k) for k in range(NUM_ANSWERS)))
+
+    groups = [group(number) for number in range(NUM_GROUPS)]
+    write_ledger(path, groups, fates=["train"] * len(groups), meta={})
+    return path
+
+
+def write_config(folder: Path, model: Path, layout: Layout, algorithm: str = "nft", dtype: str = "float32") -> Path:
+    tree = {
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(model), "dtype": dtype, **layout.model},
+        "data": {"train": "not read", "max_prompt_tokens": 16},
+        "rollout": {"questions_per_step": 4, "answers_per_question": NUM_ANSWERS, "max_answer_tokens": 32},
+        "algorithm": {"name": "nft", "epsilon": EPSILON} if algorithm == "nft" else {"name": "rft"},
+        "optimizer": ADAM,
+        "train": {"num_steps": 1, "updates_per_step": NUM_UPDATES, "micro_batch_tokens": 64, **layout.train},
+        "parallel": layout.parallel,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "config.yaml"
