@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from nft_megatron.assemble import build_trainer
 from nft_megatron.config_load import load_config
 from nft_megatron.layout import context
-from nft_megatron.model import attention, step
+from nft_megatron.model import attention, export, step
+from nft_megatron.model.build import Chunks
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, init_topology, shutdown
@@ -38,13 +39,13 @@ class GradientRecorder:
                 for bucket in buffer.buckets:
                     shards = list(bucket.grad_data.chunk(topology.replica_group.size()))
                     dist.all_gather(shards, shards[topology.replica_group.rank()].clone(), group=topology.replica_group)
-        parameters = [parameter for chunk in self._trainer.chunks for parameter in chunk.parameters()]
-        weights = [parameter.data for parameter in parameters]
-        for parameter in parameters:
-            parameter.data = parameter.main_grad.clone()
-        self.gradients.append({name: tensor.clone() for name, tensor in self._trainer.hf_tensors()})
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.data = weight
+        table_parameters = export.table_parameters
+
+        def gradients(chunks: Chunks) -> Iterator[tuple[str, torch.Tensor]]:
+            return ((name, parameter.main_grad.to(parameter.dtype)) for name, parameter in table_parameters(chunks))
+
+        with mock.patch.object(export, "table_parameters", gradients):
+            self.gradients.append(_export(self._trainer))
         return Update(grad_norm=0.0, learning_rate=0.0, skipped=False)
 
 
@@ -187,20 +188,20 @@ def _export(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.hf_tensors()}
 
 
-def _compare(export: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+def _compare(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[str]]:
     """What is not bit for bit as expected; on rank 0."""
-    common = export.keys() & expected.keys()
+    common = exported.keys() & expected.keys()
     return {
-        "missing": sorted(expected.keys() - export.keys()),
-        "unexpected": sorted(export.keys() - expected.keys()),
-        "differs": sorted(name for name in common if not torch.equal(export[name], expected[name])),
+        "missing": sorted(expected.keys() - exported.keys()),
+        "unexpected": sorted(exported.keys() - expected.keys()),
+        "differs": sorted(name for name in common if not torch.equal(exported[name], expected[name])),
     }
 
 
-def _error(export: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def _error(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Largest difference of a tensor relative to its largest entry, or to 1 where that is less; on rank 0."""
     return max(
-        (float((x - expected[name]).abs().max() / max(1.0, float(x.abs().max()))) for name, x in export.items()), default=0.0
+        (float((x - expected[name]).abs().max() / max(1.0, float(x.abs().max()))) for name, x in exported.items()), default=0.0
     )
 
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from nft_megatron.data.ledger import write_ledger
+from nft_megatron.data.ledger import read_groups, write_ledger
 from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
 
 EPSILON = 0.6
@@ -92,6 +92,36 @@ def write_step(path: Path) -> Path:
     groups = [group(number) for number in range(NUM_GROUPS)]
     write_ledger(path, groups, fates=["train"] * len(groups), meta={})
     return path
+
+
+def members(step: int, seed: int = 0) -> list[np.ndarray]:
+    """Which groups meet in which mini-batch is part of a run's definition: the seeded permutation, split evenly."""
+    return np.array_split(np.random.default_rng([seed, step]).permutation(NUM_GROUPS), NUM_UPDATES)
+
+
+def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts of Eq. 10 over one mini-batch; ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens."""
+    judged = [
+        (group, answer)
+        for group, _ in read_groups(ledger)
+        if group.group_id in groups
+        for answer in group.answers
+        if answer.verdict.label != "unknown"
+    ]
+    denominator = sum(len(answer.completion.tokens) for _, answer in judged)
+    parts = {True: torch.zeros(()), False: torch.zeros(())}
+    for group, answer in judged:
+        prompt, tokens = torch.tensor(group.prompt.tokens).long(), torch.tensor(answer.completion.tokens).long()
+        ratio = (logprobs_of(prompt, tokens) - torch.tensor(answer.completion.logprobs)).exp()
+        rate, correct = group.num_correct / group.num_judged, answer.verdict.label == "correct"
+        if correct:
+            log_term = ratio.log()
+        else:
+            x = (1 - rate * ratio) / (1 - rate)
+            log_term = ((x.clamp(min=EPSILON) - x).detach() + x).log()
+        weight = 1 - rate if algorithm == "nft" else float(correct)
+        parts[correct] = parts[correct] - weight * log_term.sum() / denominator
+    return parts[True], parts[False]
 
 
 def write_config(folder: Path, model: Path, layout: Layout, algorithm: str = "nft", dtype: str = "float32") -> Path:

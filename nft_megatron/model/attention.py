@@ -3,11 +3,11 @@
 A pack is one row of T tokens that holds n sequences one after the other; a token sees its own sequence up to itself.
 
 **Context parallelism.** Each of c ranks holds two chunks of every sequence, chunk r and chunk 2c − 1 − r of 2c equal ones, so
-that all do the same work (Transformer Engine's order, :mod:`nft_megatron.layout.context`). Keys and values are gathered over the
-ranks, which is cheap under grouped-query attention; queries stay where they are. A *piece* is a run of queries with the keys
-they see: the last of its queries sees all of its keys. Without context parallelism a sequence is one piece with as many queries
-as keys; with it a rank has two pieces of every sequence, each with the keys from the sequence's start to the chunk's end. In
-the backward pass every rank has gradients for keys of all ranks: they are summed in float32 and each rank gets its own.
+that all do the same work (Transformer Engine's order, :mod:`nft_megatron.layout.context`). Keys and values are gathered over
+the ranks, which is cheap under grouped-query attention; queries stay where they are. A *piece* is a run of queries with the
+keys they see: the last of its queries sees all of its keys. Without context parallelism a sequence is one piece with as many
+queries as keys; with it a rank has two pieces of every sequence, each with the keys from the sequence's start to the chunk's
+end. In the backward pass every rank has gradients for keys of all ranks: they are summed in float32 and each gets its own.
 
 On the CPU pieces of nearly equal length are stacked into a batch (``_Bucket``) and go through torch's own attention: a padded
 row costs its square, so buckets whose longest sequence is at most ``_MAX_STRETCH`` times the shortest do two thirds of the work

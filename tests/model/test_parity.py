@@ -10,16 +10,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from launcher import Ranks
+from megatron_alone import alone_in_megatron
 from parity_worker import MUTATIONS, Run, measure
-from recorded_step import ADAM, EPSILON, LAYOUTS, NUM_GROUPS, NUM_UPDATES, Layout, write_config
+from recorded_step import ADAM, LAYOUTS, NUM_UPDATES, Layout, members, paper_loss, write_config
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
-
-from nft_megatron.data.ledger import read_groups
 
 
 @dataclass(frozen=True)
@@ -47,36 +45,6 @@ def read_outcome(out: Path) -> Outcome:
         grad_norm=stats["grad_norm"],
         num_empty=stats["num_empty"],
     )
-
-
-def members(step: int, seed: int = 0) -> list[np.ndarray]:
-    """Which groups meet in which mini-batch is part of a run's definition: the seeded permutation, split evenly."""
-    return np.array_split(np.random.default_rng([seed, step]).permutation(NUM_GROUPS), NUM_UPDATES)
-
-
-def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two parts of Eq. 10 over one mini-batch; ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens."""
-    judged = [
-        (group, answer)
-        for group, _ in read_groups(ledger)
-        if group.group_id in groups
-        for answer in group.answers
-        if answer.verdict.label != "unknown"
-    ]
-    denominator = sum(len(answer.completion.tokens) for _, answer in judged)
-    parts = {True: torch.zeros(()), False: torch.zeros(())}
-    for group, answer in judged:
-        prompt, tokens = torch.tensor(group.prompt.tokens).long(), torch.tensor(answer.completion.tokens).long()
-        ratio = (logprobs_of(prompt, tokens) - torch.tensor(answer.completion.logprobs)).exp()
-        rate, correct = group.num_correct / group.num_judged, answer.verdict.label == "correct"
-        if correct:
-            log_term = ratio.log()
-        else:
-            x = (1 - rate * ratio) / (1 - rate)
-            log_term = ((x.clamp(min=EPSILON) - x).detach() + x).log()
-        weight = 1 - rate if algorithm == "nft" else float(correct)
-        parts[correct] = parts[correct] - weight * log_term.sum() / denominator
-    return parts[True], parts[False]
 
 
 def paper(model_folder: Path, ledger: Path, algorithm: str = "nft") -> Outcome:
@@ -146,9 +114,22 @@ def test_every_layout_computes_the_papers_step(models, ledger, expected, tmp_pat
         assert_equal(measured, expected[kind])
 
 
+def test_megatrons_own_attention_agrees(models, ledger, expected, tmp_path):
+    """Each sequence alone through an unmodified GPTModel with Megatron-Core's own attention and rotary positions."""
+    for kind, model in models.items():
+        ended = Ranks(alone_in_megatron, (model, ledger, tmp_path / kind), 1, tmp_path).wait()
+        assert ended.returncode == 0, ended.stderr
+        for i, reference in enumerate(expected[kind].gradients):
+            measured = load_file(tmp_path / kind / f"gradient_{i}.safetensors")
+            assert len(measured) >= 31
+            for name, gradient in measured.items():
+                largest = max(reference[re.sub("[qkv]_proj", f"{part}_proj", name)].abs().max() for part in "qkv")
+                assert (gradient - reference[name]).abs().max() / largest < 1e-5, name
+
+
 def test_right_answers_alone_leave_ranks_without_a_token(models, ledger, tmp_path):
-    """RFT on four data ranks with two context ranks each: some hold a pack without any loss token."""
-    config = write_config(tmp_path / "rft", models["tied"], Layout(8, {"context": 2}), algorithm="rft")
+    """RFT on more data ranks than right answers: some hold a pack without any loss token."""
+    config = write_config(tmp_path / "rft", models["tied"], Layout(8), algorithm="rft")
     (measured,) = launch(tmp_path, [config], ledger, 8)
     assert measured.num_empty > 0
     assert_equal(measured, paper(models["tied"], ledger, "rft"))
@@ -163,7 +144,7 @@ def test_bfloat16_is_within_its_own_noise(models, ledger, expected, tmp_path):
         (measured,) = launch(config.parent, [config], ledger, layout.num_processes)
         errors[name] = gradient_error(measured, expected["untied"])[0]
     alone, parallel = errors.values()
-    assert 1e-3 < alone < 0.1, "bfloat16 rounds to 8 bits"
+    assert 1e-3 < alone < 0.1, "bfloat16 has 8 significant bits"
     assert parallel < 2 * alone
 
 
