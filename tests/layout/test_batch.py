@@ -46,10 +46,12 @@ answers = st.lists(st.tuples(st.integers(0, 12), labels, st.integers(STEP - 3, S
 @st.composite
 def cases(draw):
     context, tensor = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
+    keep_groups = draw(st.booleans())
     layout = Layout(
         num_updates=draw(st.integers(1, 3)),
         num_ranks=draw(st.integers(1, 3)),
-        token_budget=16 * draw(st.integers(8, 12)),  # the 5 answers of a group with 24 tokens each are at most 120
+        # with padding, a sequence has at most 24 tokens and the 5 of a group 120; packs are multiples of 16 at most
+        token_budget=16 * draw(st.integers(8 if keep_groups else 2, 10)),
         hidden_size=8,
         denominator=draw(st.sampled_from(["tokens", "sequences", 100.0])),
         seed=SEED,
@@ -57,7 +59,7 @@ def cases(draw):
         context_size=context,
         count_multiple=draw(st.sampled_from([1, 2, 3])),
         pad_to_budget=draw(st.booleans()),
-        keep_groups=draw(st.booleans()),
+        keep_groups=keep_groups,
     )
     fresh = itertools.count(1)
     drawn = draw(st.lists(st.tuples(st.integers(1, 6), answers), min_size=1, max_size=6))
@@ -67,31 +69,35 @@ def cases(draw):
 
 
 def judged(group):
-    """The answers that count: judged, and not empty."""
+    """The answers that count in D: judged, and not empty."""
     return [a for a in group.answers if a.verdict.label != "unknown" and len(a.completion.tokens)]
 
 
+def forwarded(groups, name):
+    """The answers that are trained on, each with its group."""
+    return [(g, a) for g in groups for a in judged(g) if name == "nft" or a.verdict.label == "correct"]
+
+
 def expected_tokens(groups, denominator, name):
-    """What every token of a mini-batch's answers must be trained with, from the records alone."""
+    """What every token of a mini-batch of ``groups`` must be trained with, from the records alone."""
     kept = [answer for group in groups for answer in judged(group)]
     tokens = sum(len(answer.completion.tokens) for answer in kept)
     divisor = {"tokens": tokens, "sequences": len(kept)}.get(denominator, denominator)
-    for group in groups:
-        verdicts = [answer.verdict.label for answer in group.answers if answer.verdict.label != "unknown"]
-        for answer in judged(group):
-            is_correct, rate = answer.verdict.label == "correct", verdicts.count("correct") / len(verdicts)
-            sequence = [*group.prompt.tokens.tolist(), *answer.completion.tokens.tolist()]
-            for t in range(len(group.prompt.tokens), len(sequence)) if is_correct or name == "nft" else ():
-                yield {
-                    "target": sequence[t],
-                    "input": sequence[t - 1],
-                    "position": t - 1,
-                    "weight": float(np.float32(OMEGA[name](rate) / divisor)),
-                    "is_correct": is_correct,
-                    "correct_rate": float(np.float32(rate)),
-                    "engine_logprob": -sequence[t] / 1024,
-                    "is_stale": answer.completion.weight_version < STEP - 1,  # weights before STEP are of version STEP − 1
-                }
+    for group, answer in forwarded(groups, name):
+        verdicts = [each.verdict.label for each in group.answers if each.verdict.label != "unknown"]
+        rate = verdicts.count("correct") / len(verdicts)
+        sequence = [*group.prompt.tokens.tolist(), *answer.completion.tokens.tolist()]
+        for t in range(len(group.prompt.tokens), len(sequence)):
+            yield {
+                "target": sequence[t],
+                "input": sequence[t - 1],
+                "position": t - 1,
+                "weight": float(np.float32(OMEGA[name](rate) / divisor)),
+                "is_correct": answer.verdict.label == "correct",
+                "correct_rate": float(np.float32(rate)),
+                "engine_logprob": -sequence[t] / 1024,
+                "is_stale": answer.completion.weight_version < STEP - 1,  # a step starts from the version before it
+            }
 
 
 def read_tokens_of(micro_batch):
@@ -114,42 +120,55 @@ def count(tokens) -> Counter:
     return Counter(tuple(token.items()) for token in tokens)
 
 
+def check_packs(packs, groups, layout, name):
+    """``packs``: of every micro-batch on every data-parallel rank, the parts of all context-parallel ranks."""
+    sequence_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
+    group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
+    lengths, homes = Counter(), Counter()
+    for parts in packs:
+        (cu_seqlens,) = {tuple(part.cu_seqlens.tolist()) for part in parts}
+        total = cu_seqlens[-1]
+        assert total == sum(len(part.input_ids_T) for part in parts) <= layout.token_budget
+        assert total == layout.token_budget or not layout.pad_to_budget
+        assert total % (sequence_multiple * layout.tensor_size) == 0
+        lengths.update(np.diff(cu_seqlens).tolist())
+        homes.update({group_of[token] for part in parts for token in part.targets_N.tolist()})
+    real = [len(group.prompt.tokens) + len(answer.completion.tokens) for group, answer in forwarded(groups, name)]
+    padded = Counter(-(-length // sequence_multiple) * sequence_multiple for length in real)
+    assert padded <= lengths and (lengths - padded).total() <= len(packs)  # besides, at most the padding of each pack
+    assert not layout.keep_groups or set(homes.values()) <= {1}
+
+
 @given(cases())
 @settings(deadline=None, max_examples=60)
 def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
     groups, fates, layout, name = case
     trained = [group for group, fate in zip(groups, fates, strict=True) if fate == "train" and judged(group)]
     assume(trained)
-    algorithm = ALGORITHMS[name]
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger.parquet"
         write_ledger(ledger, groups, fates=fates, meta={})
-        ranks = {
-            (data, context): read_minibatches(ledger, STEP, algorithm, layout, data, context, CPU)
+        ranks = [
+            [read_minibatches(ledger, STEP, ALGORITHMS[name], layout, data, c, CPU) for c in range(layout.context_size)]
             for data in range(layout.num_ranks)
-            for context in range(layout.context_size)
-        }
+        ]
 
     order = np.random.default_rng([SEED, STEP]).permutation([group.group_id for group in trained])
     parts = np.array_split(order, min(layout.num_updates, len(trained)))
-    assert {len(minibatches) for minibatches in ranks.values()} == {len(parts)}
+    assert {len(minibatches) for contexts in ranks for minibatches in contexts} == {len(parts)}
     for number, part in enumerate(parts):
-        expected = list(expected_tokens([group for group in trained if group.group_id in part], layout.denominator, name))
-        minibatches = {rank: each[number] for rank, each in ranks.items()}
-        micro_batches = [micro_batch for each in minibatches.values() for micro_batch in each.micro_batches]
-        assert count(token for each in micro_batches for token in read_tokens_of(each)) == count(expected)
-        assert {minibatch.num_tokens for minibatch in minibatches.values()} == {len(expected)}
-        (num_micro_batches,) = {len(minibatch.micro_batches) for minibatch in minibatches.values()}
+        members = [group for group in trained if group.group_id in part]
+        expected = list(expected_tokens(members, layout.denominator, name))
+        minibatches = [[each[number] for each in contexts] for contexts in ranks]
+        assert {each.num_tokens for contexts in minibatches for each in contexts} == {len(expected)}
+        (num_micro_batches,) = {len(each.micro_batches) for contexts in minibatches for each in contexts}
         assert num_micro_batches % layout.count_multiple == 0
-        group_of = {token: g.group_id for g in trained for a in g.answers for token in a.completion.tokens.tolist()}
-        homes = Counter()
-        for data, k in itertools.product(range(layout.num_ranks), range(num_micro_batches)):
-            packs = [minibatches[data, context].micro_batches[k].packed for context in range(layout.context_size)]
-            (cu_seqlens,) = {tuple(packed.cu_seqlens.tolist()) for packed in packs}
-            assert cu_seqlens[-1] == sum(len(packed.input_ids_T) for packed in packs) <= layout.token_budget
-            assert cu_seqlens[-1] == layout.token_budget or not layout.pad_to_budget
-            homes.update({group_of[token] for packed in packs for token in packed.targets_N.tolist()})
-        assert not layout.keep_groups or set(homes.values()) <= {1}
+        micro_batches = [
+            [each.micro_batches[k] for each in contexts] for contexts in minibatches for k in range(num_micro_batches)
+        ]
+        seen = count(token for shards in micro_batches for shard in shards for token in read_tokens_of(shard))
+        assert seen == count(expected)
+        check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, layout, name)
 
 
 def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):

@@ -123,7 +123,7 @@ def check_pack(shards, rows, case):
 
 
 @given(layouts())
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=200)
 def test_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
     fresh = itertools.count(1)
     rows = [tuple([next(fresh) for _ in range(length)] for length in pair) for pair in case["lengths"]]

@@ -78,6 +78,13 @@ def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
     ]
 
 
+def test_padding_of_sequences_is_planned_for():
+    two = Answers(np.array([1, 1]), np.array([5, 5]), np.array([4, 4]), np.array([True, True]))
+    for context, expected in ((1, [[0, 1]]), (2, [[0], [1]])):  # 5 + 5 tokens, or 8 + 8
+        (plan,) = plan_minibatches(two, 1, change(num_ranks=1, token_budget=12, context_size=context))
+        assert [members.tolist() for members in plan.rows_of[0]] == expected
+
+
 def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
     def homes(layout):
         """In how many micro-batches each group is, and how many there are on each rank, of every mini-batch."""
