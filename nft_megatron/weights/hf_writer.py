@@ -7,18 +7,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from nft_megatron.weights.hf_reader import INDEX, SINGLE
+
+T = TypeVar("T")
+
 MAX_SHARD_BYTES = 5_000_000_000
 
 _COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json", "chat_template.jinja",
+    "chat_template.json", "LICENSE",
 )  # fmt: skip
 """Byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other."""
 
@@ -34,30 +40,78 @@ def write_hf_folder(
         OSError: a file could not be written (disk full, no permission); it names ``folder``.
     """
     with _writing(folder):
-        for name in _COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_model_files(source, folder)
     shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = pending_bytes = 0
-
-    def write_pending() -> None:
+    total_bytes, dtype = 0, torch.float32
+    sized = ((item, item[1].nbytes) for item in tensors)
+    for shard in cut_into_shards(sized, max_shard_bytes):
         with _writing(folder):
-            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            write_pending()
-            pending_bytes = 0
-        pending[name] = tensor.contiguous().cpu()
-        pending_bytes += tensor.nbytes
-        total += tensor.nbytes
-    write_pending()
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in shard},
+                folder / f"shard-{len(shards)}",
+                metadata={"format": "pt"},
+            )
+        shards.append([name for name, _ in shard])
+        total_bytes += sum(tensor.nbytes for _, tensor in shard)
+        dtype = shard[-1][1].dtype
+        shard.clear()  # before the next one fills
     with _writing(folder):
-        _name_shards(folder, shards, total)
-        _state_dtype(folder / "config.json", str(tensor.dtype).removeprefix("torch."))
+        names = shard_names(len(shards))  # their number stands in each one's name
+        for number, name in enumerate(names):
+            (folder / f"shard-{number}").rename(folder / name)
+        if len(shards) > 1:
+            (folder / INDEX).write_text(index_json(dict(zip(names, shards, strict=True)), total_bytes))
+        state_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+
+
+def copy_model_files(source: Path, folder: Path) -> None:
+    """Copy the configuration and tokenizer files that ``source`` has."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def cut_into_shards(sized: Iterable[tuple[T, int]], max_shard_bytes: int) -> Iterator[list[T]]:
+    """Group items by their sizes, in order; an item that is larger than a shard is one of its own.
+
+    >>> list(cut_into_shards([("a", 4), ("b", 4), ("c", 20), ("d", 1)], max_shard_bytes=8))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    shard: list[T] = []
+    num_bytes = 0
+    for item, size in sized:
+        if shard and num_bytes + size > max_shard_bytes:
+            yield shard
+            shard, num_bytes = [], 0
+        shard.append(item)
+        num_bytes += size
+    if shard:
+        yield shard
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """File names as transformers gives them.
+
+    >>> shard_names(1), shard_names(2)
+    (['model.safetensors'], ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'])
+    """
+    if num_shards == 1:
+        return [SINGLE]
+    return [f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors" for number in range(num_shards)]
+
+
+def index_json(shards: Mapping[str, Sequence[str]], total_bytes: int) -> str:
+    """The content of ``model.safetensors.index.json`` for the tensor names in each file."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
+
+
+def state_dtype(path: Path, dtype: str) -> None:
+    """Where the weights are of another dtype than the source's, config.json says so (transformers loads in it)."""
+    config = json.loads(path.read_text())
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
+    if config.get(field) != dtype:
+        path.write_text(json.dumps(config | {field: dtype}, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -71,25 +125,3 @@ def _writing(folder: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(number, f"{os.strerror(number)} while writing an export", str(folder)) from error
-
-
-def _state_dtype(path: Path, dtype: str) -> None:
-    """Where the weights were trained in another dtype than the source's, config.json says so (transformers loads in it)."""
-    config = json.loads(path.read_text())
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
-    if config.get(field) != dtype:
-        path.write_text(json.dumps(config | {field: dtype}, indent=2) + "\n")
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """The number of shards is known only now, and stands in each one's name."""
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        shard = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / shard)
-        weight_map |= dict.fromkeys(names, shard)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -17,10 +17,14 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def begin_digest(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> hashlib._Hash:
+    """The digest of a tensor whose bytes are still to come, in row-major order."""
+    return hashlib.sha256(f"{name}\0{str(dtype).removeprefix('torch.')}\0{tuple(shape)}\0".encode())
+
+
 def tensor_digest(name: str, tensor: torch.Tensor) -> str:
     """SHA-256 over one tensor's name, dtype, shape and bytes, as 64 hexadecimal digits."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    digest = hashlib.sha256(f"{name}\0{dtype}\0{tuple(tensor.shape)}\0".encode())
+    digest = begin_digest(name, tensor.dtype, tuple(tensor.shape))
     digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 

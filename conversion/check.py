@@ -1,0 +1,8 @@
+"""The same as ``nft-megatron convert check``; see README.md."""
+
+import sys
+
+from nft_megatron.cli import main
+
+if __name__ == "__main__":
+    main(["convert", "check", *sys.argv[1:]])

@@ -1,0 +1,91 @@
+"""What any checkpoint is to a converter: tensors by Hugging Face name, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nft_megatron.convert.blocks import StoredTensor
+from nft_megatron.errors import UserError
+from nft_megatron.weights.table import WeightTable
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding. ``kind`` is missing, unexpected, shape, dtype, bits, non-finite, damaged, config or log-probs."""
+
+    kind: str
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.name} {self.text}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint of any format. ``tensors`` are in the table's order; ``problems`` are those seen without reading data.
+
+    ``notes`` are for the user: what is read in a way that he may want to know.
+    """
+
+    path: Path
+    format: str
+    tensors: Mapping[str, StoredTensor]
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> dict[Path, int]:
+        """The files with tensors, and their sizes."""
+        names = {block.file for tensor in self.tensors.values() for block in tensor.blocks}
+        return {file: file.stat().st_size for file in sorted(names)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def refuse_problems(self, field: str) -> None:
+        """Raise :class:`UserError` with the first problem, if there is one."""
+        if self.problems:
+            first, others = self.problems[0], len(self.problems) - 1
+            text = f"{first.name} {first.text}" + (f" (and {others} more)" if others else "")
+            raise UserError(
+                field, self.path, text, "check that its config.json belongs to these weights, or copy the checkpoint again"
+            )
+
+
+def compare_with_table(
+    found: Mapping[str, StoredTensor], table: WeightTable, where: Path
+) -> tuple[dict[str, StoredTensor], list[Problem]]:
+    """The tensors of ``table`` in its order, and what is missing, unexpected or of another shape."""
+    problems = [Problem("missing", name, f"is not in {where}") for name in table.shapes if name not in found]
+    problems += [
+        Problem("unexpected", name, f"is in {place(found[name])} but not in the model that config.json describes")
+        for name in found
+        if name not in table.shapes and name not in table.ignored
+    ]
+    tensors = {}
+    for name, shape in table.shapes.items():
+        if name in found:
+            tensors[name] = found[name]
+            if found[name].shape != shape:
+                text = f"has shape {list(found[name].shape)} in {place(found[name])}, config.json implies {list(shape)}"
+                problems.append(Problem("shape", name, text))
+    return tensors, problems
+
+
+def place(tensor: StoredTensor, row: int = 0) -> Path:
+    """The file that holds a row of a tensor."""
+    return next((block.file for block in tensor.blocks if block.row <= row < block.row + block.num_rows), Path("no file"))
+
+
+def majority_dtype(tensors: Iterable[StoredTensor]) -> str:
+    """The dtype of most bytes, as ``config.json`` names it."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + tensor.num_bytes
+    return max(sizes, key=lambda name: sizes[name])

@@ -1,0 +1,206 @@
+"""``nft-megatron convert``: to-megatron, to-hf, check."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+
+from nft_megatron.convert.checkpoint import Checkpoint, Problem
+from nft_megatron.convert.compare import compare, compare_shapes
+from nft_megatron.convert.huggingface import open_huggingface, plan_huggingface
+from nft_megatron.convert.journal import partial_path
+from nft_megatron.convert.mp_rank import is_mp_rank, open_mp_rank
+from nft_megatron.convert.plan import Target
+from nft_megatron.convert.progress import Meter
+from nft_megatron.convert.torch_dist import METADATA, open_torch_dist, places
+from nft_megatron.convert.torch_dist_plan import plan_torch_dist
+from nft_megatron.convert.transfer import transfer, unlike_the_rest
+from nft_megatron.errors import UserError
+from nft_megatron.weights import read_shape, weight_table
+from nft_megatron.weights.hf_reader import INDEX, SINGLE
+from nft_megatron.weights.hf_writer import MAX_SHARD_BYTES
+from nft_megatron.weights.table import WeightTable
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MEGATRON_POINTER, _OUR_POINTER = "latest_checkpointed_iteration.txt", "latest"
+
+
+def default_workers() -> int:
+    """One thread a core that this process may use, at most 8: a disk is seldom faster than that."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def to_megatron(
+    source: Path, destination: Path, *, dtype: str | None = None, workers: int | None = None, dry_run: bool = False
+) -> None:
+    """Write the Hugging Face folder ``source`` as a ``torch_dist`` checkpoint that Megatron-Core loads under any layout.
+
+    Raises:
+        UserError: naming SRC, DST or the tensor that is wrong.
+        OSError: when something cannot be written; what is done is kept, the same call goes on.
+    """
+    table = weight_table(read_shape(source, "SRC"))
+    checkpoint = open_huggingface(source, table, "SRC")
+    checkpoint.refuse_problems("SRC")
+    target = plan_torch_dist(partial_path(destination), table, _dtypes(checkpoint, dtype))
+    _convert(checkpoint, target, table, destination, source, workers, dry_run)
+
+
+def to_hf(
+    source: Path,
+    destination: Path,
+    *,
+    model: Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    workers: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Write the weights of a Megatron checkpoint, saved under any layout, as a Hugging Face folder.
+
+    ``model`` is the folder with ``config.json`` and tokenizer; without it that is ``source`` itself, or the model that the run
+    ``source`` belongs to started from.
+
+    Raises:
+        UserError: naming SRC, DST, ``--model`` or the tensor that is wrong.
+        OSError: when something cannot be written; what is done is kept, the same call goes on.
+    """
+    source = resolve(source, "SRC")
+    model_folder = model or model_folder_of(source)
+    if model_folder is None:
+        raise UserError("SRC", source, "has no config.json", "say with --model which Hugging Face folder it belongs to")
+    table = weight_table(read_shape(model_folder, "--model"))
+    checkpoint = open_checkpoint(source, table, "SRC")
+    checkpoint.refuse_problems("SRC")
+    target = plan_huggingface(partial_path(destination), table.shapes, _dtypes(checkpoint, dtype), max_shard_bytes)
+    _convert(checkpoint, target, table, destination, model_folder, workers, dry_run)
+
+
+def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = None, workers: int | None = None) -> None:
+    """Compare two checkpoints of any format, bit by bit, and print every difference.
+
+    ``model`` is a folder with ``config.json``, for two checkpoints that have none. With ``prompt``, the log-probs of its tokens
+    under both are compared too, in float32 by transformers; a Megatron checkpoint is converted for that.
+
+    Raises:
+        UserError: when there is any difference, or anything wrong with either.
+    """
+    paths = resolve(a, "A"), resolve(b, "B")
+    folders = [model_folder_of(path) for path in paths]
+    described = model or folders[0] or folders[1]
+    table = weight_table(read_shape(described, "config.json")) if described is not None else None
+    first, second = (open_checkpoint(path, table, label) for path, label in zip(paths, "AB", strict=True))
+    problems: list[Problem] = []
+    if folders[0] is not None and folders[1] is not None:
+        problems += compare_shapes(*(read_shape(folder, label) for folder, label in zip(folders, "AB", strict=True) if folder))
+    console = Console(stderr=True)
+    with Meter("check", first.num_bytes + second.num_bytes, console) as meter:
+        problems += compare(first, second, workers or default_workers(), meter.advance)
+    if prompt is not None:
+        from nft_megatron.convert.logprobs import compare_log_probs
+
+        problems += compare_log_probs(*paths, prompt, lambda path, folder: to_hf(path, folder, model=described))
+    for problem in problems:
+        print(problem)
+    if problems:
+        text = f"{len(problems)} problem{'s' * (len(problems) > 1)} in comparison with {b}, first: {problems[0]}"
+        raise UserError("check", a, text, "convert or copy again what is damaged")
+    print(f"{len(first.tensors)} tensors, {first.num_bytes:,} bytes: {first.format} {a} and {second.format} {b} are the same")
+
+
+def open_checkpoint(path: Path, table: WeightTable | None, field: str) -> Checkpoint:
+    """Open a checkpoint of whichever format it is.
+
+    Raises:
+        UserError: naming ``field`` when it is of none, or is unreadable.
+    """
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        return open_huggingface(path, table, field)
+    if table is None:
+        raise UserError(field, path, "has no config.json", "say with --model which Hugging Face folder it belongs to")
+    if (path / METADATA).is_file():
+        return open_torch_dist(path, table, field)
+    if is_mp_rank(path):
+        return open_mp_rank(path, table, field)
+    raise UserError(
+        field, path, f"is no checkpoint: neither {SINGLE}, {INDEX}, {METADATA} nor folders mp_rank_XX", "check the path"
+    )
+
+
+def resolve(path: Path, field: str) -> Path:
+    """The checkpoint's own folder, also where the folder above it is given, with a file that names the newest.
+
+    Raises:
+        UserError: naming ``field`` when it is not there.
+    """
+    if not path.is_dir():
+        raise UserError(field, path, "no such folder", "give the path of a checkpoint")
+    if (path / _MEGATRON_POINTER).is_file():
+        name = (path / _MEGATRON_POINTER).read_text().strip()
+        return resolve(path / (f"iter_{int(name):07d}" if name.isdigit() else name), field)
+    if (path / _OUR_POINTER).is_file():
+        return resolve(path / (path / _OUR_POINTER).read_text().strip(), field)
+    return path
+
+
+def model_folder_of(checkpoint: Path) -> Path | None:
+    """Where configuration and tokenizer of a checkpoint are: in it, or where the run that wrote it started from."""
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    run_config = checkpoint.resolve().parents[1] / "config.yaml"  # RUN/checkpoints/step_…
+    if run_config.is_file():
+        content = yaml.safe_load(run_config.read_text())
+        section = content.get("model") if isinstance(content, dict) else None
+        if isinstance(section, dict) and isinstance(section.get("path"), str):
+            return Path(section["path"])
+    return None
+
+
+def _dtypes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, torch.dtype]:
+    """Of each tensor to write. Only floating-point numbers are cast."""
+    return {
+        name: DTYPES[dtype] if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+        for name, tensor in checkpoint.tensors.items()
+    }
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    target: Target,
+    table: WeightTable,
+    destination: Path,
+    model: Path,
+    workers: int | None,
+    dry_run: bool,
+) -> None:
+    for note in checkpoint.notes:
+        print(note)
+    if odd := unlike_the_rest(target.tensors):
+        print(f"of another dtype than the rest, kept as they are: {', '.join(odd)}")
+    if dry_run:
+        _print_plan(checkpoint, target, table, destination)
+        return
+    with Meter("convert", target.num_bytes, Console(stderr=True)) as meter:
+        manifest = transfer(checkpoint, target, destination, model, workers or default_workers(), meter.advance)
+    print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, receipt {manifest.receipt}")
+
+
+def _print_plan(checkpoint: Checkpoint, target: Target, table: WeightTable, destination: Path) -> None:
+    """The mapping table, a line for each tensor."""
+    by_name = places(table)
+    for entry in table.entries:
+        for name in entry.sources if entry.exported else ():
+            source, planned = checkpoint.tensors[name], target.tensors[name]
+            dtype = str(source.dtype).removeprefix("torch.")
+            cast = "" if source.dtype == planned.dtype else f" as {str(planned.dtype).removeprefix('torch.')}"
+            key, index = by_name[entry.name].key, by_name[entry.name].index
+            part = f", {entry.layout.value} part {entry.sources.index(name) + 1} of {len(entry.sources)}"
+            where = f"{key}{list(index) if index else ''}{part if len(entry.sources) > 1 else ''}"
+            print(f"{name}  {json.dumps(list(source.shape))} {dtype}{cast}  {where}")
+    sizes = ", ".join(f"{file.name} {size:,}" for file, size in target.files.items())
+    print(f"{destination}: {len(target.tensors)} tensors, {target.num_bytes:,} bytes in {sizes}; nothing is written")

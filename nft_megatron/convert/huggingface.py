@@ -1,0 +1,77 @@
+"""Hugging Face folders: their tensors as blocks, and the plan of one that is to be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from nft_megatron.convert.blocks import StoredTensor, whole
+from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
+from nft_megatron.convert.plan import Target
+from nft_megatron.weights.hf_reader import DTYPES, INDEX, HFReader
+from nft_megatron.weights.hf_writer import cut_into_shards, index_json, shard_names
+from nft_megatron.weights.table import WeightTable
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def open_huggingface(folder: Path, table: WeightTable | None, field: str) -> Checkpoint:
+    """A folder with safetensors weights; without a ``table``, whatever it holds.
+
+    Raises:
+        UserError: naming ``field`` for files that are missing, truncated or unreadable.
+    """
+    with HFReader(folder, field) as reader:
+        found = {name: whole(name, place.dtype, place.shape, place.file, place.offset) for name, place in reader.places.items()}
+    problems: list[Problem] = []
+    notes: tuple[str, ...] = ()
+    if table is not None:
+        notes = tuple(f"{name} is a stored copy of a tied tensor: not read" for name in found.keys() & table.ignored)
+        found, problems = compare_with_table(found, table, folder)
+    return Checkpoint(folder, "Hugging Face", found, tuple(problems), notes)
+
+
+def plan_huggingface(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
+) -> Target:
+    """Where every tensor goes in a folder of safetensors files of at most ``max_shard_bytes`` (more for a larger tensor)."""
+    sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = list(cut_into_shards(sizes.items(), max_shard_bytes))
+    names = shard_names(len(shards))
+    tensors: dict[str, StoredTensor] = {}
+    parts: list[tuple[Path, int, bytes]] = []
+    files: dict[Path, int] = {}
+    for shard, file_name in zip(shards, names, strict=True):
+        file = folder / file_name
+        header = safetensors_header((name, dtypes[name], shapes[name]) for name in shard)
+        parts.append((file, 0, header))
+        offset = len(header)
+        for name in shard:
+            tensors[name] = whole(name, dtypes[name], shapes[name], file, offset)
+            offset += sizes[name]
+        files[file] = offset
+    small = {}
+    if len(shards) > 1:
+        small[INDEX] = index_json(dict(zip(names, shards, strict=True)), sum(sizes.values())).encode()
+    return Target(folder, {name: tensors[name] for name in shapes}, files, tuple(parts), small)
+
+
+def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The first bytes of a safetensors file: length, JSON, spaces up to a multiple of 8.
+
+    >>> header = safetensors_header([("a", torch.bfloat16, (2, 3)), ("b", torch.float32, (1,))])
+    >>> len(header) % 8, header[8:].rstrip().decode()[-56:]
+    (0, '"b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}}')
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,169 @@
+"""One conversion: from an open checkpoint to a planned folder, with every proof on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nft_megatron import __version__
+from nft_megatron.convert.blocks import StoredTensor
+from nft_megatron.convert.checkpoint import Checkpoint, majority_dtype, place
+from nft_megatron.convert.engine import Files, bands, cast_band, element, first_non_finite, read_band, run_all
+from nft_megatron.convert.journal import PartialFolder
+from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
+from nft_megatron.convert.plan import Target
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file
+from nft_megatron.weights.hf_writer import copy_model_files, state_dtype
+from nft_megatron.weights.receipt import begin_digest
+
+Advance = Callable[[int], None]
+
+
+def transfer(source: Checkpoint, target: Target, final: Path, model_folder: Path, workers: int, advance: Advance) -> Manifest:
+    """Write ``target``, which is planned for ``partial_path(final)``, and rename it to ``final``.
+
+    ``model_folder`` gives configuration and tokenizer. Where a tensor of the target has another dtype than the source's, it is
+    cast. Interrupted, the same call goes on where it stopped.
+
+    Raises:
+        UserError: for a source that is damaged, changes meanwhile or holds a value that is not finite; a target that exists.
+        OSError: when something cannot be written.
+    """
+    before = _fingerprint(source, model_folder)
+    known = read_manifest(source.path, "SRC")
+    expected = dict(known.tensors) if known is not None else {}
+    identity = {
+        "tool": __version__,
+        "source": before,
+        "files": {file.name: size for file, size in target.files.items()},
+        "dtypes": {name: str(tensor.dtype) for name, tensor in target.tensors.items()},
+    }
+    with PartialFolder(final, identity, target.num_bytes) as folder, Files("SRC") as files:
+        _write_around_tensors(target, files, model_folder)
+        job = _Job(files, source, target, folder, expected, advance)
+        records = dict(pair for pairs in run_all(job.units(), workers, files.stop) for pair in pairs)
+        if _fingerprint(source, model_folder) != before:
+            raise UserError("SRC", source.path, "has changed while it was read", "start again once it is complete")
+        manifest = Manifest(
+            tensors={name: records[name] for name in target.tensors},
+            files=_hashes_around_tensors(target),
+            source={
+                "path": str(source.path.resolve()),
+                "format": source.format,
+                "files": {file.name: size for file, size in source.files.items()},
+            },
+        )
+        with atomic_file(folder.path / NAME) as temporary:
+            temporary.write_text(manifest.to_json())
+        run_all([partial(os.fsync, files.descriptor(file, os.O_RDWR)) for file in target.files], workers, files.stop)
+        folder.publish()
+    return manifest
+
+
+def _fingerprint(source: Checkpoint, model_folder: Path) -> dict[str, Any]:
+    """By what a source is known again without reading it."""
+    paths = [*source.files, model_folder / "config.json"]
+    return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def _write_around_tensors(target: Target, files: Files, model_folder: Path) -> None:
+    for file, size in target.files.items():
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+        os.ftruncate(files.descriptor(file, os.O_RDWR), size)
+    for file, offset, data in target.parts:
+        files.write(file, offset, memoryview(data))
+    for name, content in target.small.items():
+        (target.folder / name).write_bytes(content)
+    copy_model_files(model_folder, target.folder)
+    state_dtype(target.folder / "config.json", majority_dtype(target.tensors.values()))
+
+
+def _hashes_around_tensors(target: Target) -> dict[str, str]:
+    parts: dict[str, list[tuple[int, bytes]]] = {file.name: [] for file in target.files}
+    for file, offset, data in target.parts:
+        parts[file.name].append((offset, data))
+    hashes = {name: sha256(data for _, data in sorted(pieces)) for name, pieces in parts.items()}
+    for path in sorted(target.folder.iterdir()):
+        if path.name not in parts and path.suffix != ".jsonl":
+            hashes[path.name] = sha256([path.read_bytes()])
+    return hashes
+
+
+@dataclass(frozen=True)
+class _Job:
+    files: Files
+    source: Checkpoint
+    target: Target
+    folder: PartialFolder
+    expected: Mapping[str, TensorRecord]
+    advance: Advance
+
+    def units(self) -> Iterator[Callable[[], list[tuple[str, TensorRecord]]]]:
+        """What one thread does in one go: tensors that are stored together, whose checksums are verified together."""
+        for _, names in groupby(self.target.tensors, key=lambda name: self.source.tensors[name].checksums or name):
+            yield partial(self._copy_all, list(names))
+
+    def _copy_all(self, names: list[str]) -> list[tuple[str, TensorRecord]]:
+        records = {name: self._already_there(name) for name in names}
+        if not all(records.values()):
+            for checksum in self.source.tensors[names[0]].checksums:
+                self.files.verify(checksum, " and ".join(names))
+        return [(name, records[name] or self._copy(name)) for name in names]
+
+    def _record(self, name: str, sha256: str) -> TensorRecord:
+        source, target = self.source.tensors[name], self.target.tensors[name]
+        dtype, cast_from = (str(tensor.dtype).removeprefix("torch.") for tensor in (target, source))
+        return TensorRecord(dtype, target.shape, sha256, None if dtype == cast_from else cast_from)
+
+    def _already_there(self, name: str) -> TensorRecord | None:
+        """What an earlier process wrote, if it still has the hash that was recorded then."""
+        if name not in self.folder.done:
+            return None
+        tensor = self.target.tensors[name]
+        digest = begin_digest(name, tensor.dtype, tensor.shape)
+        for row, num_rows in bands(tensor, tensor.row_bytes):
+            digest.update(read_band(self.files, tensor, row, num_rows, 0).data)
+        if digest.hexdigest() != self.folder.done[name]["sha256"]:
+            return None
+        self.advance(tensor.num_bytes)
+        return self._record(name, digest.hexdigest())
+
+    def _copy(self, name: str) -> TensorRecord:
+        source, target = self.source.tensors[name], self.target.tensors[name]
+        digest = begin_digest(name, target.dtype, target.shape)
+        as_read = digest if source.dtype == target.dtype else begin_digest(name, source.dtype, source.shape)
+        for row, num_rows in bands(target, max(source.row_bytes, target.row_bytes)):
+            band = read_band(self.files, source, row, num_rows, 0)
+            if as_read is not digest and name in self.expected:
+                as_read.update(band.data)
+            band = cast_band(band, source.dtype, target.dtype)
+            bad = first_non_finite(band, target.dtype)
+            if bad is not None:
+                file = place(source, row + bad * target.dtype.itemsize // target.row_bytes)
+                raise UserError(
+                    "SRC", file, f"{name} is not finite at {element(target, row, bad)}",
+                    "use a checkpoint without NaN and infinity",
+                )  # fmt: skip
+            digest.update(band.data)
+            self.files.write_rows(target, row, band)
+            self.advance(band.nbytes)
+        if name in self.expected and as_read.hexdigest() != self.expected[name].sha256:
+            raise UserError(
+                "SRC", place(source), f"is damaged: {name} does not have the hash that {NAME} recorded for it",
+                f"copy the checkpoint again; where weights were changed on purpose, delete {NAME}",
+            )  # fmt: skip
+        record = self._record(name, digest.hexdigest())
+        self.folder.record(name, {"sha256": record.sha256})
+        return record
+
+
+def unlike_the_rest(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """The tensors whose dtype is not that of most: kept as they are, but worth knowing."""
+    usual = majority_dtype(tensors.values())
+    return [name for name, tensor in tensors.items() if str(tensor.dtype) != f"torch.{usual}"]
