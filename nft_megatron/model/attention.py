@@ -209,13 +209,13 @@ class _FromRows(torch.autograd.Function):
         return grad_T.new_zeros(ctx.shape).index_copy_(0, rows_T, grad_T), None
 
 
-def rotary_cos_sin(position_ids_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines ``[T, 1, D]`` of the rotary angles ``position / theta^(2i/D)``, taken in float32.
+def rotary_cos_sin(position_ids_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines ``[T, 1, D]`` of the rotary angles position · frequency, taken in float32.
 
-    Both halves of D have the same angles; the sines of the first half are negated, as :func:`_rotate` wants them.
+    ``frequencies`` ``[D/2]`` are those of :func:`nft_megatron.weights.rotary.inverse_frequencies`. Both halves of D have the
+    same angles; the sines of the first half are negated, as :func:`_rotate` wants them.
     """
-    exponent_D = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / head_dim
-    angle_T1D = (position_ids_T.float()[:, None] / theta**exponent_D)[:, None]
+    angle_T1D = (position_ids_T.float()[:, None] * frequencies)[:, None]
     cos_T1D, sin_T1D = angle_T1D.cos().to(dtype), angle_T1D.sin().to(dtype)
     return torch.cat((cos_T1D, cos_T1D), dim=-1), torch.cat((-sin_T1D, sin_T1D), dim=-1)
 

@@ -43,6 +43,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -52,7 +53,11 @@ from torch.nn import functional
 from nft_megatron.errors import UserError
 from nft_megatron.model.attention import PackedAttention, PackedSequences, rotary_cos_sin
 from nft_megatron.model.topology import Topology
-from nft_megatron.weights.shape import ModelShape
+from nft_megatron.weights.rotary import inverse_frequencies
+from nft_megatron.weights.shape import Experts, ModelShape
+
+# transformer/moe/moe_utils.py:1192 asks whether this is None; where Transformer Engine is absent nobody has defined it.
+vars(moe_utils).setdefault("te_general_gemm", None)
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the vocabulary on a tensor rank are a multiple of this on CUDA, where it keeps matrix products aligned."""
@@ -88,6 +93,14 @@ class PolicyModel(GPTModel):
     Logits are left to the caller (with :func:`lm_head_weight`): they are wanted in chunks, and never all at once.
     """
 
+    def __init__(self, shape: ModelShape, **settings: Any) -> None:
+        super().__init__(**settings)
+        frequencies = inverse_frequencies(shape)
+        if self.position_embedding_type == "rope":  # Transformer Engine's attention expects Megatron's own rotary positions
+            self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
+        else:
+            self.register_buffer("rotary_frequencies", frequencies, persistent=False)
+
     def forward(  # type: ignore[override]
         self, input_ids_1T: Tensor, position_ids_1T: Tensor, packed: PackedSequences, loss_positions_N: Tensor
     ) -> Tensor:
@@ -102,12 +115,10 @@ class PolicyModel(GPTModel):
         """
         hidden = self.embedding(input_ids_1T, position_ids_1T) if self.pre_process else None
         frequencies = None
-        if self.position_embedding_type == "rope":  # Transformer Engine's attention expects Megatron's own rotary positions
+        if self.position_embedding_type == "rope":
             frequencies = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)
         else:
-            cos_T1D, sin_T1D = rotary_cos_sin(
-                position_ids_1T[0], self.config.kv_channels, self.rotary_base, self.config.params_dtype
-            )
+            cos_T1D, sin_T1D = rotary_cos_sin(position_ids_1T[0], self.rotary_frequencies, self.config.params_dtype)
             packed = dataclasses.replace(packed, cos_T1D=cos_T1D, sin_T1D=sin_T1D)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=frequencies, packed_seq_params=packed)
         return self._at_loss_positions(hidden, loss_positions_N) if self.post_process else hidden
@@ -132,11 +143,18 @@ def _block_spec(config: TransformerConfig, part: int | None) -> TransformerBlock
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        norm = TENorm
+        layer = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm)
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        norm = RMSNorm
+        layer = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = norm
+        if config.num_moe_experts:  # names in checkpoints as with Transformer Engine, which has nothing to fuse this norm into
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, part)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
@@ -155,7 +173,7 @@ def transformer_config(
     variable_lengths: bool,
 ) -> TransformerConfig:
     """Megatron's settings for this rank; arguments and errors are those of :func:`build_model`."""
-    _check_layout(shape, topology)
+    _check_layout(shape, topology, sequence_parallel)
     with_engine, on_cuda = _has_transformer_engine(topology), topology.device.type == "cuda"
     interleaved = topology.virtual_pipeline > 1
     return TransformerConfig(
@@ -171,6 +189,7 @@ def transformer_config(
         activation_func=functional.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -189,6 +208,7 @@ def transformer_config(
         # Megatron refuses variable lengths under the default dispatcher even in a model without experts
         # (transformer/transformer_config.py:1828); without them a pipeline over gloo delivers wrong shapes in silence.
         moe_token_dispatcher_type="alltoall",
+        **_experts(shape.experts),
         use_cpu_initialization=not on_cuda,
         # All weights are loaded; but `perform_initialization=False` would leave `tensor_model_parallel` unset on them.
         init_method=torch.nn.init.zeros_,
@@ -201,22 +221,41 @@ def transformer_config(
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
-        recompute_modules=["mlp"],
+        recompute_modules=["mlp" if shape.experts is None else "moe"],
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize,
     )
 
 
-def _check_layout(shape: ModelShape, topology: Topology) -> None:
+def _experts(experts: Experts | None) -> dict[str, Any]:
+    """Megatron's settings for a mixture of experts: softmax router in float32, no dropped token, no auxiliary loss."""
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.experts_per_token,
+        # softmax over the chosen logits is softmax over all of them, chosen and scaled to sum to 1
+        "moe_router_pre_softmax": not experts.normalise_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool) -> None:
     for what, size in (
         ("attention heads", shape.num_attention_heads),
         ("key-value heads", shape.num_query_groups),
-        ("MLP units", shape.ffn_hidden_size),
+        ("MLP units", shape.ffn_hidden_size if shape.experts is None else shape.experts.ffn_hidden_size),
     ):
         if size % topology.tensor_size:
             raise UserError(
                 "parallel.tensor", topology.tensor_size, f"does not divide the model's {size} {what}", "choose a divisor"
             )
+    if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
+        raise UserError(
+            "parallel.sequence_parallel", False, "experts under tensor parallelism are trained only with it", "set it to true"
+        )
     num_parts = topology.pipeline_size * topology.virtual_pipeline
     if shape.num_layers % num_parts:
         interleaved = topology.virtual_pipeline > 1
@@ -277,6 +316,7 @@ def build_parts(shape: ModelShape, topology: Topology, config: TransformerConfig
     for part in range(topology.virtual_pipeline):
         number = part if topology.virtual_pipeline > 1 else None
         yield PolicyModel(
+            shape,
             config=config,
             transformer_layer_spec=_block_spec(config, number),
             vocab_size=padded_vocab(shape, topology),

@@ -36,6 +36,13 @@ _PACKAGES = (
 )
 
 
+class _Stream(torch.cpu.Stream):
+    """torch's own records no event; transformer/moe/token_dispatcher.py:895 waits for one."""
+
+    def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
+        return torch.cpu.Event()
+
+
 class _View(types.ModuleType):
     """A module that answers with its own attributes first and with those of ``base`` otherwise."""
 
@@ -66,6 +73,10 @@ def _torch_on_cpu() -> types.ModuleType:
         current_device=lambda: CPU,
         # pipeline_parallel/p2p_communication.py:242, dist_checkpointing/strategies/filesystem_async.py:230
         synchronize=lambda *_: None,
+        # transformer/moe/token_dispatcher.py:445 and 871-895
+        Stream=_Stream,
+        current_stream=torch.cpu.current_stream,
+        stream=torch.cpu.stream,
         # tensor_parallel/random.py:235-238: the accelerator's generator is the CPU's
         get_rng_state=lambda *_: torch.get_rng_state(),
         set_rng_state=lambda state, *_: torch.set_rng_state(state),

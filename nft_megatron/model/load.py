@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from nft_megatron.model.build import padded_vocab, policy_model
 from nft_megatron.model.topology import Topology
@@ -13,8 +14,9 @@ from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 from nft_megatron.weights.table import Entry, fill
 
-# The local spec has norms as modules of their own, Transformer Engine fuses them into the linear layer that follows. Tables use
-# the fused names, as Megatron's checkpoints do (models/gpt/gpt_layer_specs.py, sharded_state_dict_keys_map).
+# The local spec has norms as modules of their own, Transformer Engine fuses them into the linear layer that follows; the second
+# one only where it is an MLP, not a router. Tables use the fused names, as Megatron's checkpoints do
+# (models/gpt/gpt_layer_specs.py, sharded_state_dict_keys_map).
 _FUSED_NAMES = (
     (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
     (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
@@ -22,17 +24,31 @@ _FUSED_NAMES = (
 
 
 def table_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under the names of the weight table: layers counted over the whole model."""
+    """This rank's parameters under the names of the weight table: layers and experts counted over the whole model."""
     for chunk in chunks:
         model = policy_model(chunk)
-        first_layer = model.decoder.layers[0].layer_number - 1
+        layer = model.decoder.layers[0]
+        has_experts = isinstance(layer.mlp, MoELayer)
+        first_expert = layer.mlp.local_expert_indices[0] if has_experts else 0
         for name, parameter in model.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, number, rest = name.split(".", 3)
-                name = f"decoder.layers.{first_layer + int(number)}.{rest}"
-            for local, fused in _FUSED_NAMES:
+            name = _counted_from("decoder.layers.", layer.layer_number - 1, name)
+            name = _counted_from(".local_experts.", first_expert, name)
+            for local, fused in _FUSED_NAMES[: 1 if has_experts else 2]:
                 name = name.replace(local, fused)
             yield name, parameter
+
+
+def _counted_from(prefix: str, first: int, name: str) -> str:
+    """``name`` with the number after ``prefix`` moved up by ``first``; as it is where it has no such prefix.
+
+    >>> _counted_from("decoder.layers.", 4, "decoder.layers.1.mlp.linear_fc1.weight")
+    'decoder.layers.5.mlp.linear_fc1.weight'
+    """
+    before, found, after = name.partition(prefix)
+    if not found:
+        return name
+    number, dot, rest = after.partition(".")
+    return f"{before}{prefix}{first + int(number)}{dot}{rest}"
 
 
 @torch.no_grad()

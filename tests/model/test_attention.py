@@ -12,13 +12,14 @@ import nft_megatron.model.attention as attention_module
 from nft_megatron.model.attention import PackedAttention, pack_sequences, rotary_cos_sin
 
 CPU = torch.device("cpu")
-HEADS, GROUPS, DIM, THETA = 4, 2, 8, 100.0
+HEADS, GROUPS, DIM = 4, 2, 8
+FREQUENCIES = 100.0 ** (-torch.arange(0, DIM, 2) / DIM)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal grouped-query attention of one sequence with rotary positions, written out in complex numbers."""
     position = torch.arange(len(query), dtype=torch.float64)
-    angle = position[:, None] * THETA ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+    angle = position[:, None] * FREQUENCIES.double()
 
     def rotate(x: Tensor) -> Tensor:
         turned = torch.complex(x[..., : DIM // 2], x[..., DIM // 2 :]) * torch.polar(torch.ones_like(angle), angle)[:, None]
@@ -44,7 +45,7 @@ def test_each_sequence_as_if_alone(lengths: list[int], seed: int):
 
     packed = pack_sequences(lengths, CPU)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, DIM, THETA, torch.float64)
+    packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, FREQUENCIES, torch.float64)
     attention = PackedAttention(SimpleNamespace(kv_channels=DIM), SimpleNamespace(cp=None))
     output = attention(*qkv, None, packed_seq_params=packed)
     grads = torch.autograd.grad((output[:, 0] * weight).sum(), qkv)
@@ -93,11 +94,11 @@ def test_context_ranks_together_attend_as_one(chunks: list[int], size: int, seed
     for rank in range(size):
         own = chunk_of(rank)
         packed = pack_sequences(lengths, CPU, rank, size)
-        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions[own], DIM, THETA, torch.float64)
+        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions[own], FREQUENCIES, torch.float64)
         whole = SimpleNamespace(apply=lambda x, index, group: gathered(x).index_select(0, index))
 
         def gathered(own_keys_and_values: Tensor) -> Tensor:
-            cos_T1D, sin_T1D = rotary_cos_sin(positions[in_turn], DIM, THETA, torch.float64)
+            cos_T1D, sin_T1D = rotary_cos_sin(positions[in_turn], FREQUENCIES, torch.float64)
             turned = attention_module._Rotary.apply(key[in_turn], cos_T1D, sin_T1D)
             return torch.cat((turned, value[in_turn]), dim=-1)
 
@@ -114,11 +115,12 @@ def test_the_variable_length_kernel_agrees_on_cuda():
     lengths, device = [5, 130, 64, 1], torch.device("cuda")
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(200, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    frequencies = 1e4 ** (-torch.arange(0, 64, 2) / 64)
     outputs = []
     for place in (CPU, device):
         packed = pack_sequences(lengths, place)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(place)
-        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, 64, 1e4, torch.bfloat16)
+        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, frequencies.to(place), torch.bfloat16)
         attention = PackedAttention(SimpleNamespace(kv_channels=64), SimpleNamespace(cp=None))
         outputs.append(attention(*(x.to(place) for x in qkv), None, packed_seq_params=packed).cpu().float())
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=3e-2)
