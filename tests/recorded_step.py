@@ -26,6 +26,7 @@ class Layout:
     parallel: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
 
 
 LAYOUTS = {
@@ -38,6 +39,7 @@ LAYOUTS = {
     "pipeline 2 interleaved": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
     "pipeline 2, fixed lengths": Layout(2, {"pipeline": 2}, train={"pad_to_budget": True}),
     "data 2": Layout(2),
+    "data 2, half of the optimizer on the host": Layout(2, optimizer={"cpu_offload": 0.5}),
     "data 4": Layout(4),
     "context 2": Layout(2, {"context": 2}),
     "context 2, recompute layers": Layout(2, {"context": 2}, {"recompute": "full"}),
@@ -131,7 +133,7 @@ def write_config(folder: Path, model: Path, layout: Layout, algorithm: str = "nf
         "data": {"train": "not read", "max_prompt_tokens": 16},
         "rollout": {"questions_per_step": 4, "answers_per_question": NUM_ANSWERS, "max_answer_tokens": 32},
         "algorithm": {"name": "nft", "epsilon": EPSILON} if algorithm == "nft" else {"name": "rft"},
-        "optimizer": ADAM,
+        "optimizer": {**ADAM, **layout.optimizer},
         "train": {"num_steps": 1, "updates_per_step": NUM_UPDATES, "micro_batch_tokens": 64, **layout.train},
         "parallel": layout.parallel,
     }

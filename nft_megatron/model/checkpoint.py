@@ -117,6 +117,17 @@ def save_checkpoint(
     Raises:
         OSError: when any rank could not write (disk full, no permission), on every rank.
     """
+    with optimizer.state_on_device():
+        _save(folder, chunks, optimizer, topology, extra)
+
+
+def _save(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    topology: Topology,
+    extra: dict[str, Any],
+) -> None:
     state = _sharded_state(chunks, optimizer, topology, is_loading=False)
     state["generators"] = _generators(topology)
     state["common"] = {
@@ -188,6 +199,18 @@ def load_checkpoint(
             f"has format {common['format']}, this version reads {_FORMAT}",
             "continue it with the version of nft_megatron that wrote it",
         )
+    with optimizer.state_on_device():
+        _load(folder, chunks, optimizer, topology, common)
+    return common["extra"]
+
+
+def _load(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    topology: Topology,
+    common: dict[str, Any],
+) -> None:
     state = _sharded_state(chunks, optimizer, topology, is_loading=True)
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
@@ -206,7 +229,6 @@ def load_checkpoint(
     optimizer.num_updates = common["num_updates"]
     if "generators" in loaded:
         _set_generators(loaded["generators"])
-    return common["extra"]
 
 
 def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,17 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from nft_megatron.model.offload import OffloadedState
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """The settings; fields mean what the ``optimizer`` section of a config says. ``clip_grad`` 0 is off."""
+    """The settings; fields mean what the ``optimizer`` section of a config says. ``clip_grad`` 0 is off.
+
+    ``cpu_offload``: share of master weights and moments that wait on the host between updates.
+    """
 
     learning_rate: float
     warmup_updates: int = 0
@@ -85,6 +91,8 @@ class PolicyOptimizer:
         )
         self._allocate_moments()
         self.apply_settings()
+        device = next(chunks[0].parameters()).device
+        self._offloaded = OffloadedState(self.megatron.chained_optimizers, settings.cpu_offload, device)
 
     def _allocate_moments(self) -> None:
         """Make the zero moments now instead of in the first update: a checkpoint may be saved or restored before it."""
@@ -104,8 +112,16 @@ class PolicyOptimizer:
             group["betas"] = (self.settings.beta1, self.settings.beta2)
             group["eps"] = self.settings.epsilon
 
+    def state_on_device(self) -> AbstractContextManager[None]:
+        """For whoever reads or replaces master weights and moments: inside, all of them are on the device."""
+        return self._offloaded.on_device()
+
     def step(self) -> Update:
         """Apply the gradients that the schedule left in the chunks. A collective over all ranks."""
+        with self.state_on_device():
+            return self._step()
+
+    def _step(self) -> Update:
         learning_rate = self.settings.learning_rate_at(self.num_updates + 1)
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())

@@ -57,6 +57,17 @@ def test_small_updates_of_bfloat16_weights_add_up_in_the_master_copy(measured: d
     assert measured["bfloat16_last"] == pytest.approx(1 - 100 * 1e-4, abs=2**-9)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_that_waits_on_the_host_changes_no_bit(measured: dict, dtype: str):
+    """Half of the state, by size; float32 models have no master copy of their weights to move."""
+    offloaded = measured[f"offloaded {dtype}"]
+    assert offloaded["differs"] == []
+    largest, total = offloaded["largest_parameter"], offloaded["num_parameters"]
+    bytes_of = 12 if dtype == "bfloat16" else 8
+    assert bytes_of * (total / 2 - largest) < offloaded["host_bytes"] <= bytes_of * total / 2
+    assert offloaded["parked"] == offloaded["host_bytes"], "between updates the optimizer's tensors are the host's"
+
+
 # ------------------------------------------------------------------------------------------------------------ the worker
 
 
@@ -74,7 +85,8 @@ def worker(folder: Path) -> None:
     from nft_megatron.model.topology import init_topology, shutdown
 
     topology = init_topology(threads=1)
-    print(json.dumps(measure_float32(folder, topology) | measure_bfloat16(folder, topology)))
+    offloaded = {f"offloaded {dtype}": measure_offloaded(folder, topology, dtype) for dtype in ("float32", "bfloat16")}
+    print(json.dumps(measure_float32(folder, topology) | measure_bfloat16(folder, topology) | offloaded))
     del topology
     gc.collect()
     shutdown()
@@ -130,6 +142,35 @@ def measure_float32(folder: Path, topology) -> dict:
         changed = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
         result[bad] = {"skipped": update.skipped, "changed": changed, "num_updates": optimizer.num_updates}
     return result
+
+
+def measure_offloaded(folder: Path, topology, dtype: str) -> dict:
+    import torch
+
+    results = []
+    for share in (0.0, 0.5):
+        parameters, optimizer = make(folder, topology, getattr(torch, dtype), AdamW(**SETTINGS, cpu_offload=share))
+        for number in range(3):
+            for name, parameter in parameters.items():
+                parameter.main_grad.copy_(made_up_gradient(name, parameter.shape, number))
+            optimizer.step()
+        (megatron,) = optimizer.megatron.chained_optimizers
+        state = {
+            f"{i} {name}": tensor
+            for i, (master, moments) in enumerate(megatron.optimizer.state.items())
+            for name, tensor in [("weight", master.data), *moments.items()]
+            if name != "step"
+        }
+        results.append(state | {name: parameter.detach() for name, parameter in parameters.items()})
+    hosts = {tensor.data_ptr() for parked in optimizer._offloaded._parameters for tensor in parked.host.values()}
+    sizes = [parameter.numel() for parameter in megatron.optimizer.state]
+    return {
+        "differs": [name for name, tensor in results[0].items() if not torch.equal(tensor, results[1][name])],
+        "host_bytes": optimizer._offloaded.num_bytes,
+        "parked": sum(tensor.nbytes for tensor in state.values() if tensor.data_ptr() in hosts),
+        "largest_parameter": max(sizes),
+        "num_parameters": sum(sizes),
+    }
 
 
 def measure_bfloat16(folder: Path, topology) -> dict:
