@@ -33,8 +33,9 @@ def zigzag_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     lengths_S = cu_seqlens.long().diff()
     assert size == 1 or not (lengths_S % (2 * size)).any(), (lengths_S.tolist(), size)
     chunks_2 = torch.tensor([rank, 2 * size - 1 - rank], device=cu_seqlens.device)
-    starts = (cu_seqlens[:-1, None] + lengths_S[:, None] * chunks_2 // (2 * size)).flatten()
-    ends = (cu_seqlens[:-1, None] + lengths_S[:, None] * (chunks_2 + 1) // (2 * size)).flatten()
+    starts, ends = (
+        (cu_seqlens[:-1, None] + lengths_S[:, None] * chunks // (2 * size)).flatten() for chunks in (chunks_2, chunks_2 + 1)
+    )
     counts = ends - starts
     shifts = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
     return shifts + torch.arange(len(shifts), device=cu_seqlens.device)

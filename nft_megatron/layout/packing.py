@@ -27,6 +27,8 @@ from torch import Tensor
 
 from nft_megatron.errors import UserError
 
+Count = TypeVar("Count", int, np.ndarray)
+
 PAD_TOKEN = 0
 """Fills up a pack. Any id of the vocabulary does: nothing attends to it and it carries no loss."""
 
@@ -135,6 +137,9 @@ def plan_micro_batches(
     as nearly as costliest-first assignment makes it. Sequences count with their padding to ``sequence_multiple``, and a
     micro-batch padded to ``multiple`` stays within ``token_budget``.
 
+    Why costliest first: pipeline stages wait for each other where neighbours differ, and sorted ones hardly do; the passes that
+    drain the pipeline are then the shortest; and a pack too large for the memory fails at once (`benchmarks/packing.py`).
+
     Raises:
         UserError: a sequence, or a group of them, alone is longer than the budget.
 
@@ -218,9 +223,6 @@ def _best_fit(tokens_I: np.ndarray, largest_first: Sequence[int], capacity: int)
         bins[number].append(item)
         insort(rooms, (room - tokens, number))
     return bins
-
-
-Count = TypeVar("Count", int, np.ndarray)
 
 
 def _round_up(count: Count, multiple: int) -> Count:
