@@ -96,6 +96,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, stack: contex
 
 def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
     """The model with the weights of ``config.model.path``, its optimizer and its algorithm, on this rank."""
+    layout = _layout(config, topology, shape)
     chunks = build_model(
         shape,
         topology,
@@ -111,20 +112,32 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         chunks=chunks,
         optimizer=PolicyOptimizer(chunks, AdamW(**config.optimizer.model_dump())),
         algorithm=build_algorithm(**config.algorithm.model_dump()),
-        layout=Layout(
-            num_updates=config.train.updates_per_step,
-            num_ranks=topology.data_size,
-            token_budget=config.train.micro_batch_tokens,
-            hidden_size=shape.hidden_size,
-            denominator=config.train.denominator,
-            seed=config.seed,
-            tensor_size=topology.tensor_size,
-            context_size=topology.context_size,
-            count_multiple=topology.pipeline_size if topology.virtual_pipeline > 1 else 1,
-            pad_to_budget=config.train.pad_to_budget,
-        ),
+        layout=layout,
         temperature=config.rollout.temperature,
     )
+
+
+def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
+    layout = Layout(
+        num_updates=config.train.updates_per_step,
+        num_ranks=topology.data_size,
+        token_budget=config.train.micro_batch_tokens,
+        hidden_size=shape.hidden_size,
+        denominator=config.train.denominator,
+        seed=config.seed,
+        tensor_size=topology.tensor_size,
+        context_size=topology.context_size,
+        count_multiple=topology.pipeline_size if topology.virtual_pipeline > 1 else 1,
+        pad_to_budget=config.train.pad_to_budget,
+    )
+    if config.max_sequence_tokens > layout.longest_sequence:
+        raise UserError(
+            "train.micro_batch_tokens", layout.token_budget,
+            f"packs are multiples of {layout.multiple} here: one has room for {layout.longest_sequence} tokens, "
+            f"and a sequence may have {config.max_sequence_tokens}",
+            f"raise it to at least {-(-config.max_sequence_tokens // layout.multiple) * layout.multiple}",
+        )  # fmt: skip
+    return layout
 
 
 def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: contextlib.ExitStack) -> Host:

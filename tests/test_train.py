@@ -189,12 +189,11 @@ def test_a_moved_run_goes_on_and_other_questions_are_refused(run_config, command
     assert "data.train = 15 questions: are not those that this run began with" in other.stderr
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "ranks"), [(2, 1, 2), (1, 2, 2), (1, 1, 2)])
-def test_parallel_runs_train_like_one_process(run_config, command, metrics_of, tmp_path, tensor, pipeline, ranks):
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}], ids=str)
+def test_parallel_runs_train_like_one_process(run_config, command, metrics_of, tmp_path, parallel):
     sections = {"train": {"num_steps": 2}}
     assert command("train", run_config("one", **sections)).returncode == 0
-    several = run_config("several", **sections, parallel={"tensor": tensor, "pipeline": pipeline})
-    done = command("train", several, ranks=ranks)
+    done = command("train", run_config("several", **sections, parallel=parallel), ranks=2)
     assert done.returncode == 0, done.stderr
     for one, other in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "several"), strict=True):
         assert other["groups_sampled"] == one["groups_sampled"] and other["trained_tokens"] == one["trained_tokens"]
@@ -282,6 +281,15 @@ def test_what_rank_0_finds_wrong_ends_every_rank_with_one_message(run_config, co
     done = command("train", run_config(), "data.train=/nowhere.parquet", ranks=2)
     assert done.returncode == 2
     assert done.stderr.count("data.train = /nowhere.parquet: no such file") == 1
+
+
+def test_a_layout_whose_packs_are_too_short_is_refused_before_any_answer(run_config, command, tmp_path):
+    """15 tokens hold the longest sequence of 12, but four context ranks can only share out 8 of them."""
+    done = command("train", run_config(), "train.micro_batch_tokens=15", "parallel.context=4", ranks=4)
+    assert done.returncode == 2
+    assert "train.micro_batch_tokens = 15: packs are multiples of 8 here" in done.stderr
+    assert "raise it to at least 16" in done.stderr
+    assert not list((tmp_path / "run").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ class Layout:
         """Every pack is padded to it: sequence parallelism splits a context-parallel rank's part over tensor ranks."""
         return self.sequence_multiple * self.tensor_size
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and answer that any pack has room for."""
+        return self.token_budget // self.multiple * self.multiple
+
 
 @dataclass(frozen=True, eq=False)
 class Answers:

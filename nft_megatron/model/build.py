@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -215,7 +216,9 @@ def transformer_config(
         output_layer_init_method=torch.nn.init.zeros_,
         transformer_impl="transformer_engine" if with_engine else "local",
         apply_rope_fusion=with_engine,
-        gradient_accumulation_fusion=False,
+        # Weight gradients straight into main_grad, by apex's kernel; Transformer Engine has its own, but Megatron asks for apex's
+        # in the embedding and LM head too (tensor_parallel/layers.py:924).
+        gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
         recompute_granularity=None if recompute == "none" else recompute,
