@@ -11,62 +11,49 @@ import pytest
 import torch
 import torch.distributed as dist
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the ranks
+
+from lm_head_reference import HIDDEN, VOCAB, assert_all_close, problem, reference
+
+from nft_megatron.model import lm_head
 from nft_megatron.model.logprob import token_logprobs
-
-HIDDEN, VOCAB = 16, 50
-
-
-def problem(num_tokens=37, padded=64, dtype=torch.float32, scale=1.0, seed=0):
-    """Hidden states, an LM head with non-zero padding rows, targets, and an upstream gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_tokens, HIDDEN, generator=generator, dtype=torch.float64) * scale
-    weight = torch.randn(padded, HIDDEN, generator=generator, dtype=torch.float64)
-    targets = torch.randint(VOCAB, (num_tokens,), generator=generator)
-    upstream = torch.randn(num_tokens, generator=generator, dtype=torch.float64)
-    return hidden.to(dtype), weight.to(dtype), targets, upstream.to(torch.promote_types(dtype, torch.float32))
+from nft_megatron.model.token_loss import token_loss_sum
 
 
-def reference(hidden, weight, targets, upstream, temperature):
-    """Everything in float64 from the full logits of the true vocabulary: log-probs, entropy and the two gradients."""
-    hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    all_logprobs = (hidden @ weight[:VOCAB].T / temperature).log_softmax(-1)
-    logprob = all_logprobs.gather(1, targets[:, None]).squeeze(1)
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-    hidden_grad, weight_grad = torch.autograd.grad((logprob * upstream.double()).sum(), (hidden, weight))
-    return logprob.detach(), entropy.detach(), hidden_grad, weight_grad
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Three tokens of 64 rows of the vocabulary, or twelve rows of the weight."""
+    monkeypatch.setitem(lm_head.BLOCK_ELEMENTS, "cpu", 200)
 
 
-def ours(hidden, weight, targets, upstream, temperature, group=None, chunk_size=8):
+def ours(hidden, weight, targets, upstream, temperature, group=None, chunk_size=8, entropy="value"):
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    logprob, entropy = token_logprobs(
+    logprob, entropies = token_logprobs(
         hidden, weight, targets,
-        temperature=temperature, vocab_size=VOCAB, group=group, chunk_size=chunk_size, with_entropy=True,
+        temperature=temperature, vocab_size=VOCAB, group=group, chunk_size=chunk_size, entropy=entropy,
     )  # fmt: skip
-    hidden_grad, weight_grad = torch.autograd.grad((logprob * upstream).sum(), (hidden, weight))
-    return logprob.detach(), entropy, hidden_grad, weight_grad
+    total = (logprob * upstream[0]).sum()
+    if entropy == "gradient":
+        total = total + (entropies * upstream[1]).sum()
+    return logprob.detach(), entropies.detach(), *torch.autograd.grad(total, (hidden, weight))
 
 
-def assert_all_close(actual, expected, tolerance):
-    """Largest difference below ``tolerance`` times the largest value of the reference."""
-    for name, a, e in zip(("logprob", "entropy", "hidden_grad", "weight_grad"), actual, expected, strict=True):
-        error = (a.double() - e).abs().max().item() / max(1.0, e.abs().max().item())
-        assert error < tolerance, (name, error)
-
-
+@pytest.mark.parametrize("entropy", ["value", "gradient"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk_size", [8, 37, 1024])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
-def test_values_and_gradients_on_one_rank(dtype, tolerance, chunk_size, temperature):
+def test_values_and_gradients_on_one_rank(dtype, tolerance, chunk_size, temperature, entropy):
     inputs = problem(dtype=dtype)
-    actual = ours(*inputs, temperature, chunk_size=chunk_size)
+    actual = ours(*inputs, temperature, chunk_size=chunk_size, entropy=entropy)
     assert actual[0].dtype == actual[1].dtype == dtype
-    assert_all_close(actual, reference(*inputs, temperature), tolerance)
+    assert_all_close(actual, reference(*inputs, temperature, entropy), tolerance)
     assert actual[3][VOCAB:].eq(0).all()
 
 
-def test_bfloat16_is_as_near_as_bfloat16_logits_allow():
+@pytest.mark.parametrize("entropy", ["value", "gradient"])
+def test_bfloat16_is_as_near_as_bfloat16_logits_allow(entropy):
     inputs = problem(num_tokens=400, dtype=torch.bfloat16)
-    actual, expected = ours(*inputs, 1.0), reference(*inputs, 1.0)
+    actual, expected = ours(*inputs, 1.0, entropy=entropy), reference(*inputs, 1.0, entropy)
     assert actual[0].dtype == torch.float32
     assert actual[2].dtype == actual[3].dtype == torch.bfloat16
     # A logit of size z is rounded by up to z·2⁻⁹, and a log-prob is the difference of two.
@@ -111,13 +98,81 @@ def test_no_tokens_have_zero_gradients():
     assert weight_grad.eq(0).all()
 
 
-def test_entropy_only_when_asked_and_without_gradient():
+def test_gradients_are_those_of_finite_differences():
+    hidden, weight, targets, _ = problem(num_tokens=3, dtype=torch.float64)
+
+    def function(hidden, weight):
+        return token_logprobs(
+            hidden, weight, targets, temperature=0.8, vocab_size=VOCAB, group=None, chunk_size=2, entropy="gradient"
+        )
+
+    assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_entropy_only_when_asked_and_its_gradient_only_when_asked():
     hidden, weight, targets, _ = problem()
+    hidden.requires_grad_()
     options = {"temperature": 1.0, "vocab_size": VOCAB, "group": None}
     assert token_logprobs(hidden, weight, targets, **options).entropy_N is None
-    asked = token_logprobs(hidden.requires_grad_(), weight, targets, **options, with_entropy=True)
-    assert asked.logprob_N.requires_grad
-    assert not asked.entropy_N.requires_grad
+    value = token_logprobs(hidden, weight, targets, **options, entropy="value")
+    assert value.logprob_N.requires_grad
+    assert not value.entropy_N.requires_grad
+    assert torch.equal(value.entropy_N, token_logprobs(hidden, weight, targets, **options, entropy="gradient").entropy_N)
+
+
+def test_entropy_alone_may_carry_a_gradient():
+    hidden, weight, targets, upstream = problem(dtype=torch.float64)
+    upstream[0] = 0
+    hidden.requires_grad_()
+    _, entropies = token_logprobs(hidden, weight, targets, temperature=1.0, vocab_size=VOCAB, group=None, entropy="gradient")
+    (entropies * upstream[1]).sum().backward()
+    torch.testing.assert_close(hidden.grad, reference(hidden, weight, targets, upstream, 1.0, "gradient")[2])
+
+
+def test_a_large_weight_of_the_entropy_leaves_padding_without_gradient():
+    hidden, weight, targets, upstream = problem()
+    *_, hidden_grad, weight_grad = ours(hidden, weight, targets, upstream * 1e6, 1.0, entropy="gradient")
+    assert hidden_grad.isfinite().all()
+    assert weight_grad[VOCAB:].eq(0).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.01)])
+def test_main_grad_takes_the_weights_gradient_and_hooks_see_zero(dtype, tolerance):
+    hidden, weight, targets, upstream = problem(dtype=dtype)
+    *_, expected_hidden, expected_weight = reference(hidden, weight, targets, upstream, 1.0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    seen = []
+    accumulator = weight.expand_as(weight).grad_fn.next_functions[0][0]  # hooked as by Megatron's DDP
+    accumulator.register_hook(lambda *_: seen.append(weight.grad))
+    main_grad = torch.ones(weight.shape)
+    options = {"temperature": 1.0, "vocab_size": VOCAB, "group": None, "main_grad_VH": main_grad, "chunk_size": 8}
+    for calls in (1, 2):
+        weight.grad = hidden.grad = None
+        logprob_N = token_logprobs(hidden, weight, targets, **options).logprob_N
+        assert calls == 2 or main_grad.eq(1).all()  # nothing before the backward pass
+        (logprob_N * upstream[0]).sum().backward()
+        error = main_grad.double() - 1 - calls * expected_weight
+        assert error.norm() < tolerance * calls * expected_weight.norm()
+        assert (hidden.grad.double() - expected_hidden).norm() < tolerance * expected_hidden.norm()
+        assert len(seen) == calls
+        assert seen[-1].dtype == dtype and seen[-1].eq(0).all()
+
+
+def test_a_tied_embeddings_own_gradient_joins_in_main_grad():
+    _, weight, targets, upstream = problem(dtype=torch.float64)
+    tokens = targets.roll(1)
+
+    def backward(weight, logprobs):
+        (logprobs(torch.tanh(weight[tokens]), weight) * upstream[0]).sum().backward()
+
+    expected = weight.clone().requires_grad_()
+    backward(expected, lambda hidden, weight: (hidden @ weight[:VOCAB].T).log_softmax(-1)[range(len(targets)), targets])
+    weight.requires_grad_()
+    main_grad = torch.zeros_like(weight)
+    options = {"temperature": 1.0, "vocab_size": VOCAB, "group": None, "main_grad_VH": main_grad}
+    backward(weight, lambda hidden, weight: token_logprobs(hidden, weight, targets, **options).logprob_N)
+    torch.testing.assert_close(main_grad + weight.grad, expected.grad)  # which Megatron's hook adds up
 
 
 def test_a_frozen_head_or_hidden_state_gets_no_gradient():
@@ -126,7 +181,7 @@ def test_a_frozen_head_or_hidden_state_gets_no_gradient():
     for trained, gradient in ((hidden, expected[2]), (weight, expected[3])):
         trained.requires_grad_()
         logprob_N = token_logprobs(hidden, weight, targets, temperature=1.0, vocab_size=VOCAB, group=None).logprob_N
-        logprob_N.backward(upstream)
+        logprob_N.backward(upstream[0])
         torch.testing.assert_close(trained.grad, gradient)
         trained.requires_grad_(False)
     assert weight.grad is not None
@@ -143,7 +198,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What two gloo ranks computed for each of ``CASES``: ``[rank][case]``."""
+    """What two gloo ranks computed for each of ``CASES``: ``[rank][case]``, log-probs and then the one-pass loss."""
     folder = tmp_path_factory.mktemp("ranks")
     processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
@@ -153,8 +208,8 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
 def test_two_tensor_parallel_ranks_make_one(two_ranks, case):
     dtype, padded, num_tokens = CASES[case]
-    expected = reference(*problem(num_tokens, padded, dtype), temperature=0.7)
-    first, second = two_ranks[0][case], two_ranks[1][case]
+    expected = reference(*problem(num_tokens, padded, dtype), temperature=0.7, entropy="gradient")
+    first, second = two_ranks[0][case][0], two_ranks[1][case][0]
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     whole = (first[0], first[1], first[2] + second[2], torch.cat([first[3], second[3]]))
@@ -165,12 +220,39 @@ def test_two_tensor_parallel_ranks_make_one(two_ranks, case):
     assert whole[3][VOCAB:].eq(0).all()
 
 
+@pytest.mark.parametrize("case", range(len(CASES)), ids=str)
+def test_two_tensor_parallel_ranks_make_one_loss(two_ranks, case):
+    dtype, padded, num_tokens = CASES[case]
+    inputs = problem(num_tokens, padded, dtype)
+    logprob, _, *gradients = reference(*inputs, temperature=0.7)
+    expected = ((logprob * inputs[3][0]).sum(), logprob, *gradients)
+    first, second = two_ranks[0][case][1], two_ranks[1][case][1]
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], two_ranks[0][case][0][0])  # bit for bit the log-probs of two passes
+    whole = (first[0], first[1], first[2] + second[2], torch.cat([first[3], second[3]]))
+    assert [tensor.shape for tensor in whole] == [tensor.shape for tensor in expected]
+    if num_tokens:
+        assert_all_close(whole, expected, 1e-14 if dtype == torch.float64 else 2e-6)
+    else:
+        assert whole[0] == 0
+        assert whole[3].eq(0).all()
+
+
 def run_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    lm_head.BLOCK_ELEMENTS["cpu"] = 200
     results = []
     for dtype, padded, num_tokens in CASES:
         hidden, weight, targets, upstream = problem(num_tokens, padded, dtype)
-        results.append(ours(hidden, weight.chunk(2)[rank], targets, upstream, 0.7, group=dist.group.WORLD))
+        weight = weight.chunk(2)[rank]
+        logprobs = ours(hidden, weight, targets, upstream, 0.7, group=dist.group.WORLD, entropy="gradient")
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        loss, logprob_N = token_loss_sum(
+            hidden, weight, targets, lambda logprob_C, chunk, upstream=upstream: upstream[0, chunk] * logprob_C,
+            temperature=0.7, vocab_size=VOCAB, group=dist.group.WORLD, chunk_size=8,
+        )  # fmt: skip
+        results.append((logprobs, (loss.detach(), logprob_N, *torch.autograd.grad(loss, (hidden, weight)))))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,0 +1,207 @@
+"""The steps through a vocabulary-parallel LM head, a chunk of tokens at a time.
+
+    z = hidden · weightᵀ / temperature        p = softmax(z)
+    logprob_n = z_{n, target_n} − logsumexp_v z_{n, v}
+    entropy_n = − Σ_v p_{n, v} log p_{n, v}
+
+and, where a and b are the gradients that come in for a token's log-prob and entropy,
+
+    dz_{n, v} = a_n·(1[v = target_n] − p_{n, v}) − b_n·p_{n, v}·(log p_{n, v} + entropy_n)
+
+:mod:`nft_megatron.model.logprob` goes through the steps twice, :mod:`nft_megatron.model.token_loss` once:
+
+    for chunk in head.chunks(hidden_NH, weight_VH, targets_N):
+        statistics = head.statistics(chunk)
+        head.differentiate(chunk, statistics.log_sum_exp_C, logprob_grad_C)
+        gradients.add(chunk)
+
+Logits have the dtype of the inputs, as the matrix product gives them. All that follows is in float32, on blocks of rows. So
+peak memory above the inputs is the logits of one chunk, a few blocks, and the weight's gradient in float32 unless it is added
+to an existing buffer.
+
+Shapes: N loss tokens; C tokens of a chunk; B of them in a block; H hidden size; V rows of the weight on this rank. The padded
+vocabulary is cut into equal consecutive ranges, one a tensor-parallel rank in order, as Megatron-Core does; rows from
+``vocab_size`` on are padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Entropy = Literal["none", "value", "gradient"]
+
+CHUNK_BYTES = 300 * 2**20
+"""Memory of a chunk's logits by default."""
+
+MIN_CHUNK = 512
+"""Tokens. Below, adding a chunk's share to the weight's gradient begins to outweigh computing it."""
+
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Of a float32 temporary. On the CPU it stays in the cache, and below the size at which glibc returns memory to the kernel: on
+fresh pages a pass takes several times as long. A GPU wants kernels that outlast their launch."""
+
+PADDING_LOGIT = -1e30
+"""Has probability 0, and stays finite in float32 times any weight of a loss."""
+
+
+class Statistics(NamedTuple):
+    """Of each token of a chunk, over the vocabulary of all ranks; float32 (float64 for float64 inputs)."""
+
+    logprob_C: Tensor
+    log_sum_exp_C: Tensor
+    entropy_C: Tensor | None
+
+
+class Chunk(NamedTuple):
+    """C tokens and this rank's part of their logits, in memory that the next chunk takes over."""
+
+    tokens: slice
+    logits_CV: Tensor
+    target_row_C1: Tensor
+    """Row of the target on this rank; 0 where another rank has it."""
+    is_own_C1: Tensor
+    """Whether this rank has the target."""
+
+
+class LMHead(NamedTuple):
+    """What is constant during a call."""
+
+    temperature: float
+    vocab_size: int
+    group: dist.ProcessGroup | None
+    main_grad_VH: Tensor | None
+    chunk_size: int
+    entropy: Entropy
+
+    def chunks(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Iterator[Chunk]:
+        """Every chunk in turn."""
+        assert self.temperature > 0, self.temperature
+        num_tokens, num_rows = len(hidden_NH), len(weight_VH)
+        first_row = 0 if self.group is None else self.group.rank() * num_rows
+        num_real = max(0, self.vocab_size - first_row)
+        row_N1 = (targets_N - first_row).unsqueeze(1)
+        is_own_N1 = (row_N1 >= 0) & (row_N1 < num_rows)
+        row_N1 = torch.where(is_own_N1, row_N1, 0)
+        memory_CV = hidden_NH.new_empty(min(self.chunk_size, num_tokens), num_rows)
+        for start in range(0, num_tokens, self.chunk_size):
+            tokens = slice(start, min(start + self.chunk_size, num_tokens))
+            logits_CV = memory_CV[: tokens.stop - start]
+            torch.addmm(logits_CV, hidden_NH[tokens], weight_VH.t(), beta=0, alpha=1 / self.temperature, out=logits_CV)
+            logits_CV[:, num_real:] = PADDING_LOGIT
+            yield Chunk(tokens, logits_CV, row_N1[tokens], is_own_N1[tokens])
+
+    def statistics(self, chunk: Chunk) -> Statistics:
+        """All ranks of ``group`` together, for the same chunk."""
+        own_max_C, sum_C, target_C, weighted_C = torch.cat(
+            [self._local_sums(chunk, rows) for rows in blocks(chunk.logits_CV)], 1
+        )
+        # Shift each rank's sums from its own maximum to that of all ranks. Where a rank has nothing but padding the shift is
+        # about −1e30 and the scale 0: multiplied in this order they stay finite.
+        max_C = own_max_C.clone()
+        _all_reduce(max_C, dist.ReduceOp.MAX, self.group)
+        shift_C = own_max_C - max_C
+        scale_C = shift_C.exp()
+        totals_3C = torch.stack([scale_C * sum_C, target_C, scale_C * weighted_C + scale_C * shift_C * sum_C])
+        _all_reduce(totals_3C, dist.ReduceOp.SUM, self.group)
+        sum_C, target_C, weighted_C = totals_3C
+
+        # ≤ 0 also in floating point: the target is no larger than the maximum, and the sum contains exp(0) = 1.
+        log_sum_C = sum_C.log()
+        logprob_C = (target_C - max_C) - log_sum_C
+        entropy_C = None if self.entropy == "none" else (log_sum_C - weighted_C / sum_C).clamp(min=0)
+        return Statistics(logprob_C, max_C + log_sum_C, entropy_C)
+
+    def _local_sums(self, chunk: Chunk, rows: slice) -> Tensor:
+        """[4, B] over this rank's logits: max z; Σ e^(z − max); z of the target, or 0; Σ e^(z − max)·(z − max), or 0."""
+        logits_BV = chunk.logits_CV[rows]
+        dtype = accurate(logits_BV.dtype)
+        max_B = logits_BV.amax(1).to(dtype)
+        target_B = torch.where(chunk.is_own_C1[rows], logits_BV.gather(1, chunk.target_row_C1[rows]), 0).squeeze(1).to(dtype)
+        shifted_BV = logits_BV - max_B[:, None]
+        if self.entropy == "none":
+            return torch.stack([max_B, shifted_BV.exp_().sum(1), target_B, torch.zeros_like(max_B)])
+        exp_BV = shifted_BV.exp()
+        return torch.stack([max_B, exp_BV.sum(1), target_B, torch.linalg.vecdot(exp_BV, shifted_BV)])
+
+    def differentiate(
+        self,
+        chunk: Chunk,
+        log_sum_exp_C: Tensor,
+        logprob_grad_C: Tensor,
+        entropy_C: Tensor | None = None,
+        entropy_grad_C: Tensor | None = None,
+    ) -> None:
+        """Turn the chunk's logits into the gradient of hidden · weightᵀ, which is dz / temperature."""
+        a_C1 = (logprob_grad_C / self.temperature).unsqueeze(1)
+        for rows in blocks(chunk.logits_CV):
+            logits_BV = chunk.logits_CV[rows]
+            logp_BV = logits_BV - log_sum_exp_C[rows, None]
+            if entropy_C is None or entropy_grad_C is None:
+                grad_BV = logp_BV.exp_().mul_(-a_C1[rows])
+            else:
+                p_BV = logp_BV.exp()
+                b_B1 = (entropy_grad_C[rows] / self.temperature).unsqueeze(1)
+                grad_BV = logp_BV.add_(entropy_C[rows, None]).mul_(-b_B1).sub_(a_C1[rows]).mul_(p_BV)
+            grad_BV.scatter_add_(1, chunk.target_row_C1[rows], a_C1[rows] * chunk.is_own_C1[rows])
+            logits_BV.copy_(grad_BV)
+
+
+class HeadGradients:
+    """dHidden and dWeight, each only where it is needed, added up chunk by chunk."""
+
+    def __init__(
+        self, hidden_NH: Tensor, weight_VH: Tensor, main_grad_VH: Tensor | None, needs_hidden: bool, needs_weight: bool
+    ) -> None:
+        self.hidden_NH, self.weight_VH, self.main_grad_VH = hidden_NH, weight_VH, main_grad_VH
+        self.hidden_grad_NH = torch.empty_like(hidden_NH) if needs_hidden else None
+        self.total_VH = main_grad_VH if needs_weight else None
+        if needs_weight and main_grad_VH is None:
+            self.total_VH = torch.zeros_like(weight_VH, dtype=accurate(weight_VH.dtype))
+
+    def add(self, chunk: Chunk) -> None:
+        """``chunk`` after :meth:`LMHead.differentiate`."""
+        grad_CV, hidden_CH = chunk.logits_CV, self.hidden_NH[chunk.tokens]
+        if self.hidden_grad_NH is not None:
+            torch.matmul(grad_CV, self.weight_VH, out=self.hidden_grad_NH[chunk.tokens])
+        if self.total_VH is not None:
+            for rows in blocks(self.total_VH):
+                self.total_VH[rows] += grad_CV[:, rows].t() @ hidden_CH
+
+    def weight_grad_VH(self) -> Tensor | None:
+        """What autograd gets: a zero without memory of its own where ``main_grad_VH`` already has the gradient."""
+        if self.total_VH is None:
+            return None
+        if self.main_grad_VH is not None:
+            return self.weight_VH.new_zeros(()).expand_as(self.weight_VH)
+        return self.total_VH.to(self.weight_VH.dtype)
+
+
+def default_chunk_size(weight_VH: Tensor) -> int:
+    """Tokens whose logits fill ``CHUNK_BYTES``, in multiples of ``MIN_CHUNK`` and at least that.
+
+    >>> [default_chunk_size(torch.empty(151936 // tp, 1, dtype=torch.bfloat16)) for tp in (1, 2, 8)]
+    [1024, 2048, 8192]
+    """
+    return max(1, CHUNK_BYTES // (len(weight_VH) * weight_VH.itemsize * MIN_CHUNK)) * MIN_CHUNK
+
+
+def blocks(matrix: Tensor) -> Iterator[slice]:
+    """Ranges of rows with about ``BLOCK_ELEMENTS`` each."""
+    num_rows = max(1, BLOCK_ELEMENTS[matrix.device.type] // matrix.shape[1])
+    return (slice(start, start + num_rows) for start in range(0, len(matrix), num_rows))
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of reductions: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    """In place; nothing to do for one rank."""
+    if group is not None and group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
