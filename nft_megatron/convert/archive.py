@@ -163,9 +163,9 @@ def read_archive(file: Path, descriptor: int, start: int, num_bytes: int, field:
             unpickler = SafeUnpickler(io.BytesIO(archive.read(records["data.pkl"])), _ALLOWED)
             unpickler.persistent_load = storage  # type: ignore[method-assign]
             return unpickler.load()
-    except (zipfile.BadZipFile, KeyError, EOFError, struct.error, pickle.UnpicklingError, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # damaged, it may raise anything, even MemoryError
         raise UserError(
             field, file, f"is truncated or damaged at byte {start} ({error})", "copy or write the checkpoint again"
         ) from error

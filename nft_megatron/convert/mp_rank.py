@@ -24,11 +24,12 @@ _CHUNK = re.compile(r"^model(\d*)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _REMEDY = "copy the checkpoint again"
 
-# The local spec has norms as modules of their own; Transformer Engine's names, which tables use, have them in the next layer.
-_FUSED_NAMES = (
-    ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-)
+# The local spec has norms as modules of their own. Transformer Engine has them in the linear layer that follows, where there is
+# one (before experts there is not); tables use its names.
+_FUSED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 def is_mp_rank(folder: Path) -> bool:
@@ -56,7 +57,10 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
         raise UserError(
             field, folder, f"has {len(ranks)} of the {tensor_size} x {pipeline_size} folders mp_rank_XX_YYY", _REMEDY
         )
-    shards = [_read_tensor_rank([ranks[rank, stage] for stage in range(pipeline_size)], field) for rank in range(tensor_size)]
+    known = frozenset(entry.name for entry in table.entries)
+    shards = [
+        _read_tensor_rank([ranks[rank, stage] for stage in range(pipeline_size)], known, field) for rank in range(tensor_size)
+    ]
     found: dict[str, StoredTensor] = {}
     problems: list[Problem] = []
     used: set[str] = set()
@@ -72,7 +76,7 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     return Checkpoint(folder, "mp_rank", tensors, tuple(problems))
 
 
-def _read_tensor_rank(stages: list[Path], field: str) -> dict[str, TensorAt]:
+def _read_tensor_rank(stages: list[Path], known: frozenset[str], field: str) -> dict[str, TensorAt]:
     """The parameters of one tensor rank over all pipeline stages, layers counted over the whole model."""
     by_chunk: dict[tuple[int, int], Mapping[str, Any]] = {}  # in the model's order: interleaved chunk, then stage
     for stage, path in enumerate(stages):
@@ -95,10 +99,9 @@ def _read_tensor_rank(stages: list[Path], field: str) -> dict[str, TensorAt]:
             if not isinstance(tensor, TensorAt) or name.endswith("_extra_state"):
                 continue
             if of_layer := _LAYER.match(name):
-                rest = of_layer[2]
-                for own, fused in _FUSED_NAMES:
-                    rest = fused if rest == own else rest
-                name = f"decoder.layers.{first + int(of_layer[1])}.{rest}"
+                layer, rest = f"decoder.layers.{first + int(of_layer[1])}.", of_layer[2]
+                fused = layer + _FUSED_NAMES.get(rest, rest)
+                name = fused if fused in known else layer + rest
                 local = max(local, int(of_layer[1]) + 1)
             parameters.setdefault(name, tensor)  # a tied embedding's second copy is on the last stage
         num_layers += local

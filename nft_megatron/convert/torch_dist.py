@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -36,6 +35,8 @@ from torch.distributed.checkpoint.metadata import (
 from nft_megatron.convert.archive import SafeUnpickler, TensorAt, read_archive
 from nft_megatron.convert.blocks import Box, Checksum, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
+from nft_megatron.convert.manifest import NAME as MANIFEST
+from nft_megatron.convert.manifest import read_manifest, sha256
 from nft_megatron.errors import UserError
 from nft_megatron.weights.table import Entry, Layout, WeightTable
 
@@ -172,6 +173,9 @@ class _Chunk:
 
 def _read_metadata(path: Path, field: str) -> tuple[dict[str, TensorStorageMetadata], dict[str, list[_Chunk]]]:
     """The tensor keys, and the chunks of each."""
+    manifest = read_manifest(path.parent, field)
+    if manifest is not None and sha256([path.read_bytes()]) != manifest.files.get(METADATA):
+        raise UserError(field, path, f"is not what {MANIFEST} recorded", "copy the checkpoint again")
     try:
         with path.open("rb") as file:
             content = SafeUnpickler(file, _ALLOWED).load()
@@ -186,7 +190,9 @@ def _read_metadata(path: Path, field: str) -> tuple[dict[str, TensorStorageMetad
                 chunks.setdefault(key, []).append(
                     _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
                 )
-    except (UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged, it may raise anything, even MemoryError
         raise UserError(
             field, path, f"is no metadata of a torch_dist checkpoint ({error!r})", "copy or write the checkpoint again"
         ) from error
