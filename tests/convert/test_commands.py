@@ -216,6 +216,7 @@ def test_truncated_and_missing_files(sources, converted: Path, tmp_path: Path):
         to_hf(converted, tmp_path / "hf")
     distcp.write_bytes(content)
     (converted / ".metadata").write_bytes((converted / ".metadata").read_bytes()[:-50])
+    (converted / "conversion.json").unlink()
     with pytest.raises(UserError, match="is no metadata of a torch_dist checkpoint"):
         to_hf(converted, tmp_path / "hf")
     shutil.copytree(sources["untied"], tmp_path / "cut")
