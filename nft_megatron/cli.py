@@ -116,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="write accuracy and its error as JSON to this file")
     _add_config(evaluate)
 
+    _add(
+        commands, "doctor", _doctor, "what is installed, which fast paths are on, how to get what is missing",
+        "Look at the packages, the GPUs and the fast paths of this environment. Ends with 2 where something needed is missing.",
+    )  # fmt: skip
+
     report = _add(
         commands, "report", _report, "write the page of a run",
         "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
@@ -190,6 +195,19 @@ def _eval(options: argparse.Namespace) -> None:
     from nft_megatron.evaluate.folder import evaluate_folder
 
     evaluate_folder(config, options.model, options.out)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from nft_megatron.doctor import findings
+
+    found = findings()
+    names, states = max(len(finding.name) for finding in found), max(len(finding.state) for finding in found)
+    for finding in found:
+        mark = "✗" if finding.is_fault else "·" if finding.remedy else "✓"
+        print(f"{mark} {finding.name:<{names}}  {finding.state:<{states}}  {finding.remedy}".rstrip())
+    faults = [finding for finding in found if finding.is_fault]
+    if faults:
+        raise UserError("environment", faults[0].name, faults[0].state, faults[0].remedy)
 
 
 def _report(options: argparse.Namespace) -> None:

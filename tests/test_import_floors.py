@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(["algorithms", "layout", "weights", "convert", "observe"], 1),
     **dict.fromkeys(["model", "rollout", "verify"], 2),
     **dict.fromkeys(["tokenizer", "ask", "answering", "collect", "publish", "checkpoints", "evaluate"], 3),
-    **dict.fromkeys(["run", "assemble", "train"], 3),
+    **dict.fromkeys(["run", "assemble", "train", "doctor"], 3),
     **dict.fromkeys(["cli", "__main__"], 5),
 }
 PEERS = ("model", "rollout", "verify")
