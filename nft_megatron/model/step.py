@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nft_megatron.algorithms import Algorithm, TokenBatch
+from nft_megatron.algorithms import Algorithm, TokenBatch, TokenLoss
 from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.attention import pack_sequences
@@ -26,8 +27,9 @@ from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, lm_head_weight, run
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
-from nft_megatron.model.logprob import LogProbs, token_logprobs
+from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer, Update
+from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.weights import ModelShape
@@ -115,7 +117,8 @@ class Trainer:
 
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
-            result = self._logprobs(hidden_NH, micro_batch, chunk, with_entropy=True)
+            targets_N = micro_batch.packed.targets_N
+            result = token_logprobs(hidden_NH, lm_head_weight(chunk), targets_N, entropy="value", **self._head)
             return hidden_NH.new_zeros(()), NO_TOKEN_COUNT, (result.logprob_N, result.entropy_N)
 
         return function
@@ -142,28 +145,39 @@ class Trainer:
         )
 
     def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
+        def loss_of(logprob_C: Tensor, tokens: slice) -> Tensor:
+            return micro_batch.weight_N[tokens] * self._token_loss(micro_batch, logprob_C, tokens).loss_N
+
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
-            logprob_N = self._logprobs(hidden_NH, micro_batch, chunk).logprob_N
-            old_logprob_N, is_correct_N = micro_batch.old_logprob_N, micro_batch.is_correct_N
-            assert old_logprob_N is not None, "prepare() fills it on the last stage"
-            token_loss = self.algorithm.token_loss(
-                TokenBatch(logprob_N, old_logprob_N, is_correct_N, micro_batch.correct_rate_N)
-            )
-            loss_N = micro_batch.weight_N * token_loss.loss_N
-            delta_N = (logprob_N - old_logprob_N).detach()
-            totals = torch.stack(
-                [
-                    loss_N.detach()[is_correct_N].sum(),
-                    loss_N.detach()[~is_correct_N].sum(),
-                    # KL(π_old ‖ π_θ) from answers of π_old, each term ≥ 0: R − 1 − log R
-                    (torch.expm1(delta_N.clamp(max=20)) - delta_N).sum(),
-                    token_loss.clamped_N.float().sum(),
-                    (~is_correct_N).float().sum(),
-                ]
-            )
-            return loss_N.sum(), NO_TOKEN_COUNT, (totals, delta_N.max() if len(delta_N) else -torch.inf)
+            weight_VH = lm_head_weight(chunk)
+            loss, logprob_N = token_loss_sum(
+                hidden_NH, weight_VH, micro_batch.packed.targets_N, loss_of,
+                main_grad_VH=weight_VH.main_grad, **self._head,  # type: ignore[attr-defined]
+            )  # fmt: skip
+            return loss, NO_TOKEN_COUNT, self._sums(micro_batch, logprob_N)
 
         return function
+
+    def _token_loss(self, micro_batch: MicroBatch, logprob_C: Tensor, tokens: slice) -> TokenLoss:
+        assert micro_batch.old_logprob_N is not None, "prepare() fills it on the last stage"
+        of_each_token = (micro_batch.old_logprob_N, micro_batch.is_correct_N, micro_batch.correct_rate_N)
+        return self.algorithm.token_loss(TokenBatch(logprob_C, *(each_N[tokens] for each_N in of_each_token)))
+
+    def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What :class:`UpdateStats` adds up over micro-batches, in its order, and the largest log R."""
+        token_loss = self._token_loss(micro_batch, logprob_N, slice(None))
+        assert micro_batch.old_logprob_N is not None
+        loss_N, is_correct_N = micro_batch.weight_N * token_loss.loss_N, micro_batch.is_correct_N
+        delta_N = logprob_N - micro_batch.old_logprob_N
+        sums = [
+            loss_N[is_correct_N].sum(),
+            loss_N[~is_correct_N].sum(),
+            # KL(π_old ‖ π_θ) from answers of π_old, each term ≥ 0: R − 1 − log R
+            (torch.expm1(delta_N.clamp(max=20)) - delta_N).sum(),
+            token_loss.clamped_N.float().sum(),
+            (~is_correct_N).float().sum(),
+        ]
+        return torch.stack(sums), delta_N.max() if len(delta_N) else -torch.inf
 
     def summary(self, updates: Sequence[UpdateStats]) -> MetricsRow:
         """The metrics of a rollout step's updates."""
@@ -221,18 +235,14 @@ class Trainer:
         num_tokens = self.layout.token_budget
         return run_schedule(self.chunks, forward_step, micro_batches, num_tokens=num_tokens, forward_only=forward_only)
 
-    def _logprobs(
-        self, hidden_NH: Tensor, micro_batch: MicroBatch, chunk: torch.nn.Module, with_entropy: bool = False
-    ) -> LogProbs:
-        return token_logprobs(
-            hidden_NH,
-            lm_head_weight(chunk),
-            micro_batch.packed.targets_N,
-            temperature=self.temperature,
-            vocab_size=self.shape.vocab_size,
-            group=self.topology.tensor_group,
-            with_entropy=with_entropy,
-        )
+    @property
+    def _head(self) -> dict[str, Any]:
+        """What every pass through the LM head is told."""
+        return {
+            "temperature": self.temperature,
+            "vocab_size": self.shape.vocab_size,
+            "group": self.topology.tensor_group,
+        }
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         """Over all ranks, counting each share of the tokens once: on the last stage's first tensor rank."""
