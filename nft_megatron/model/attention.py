@@ -297,6 +297,7 @@ class PackedAttention(torch.nn.Module):
     def _attend_in_pack(self, query_TAD: Tensor, key_KGD: Tensor, value_KGD: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # absent from torch before 2.10
 
+        assert packed.piece_starts_q is not None
         output_TAD = varlen_attn(
             query_TAD,
             key_KGD,
