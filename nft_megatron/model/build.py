@@ -204,6 +204,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         context_parallel_size=topology.context_size,
+        expert_model_parallel_size=topology.expert_size,
         sequence_parallel=sequence_parallel and topology.tensor_size > 1,
         variable_seq_lengths=variable_lengths,
         # Megatron refuses variable lengths under the default dispatcher even in a model without experts
@@ -255,6 +256,11 @@ def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool
             raise UserError(
                 "parallel.tensor", topology.tensor_size, f"does not divide the model's {size} {what}", "choose a divisor"
             )
+    num_experts = 1 if shape.experts is None else shape.experts.num_experts  # a dense MLP is one
+    if num_experts % topology.expert_size:
+        raise UserError(
+            "parallel.expert", topology.expert_size, f"does not divide the {num_experts} experts of a layer", "choose a divisor"
+        )
     if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
         raise UserError(
             "parallel.sequence_parallel", False, "experts under tensor parallelism are trained only with it", "set it to true"

@@ -89,7 +89,7 @@ def _padding_counted(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
     embedding split over pipeline stages has its own) moments and master weights of the later ones are saved shifted
     (optimizer/distrib_optimizer.py:1118 and 1508, "see issue #504").
     """
-    buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     holders = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
     unpadded = [holder.numel_unpadded for holder in holders]
     for buffer in buffers:
@@ -225,28 +225,26 @@ def _load(
         ) from error
     for part, chunk in enumerate(chunks):
         policy_model(chunk).load_state_dict(loaded["model"][str(part)])
-    _load_optimizer(optimizer, loaded["optimizer"])
     optimizer.num_updates = common["num_updates"]
+    _load_optimizer(optimizer, loaded["optimizer"])
     if "generators" in loaded:
         _set_generators(loaded["generators"])
 
 
-def _load_optimizer(optimizer: PolicyOptimizer, loaded: dict[str, Any]) -> None:
-    """``DistributedOptimizer.load_state_dict`` in two steps, around torch's own step counters.
+def _load_optimizer(optimizer: PolicyOptimizer, loaded: Any) -> None:
+    """Master weights, moments and step counters; settings stay those of this run.
 
-    Megatron restores one counter tensor shared by all parameters (optimizer/distrib_optimizer.py:825), to which torch's AdamW
-    would add one for each of them; and while it restores the moments it looks for a counter that it has left out (:940).
+    ``DistributedOptimizer.load_state_dict`` is left out. It wants the parameter groups that the checkpoint was written under,
+    which differ where experts are spread over other ranks, and it restores one counter tensor shared by all parameters
+    (optimizer/distrib_optimizer.py:825), to which torch's AdamW would add one for each of them.
     """
-    (megatron,) = optimizer.megatron.chained_optimizers
-    parameter_state = loaded.pop("param_state")
-    megatron.load_state_dict(loaded)
-    states = megatron.optimizer.state.values()
-    counters = [state.pop("step", None) for state in states]
-    megatron.load_parameter_state_from_fully_reshardable(parameter_state)
-    for state, counter in zip(states, counters, strict=True):
-        if counter is not None:
-            state["step"] = counter.clone()
-    optimizer.apply_settings()
+    chained = optimizer.megatron.chained_optimizers
+    for number, megatron in enumerate(chained):
+        states = megatron.optimizer.state.values()
+        for state in states:
+            state.pop("step", None)  # Megatron looks for a counter among the moments that it has left out (:940)
+        megatron.load_parameter_state_from_fully_reshardable((loaded[number] if len(chained) > 1 else loaded)["param_state"])
+    optimizer.count_updates()
 
 
 def _first_line(error: BaseException) -> str:

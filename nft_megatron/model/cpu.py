@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,29 @@ def _type_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
+def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """``all_gather`` of unequal lengths, which gloo refuses, as an all-to-all of copies."""
+    lengths = [len(output) for output in outputs]
+    gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
+    copies = torch.cat([tensor] * len(outputs))
+    dist.all_to_all_single(gathered, copies, lengths, [len(tensor)] * len(outputs), group=group)
+    for output, part in zip(outputs, gathered.split(lengths), strict=True):
+        output.copy_(part)
+
+
+def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """``reduce_scatter`` of unequal lengths, which gloo refuses: everyone gets the parts of its own result and adds them up."""
+    parts = output.new_empty(len(inputs), *output.shape)
+    lengths = [len(each) for each in inputs]
+    dist.all_to_all_single(parts.flatten(0, 1), torch.cat(inputs), [len(output)] * len(inputs), lengths, group=group)
+    torch.sum(parts, 0, out=output)
+
+
+def _as_numbers(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """``maybe_move_tensor_to_cpu``, which turns only what comes from a GPU into numbers."""
+    return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
+
+
 @functools.cache
 def adapt_to_cpu() -> None:
     """Make Megatron-Core in this process compute on the CPU. Call it before any use of Megatron, only where CUDA is absent.
@@ -120,6 +144,14 @@ def adapt_to_cpu() -> None:
     # tensor_parallel/random.py:43-105 reaches into torch.cuda.default_generators, which is empty without CUDA.
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
+
+    # tensor_parallel/mappings.py:150 and 199: the tensor ranks of an expert hold different numbers of tokens
+    uneven = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
+    sys.modules["megatron.core.tensor_parallel.mappings"].torch = _View(view, distributed=uneven)  # type: ignore[attr-defined]
+
+    # transformer/moe/moe_utils.py:1093: all_to_all_single takes no tensors for lengths
+    dispatcher = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+    dispatcher.maybe_move_tensor_to_cpu = _as_numbers  # type: ignore[attr-defined]
 
     # models/common/language_module/language_module.py:244, dist_checkpointing/exchange_utils.py:336
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]

@@ -20,23 +20,28 @@ def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: Mod
     """Yield ``(name, full tensor)`` in Hugging Face's order on rank 0; elsewhere yield nothing but take part.
 
     Every rank must run the generator to its end: the shards of one parameter at a time go over the tensor group to its rank 0,
-    and from there over the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors are in the model's
-    dtype, on this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face files. Replicas on
-    other data-parallel and context-parallel ranks stay idle.
+    from there over the expert group and the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors
+    are in the model's dtype, on this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face
+    files. Ranks that hold the same weights as one that takes part stay idle.
     """
-    if topology.data_rank != 0 or topology.context_rank != 0:
+    if topology.expert_replica_group.rank() != 0:
         return
     parameters = dict(table_parameters(chunks))
     rows = padded_vocab(shape, topology)
     for entry in weight_table(shape).entries:
         if not entry.exported:
             continue
-        stage = _stage(entry, shape, topology)
+        stage, holder = _stage(entry, shape, topology), _expert_rank(entry, shape, topology)
         stacked = None
-        if topology.pipeline_rank == stage:
+        if (topology.pipeline_rank, topology.expert_rank) == (stage, holder):
             stacked = _gather(entry, parameters[entry.name].detach(), topology)
         if topology.tensor_rank == 0:
-            stacked = _to_first_stage(entry, stacked, stage, rows, topology, chunks[0])
+            like = next(chunks[0].parameters())
+            size = (_num_shards(entry, topology), *entry.local_shape(topology.tensor_size, rows))
+            if topology.pipeline_rank == stage:
+                stacked = _to_first(stacked, holder, topology.expert_group, like, size)
+            if topology.expert_rank == 0:
+                stacked = _to_first(stacked, stage, topology.pipeline_group, like, size)
             if stacked is not None:
                 yield from zip(entry.sources, split(entry, stacked.unbind(), rows), strict=True)
 
@@ -46,6 +51,13 @@ def _stage(entry: Entry, shape: ModelShape, topology: Topology) -> int:
     if entry.name.startswith("decoder.layers."):
         return topology.stage_of(int(entry.name.split(".")[2]), shape.num_layers)
     return 0 if entry.name.startswith("embedding.") else topology.pipeline_size - 1
+
+
+def _expert_rank(entry: Entry, shape: ModelShape, topology: Topology) -> int:
+    """The expert-parallel rank that holds an expert, or gives what all of them hold."""
+    if entry.expert is None or shape.experts is None:
+        return 0
+    return entry.expert * topology.expert_size // shape.experts.num_experts
 
 
 def _num_shards(entry: Entry, topology: Topology) -> int:
@@ -64,18 +76,15 @@ def _gather(entry: Entry, shard: Tensor, topology: Topology) -> Tensor | None:
     return stacked
 
 
-def _to_first_stage(
-    entry: Entry, stacked: Tensor | None, stage: int, rows: int, topology: Topology, chunk: torch.nn.Module
+def _to_first(
+    stacked: Tensor | None, source: int, group: dist.ProcessGroup, like: Tensor, size: tuple[int, ...]
 ) -> Tensor | None:
-    """Move the stacked shards from ``stage`` to stage 0; None on every other stage."""
-    if topology.is_first_stage and stacked is None:
-        num_shards = _num_shards(entry, topology)
-        local_shape = entry.local_shape(topology.tensor_size, rows)
-        parameter = next(chunk.parameters())
-        stacked = parameter.new_empty(num_shards, *local_shape)
-        dist.recv(stacked, group=topology.pipeline_group, group_src=stage)
-        return stacked
-    if not topology.is_first_stage and stacked is not None:
-        dist.send(stacked, group=topology.pipeline_group, group_dst=0)
+    """What rank ``source`` of ``group`` has, on its rank 0; None on every other."""
+    if group.rank() == source != 0:
+        assert stacked is not None
+        dist.send(stacked, group=group, group_dst=0)
         return None
+    if group.rank() == 0 != source:
+        stacked = like.new_empty(size)
+        dist.recv(stacked, group=group, group_src=source)
     return stacked

@@ -90,7 +90,7 @@ class PolicyOptimizer:
             use_gloo_process_groups=False,
         )
         self._allocate_moments()
-        self.apply_settings()
+        self._apply_settings()
         device = next(chunks[0].parameters()).device
         self._offloaded = OffloadedState(self.megatron.chained_optimizers, settings.cpu_offload, device)
 
@@ -98,14 +98,22 @@ class PolicyOptimizer:
         """Make the zero moments now instead of in the first update: a checkpoint may be saved or restored before it."""
         for megatron in self.megatron.chained_optimizers:
             megatron.init_state_fn(megatron.optimizer)
-            if isinstance(megatron.optimizer, torch.optim.AdamW):  # the fused ones count steps by group
+        self.count_updates()
+
+    def count_updates(self) -> None:
+        """Let Adam's step counters say ``num_updates``: torch's are by parameter, those of the fused optimizers by group."""
+        for megatron in self.megatron.chained_optimizers:
+            if isinstance(megatron.optimizer, torch.optim.AdamW):
                 for state in megatron.optimizer.state.values():
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(float(self.num_updates))
+            else:
+                for group in megatron.optimizer.param_groups:
+                    group["step"] = self.num_updates
 
-    def apply_settings(self) -> None:
-        """Set what Megatron keeps with its parameter groups; a restored checkpoint brings those it was written under.
+    def _apply_settings(self) -> None:
+        """Set what Megatron keeps with its parameter groups.
 
-        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
+        It leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
         """
         for group in self.megatron.param_groups:
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
@@ -129,7 +137,8 @@ class PolicyOptimizer:
             log.warning("the gradient norm is %s: update %d is skipped", grad_norm, self.num_updates + 1)
             return Update(grad_norm, learning_rate, skipped=True)
         if self.settings.clip_grad:
-            clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.settings.clip_grad, grad_norm)
+            for megatron in self.megatron.chained_optimizers:  # two where experts are spread over ranks
+                clip_grad_by_total_norm_fp32(megatron.get_parameters(), self.settings.clip_grad, grad_norm)
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
         self.megatron.step_with_ready_grads()

@@ -29,8 +29,9 @@ class Topology:
     """This process's place.
 
     ``virtual_pipeline``: parts of the model that each pipeline stage holds. ``replica_group``: the ranks that hold the same
-    weights, data × context of them; gradients are summed and optimizer state is sharded over it. ``control_group`` spans all
-    ranks over gloo: for small Python objects, on the CPU everywhere.
+    weights, data × context of them; gradients are summed and optimizer state is sharded over it. The experts of a layer are
+    spread over ``expert_group``, a consecutive part of it; for them ``expert_replica_group`` takes its place. ``control_group``
+    spans all ranks over gloo: for small Python objects, on the CPU everywhere.
     """
 
     rank: int
@@ -46,10 +47,14 @@ class Topology:
     context_size: int
     data_rank: int
     data_size: int
+    expert_rank: int
+    expert_size: int
     tensor_group: ProcessGroup
     pipeline_group: ProcessGroup
     context_group: ProcessGroup
     replica_group: ProcessGroup
+    expert_group: ProcessGroup
+    expert_replica_group: ProcessGroup
     control_group: ProcessGroup
 
     @property
@@ -73,7 +78,7 @@ class Topology:
         return layer // layers_per_part % self.pipeline_size
 
 
-def _check_sizes(world_size: int, tensor: int, pipeline: int, context: int) -> None:
+def _check_sizes(world_size: int, tensor: int, pipeline: int, context: int, expert: int) -> None:
     sizes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.context": context}
     for field, size in sizes.items():
         if size < 1:
@@ -87,6 +92,11 @@ def _check_sizes(world_size: int, tensor: int, pipeline: int, context: int) -> N
             f"does not divide the {world_size} processes of this run",
             f"start a multiple of {tensor * pipeline * context} processes, or lower one of them",
         )
+    num_replicas = world_size // (tensor * pipeline)
+    if expert < 1 or num_replicas % expert:
+        raise UserError(
+            "parallel.expert", expert, f"does not divide the {num_replicas} data × context ranks", "set it to a divisor"
+        )
 
 
 def init_topology(
@@ -95,6 +105,7 @@ def init_topology(
     context: int = 1,
     *,
     virtual_pipeline: int = 1,
+    expert: int = 1,
     timeout_seconds: float = 600.0,
     control_timeout_seconds: float = 600.0,
     threads: int | None = None,
@@ -106,6 +117,7 @@ def init_topology(
         tensor: ranks that share each layer; pipeline: stages that share the layers; context: ranks that share each sequence.
             The rest is data parallel.
         virtual_pipeline: parts of the model on each stage; more than one for the interleaved schedule.
+        expert: ranks, of data × context, that share the experts of each layer.
         timeout_seconds: deadline of every collective; a rank that waits longer raises instead of hanging.
         control_timeout_seconds: the same for the control group, on which ranks wait for rank 0 to collect answers.
         threads: intra-op threads of torch on the CPU; ``None`` leaves torch's choice.
@@ -116,7 +128,7 @@ def init_topology(
     """
     here = place()
     rank, world_size, local_rank = here.rank, here.world_size, here.local_rank
-    _check_sizes(world_size, tensor, pipeline, context)
+    _check_sizes(world_size, tensor, pipeline, context, expert)
     if threads is not None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
@@ -135,8 +147,9 @@ def init_topology(
     control_timeout = datetime.timedelta(seconds=control_timeout_seconds)
     control_group = dist.new_group(backend="gloo", timeout=control_timeout)
     topology = take_place(
-        here, device, tensor, pipeline, context, virtual_pipeline, timeout_seconds=timeout_seconds, control_group=control_group
-    )
+        here, device, tensor, pipeline, context, virtual_pipeline,
+        expert=expert, timeout_seconds=timeout_seconds, control_group=control_group,
+    )  # fmt: skip
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return topology
 
@@ -149,6 +162,7 @@ def take_place(
     context: int,
     virtual_pipeline: int,
     *,
+    expert: int = 1,
     timeout_seconds: float,
     control_group: ProcessGroup,
 ) -> Topology:
@@ -160,6 +174,7 @@ def take_place(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=context,
+        expert_model_parallel_size=expert,
         distributed_timeout_minutes=timeout_seconds / 60,
         create_gloo_process_groups=False,
     )
@@ -167,6 +182,7 @@ def take_place(
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     context_group = parallel_state.get_context_parallel_group()
     data_group = parallel_state.get_data_parallel_group()
+    expert_group = parallel_state.get_expert_model_parallel_group()
     return Topology(
         rank=here.rank,
         world_size=here.world_size,
@@ -181,10 +197,14 @@ def take_place(
         context_size=context_group.size(),
         data_rank=data_group.rank(),
         data_size=data_group.size(),
+        expert_rank=expert_group.rank(),
+        expert_size=expert_group.size(),
         tensor_group=tensor_group,
         pipeline_group=pipeline_group,
         context_group=context_group,
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_group=expert_group,
+        expert_replica_group=parallel_state.get_expert_data_parallel_group(),
         control_group=control_group,
     )
 

@@ -14,7 +14,7 @@ import torch
 from nft_megatron.errors import UserError
 from nft_megatron.model.build import build_model, padded_vocab
 from nft_megatron.model.topology import init_topology
-from nft_megatron.weights.shape import SHAPE_EXAMPLE
+from nft_megatron.weights.shape import SHAPE_EXAMPLE, Experts
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,14 @@ def test_processes_that_do_not_divide(monkeypatch: pytest.MonkeyPatch, sizes: tu
     assert caught.value.field == field
 
 
+def test_experts_are_spread_over_data_and_context_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="the 2 data × context ranks") as caught:
+        init_topology(2, expert=4)
+    assert caught.value.field == "parallel.expert"
+
+
 @pytest.mark.parametrize(
     ("sizes", "field", "problem"),
     [
@@ -47,9 +55,25 @@ def test_processes_that_do_not_divide(monkeypatch: pytest.MonkeyPatch, sizes: tu
 )
 def test_models_that_cannot_be_cut_that_way(sizes: tuple[int, int, int], field: str, problem: str):
     tensor, pipeline, virtual_pipeline = sizes
-    place = SimpleNamespace(tensor_size=tensor, pipeline_size=pipeline, virtual_pipeline=virtual_pipeline)
+    place = SimpleNamespace(tensor_size=tensor, pipeline_size=pipeline, virtual_pipeline=virtual_pipeline, expert_size=1)
     with pytest.raises(UserError, match=problem) as caught:
         build_model(SHAPE_EXAMPLE, place)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("experts", "tensor", "expert", "field", "problem"),
+    [
+        (Experts(8, 2, 64, True), 1, 3, "parallel.expert", "the 8 experts"),
+        (None, 1, 2, "parallel.expert", "the 1 experts"),
+        (Experts(8, 2, 63, True), 2, 1, "parallel.tensor", "63 MLP units"),
+        (Experts(8, 2, 64, True), 2, 1, "parallel.sequence_parallel", "only with it"),
+    ],
+)
+def test_experts_that_cannot_be_cut_that_way(experts: Experts | None, tensor: int, expert: int, field: str, problem: str):
+    place = SimpleNamespace(tensor_size=tensor, pipeline_size=1, virtual_pipeline=1, expert_size=expert)
+    with pytest.raises(UserError, match=problem) as caught:
+        build_model(replace(SHAPE_EXAMPLE, experts=experts), place, sequence_parallel=False)
     assert caught.value.field == field
 
 
