@@ -12,12 +12,12 @@ import torch
 
 from nft_megatron.ask import Asker
 from nft_megatron.config import Config
-from nft_megatron.data.prompts import make_prompts
-from nft_megatron.data.questions import load_questions
+from nft_megatron.data.prompts import PromptSet, make_prompts
+from nft_megatron.data.questions import HELD_OUT_SPLIT, TRAIN_SPLIT, load_questions
 from nft_megatron.errors import UserError
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
-from nft_megatron.records import Prompt, Sampling
+from nft_megatron.records import Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.tokenizer import stop_token_ids
 from nft_megatron.verify.service import Verifier
@@ -30,14 +30,20 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def read_prompts(config: Config, tokenizer: Any, field: str) -> list[Prompt]:
+def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
     """The prompts of the data sets that ``field`` (``data.train`` or ``evaluate.data``) lists; empty when it lists none."""
-    paths = config.data.train if field == "data.train" else config.evaluate.data
+    is_train = field == "data.train"
+    paths = config.data.train if is_train else config.evaluate.data
     if not paths:
-        return []
-    prompts, num_dropped = make_prompts(load_questions(paths, field), tokenizer, config.data, field)
-    if num_dropped:
-        log.warning("%s: %d questions longer than %d tokens are left out", field, num_dropped, config.data.max_prompt_tokens)
+        return PromptSet()
+    questions = load_questions(paths, field, TRAIN_SPLIT if is_train else HELD_OUT_SPLIT)
+    prompts = make_prompts(questions, tokenizer, config.data, field)
+    if prompts.num_conflicting or prompts.num_overlong:
+        log.warning(
+            "%s: of %d questions %d are left out because the same question has another gold too, %d because they are longer "
+            "than %d tokens",
+            field, prompts.num_questions, prompts.num_conflicting, prompts.num_overlong, config.data.max_prompt_tokens,
+        )  # fmt: skip
     return prompts
 
 

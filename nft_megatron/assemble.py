@@ -161,8 +161,15 @@ def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: cont
     with atomic_file(folder.config) as temporary:
         temporary.write_text(dump_config(config))
     return Host(
-        collector=Collector(folder, PromptOrder(questions, config.seed), asker, sampling, config.rollout),
-        evaluate=(lambda: evaluate(asker, held_out, config.evaluate, sampling)) if held_out else None,
+        collector=Collector(
+            folder,
+            PromptOrder(questions.prompts, config.seed),
+            asker,
+            sampling,
+            config.rollout,
+            left_out=questions.left_out,
+        ),
+        evaluate=(lambda: evaluate(asker, held_out.prompts, config.evaluate, sampling)) if held_out.prompts else None,
         metrics=metrics,
     )
 

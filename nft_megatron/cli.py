@@ -121,6 +121,19 @@ def _parser() -> argparse.ArgumentParser:
         "Look at the packages, the GPUs and the fast paths of this environment. Ends with 2 where something needed is missing.",
     )  # fmt: skip
 
+    overlap = _add(
+        commands, "overlap", _overlap, "find evaluation questions that are in the training data",
+        "List the evaluation questions of which one training question holds at least half of the word 13-grams. Words are runs "
+        "of a to z and of digits, in lower case, so that two typesettings of one problem agree; DAPO's instructions around a "
+        "question are taken off first. Files: Parquet, JSONL or data set folders. `nft-megatron eval --overlap FILE` then shows "
+        "every accuracy with and without the questions found.",
+    )  # fmt: skip
+    overlap.add_argument("train", metavar="TRAIN", type=Path, nargs="+", help="training questions")
+    overlap.add_argument("--against", metavar="EVAL", type=Path, nargs="+", required=True, help="evaluation questions")
+    overlap.add_argument("--n", type=int, default=13, help="words in an n-gram (default: %(default)s)")
+    overlap.add_argument("--threshold", type=float, default=0.5, help="smallest share that counts (default: %(default)s)")
+    overlap.add_argument("--out", type=Path, help="write the questions found, with their shares and sources, as JSONL")
+
     report = _add(
         commands, "report", _report, "write the page of a run",
         "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
@@ -208,6 +221,12 @@ def _doctor(options: argparse.Namespace) -> None:
     faults = [finding for finding in found if finding.is_fault]
     if faults:
         raise UserError("environment", faults[0].name, faults[0].state, faults[0].remedy)
+
+
+def _overlap(options: argparse.Namespace) -> None:
+    from nft_megatron.data.overlap_command import report_overlap
+
+    report_overlap(options.train, options.against, n=options.n, threshold=options.threshold, out=options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

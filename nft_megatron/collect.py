@@ -12,8 +12,8 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -71,13 +71,17 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """Fills ledgers. Waits for engine and verifier, each within a deadline; lives on rank 0."""
+    """Fills ledgers. Waits for engine and verifier, each within a deadline; lives on rank 0.
+
+    ``left_out`` are metrics of the data set, how many of its questions are never asked; every ledger repeats them.
+    """
 
     folder: RunFolder
     order: PromptOrder
     asker: Asker
     sampling: Sampling
     settings: RolloutSection
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def questions(self) -> str:
@@ -177,6 +181,7 @@ class Collector:
     def _metrics(self, step: int, sampled: Sequence[Group], trained: Sequence[Group], surplus: int, rounds: int) -> MetricsRow:
         """Of the questions asked in this step, before the prompt filter; ``groups_trained`` and ``staleness_max`` after it."""
         metrics: MetricsRow = {
+            **self.left_out,
             "groups_sampled": len(sampled),
             "groups_mixed": sum(group.is_mixed for group in sampled),
             "groups_trained": len(trained),

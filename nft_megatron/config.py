@@ -48,14 +48,18 @@ class DataSection(Section):
 
     train: Annotated[PathList, Field(min_length=1)]
     """One or several of: Parquet in the schema of DAPO-Math-17k, JSONL, a local Hugging Face data set folder."""
-    template: Literal["chat", "plain"] = "chat"
-    """``chat``: the tokenizer's chat template. ``plain``: ``plain_format`` alone, for base models without one."""
+    template: Literal["chat", "qwen2.5-math", "plain"] = "chat"
+    """``chat``: the tokenizer's chat template. ``qwen2.5-math``: the same under Qwen2.5-Math's system message, which asks for
+    steps and a \\boxed{} answer. ``plain``: ``plain_format`` alone, for base models without a chat template."""
     plain_format: str = "{question}\n"
     """The prompt under template ``plain``; ``{question}`` is replaced."""
     system_prompt: str | None = None
-    """System message under template ``chat``."""
-    instruction: Literal["boxed", "keep", "none"] = "boxed"
-    """Of questions in DAPO's wording ("Answer: $Answer"): ask for \\boxed{} as NFT does, keep the wording, or strip it."""
+    """System message in place of the template's own."""
+    instruction: Literal["boxed", "answer", "keep", "none"] = "boxed"
+    """Of questions in DAPO's wording: ask for \\boxed{} as NFT does, for a line ``Answer: $Answer`` as published, keep either
+    as it is, or strip it."""
+    conflicting: Literal["drop", "keep"] = "drop"
+    """Questions that the data set holds twice with different golds: leave all of them out and count them, or keep them."""
     max_prompt_tokens: PositiveInt = 512
     """Longest prompt, template included."""
     overlong: Literal["error", "drop"] = "error"
@@ -220,7 +224,7 @@ class EvaluateSection(Section):
     """Held-out questions, answered with the current weights while training."""
 
     data: PathList = ()
-    """Same formats as data.train. Empty: no evaluation."""
+    """Same formats as data.train; of a data set folder its test split. Empty: no evaluation."""
     every: PositiveInt = 10
     """Rollout steps between evaluations; also before the first step and after the last."""
     samples: PositiveInt = 1

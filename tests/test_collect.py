@@ -45,7 +45,7 @@ def collector(run_config, model_folder):
         with HFReader(model_folder) as reader:
             shapes = weight_table(read_shape(model_folder)).shapes
             asker.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
-        order = PromptOrder(read_prompts(config, tokenizer, "data.train"), seed=0)
+        order = PromptOrder(read_prompts(config, tokenizer, "data.train").prompts, seed=0)
 
         def build(folder, fails_in=None, **settings) -> Collector:
             return Collector(

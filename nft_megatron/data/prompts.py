@@ -3,68 +3,55 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nft_megatron.config import DataSection
+from nft_megatron.data.conflicts import find_conflicts
+from nft_megatron.data.templates import TEMPLATES
+from nft_megatron.data.wording import reword
 from nft_megatron.errors import UserError
 from nft_megatron.records import Prompt, Question
 
-BOXED_INSTRUCTION = (
-    "Solve the following math problem step by step. The last line of your response should be of the form "
-    "Answer: \\boxed{$Answer} where $Answer is the answer to the problem.\n\n{question}\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
-)
-# The wording of DAPO-Math-17k as published ("Answer: $Answer (without quotes)") and in the variants that ask for a box.
-_DAPO_WORDING = re.compile(
-    r"\s*Solve the following math problem step by step\. The last line of your response should be of the form Answer: "
-    r"[^\n]*? is the answer to the problem\.\s+(?P<question>.*?)\s+"
-    r'Remember to put your answer on its own line after "Answer:"\.\s*',
-    re.DOTALL,
-)
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts that are asked, and how many questions of their data set are not."""
+
+    prompts: tuple[Prompt, ...] = ()
+    num_conflicting: int = 0
+    num_overlong: int = 0
+
+    @property
+    def num_questions(self) -> int:
+        """Of the whole data set."""
+        return len(self.prompts) + self.num_conflicting + self.num_overlong
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Both counts under their names in the metrics."""
+        return {"questions_conflicting": self.num_conflicting, "questions_overlong": self.num_overlong}
 
 
-def reword(question: Question, instruction: Literal["keep", "boxed", "none"]) -> Question:
-    r"""The question with its DAPO wording kept, asking for a ``\boxed{}`` answer instead (as NFT does), or stripped.
-
-    A question in any other wording is returned as it is.
-
-    >>> text = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    ...         "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is 2+2?\n\n"
-    ...         'Remember to put your answer on its own line after "Answer:".')
-    >>> reword(Question("q", ({"role": "user", "content": text},), gold="4"), "none").text
-    'What is 2+2?'
-    """
-    if instruction == "keep":
-        return question
-
-    def reworded(message: dict[str, str]) -> dict[str, str]:
-        match = _DAPO_WORDING.fullmatch(message["content"])
-        if match is None:
-            return message
-        wording = BOXED_INSTRUCTION if instruction == "boxed" else "{question}"
-        return {**message, "content": wording.replace("{question}", match["question"])}
-
-    return replace(question, messages=tuple(reworded(message) for message in question.messages))
-
-
-def make_prompts(
-    questions: Sequence[Question], tokenizer: Any, settings: DataSection, field: str = "data.train"
-) -> tuple[list[Prompt], int]:
-    """The prompts of ``questions`` in the same order, and how many were dropped for being too long.
+def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataSection, field: str = "data.train") -> PromptSet:
+    """The prompts of ``questions`` in the same order, without conflicting and overlong ones where ``settings`` drop those.
 
     ``tokenizer`` is a Hugging Face tokenizer. Raises :class:`UserError` for a question longer than
     ``settings.max_prompt_tokens`` under ``overlong: error``, when none is left, and for a chat template that is missing.
     """
-    texts = [reword(question, settings.instruction) for question in questions]
-    prompts = [
-        Prompt(question.question_id, question.text, question.gold, np.array(token_ids, dtype=np.int32))
-        for question, token_ids in zip(texts, _tokenize(texts, tokenizer, settings), strict=True)
-    ]
+    conflicts = find_conflicts(questions) if settings.conflicting == "drop" else []
+    conflicting = {question.question_id for group in conflicts for question in group}
+    clear = [question for question in questions if question.question_id not in conflicting]
+    if questions and not clear:
+        first = conflicts[0]
+        raise UserError(
+            field, f"{len(questions)} questions", f"all conflict, like {first[0].question_id!r} and {first[1].question_id!r}",
+            "correct their golds, or set data.conflicting=keep",
+        )  # fmt: skip
+    prompts = tokenize(clear, tokenizer, settings)
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= settings.max_prompt_tokens]
     dropped = len(prompts) - len(kept)
     if dropped and (settings.overlong == "error" or not kept):
@@ -75,17 +62,31 @@ def make_prompts(
             f"{len(longest.tokens)} tokens",
             f"raise it to {len(longest.tokens)}" + (", or set data.overlong=drop" if kept else ""),
         )  # fmt: skip
-    return kept, dropped
+    return PromptSet(tuple(kept), len(questions) - len(clear), dropped)
 
 
-def _tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataSection) -> list[list[int]]:
-    if settings.template == "plain":
+def tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataSection) -> list[Prompt]:
+    """The prompts of all ``questions`` under the instruction and the template of ``settings``, however long.
+
+    Raises :class:`UserError` where the template needs a chat template and the tokenizer has none.
+    """
+    asked = [reword(question, settings.instruction) for question in questions]
+    return [
+        Prompt(question.question_id, question.text, question.gold, np.array(token_ids, dtype=np.int32))
+        for question, token_ids in zip(asked, _token_ids(asked, tokenizer, settings), strict=True)
+    ]
+
+
+def _token_ids(questions: Sequence[Question], tokenizer: Any, settings: DataSection) -> list[list[int]]:
+    template = TEMPLATES[settings.template]
+    if not template.uses_chat:
         # Not str.format: a question or a format with LaTeX is full of braces.
         texts = [settings.plain_format.replace("{question}", question.text) for question in questions]
         return tokenizer(texts)["input_ids"] if texts else []
     if not tokenizer.chat_template:
-        raise UserError("data.template", "chat", "the tokenizer has no chat template", "set data.template=plain")
-    conversations = [_with_system(question.messages, settings.system_prompt) for question in questions]
+        raise UserError("data.template", settings.template, "the tokenizer has no chat template", "set data.template=plain")
+    system_prompt = template.system_prompt if settings.system_prompt is None else settings.system_prompt
+    conversations = [_with_system(question.messages, system_prompt) for question in questions]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in conversations]
     # The template writes the special tokens itself.
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

@@ -19,19 +19,25 @@ from nft_megatron.errors import UserError
 from nft_megatron.records import Question
 
 QUESTION_KEYS = ("prompt", "question", "problem")
-GOLD_KEYS = ("answer", "gold", "ground_truth")
+GOLD_KEYS = ("answer", "gold", "ground_truth", "final_answer")
 ID_KEYS = ("question_id", "id")
 _COLUMNS = (*QUESTION_KEYS, *GOLD_KEYS, *ID_KEYS, "reward_model", "extra_info", "data_source", "source")
+TRAIN_SPLIT = ("train",)
+HELD_OUT_SPLIT = ("test", "validation", "train")
 
 Row = dict[str, Any]
 
 
-def load_questions(paths: Sequence[Path | str], field: str = "data.train") -> list[Question]:
+def load_questions(
+    paths: Sequence[Path | str], field: str = "data.train", splits: Sequence[str] = TRAIN_SPLIT
+) -> list[Question]:
     """All questions of ``paths``, in file order, each id once.
 
+    Of a data set folder with several splits the first of ``splits`` that it has is read.
+
     A row that repeats an earlier one (same id, question and gold: the public DAPO-Math-17k holds each a hundred times) is left
-    out. A row without an id is named after its place, ``data/train.parquet/17``; where several paths are listed, their position
-    in the list stands before it, so that equal names in two data sets stay apart.
+    out. A row without an id is named after its place, ``folder/train.parquet/17``; where several paths are listed, their
+    position in the list stands before it, so that equal names in two data sets stay apart.
 
     Raises :class:`UserError` naming ``field``: no such file, unreadable, empty, a row without question or gold, one id for two
     different questions.
@@ -40,8 +46,8 @@ def load_questions(paths: Sequence[Path | str], field: str = "data.train") -> li
     for position, path in enumerate(map(Path, paths)):
         if not path.exists():
             raise UserError(field, path, "no such file or folder", "check the path")
-        for file in _files_of(path, field):
-            name = file.name if file == path else file.relative_to(path).as_posix()
+        for file in _files_of(path, field, splits):
+            name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
             place = f"{position}/{name}" if len(paths) > 1 else name
             for number, row in enumerate(_rows_of(file, field)):
                 question = question_of_row(row, f"{place}/{number}", f"{file}, row {number}", field)
@@ -65,6 +71,7 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
     >>> question_of_row({"id": "a", "problem": "1+1?", "answer": 2}, "f/0", "f, row 0", "data.train").question_id
     'a'
     """
+    row = {key.lower(): value for key, value in row.items()}
     asked = _first(row, QUESTION_KEYS)
     if not asked:
         raise _missing(row, "question", QUESTION_KEYS, where, field)
@@ -72,8 +79,8 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
     if not _are_messages(messages):
         raise UserError(field, where, "the question is neither a text nor a list of {role, content}", "make it one of them")
     gold = _first(_section(row, "reward_model"), ("ground_truth",))
-    gold = _first(row, GOLD_KEYS) if gold is None else gold
-    if not isinstance(gold, (str, int, float)) or not str(gold).strip():
+    gold = _as_text(_first(row, GOLD_KEYS) if gold is None else gold)
+    if not gold.strip():
         raise _missing(row, "gold answer", (*GOLD_KEYS, "reward_model.ground_truth"), where, field)
     source = str(_first(row, ("data_source", "source")) or "")
     index = _first(_section(row, "extra_info"), ("index",))
@@ -81,12 +88,21 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
     # A number only counts rows within a file; a text is taken to be unique.
     question_id = given_id if isinstance(given_id, str) and given_id else default_id
     return Question(
-        question_id, tuple({key: message[key] for key in ("role", "content")} for message in messages), str(gold), source
+        question_id, tuple({key: message[key] for key in ("role", "content")} for message in messages), gold, source
     )
 
 
 def _first(row: Row, keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _as_text(gold: Any) -> str:
+    """A gold answer as a text, empty where there is none: 27.0 is 27, several answers are one list as a text."""
+    if isinstance(gold, float) and gold.is_integer():
+        gold = int(gold)
+    if isinstance(gold, list):
+        return ", ".join(map(_as_text, gold))
+    return str(gold) if isinstance(gold, (str, int, float)) else ""
 
 
 def _section(row: Row, key: str) -> Row:
@@ -106,29 +122,33 @@ def _missing(row: Row, what: str, looked_for: Sequence[str], where: str, field: 
     return UserError(field, where, f"has no {what}: it has {present}", f"give it as one of {', '.join(looked_for)}")
 
 
-def _files_of(path: Path, field: str) -> list[Path]:
-    """``path`` itself, or the files of a data set folder that belong to its ``train`` split."""
+def _files_of(path: Path, field: str, splits: Sequence[str]) -> list[Path]:
+    """``path`` itself, or the files of a data set folder that belong to the first of ``splits`` that it has."""
     if path.is_file():
         return [path]
     if (path / "dataset_dict.json").exists():
-        splits = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
-        return _files_of(_train_split(splits, path, field)[0], field)
+        folders = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
+        return _files_of(_of_split(folders, path, field, splits)[0], field, splits)
     if (path / "state.json").exists():
         state = json.loads((path / "state.json").read_text())
         return [path / entry["filename"] for entry in state["_data_files"]]
     files = sorted(file for suffix in _READERS for file in path.rglob(f"*{suffix}"))
     if not files:
         raise UserError(field, path, f"holds no {', '.join(_READERS)} file", "name a file or a data set folder")
-    return _train_split(files, path, field)
+    return _of_split(files, path, field, splits)
 
 
-def _train_split(candidates: list[Path], path: Path, field: str) -> list[Path]:
-    """Those named after the train split, else the only one. Taking all would train on a test split."""
-    train = [candidate for candidate in candidates if re.search("(?<![a-z])train(?![a-z])", str(candidate.relative_to(path)))]
-    if not train and len(candidates) != 1:
+def _of_split(candidates: list[Path], path: Path, field: str, splits: Sequence[str]) -> list[Path]:
+    """Those named after the first split that any is named after, else the only one. Taking all would train on a test split."""
+    for split in splits:
+        named = re.compile(f"(?<![a-z]){split}(?![a-z])")
+        if found := [candidate for candidate in candidates if named.search(str(candidate.relative_to(path)))]:
+            return found
+    if len(candidates) != 1:
         names = ", ".join(candidate.name for candidate in candidates[:5])
-        raise UserError(field, path, f"has several parts and none named train: {names}", "name the files themselves")
-    return train or candidates
+        problem = f"has several parts and none named {' or '.join(splits)}: {names}"
+        raise UserError(field, path, problem, "name the files themselves")
+    return candidates
 
 
 def _rows_of(file: Path, field: str) -> Iterator[Row]:
@@ -147,7 +167,7 @@ def _rows_of(file: Path, field: str) -> Iterator[Row]:
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
     with pq.ParquetFile(file) as parquet:
-        columns = [name for name in parquet.schema_arrow.names if name in _COLUMNS]
+        columns = [name for name in parquet.schema_arrow.names if name.lower() in _COLUMNS]
         for batch in parquet.iter_batches(batch_size=4096, columns=columns or None):
             yield from batch.to_pylist()
 
@@ -155,7 +175,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 def _arrow_rows(file: Path) -> Iterator[Row]:
     with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
         for batch in stream:
-            yield from batch.select([name for name in batch.schema.names if name in _COLUMNS] or batch.schema.names).to_pylist()
+            yield from batch.select(
+                [name for name in batch.schema.names if name.lower() in _COLUMNS] or batch.schema.names
+            ).to_pylist()
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:

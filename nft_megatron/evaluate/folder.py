@@ -29,7 +29,7 @@ def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> Non
         )
     table = weight_table(read_shape(model_folder, "MODEL"))
     tokenizer = load_tokenizer(model_folder, "MODEL")
-    prompts = read_prompts(config, tokenizer, "evaluate.data")
+    prompts = read_prompts(config, tokenizer, "evaluate.data").prompts
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(HFReader(model_folder, "MODEL"))
         reader.check(table)

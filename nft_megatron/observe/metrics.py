@@ -81,6 +81,8 @@ METRICS: dict[str, Metric] = {
             "count",
             "mixed questions beyond the quota; kept for a later step only when rollout.max_staleness allows",
         ),
+        Metric("questions_conflicting", "count", "questions of the data set left out: the same one has another gold too"),
+        Metric("questions_overlong", "count", "questions of the data set left out: longer than data.max_prompt_tokens"),
         Metric("correct_rate_histogram", "counts", "questions by r̂ in K+1 bins from 0 to 1, over all questions answered"),
         Metric("truncated_rate", "share", "answers cut at the length limit"),
         Metric("answer_length_mean", "tokens", "mean length of an answer"),

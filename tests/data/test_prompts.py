@@ -13,7 +13,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.config import DataSection
-from nft_megatron.data.prompts import PromptOrder, make_prompts, reword
+from nft_megatron.data.prompts import PromptOrder, PromptSet, make_prompts
+from nft_megatron.data.wording import instruct, reword
 from nft_megatron.errors import UserError
 from nft_megatron.records import Prompt, Question
 
@@ -60,27 +61,56 @@ def test_reword() -> None:
     assert reword(asked, "none").text == "What is $1+1$?\nIs it {2}?"
     assert reword(asked, "boxed").text == BOXED_TEXT
     assert reword(question(BOXED_TEXT), "none").text == "What is $1+1$?\nIs it {2}?"
+    assert reword(question(BOXED_TEXT), "answer").text == DAPO_TEXT
     assert reword(question("What is $1+1$?"), "boxed").text == "What is $1+1$?"
+
+
+def test_instruct_words_what_has_no_wording_too() -> None:
+    for text in (DAPO_TEXT, BOXED_TEXT, "What is $1+1$?\nIs it {2}?"):
+        assert instruct(question(text, system="Be brief."), "boxed").text == BOXED_TEXT
+        assert instruct(question(text), "answer").text == DAPO_TEXT
+    assert instruct(question("1?", system="Be brief."), "boxed").messages[0] == {"role": "system", "content": "Be brief."}
 
 
 def test_plain_template(tokenizer: PreTrainedTokenizerFast) -> None:
     chosen = settings(template="plain", plain_format="Q {x}: {question}\nA:")
-    (prompt,), dropped = make_prompts([question("1+1?")], tokenizer, chosen)
+    (prompt,) = make_prompts([question("1+1?")], tokenizer, chosen).prompts
     assert text_of(prompt) == "Q {x}: 1+1?\nA:"
-    assert (prompt.question_id, prompt.question, prompt.gold, dropped) == ("q", "1+1?", "2", 0)
+    assert (prompt.question_id, prompt.question, prompt.gold) == ("q", "1+1?", "2")
 
 
 def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     asked = [question("1+1?"), question("2+2?", system="Be brief.")]
-    plain, _ = make_prompts(asked, tokenizer, settings())
+    plain = make_prompts(asked, tokenizer, settings()).prompts
     assert [text_of(p) for p in plain] == ["<user>1+1?<assistant>", "<system>Be brief.<user>2+2?<assistant>"]
-    told, _ = make_prompts(asked, tokenizer, settings(system_prompt="Box it."))
+    told = make_prompts(asked, tokenizer, settings(system_prompt="Box it.")).prompts
     assert [text_of(p) for p in told] == ["<system>Box it.<user>1+1?<assistant>", "<system>Box it.<user>2+2?<assistant>"]
     assert told[0].tokens.tolist() == tokenizer.apply_chat_template(
         [{"role": "system", "content": "Box it."}, {"role": "user", "content": "1+1?"}],
         add_generation_prompt=True,
         return_dict=False,
     )
+
+
+def test_the_family_template_has_a_system_message_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    (asked,) = make_prompts([question("1+1?")], tokenizer, settings(template="qwen2.5-math")).prompts
+    system = "Please reason step by step, and put your final answer within \\boxed{}."
+    assert text_of(asked) == f"<system>{system}<user>1+1?<assistant>"
+    (told,) = make_prompts([question("1+1?")], tokenizer, settings(template="qwen2.5-math", system_prompt="Box it.")).prompts
+    assert text_of(told) == "<system>Box it.<user>1+1?<assistant>"
+
+
+def test_conflicting_questions_are_left_out_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    one, other = question("1+1?", "one"), Question("other", question("1 + 1").messages, gold="3")
+    rest = question("2+2?", "rest")
+    left = make_prompts([one, rest, other], tokenizer, settings())
+    assert [prompt.question_id for prompt in left.prompts] == ["rest"]
+    assert left.left_out == {"questions_conflicting": 2, "questions_overlong": 0}
+    kept = make_prompts([one, rest, other], tokenizer, settings(conflicting="keep"))
+    assert [prompt.question_id for prompt in kept.prompts] == ["one", "rest", "other"]
+    with pytest.raises(UserError, match=r"data\.train = 2 questions: all conflict, like 'one' and 'other'"):
+        make_prompts([one, other], tokenizer, settings())
+    assert make_prompts([], tokenizer, settings()) == PromptSet()
 
 
 def test_chat_template_missing() -> None:
@@ -94,9 +124,9 @@ def test_overlong(tokenizer: PreTrainedTokenizerFast) -> None:
     chosen = {"template": "plain", "plain_format": "{question}", "max_prompt_tokens": 10}
     with pytest.raises(UserError, match=r"max_prompt_tokens = 10: 2 of 3 .* 'longest', has 12 tokens; raise it to 12, or set"):
         make_prompts(asked, tokenizer, settings(**chosen))
-    kept, dropped = make_prompts(asked, tokenizer, settings(**chosen, overlong="drop"))
-    assert [prompt.question_id for prompt in kept] == ["short"]
-    assert dropped == 2
+    kept = make_prompts(asked, tokenizer, settings(**chosen, overlong="drop"))
+    assert [prompt.question_id for prompt in kept.prompts] == ["short"]
+    assert (kept.num_overlong, kept.num_conflicting, kept.num_questions) == (2, 0, 3)
     with pytest.raises(UserError, match="2 of 2 questions"):
         make_prompts(asked[1:], tokenizer, settings(**chosen, overlong="drop"))
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nft_megatron.data.questions import load_questions
+from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
 from nft_megatron.errors import UserError
 from nft_megatron.records import Question
 
@@ -105,8 +105,11 @@ def test_equal_file_names_in_two_data_sets_are_told_apart(tmp_path: Path) -> Non
         (tmp_path / name / "data").mkdir(parents=True)
         write_jsonl(tmp_path / name / "data" / "train-00000.jsonl", {"question": asked, "answer": "4"})
     both = load_questions([tmp_path / "A", tmp_path / "B"])
-    assert both == [question("0/data/train-00000.jsonl/0", "1+1?", "4"), question("1/data/train-00000.jsonl/0", "2+2?", "4")]
-    assert load_questions([tmp_path / "B"]) == [question("data/train-00000.jsonl/0", "2+2?", "4")]
+    assert both == [
+        question("0/A/data/train-00000.jsonl/0", "1+1?", "4"),
+        question("1/B/data/train-00000.jsonl/0", "2+2?", "4"),
+    ]
+    assert load_questions([tmp_path / "B"]) == [question("B/data/train-00000.jsonl/0", "2+2?", "4")]
 
 
 @pytest.mark.parametrize("odd", ["a text", 7, ["index"]])
@@ -142,6 +145,25 @@ def test_a_test_split_is_never_taken_for_training(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "constraints.jsonl", {"question": "2?", "answer": "2"})
     with pytest.raises(UserError, match=r"none named train: constraints\.jsonl, test\.jsonl"):
         load_questions([tmp_path])
+
+
+def test_held_out_questions_come_from_the_test_split(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", {"id": split, "question": "1?", "answer": "1"})
+    assert [q.question_id for q in load_questions([tmp_path], splits=HELD_OUT_SPLIT)] == ["test"]
+    (tmp_path / "test.jsonl").unlink()
+    assert [q.question_id for q in load_questions([tmp_path], splits=HELD_OUT_SPLIT)] == ["validation"]
+    assert [q.question_id for q in load_questions([tmp_path])] == ["train"]
+
+
+def test_columns_of_the_benchmarks_on_the_hub(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"ID": ["x"], "Problem": ["1?"], "Answer": [27.0], "Solution": ["…"]}), path)
+    assert load_questions([path]) == [question("x", "1?", "27")]
+    several = write_jsonl(tmp_path / "b.jsonl", {"id": "y", "question": "2?", "final_answer": ["$1$", "$2$"]})
+    assert load_questions([several]) == [question("y", "2?", "$1$, $2$")]
+    fraction = write_jsonl(tmp_path / "c.jsonl", {"id": "z", "question": "3?", "answer": 0.5})
+    assert load_questions([fraction]) == [question("z", "3?", "0.5")]
 
 
 def broken(path: Path) -> Path:

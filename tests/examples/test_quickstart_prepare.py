@@ -151,8 +151,8 @@ def test_model_is_a_qwen2_that_loads(start: Path) -> None:
 def test_the_config_fits_the_questions(start: Path) -> None:
     config = load_config(QUICKSTART / "config.yaml", [f"data.train={start}/train.parquet"])
     tokenizer = AutoTokenizer.from_pretrained(start / "model")
-    prompts, dropped = make_prompts(load_questions(config.data.train), tokenizer, config.data)
-    assert (len(prompts), dropped) == (3000, 0)
+    asked = make_prompts(load_questions(config.data.train), tokenizer, config.data)
+    assert (len(asked.prompts), asked.left_out) == (3000, {"questions_conflicting": 0, "questions_overlong": 0})
     longest = "\n".join(["8*9=72", "72+9=81", "81+9=90", "90+9=99", "\\boxed{99}<|end|>"])  # five numbers, two digits
     assert len(tokenizer(longest)["input_ids"]) <= config.rollout.max_answer_tokens
     train, held_out = (

@@ -1,0 +1,89 @@
+r"""What stands around a question of DAPO-Math-17k, and its variants.
+
+| variant | the last line that is asked for | where it is from |
+|---|---|---|
+| ``answer`` | ``Answer: $Answer (without quotes)`` | DAPO-Math-17k as published |
+| ``boxed`` | ``Answer: \boxed{$Answer}`` | NFT's training data; what the ``strict`` verifier reads |
+
+Everything here works on texts alone, so that training, evaluating and comparing data sets mean the same by "the question".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Literal
+
+from nft_megatron.records import Question
+
+Wording = Literal["answer", "boxed"]
+
+_OPENING = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: {form} "
+    "is the answer to the problem."
+)
+_FORMS: dict[Wording, str] = {"answer": "$Answer (without quotes) where $Answer", "boxed": "\\boxed{$Answer} where $Answer"}
+_CLOSING = 'Remember to put your answer on its own line after "Answer:".'
+
+_WORDED = re.compile(
+    rf"\s*{re.escape(_OPENING)}\s+(?P<question>.*?)\s+{re.escape(_CLOSING)}\s*".replace(re.escape("{form}"), r"[^\n]*?"),
+    re.DOTALL,
+)
+
+
+def bare(text: str) -> str:
+    r"""The question alone, whichever variant stands around it; any other text as it is.
+
+    >>> bare(worded("What is 2+2?", "answer")), bare("What is 2+2?")
+    ('What is 2+2?', 'What is 2+2?')
+    """
+    match = _WORDED.fullmatch(text)
+    return match["question"] if match else text
+
+
+def worded(text: str, wording: Wording) -> str:
+    r"""The question in ``wording``, in place of the variant that it may stand in.
+
+    >>> print(worded("What is 2+2?", "boxed").split(". ")[1])
+    The last line of your response should be of the form Answer: \boxed{$Answer} where $Answer is the answer to the problem.
+    <BLANKLINE>
+    What is 2+2?
+    <BLANKLINE>
+    Remember to put your answer on its own line after "Answer:".
+    """
+    return f"{_OPENING.replace('{form}', _FORMS[wording])}\n\n{bare(text)}\n\n{_CLOSING}"
+
+
+def reword(question: Question, instruction: Literal["keep", "boxed", "answer", "none"]) -> Question:
+    """A question in either variant put into another one, or stripped (``none``). Any other question is returned as it is.
+
+    >>> asked = Question("q", ({"role": "user", "content": worded("What is 2+2?", "answer")},), gold="4")
+    >>> reword(asked, "none").text, reword(asked, "boxed").text == worded("What is 2+2?", "boxed")
+    ('What is 2+2?', True)
+    """
+    if instruction == "keep":
+        return question
+
+    def change(text: str) -> str:
+        if not _WORDED.fullmatch(text):
+            return text
+        return bare(text) if instruction == "none" else worded(text, instruction)
+
+    return replace(
+        question, messages=tuple({**message, "content": change(message["content"])} for message in question.messages)
+    )
+
+
+def instruct(question: Question, wording: Wording) -> Question:
+    """The question with its user message in ``wording``, also where it stood in none.
+
+    >>> instruct(Question("q", ({"role": "user", "content": "2+2?"},), gold="4"), "boxed").text == worded("2+2?", "boxed")
+    True
+    """
+    return replace(
+        question,
+        messages=tuple(
+            {**message, "content": worded(message["content"], wording)} if message["role"] == "user" else message
+            for message in question.messages
+        ),
+    )

@@ -1,0 +1,69 @@
+"""What counts as the same question, and what as the same answer."""
+
+from collections.abc import Sequence
+
+import pytest
+from bench_data import bench_file, bench_rows
+
+from nft_megatron.data.conflicts import find_conflicts
+from nft_megatron.data.questions import load_questions
+from nft_megatron.data.wording import worded
+from nft_megatron.records import Question
+
+
+def questions(*pairs: tuple[str, str]) -> list[Question]:
+    return [Question(f"q{i}", ({"role": "user", "content": text},), gold) for i, (text, gold) in enumerate(pairs)]
+
+
+def ids(groups: Sequence[Sequence[Question]]) -> list[list[str]]:
+    return [[question.question_id for question in group] for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 1+1?", "What is 1+1?"),
+        ("What is $1+1$?", "What  is\n\\(1 + 1\\)"),
+        ("Initially, the room is empty. Find $n$.", "Initially the room is empty; find\\ $n$".replace("find", "Find")),
+        ("What is 1+1?", worded("What is 1+1?", "answer")),
+        (worded("What is 1+1?", "boxed"), worded("What is 1+1?", "answer")),
+    ],
+)
+def test_same_questions(one: str, other: str) -> None:
+    assert ids(find_conflicts(questions((one, "2"), ("another", "5"), (other, "3")))) == [["q0", "q2"]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("7-9", "7+9"),
+        ("x^{12}", "x^{1}2"),
+        ("1.5", "15"),
+        ("1,5", "15"),
+        ("A_1", "a_1"),
+        ("有红球", "有白球"),
+        ("n < 3", "n > 3"),
+    ],
+)
+def test_different_questions(one: str, other: str) -> None:
+    assert find_conflicts(questions((one, "2"), (other, "3"))) == []
+
+
+def test_golds_that_agree_are_no_conflict() -> None:
+    assert find_conflicts(questions(("a", "025"), ("a", "25"), ("a", " 25.0"), ("b", "x"), ("b", "x "))) == []
+    assert ids(find_conflicts(questions(("a", "25"), ("b", "x"), ("b", "y"), ("a", "26"), ("a", "25")))) == [
+        ["q0", "q3", "q4"],
+        ["q1", "q2"],
+    ]
+
+
+def test_dapo() -> None:
+    """The 11 that agree to the letter, as that data's own README counts them; the others, read one by one, are one problem too."""
+    conflicts = find_conflicts(load_questions([bench_file("dapo_math_17k.jsonl")]))
+    golds: dict[str, set[str]] = {}
+    for row in bench_rows("dapo_math_17k.jsonl"):
+        golds.setdefault(row["question"], set()).add(row["answer"])
+    to_the_letter = {text for text, given in golds.items() if len(given) > 1}
+    assert len(to_the_letter) == 11
+    assert to_the_letter <= {question.text for group in conflicts for question in group}
+    assert len(conflicts) == 22

@@ -1,0 +1,101 @@
+"""The overlap of small texts by hand, of the development data against a list made apart from this program."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_data import bench_file, bench_rows
+
+from nft_megatron.data.overlap import Overlap, find_overlaps, ngrams, num_comparable, read_overlapping_ids, write_overlaps
+from nft_megatron.data.overlap_command import report_overlap
+from nft_megatron.data.questions import load_questions
+from nft_megatron.data.wording import worded
+from nft_megatron.errors import UserError
+from nft_megatron.records import Question
+
+BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
+
+
+def question(name: str, text: str, gold: str = "1") -> Question:
+    return Question(name, ({"role": "user", "content": text},), gold)
+
+
+def words(first: int, last: int) -> str:
+    """One word a number: "w0" would be two."""
+    return " ".join("abcdefghijklmnopqrstuvwxyz"[i] for i in range(first, last))
+
+
+def test_ngrams_ignore_typesetting_and_instructions() -> None:
+    assert ngrams("Let $x_{12} = \\frac{1}{2}$.", 3) == ngrams("let \\(x_12=\\frac 1 2\\)", 3) != set()
+    assert ngrams("A b c", 3) == {("a", "b", "c")}
+    assert ngrams("A b", 3) == set()
+    assert ngrams(worded(words(0, 14), "answer")) == ngrams(words(0, 14)) == ngrams(worded(words(0, 14), "boxed"))
+    assert len(ngrams(words(0, 14))) == 2
+
+
+def test_share_of_one_training_question() -> None:
+    # 26 letters have 14 13-grams. The first half holds 13 words, one 13-gram; "b…z" holds 25, so 13 of the 14.
+    asked = [question("whole", words(0, 26), "7"), question("short", words(0, 12))]
+    train = [
+        question("half", words(0, 13)),
+        question("most", words(1, 26), "7.0"),
+        question("all", "0 " + words(0, 26), "8"),
+        question("short", words(0, 12)),
+    ]
+    advanced: list[int] = []
+    found = find_overlaps(train, asked, advance=lambda: advanced.append(1))
+    assert found == {0: Overlap("whole", 1.0, ("all", "most"), ("most",))}
+    assert len(advanced) == 4
+    assert find_overlaps(train, asked, threshold=1 / 14)[0].train_ids == ("all", "most", "half")
+    assert find_overlaps([question("x", words(0, 20))], asked) == {0: Overlap("whole", 8 / 14, ("x",), ())}
+    # Two training questions that hold a half each are no copy.
+    assert find_overlaps([question("x", words(0, 18)), question("y", words(8, 26))], asked, threshold=0.6) == {}
+    assert num_comparable(asked) == 1
+
+
+def test_file(tmp_path: Path) -> None:
+    overlaps = [Overlap("amc/3", 1.0, ("t1", "t2"), ("t2",)), Overlap("ä", 0.5, ("t1",), ())]
+    write_overlaps(tmp_path / "o.jsonl", overlaps)
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert rows[0] == {"bench_id": "amc/3", "overlap": 1.0, "train_ids": ["t1", "t2"], "same_gold": ["t2"]}
+    assert read_overlapping_ids(tmp_path / "o.jsonl", "--overlap") == {"amc/3", "ä"}
+    for content in ("{", "[1]\n", '{"id": 1}'):
+        (tmp_path / "bad").write_text(content)
+        with pytest.raises(UserError, match=r"--overlap = .*nft-megatron overlap --out"):
+            read_overlapping_ids(tmp_path / "bad", "--overlap")
+
+
+def test_development_data() -> None:
+    """``dapo_overlap.jsonl`` was made by another program; shares there have two decimals."""
+    expected = {row["bench_id"]: row for row in bench_rows("dapo_overlap.jsonl")}
+    train = load_questions([bench_file("dapo_math_17k.jsonl")])
+    asked = [question for name in BENCHMARKS for question in load_questions([bench_file(f"{name}.jsonl")])]
+    found = find_overlaps(train, asked)
+    assert {overlap.bench_id for overlap in found.values()} == expected.keys()
+    assert len(found) == 22 + 18 + 51
+    for overlap in found.values():
+        row = expected[overlap.bench_id]
+        assert round(overlap.overlap, 2) == row["overlap"]
+        assert set(overlap.train_ids) == set(row["dapo_ids"])
+        assert set(overlap.same_gold) >= set(row["same_answer"])
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(name: str, *texts: str) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in texts))
+        return path
+
+    train, one = write("train.jsonl", words(0, 26)), write("one.jsonl", words(3, 26), words(5, 26), "short")
+    two, out = write("two.jsonl", "another " * 14), tmp_path / "o.jsonl"
+    report_overlap([train], [one, two], n=13, threshold=0.5, out=out)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed if line.startswith(("one", "two"))] == [
+        ["one.jsonl", "3", "1", "2", "2"],
+        ["two.jsonl", "1", "0", "0", "0"],
+    ]
+    assert read_overlapping_ids(out, "x") == {"one.jsonl/0", "one.jsonl/1"}
+    with pytest.raises(UserError, match=r"--n = 0"):
+        report_overlap([train], [one], n=0, threshold=0.5, out=None)
+    with pytest.raises(UserError, match=r"--threshold = 0"):
+        report_overlap([train], [one], n=13, threshold=0, out=None)
