@@ -256,11 +256,10 @@ def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool
             raise UserError(
                 "parallel.tensor", topology.tensor_size, f"does not divide the model's {size} {what}", "choose a divisor"
             )
-    num_experts = 1 if shape.experts is None else shape.experts.num_experts  # a dense MLP is one
+    num_experts = 1 if shape.experts is None else shape.experts.num_experts
     if num_experts % topology.expert_size:
-        raise UserError(
-            "parallel.expert", topology.expert_size, f"does not divide the {num_experts} experts of a layer", "choose a divisor"
-        )
+        problem = f"does not divide the {num_experts} experts of a layer" if shape.experts else "the model has no experts"
+        raise UserError("parallel.expert", topology.expert_size, problem, f"choose a divisor of {num_experts}")
     if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
         raise UserError(
             "parallel.sequence_parallel", False, "experts under tensor parallelism are trained only with it", "set it to true"
