@@ -1,6 +1,7 @@
 """Every family's table and configuration against transformers' own classes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,15 @@ def test_every_family_is_tested():
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory) -> Path:
     return save_tiny(request.param, tmp_path_factory.mktemp("family"))
+
+
+def test_the_family_in_the_docs_is_the_real_one():
+    root = Path(__file__).resolve().parents[2]
+    code = (root / "nft_megatron" / "weights" / "qwen3.py").read_text()
+    page = (root / "docs" / "new_model_family.md").read_text()
+    shown = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(shown) == 8
+    assert [block for block in shown if block not in code] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
