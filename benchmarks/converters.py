@@ -99,7 +99,8 @@ def main() -> None:
 
 def has(arguments: argparse.Namespace, way: str, package: str) -> bool:
     here = str(Path(__file__).parent)
-    code = f"import sys; sys.path.append({here!r}); import converters; converters.stub(); import {package}"
+    first = f"import sys; sys.path.append({here!r}); import converters, nft_megatron.model.build; converters.stub()"
+    code = f"{first}; import {package}"
     ended = subprocess.run([arguments.peers_python, "-c", code], env=environment(), capture_output=True, text=True)
     if ended.returncode:
         print(f"{way} is left out: {ended.stderr.strip().splitlines()[-1]}")
