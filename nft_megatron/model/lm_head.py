@@ -67,6 +67,15 @@ class Chunk(NamedTuple):
     is_own_C1: Tensor
     """Whether this rank has the target."""
 
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some tokens of the chunk at a time: which, their logits, and memory for as much in the dtype of reductions."""
+        num_tokens = block_rows(self.logits_CV)
+        scratch_BV = torch.empty_like(self.logits_CV[:num_tokens], dtype=accurate(self.logits_CV.dtype))
+        for start in range(0, len(self.logits_CV), num_tokens):
+            rows = slice(start, start + num_tokens)
+            logits_BV = self.logits_CV[rows]
+            yield rows, logits_BV, scratch_BV[: len(logits_BV)]
+
 
 class LMHead(NamedTuple):
     """What is constant during a call."""
@@ -97,9 +106,7 @@ class LMHead(NamedTuple):
 
     def statistics(self, chunk: Chunk) -> Statistics:
         """All ranks of ``group`` together, for the same chunk."""
-        own_max_C, sum_C, target_C, weighted_C = torch.cat(
-            [self._local_sums(chunk, rows) for rows in blocks(chunk.logits_CV)], 1
-        )
+        own_max_C, sum_C, target_C, weighted_C = self._local_sums(chunk)
         # Shift each rank's sums from its own maximum to that of all ranks. Where a rank has nothing but padding the shift is
         # about −1e30 and the scale 0: multiplied in this order they stay finite.
         max_C = own_max_C.clone()
@@ -116,17 +123,18 @@ class LMHead(NamedTuple):
         entropy_C = None if self.entropy == "none" else (log_sum_C - weighted_C / sum_C).clamp(min=0)
         return Statistics(logprob_C, max_C + log_sum_C, entropy_C)
 
-    def _local_sums(self, chunk: Chunk, rows: slice) -> Tensor:
-        """[4, B] over this rank's logits: max z; Σ e^(z − max); z of the target, or 0; Σ e^(z − max)·(z − max), or 0."""
-        logits_BV = chunk.logits_CV[rows]
-        dtype = accurate(logits_BV.dtype)
-        max_B = logits_BV.amax(1).to(dtype)
-        target_B = torch.where(chunk.is_own_C1[rows], logits_BV.gather(1, chunk.target_row_C1[rows]), 0).squeeze(1).to(dtype)
-        shifted_BV = logits_BV - max_B[:, None]
-        if self.entropy == "none":
-            return torch.stack([max_B, shifted_BV.exp_().sum(1), target_B, torch.zeros_like(max_B)])
-        exp_BV = shifted_BV.exp()
-        return torch.stack([max_B, exp_BV.sum(1), target_B, torch.linalg.vecdot(exp_BV, shifted_BV)])
+    def _local_sums(self, chunk: Chunk) -> Tensor:
+        """[4, C] over this rank's logits: max z; Σ e^(z − max); z of the target, or 0; Σ e^(z − max)·(z − max), or 0."""
+        sums_4C = chunk.logits_CV.new_zeros(4, len(chunk.logits_CV), dtype=accurate(chunk.logits_CV.dtype))
+        sums_4C[2] = torch.where(chunk.is_own_C1, chunk.logits_CV.gather(1, chunk.target_row_C1), 0).squeeze(1)
+        for rows, logits_BV, shifted_BV in chunk.blocks():
+            sums_4C[0, rows] = logits_BV.amax(1)
+            torch.sub(logits_BV, sums_4C[0, rows, None], out=shifted_BV)
+            exp_BV = shifted_BV.exp_() if self.entropy == "none" else shifted_BV.exp()
+            sums_4C[1, rows] = exp_BV.sum(1)
+            if self.entropy != "none":
+                sums_4C[3, rows] = torch.linalg.vecdot(exp_BV, shifted_BV)
+        return sums_4C
 
     def differentiate(
         self,
@@ -138,9 +146,8 @@ class LMHead(NamedTuple):
     ) -> None:
         """Turn the chunk's logits into the gradient of hidden · weightᵀ, which is dz / temperature."""
         a_C1 = (logprob_grad_C / self.temperature).unsqueeze(1)
-        for rows in blocks(chunk.logits_CV):
-            logits_BV = chunk.logits_CV[rows]
-            logp_BV = logits_BV - log_sum_exp_C[rows, None]
+        for rows, logits_BV, logp_BV in chunk.blocks():
+            torch.sub(logits_BV, log_sum_exp_C[rows, None], out=logp_BV)
             if entropy_C is None or entropy_grad_C is None:
                 grad_BV = logp_BV.exp_().mul_(-a_C1[rows])
             else:
@@ -169,8 +176,9 @@ class HeadGradients:
         if self.hidden_grad_NH is not None:
             torch.matmul(grad_CV, self.weight_VH, out=self.hidden_grad_NH[chunk.tokens])
         if self.total_VH is not None:
-            for rows in blocks(self.total_VH):
-                self.total_VH[rows] += grad_CV[:, rows].t() @ hidden_CH
+            num_rows = block_rows(self.total_VH)
+            for total_BH, grad_CB in zip(self.total_VH.split(num_rows), grad_CV.split(num_rows, dim=1), strict=True):
+                total_BH += grad_CB.t() @ hidden_CH
 
     def weight_grad_VH(self) -> Tensor | None:
         """What autograd gets: a zero without memory of its own where ``main_grad_VH`` already has the gradient."""
@@ -190,10 +198,9 @@ def default_chunk_size(weight_VH: Tensor) -> int:
     return max(1, CHUNK_BYTES // (len(weight_VH) * weight_VH.itemsize * MIN_CHUNK)) * MIN_CHUNK
 
 
-def blocks(matrix: Tensor) -> Iterator[slice]:
-    """Ranges of rows with about ``BLOCK_ELEMENTS`` each."""
-    num_rows = max(1, BLOCK_ELEMENTS[matrix.device.type] // matrix.shape[1])
-    return (slice(start, start + num_rows) for start in range(0, len(matrix), num_rows))
+def block_rows(matrix: Tensor) -> int:
+    """How many rows have ``BLOCK_ELEMENTS``; at least one."""
+    return max(1, BLOCK_ELEMENTS[matrix.device.type] // matrix.shape[1])
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
