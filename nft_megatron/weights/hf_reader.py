@@ -114,7 +114,7 @@ class HFReader:
         if place.file not in self._descriptors:
             self._descriptors[place.file] = os.open(place.file, os.O_RDONLY)
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        view, offset = memoryview(buffer.numpy()), place.offset + start * row_bytes
+        view, offset = buffer.numpy().data, place.offset + start * row_bytes
         while view:
             count = os.preadv(self._descriptors[place.file], [view], offset)
             if not count:
