@@ -134,6 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     overlap.add_argument("--threshold", type=float, default=0.5, help="smallest share that counts (default: %(default)s)")
     overlap.add_argument("--out", type=Path, help="write the questions found, with their shares and sources, as JSONL")
 
+    verify = _add(
+        commands, "verify", _verify, "grade a file of answers",
+        "Grade the answers in FILE (JSONL or Parquet) and print how the verdicts came about. A row with a finish_reason of "
+        "length or abort, as in the ledger of a run, counts as cut off.",
+    )  # fmt: skip
+    verify.add_argument("file", metavar="FILE", type=Path, help="one answer a row")
+    verify.add_argument("--answer-field", default="text", help="field with the whole answer (default: %(default)s)")
+    verify.add_argument("--gold-field", default="gold", help="field with the right answer (default: %(default)s)")
+    verify.add_argument("--mode", default="strict", help="strict, math-verify, dapo or simplerl (default: %(default)s)")
+    verify.add_argument("--out", type=Path, help="write the rows, each with verdict and reason, as JSONL to this file")
+    verify.add_argument("--workers", type=int, help="grader processes (default: one a core)")
+
     report = _add(
         commands, "report", _report, "write the page of a run",
         "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
@@ -227,6 +239,15 @@ def _overlap(options: argparse.Namespace) -> None:
     from nft_megatron.data.overlap_command import report_overlap
 
     report_overlap(options.train, options.against, n=options.n, threshold=options.threshold, out=options.out)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from nft_megatron.verify.command import verify_file
+
+    verify_file(
+        options.file, answer_field=options.answer_field, gold_field=options.gold_field, mode=options.mode, out=options.out,
+        workers=options.workers,
+    )  # fmt: skip
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ _NOT_UNIT = re.compile(
     r"quarters?|tenths|hundredths|thousandths|point|i+|iv)\b)|\b[^ACFJKLNVWghlms\W]\b"
 )
 
+_MAX_DIGITS = 4000  # Python refuses to read an integer of more than 4300
 _DIGITS = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+)"
 _DECIMAL = re.compile(rf"([+-]?)\s*({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)")
 _FRACTION = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
@@ -63,6 +64,8 @@ def read_bare_number(text: str) -> Fraction | None:
     >>> read_bare_number(r"\textbf{(12\,345) }"), read_bare_number(r"-\frac{6}{4}"), read_bare_number("1,22")
     (Fraction(12345, 1), Fraction(-3, 2), None)
     """
+    if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS:  # nearly all of them
+        return Fraction(int(text))
     text = _peel(_respell(text))
     if (value := _decimal(text)) is not None:
         return value
@@ -82,6 +85,8 @@ def read_number(text: str) -> Fraction | None:
     >>> read_number(r"15\mbox{ cm}^2"), read_number(r"120^\circ"), read_number(r"5 \text{ million}"), read_number(r"7\%")
     (Fraction(15, 1), Fraction(120, 1), None, None)
     """
+    if text.isdigit():
+        return read_bare_number(text)
     text = _peel(_respell(text))
     for unit in (_TEXT_UNIT, _BARE_UNIT, _DEGREE):
         match = unit.search(text)
@@ -96,6 +101,8 @@ def stated_part(text: str) -> str:
     >>> stated_part("n = 75"), stated_part("m+n = 30+4 = 34"), stated_part("1 = 34"), stated_part(r"x = 2 \text{ or } x = 3")
     ('75', '34', '1 = 34', 'x = 2 \\text{ or } x = 3')
     """
+    if "=" not in text:
+        return text
     name, *values = (side.strip() for side in _peel(_respell(text)).split("="))
     if not values or not _is_name(name):
         return text
@@ -117,7 +124,7 @@ def is_arithmetic(text: str) -> bool:
 
 
 def _decimal(text: str) -> Fraction | None:
-    match = _DECIMAL.fullmatch(text.strip())
+    match = _DECIMAL.fullmatch(text.strip()) if len(text) < _MAX_DIGITS else None
     return Fraction(match[1] + re.sub("[ ,]", "", match[2])) if match else None
 
 

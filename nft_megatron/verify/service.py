@@ -1,12 +1,13 @@
-"""The verifier: decides what it can at once and lets killable processes compare the rest with math-verify.
+"""The verifier: decides what it can at once and lets killable processes compare the rest.
 
 One thread a worker: it hands its process one task, waits for the answer until the hard limit, and kills and replaces the
 process that has none. That limit (``verify.hard_seconds``) goes by the clock and is for processes that hang; a comparison that
 is merely long ends before it by the soft limit (``verify.soft_seconds``), which counts the worker's processor time. A warm
 spare takes over, so that the next task does not wait for imports. Nothing is started before the first task that needs it: data
-sets with integer answers never do.
+sets with integer answers hardly ever do.
 
-A judgement that times out, crashes or is killed is *unknown*, never wrong.
+A task whose process died under it (killed from outside, out of memory) is tried once more, within the same hard limit. A
+judgement that times out, crashes or dies again is *unknown*, never wrong.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ import importlib.metadata
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 
 from nft_megatron.config import VerifySection
 from nft_megatron.records import FinishReason, Verdict
-from nft_megatron.verify.grade import STRICT, Undecided, cut_off, grade
+from nft_megatron.verify.grade import Undecided
+from nft_megatron.verify.modes import MODES, JudgeName
+from nft_megatron.verify.reasons import reason_of, verdict
 
 _START_SECONDS = 60.0  # for imports, on a busy machine
+_AHEAD = 1024  # answers
 _CACHE_SIZE = 65536  # verdicts; their keys are digests, since an answer in math-verify mode is a whole text
 
 
@@ -42,15 +47,14 @@ class Worker:
     The thread that starts it must outlive it: the kernel counts the end of that *thread* as the parent's death.
     """
 
-    def __init__(self, settings: VerifySection, memory_bytes: int) -> None:
+    def __init__(self, judge: JudgeName, settings: VerifySection, memory_bytes: int) -> None:
         self.num_tasks = 0
         self._buffer = b""
-        self._hard_seconds = settings.hard_seconds
         self._socket, theirs = socket.socketpair()
         limits = (os.getpid(), settings.soft_seconds, settings.hard_seconds, memory_bytes)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nft_megatron.verify.worker", str(theirs.fileno()), *map(str, limits)],
+                [sys.executable, "-m", "nft_megatron.verify.worker", judge, str(theirs.fileno()), *map(str, limits)],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.DEVNULL,
@@ -59,26 +63,34 @@ class Worker:
             )
         self._is_ready = False
 
-    def judge(self, gold: str, answer: str) -> Verdict:
-        """The verdict, its ``verifier`` left empty. A worker that does not answer in time is killed."""
-        task = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
+    def judge(self, task: Undecided, seconds: float) -> Verdict:
+        """The verdict, its ``verifier`` left empty. A worker that does not answer within ``seconds`` is killed.
+
+        The clock starts when the worker has the task; whether it is ready for one is waited for before.
+        """
+        request = json.dumps({"gold": task.gold, "text": task.text}).encode() + b"\n"
         self.num_tasks += 1
+        started = time.monotonic()
         try:
             if not self._is_ready:
                 self._exchange(b"", _START_SECONDS)
                 self._is_ready = True
-            reply = json.loads(self._exchange(task, self._hard_seconds))
+                started = time.monotonic()
+            reply = json.loads(self._exchange(request, seconds))
         except TimeoutError:
             self.kill()
-            return Verdict(
-                "unknown", f"killed after {self._hard_seconds:g} s" if self._is_ready else "worker did not start", ""
-            )
+            if not self._is_ready:
+                return verdict("worker did not start", "")
+            return verdict("hard limit", "", seconds=time.monotonic() - started)
         except OSError:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)  # it closed its socket: let it say why
             self.kill()
-            return Verdict("unknown", f"worker ended with {self.process.returncode}", "")
-        return Verdict(reply["label"], reply["reason"], "", reply["seconds"])
+            code = self.process.returncode
+            if code == -signal.SIGPROF:  # the kernel's own hard limit came first
+                return verdict("hard limit", "", seconds=time.monotonic() - started)
+            return verdict("worker died", "", detail=f"exit code {code}", seconds=time.monotonic() - started)
+        return verdict(reply["reason"], "", detail=reply["detail"], seconds=reply["seconds"])
 
     def kill(self) -> None:
         """End the process now. May be called from another thread; whoever waits for its answer gets *unknown*."""
@@ -104,19 +116,16 @@ class Worker:
         return line
 
 
-def _key(gold: str, answer: str) -> bytes:
+def _key(task: Undecided) -> bytes:
     """What a comparison is remembered by: 32 bytes, however long the texts are."""
-    return hashlib.sha256(json.dumps([gold, answer]).encode()).digest()
+    return hashlib.sha256(json.dumps([task.gold, task.text]).encode()).digest()
 
 
-_Task = tuple[str, str, "Future[Verdict]"]
+_Job = tuple[Undecided, "Future[Verdict]"]
 
 
 class Verifier:
-    r"""Judges answers; thread-safe. Close it, or use it as a context manager.
-
-    ``strict`` mode judges the last ``\boxed{}`` as :mod:`nft_megatron.verify.grade` says; ``math-verify`` mode gives the whole
-    text to math-verify, as the reference implementation does.
+    r"""Judges answers in one of :data:`~nft_megatron.verify.modes.MODES`; thread-safe. A context manager, or close it.
 
     >>> with Verifier() as verifier:
     ...     verifier.submit(r"So it is \boxed{34}.", gold="34", finish_reason="stop").result().label
@@ -124,13 +133,18 @@ class Verifier:
     """
 
     def __init__(
-        self, settings: VerifySection | None = None, *, memory_bytes: int = 2 * 2**30, tasks_per_worker: int = 2000
+        self,
+        settings: VerifySection | None = None,
+        *,
+        memory_bytes: int = 2 * 2**30,
+        tasks_per_worker: int = 2000,
     ) -> None:
         self._settings = settings = settings or VerifySection()
+        self._mode = MODES[settings.mode]
         self._memory_bytes, self._tasks_per_worker = memory_bytes, tasks_per_worker
-        backend = f"math-verify/{importlib.metadata.version('math-verify')}"
-        self._name = f"{STRICT} {backend}" if settings.mode == "strict" else backend
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        math_verify = f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge == "math-verify" else ""
+        self._name = f"{self._mode.version} {math_verify}".strip()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()  # of everything below
         self._cache: OrderedDict[bytes, Future[Verdict]] = OrderedDict()
@@ -141,22 +155,27 @@ class Verifier:
     def submit(self, text: str, gold: str, finish_reason: FinishReason) -> Future[Verdict]:
         """The verdict on one answer. From asyncio: ``await asyncio.wrap_future(verifier.submit(…))``.
 
-        Unblocked by: the strict route at once; else a worker's reply, or the hard limit after those queued before it.
+        Unblocked by: what the mode decides at once; else a worker's reply, or the hard limit after those queued before it.
         """
-        if self._settings.mode == "strict":
-            decision = grade(text, gold, finish_reason)
-        else:
-            decision = cut_off(finish_reason, self._name) or Undecided(text, gold)
+        decision = self._mode.decide(text, gold, finish_reason)
         if isinstance(decision, Undecided):
-            boxed = rf"\boxed{{{decision.answer}}}" if self._settings.mode == "strict" else text
-            return self._compare(rf"\boxed{{{gold}}}", boxed)
+            return self._compare(decision)
         decided: Future[Verdict] = Future()
         decided.set_result(decision)
         return decided
 
-    def verify_many(self, answers: Iterable[tuple[str, str, FinishReason]]) -> list[Verdict]:
-        """The verdicts on all (text, gold, finish reason), in order."""
-        return [future.result() for future in [self.submit(*answer) for answer in answers]]
+    def verify_many(self, answers: Iterable[tuple[str, str, FinishReason]]) -> Iterator[Verdict]:
+        """The verdicts on all (text, gold, finish reason), in order, each as soon as those before it are there.
+
+        Reads ``answers`` at most ``_AHEAD`` further than what is yielded, so that a file of any size fits.
+        """
+        pending: deque[Future[Verdict]] = deque()
+        for answer in answers:
+            pending.append(self.submit(*answer))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
     def close(self) -> None:
         """Kill the workers; what is not judged by now becomes unknown. Returns within seconds."""
@@ -165,7 +184,7 @@ class Verifier:
             doomed = [*self._workers, *([self._spare] if self._spare else [])]
             self._spare = None
         for _ in self._threads:
-            self._tasks.put(None)
+            self._jobs.put(None)
         for worker in doomed:
             worker.kill()
         for thread in self._threads:
@@ -179,9 +198,9 @@ class Verifier:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _compare(self, gold: str, answer: str) -> Future[Verdict]:
+    def _compare(self, task: Undecided) -> Future[Verdict]:
         """Queue a task, unless the same one is known or under way: K answers to one question often share their box."""
-        key = _key(gold, answer)
+        key = _key(task)
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the verifier is closed")
@@ -196,28 +215,40 @@ class Verifier:
                 self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self._settings.workers)]
                 for thread in self._threads:
                     thread.start()
-        self._tasks.put((gold, answer, future))
+        self._jobs.put((task, future))
         return future
 
     def _serve(self) -> None:
         """One thread: judge tasks with one worker after the other until the verifier is closed."""
         worker: Worker | None = None
-        while (task := self._tasks.get()) is not None:
-            gold, answer, future = task
+        while (job := self._jobs.get()) is not None:
+            task, future = job
             try:
-                worker = self._usable(worker)
-                verdict = worker.judge(gold, answer) if worker else Verdict("unknown", "verifier closed", "")
+                worker, result = self._judge(worker, task)
             except Exception as error:  # no process can be started, or a bug: whoever waits must hear of it
-                self._forget(gold, answer)
+                self._forget(task)
                 future.set_exception(error)
                 continue
-            if verdict.label == "unknown":
-                self._forget(gold, answer)  # it may do better another time
-            future.set_result(replace(verdict, verifier=self._name))
+            if result.label == "unknown":
+                self._forget(task)  # it may do better another time
+            future.set_result(replace(result, verifier=self._name))
 
-    def _forget(self, gold: str, answer: str) -> None:
+    def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
+        """The verdict and the worker to go on with. Who dies under a task is replaced once, for the seconds that are left."""
+        seconds = self._settings.hard_seconds
+        for is_last in (False, True):
+            worker = self._usable(worker)
+            if worker is None:
+                break
+            result = worker.judge(task, seconds)
+            seconds -= result.seconds
+            if is_last or reason_of(result) != "worker died" or seconds <= 0:
+                return worker, result
+        return None, verdict("verifier closed", "")
+
+    def _forget(self, task: Undecided) -> None:
         with self._lock:
-            self._cache.pop(_key(gold, answer), None)
+            self._cache.pop(_key(task), None)
 
     def _usable(self, worker: Worker | None) -> Worker | None:
         """``worker`` itself, or the spare once it is dead or worn out; None when the verifier is closed."""
@@ -235,4 +266,5 @@ class Verifier:
         return fresh
 
     def _start(self) -> Worker:
-        return Worker(self._settings, self._memory_bytes)
+        assert self._mode.judge is not None
+        return Worker(self._mode.judge, self._settings, self._memory_bytes)

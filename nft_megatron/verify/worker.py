@@ -1,12 +1,12 @@
-"""One math-verify judge: the program of a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
+"""One judge: the program of a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
 
-    python -m nft_megatron.verify.worker SOCKET_FD PARENT_PID SOFT_SECONDS HARD_SECONDS MEMORY_BYTES
+    python -m nft_megatron.verify.worker JUDGE SOCKET_FD PARENT_PID SOFT_SECONDS HARD_SECONDS MEMORY_BYTES
 
-It reads one JSON object a line, {"gold", "answer"}, and writes one, {"label", "reason", "seconds"}. math-verify works in the
-main thread, its own alarms off: they count whole seconds of the clock and start anew for every call; here one timer covers the
-comparison. It counts the processor time that the worker itself gets, so that a busy machine makes a verdict late but does not
-change it. Where Python cannot interrupt itself (a power of huge integers) the kernel ends the process after HARD_SECONDS of
-processor time, even if nobody is left to kill it; and it dies with its parent.
+It reads one JSON object a line, {"gold", "text"}, and writes one, {"reason", "detail", "seconds"}. The judge works in the main
+thread, math-verify's own alarms off: they count whole seconds of the clock and start anew for every call; here one timer
+covers the comparison. It counts the processor time that the worker itself gets, so that a busy machine makes a verdict late
+but does not change it. Where Python cannot interrupt itself (a power of huge integers) the kernel ends the process after
+HARD_SECONDS of processor time, even if nobody is left to kill it; and it dies with its parent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -32,29 +32,39 @@ class SoftLimit(BaseException):
     """The comparison used up the soft limit. Not an ``Exception``: math-verify catches all of those."""
 
 
-def judge(gold: str, answer: str) -> tuple[str, str]:
-    """Label and reason, as the reference implementation compares (its verifier.py), but with three labels.
+def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
+    """Reason and detail, as the reference implementation compares (its verifier.py), but with three labels.
 
-    The gold is read from a box as LaTeX, the answer as an expression or LaTeX. A gold that math-verify cannot read and whatever
+    The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read and whatever
     makes it crash is unknown, never wrong.
     """
     from math_verify.grader import verify
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    golds = parse(gold, (LatexExtractionConfig(),), parsing_timeout=None, raise_on_error=True)
+    golds = parse(rf"\boxed{{{gold}}}", (LatexExtractionConfig(),), parsing_timeout=None, raise_on_error=True)
     if not golds:
-        return "unknown", "unreadable gold"
-    answers = parse(answer, (ExprExtractionConfig(), LatexExtractionConfig()), parsing_timeout=None, raise_on_error=True)
+        return "unreadable gold", ""
+    answers = parse(text, (ExprExtractionConfig(), LatexExtractionConfig()), parsing_timeout=None, raise_on_error=True)
     if not answers:
-        return "wrong", "no answer found"
-    crash = ""
+        return "no answer found", ""
+    error = ""
     for expected, given in itertools.product(golds, answers):
         try:
             if verify(expected, given, timeout_seconds=None, raise_on_error=True):
-                return "correct", "equal"
-        except Exception as error:  # another pair may still be equal
-            crash = f"math-verify: {type(error).__name__}"
-    return ("unknown", crash) if crash else ("wrong", "not equal")
+                return "equal", ""
+        except Exception as raised:  # another pair may still be equal
+            error = type(raised).__name__
+    return ("crash", error) if error else ("not equal", "")
+
+
+def judge_simplerl(gold: str, text: str) -> tuple[str, str]:
+    """Reason and detail of :func:`nft_megatron.verify.simplerl.grade`."""
+    from nft_megatron.verify.simplerl import grade
+
+    return grade(text, gold).reason, ""
+
+
+JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {"math-verify": judge_math_verify, "simplerl": judge_simplerl}
 
 
 @contextmanager
@@ -87,11 +97,12 @@ def _die_with_parent(parent: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until the socket closes or memory runs out."""
-    descriptor, parent, soft_seconds, hard_seconds, memory_bytes = arguments
+    name, descriptor, parent, soft_seconds, hard_seconds, memory_bytes = arguments
     _die_with_parent(int(parent))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     logging.disable(logging.CRITICAL)
-    judge(r"\boxed{1}", r"\boxed{1}")  # imports and compiles all that a first task would have to
+    judge = JUDGES[name]
+    judge("x+1", r"\boxed{1+x}")  # imports and compiles all that a first task would have to
     with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rw", encoding="utf-8") as stream:
         stream.write("{}\n")  # ready
         stream.flush()
@@ -100,14 +111,14 @@ def main(arguments: Sequence[str]) -> None:
             started = time.perf_counter()
             try:
                 with limits(float(soft_seconds), float(hard_seconds)):
-                    label, reason = judge(task["gold"], task["answer"])
+                    reason, detail = judge(task["gold"], task["text"])
             except SoftLimit:
-                label, reason = "unknown", f"gave up after {float(soft_seconds):g} s of processor time"
+                reason, detail = "soft limit", ""
             except Exception as error:
-                label, reason = "unknown", f"math-verify: {type(error).__name__}"
-            stream.write(json.dumps({"label": label, "reason": reason, "seconds": time.perf_counter() - started}) + "\n")
+                reason, detail = "crash", type(error).__name__
+            stream.write(json.dumps({"reason": reason, "detail": detail, "seconds": time.perf_counter() - started}) + "\n")
             stream.flush()
-            if reason.endswith(MemoryError.__name__):
+            if detail == MemoryError.__name__:
                 return
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nft_megatron.verify.grade import MAX_BOX_CHARS, Undecided, closed_boxes, grade
+from nft_megatron.verify.boxes import MAX_BOX_CHARS, closed_boxes, last_boxes
+from nft_megatron.verify.grade import DAPO_WINDOW, Undecided, grade, grade_dapo
 from nft_megatron.verify.numbers import read_bare_number, read_number
 
 RIGHT = [
@@ -175,7 +176,7 @@ def test_wrong(text: str, gold: str) -> None:
 
 @pytest.mark.parametrize(("text", "gold", "answer"), UNDECIDED)
 def test_left_to_math_verify(text: str, gold: str, answer: str) -> None:
-    assert grade(text, gold, "stop") == Undecided(answer, gold)
+    assert grade(text, gold, "stop") == Undecided(rf"\boxed{{{answer}}}", gold)
 
 
 def test_reasons_and_version() -> None:
@@ -216,3 +217,70 @@ def test_boxes_balance(text: str) -> None:
         inside = box.content.replace("\\\\", "").replace("\\{", "").replace("\\}", "")
         assert inside.count("{") == inside.count("}")
         assert text[: box.end].endswith(box.content + "}")
+
+
+@given(
+    st.lists(
+        st.sampled_from([r"\boxed{1}", r"\fbox {2}", r"\boxed{", "}", "{", " and ", ", ", "box ", "x " * 900]), max_size=12
+    )
+)
+@example([r"\boxed{1}", r"\boxed{", "x " * 900])
+def test_reading_from_the_end_finds_what_reading_all_finds(pieces: list[str]) -> None:
+    """The last box of the whole text, unless it is one of those that span more than any answer."""
+    text = "".join(pieces)
+    boxes = closed_boxes(text)
+    if not any(box.end - box.start > MAX_BOX_CHARS for box in boxes):
+        assert last_boxes(text)[-1:] == boxes[-1:]
+
+
+def test_a_box_far_before_the_end() -> None:
+    assert grade(r"\boxed{34}" + " and so on" * 5000, "34", "stop").label == "correct"
+    assert grade(r"\boxed{34} is wrong." + " and so on" * 5000 + r"\boxed{35", "34", "stop").label == "correct"
+    assert grade(r"\boxed{35}" + ", " * 800 + r"\boxed{34}", "34", "stop").label == "wrong"
+
+
+def test_a_gold_of_more_digits_than_python_reads() -> None:
+    assert grade(r"\boxed{34}", "7" * 5000, "stop") == Undecided(r"\boxed{34}", "7" * 5000)
+
+
+DAPO_RIGHT = [
+    ("Answer: 34", "34"),
+    ("so\nAnswer: $34$", "34"),
+    ("**Answer:** 34", "34"),
+    ("**Answer: 34**", "34"),
+    ("answer : 34.", "34"),
+    (r"Answer: \boxed{34}", "34"),
+    (r"Answer: $n = 12{,}345$", "12345"),
+    ("Answer: 33\nNo.\nAnswer: 34", "34"),
+    (r"so $\boxed{34}$", "34"),
+    (r"\boxed{33}, no, \boxed{34}", "34"),
+    (r"Answer: x^2 + 1", "x^2+1"),
+]
+DAPO_WRONG = [
+    ("Answer: 35", "34", "another number"),
+    (r"\boxed{34}" + "\nAnswer: 35", "34", "another number"),
+    ("It is 34.", "34", "no answer found"),
+    ("Answer: 34" + " and so on" * (DAPO_WINDOW // 10), "34", "no answer found"),
+    (r"\boxed{34}" + "." * DAPO_WINDOW, "34", "no answer found"),
+    ("Answer:", "34", "no answer found"),
+    (r"\boxed{}", "34", "empty box"),
+    (r"\boxed{34", "34", "no answer found"),
+    (r"Answer: 34\%", "34", "not equal"),
+    (r"Answer: 2^{10}", "1024", "not equal"),
+]
+
+
+@pytest.mark.parametrize(("text", "gold"), DAPO_RIGHT)
+def test_dapo_right(text: str, gold: str) -> None:
+    assert grade_dapo(text, gold, "stop").label == "correct"
+
+
+@pytest.mark.parametrize(("text", "gold", "reason"), DAPO_WRONG)
+def test_dapo_wrong(text: str, gold: str, reason: str) -> None:
+    verdict = grade_dapo(text, gold, "stop")
+    assert (verdict.label, verdict.reason) == ("wrong", reason)
+
+
+def test_dapo_cut_off() -> None:
+    assert grade_dapo("Answer: 34", "34", "length").reason == "truncated"
+    assert grade_dapo("Answer: 34", "34", "abort").label == "unknown"

@@ -1,0 +1,43 @@
+"""The ways to judge an answer, as one table: what is decided at once, and who compares what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from nft_megatron.records import FinishReason, Verdict
+from nft_megatron.verify.grade import DAPO, STRICT, Undecided, cut_off, grade, grade_dapo
+from nft_megatron.verify.reasons import verdict
+from nft_megatron.verify.simplerl import SIMPLERL
+
+JudgeName = Literal["math-verify", "simplerl"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """``decide`` (text, gold, finish reason) is quick; what it leaves undecided goes to the ``judge`` in a worker process.
+
+    ``version`` names the rules in every verdict; the judge adds its own.
+    """
+
+    decide: Callable[[str, str, FinishReason], Verdict | Undecided]
+    judge: JudgeName | None
+    version: str
+
+
+def _whole_text(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undecided:
+    return cut_off(finish_reason, "math-verify") or Undecided(text, gold)
+
+
+def _whole_text_even_cut(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undecided:
+    return verdict("engine fault", SIMPLERL) if finish_reason == "abort" else Undecided(text, gold)
+
+
+MODES: dict[str, Mode] = {
+    "strict": Mode(grade, judge="math-verify", version=STRICT),
+    "math-verify": Mode(_whole_text, judge="math-verify", version=""),
+    "dapo": Mode(grade_dapo, judge=None, version=DAPO),
+    "simplerl": Mode(_whole_text_even_cut, judge="simplerl", version=SIMPLERL),
+}
+"""By the names that ``verify.mode`` may have."""

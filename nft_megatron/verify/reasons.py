@@ -1,0 +1,55 @@
+"""Every way in which a verdict comes about. The share of each among a step's answers is a metric."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from nft_megatron.records import Label, Verdict
+
+REASONS: dict[str, tuple[Label, str]] = {
+    "exact": ("correct", "answer and gold are the same text or the same number"),
+    "equal": ("correct", "computer algebra found answer and gold equal"),
+    "truncated": ("wrong", "cut at the length limit"),
+    "no closed box": ("wrong", r"no \boxed{} that is closed"),
+    "empty box": ("wrong", "nothing in the last box"),
+    "box too long": ("wrong", "the last box is no answer but a text"),
+    "several answers": ("wrong", "different boxes side by side where one number is asked for"),
+    "another number": ("wrong", "a number other than the gold"),
+    "not a number": ("wrong", "the gold is an integer, the answer neither a number nor arithmetic"),
+    "no answer found": ("wrong", "nothing in the text that could be an answer"),
+    "not equal": ("wrong", "answer and gold were compared and differ"),
+    "engine fault": ("unknown", "the engine broke the answer off"),
+    "unreadable gold": ("unknown", "the grader cannot read the gold"),
+    "soft limit": ("unknown", "the grader gave up after verify.soft_seconds of processor time"),
+    "hard limit": ("unknown", "the grader was killed after verify.hard_seconds"),
+    "crash": ("unknown", "the grader raised an error"),
+    "worker died": ("unknown", "the grader's process ended, and so did the one that took over"),
+    "worker did not start": ("unknown", "a grader's process was not ready in time"),
+    "verifier closed": ("unknown", "the run ended before the answer was judged"),
+}
+"""Reason → the label that goes with it, and what it means."""
+
+
+def verdict(reason: str, verifier: str, *, detail: str = "", seconds: float = 0.0) -> Verdict:
+    """The verdict that goes with ``reason``, one of ``REASONS``; a ``detail`` is appended to it.
+
+    >>> verdict("crash", "math-verify/0.9.0", detail="ValueError")
+    Verdict(label='unknown', reason='crash: ValueError', verifier='math-verify/0.9.0', seconds=0.0)
+    """
+    return Verdict(REASONS[reason][0], f"{reason}: {detail}" if detail else reason, verifier, seconds)
+
+
+def reason_of(verdict: Verdict) -> str:
+    """The reason of ``verdict`` without its detail, one of ``REASONS``."""
+    return verdict.reason.partition(":")[0]
+
+
+def reason_rates(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """Of the reasons that occur, the share of the verdicts that have it; in the order of ``REASONS``.
+
+    >>> reason_rates([verdict("not equal", "v"), verdict("exact", "v"), verdict("exact", "v"), verdict("exact", "v")])
+    {'exact': 0.75, 'not equal': 0.25}
+    """
+    counts = Counter(map(reason_of, verdicts))
+    return {reason: counts[reason] / counts.total() for reason in REASONS if counts[reason]}

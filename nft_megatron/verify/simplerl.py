@@ -1,0 +1,244 @@
+r"""The verifier of the final evaluation, with which the paper's tables were made: "simpleRL", the grader of Qwen2.5-Math.
+
+An answer is read out of the text: after "final answer is", from the last box, or else the last number (:func:`extract`). Answer
+and gold are brought to one spelling (:func:`respell`) and compared (:func:`equal`): as texts; as numbers, where a relative
+error of 1e-4 and a factor of 100 either way (percent) are forgiven; as lists, matrices and equations part by part; last by
+computer algebra. The truncated answer is judged by what it says. Pure, but algebra may take for ever: whoever cannot wait uses
+``Verifier(VerifySection(mode="simplerl"))``.
+
+Departures from the public code, all where its spelling rules turn one answer into another:
+
+1. Units go only where they follow a number or stand in ``\text{}`` at the end. There, lone letters go anywhere, and
+   ``(a+5)(b+2)`` becomes ``(+5)(b+2)``; evaluations of Minerva Math therefore switch all units off, here nothing need be told.
+2. A space after a command stays (``\cot x``, not ``\cotx``); "and" becomes a comma ("6 and 8" is not 68); ``\pm`` stays; ``j``
+   does not become ``i``; numbers in words ("thirty") are not read.
+3. LaTeX is read by latex2sympy2_extended alone, which shares its antlr4 with math-verify; nothing is evaluated as Python.
+4. What is longer than ``MAX_ALGEBRA_CHARS`` is compared as text and number only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from nft_megatron.records import Verdict
+from nft_megatron.verify.reasons import verdict
+
+SIMPLERL = "simplerl/1"
+MAX_ALGEBRA_CHARS = 1000
+
+_RELATIVE_ERROR = 1e-4
+_LAST_WORDS = ("he answer is", "final answer is")
+_NUMBER = re.compile(r"-?\d*\.?\d+")
+_UNIT = (
+    r"(?:degrees?|deg|percent|units?|ways?|dollars?|cents?|(?:kilo|centi|milli)?met(?:er|re)s?|inch(?:es)?|feet|foot|ft|miles?|yards?|"
+    r"[kcm]m|km/h|kmh|mph|kg|grams?|lit(?:er|re)s?|gallons?|hours?|hrs?|minutes?|min|seconds?|sec|days?|weeks?|months?|years?|"
+    r"pounds?|lbs?|square|cubic|sq|per|times|points?|people|men|women|students?|numbers?)"
+)
+_MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
+
+_SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        (r"\\[!,;:]|\\ |~|\\quad|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", " "),
+        (r"\\\(|\\\)|\\\[|\\\]|\\?\$", " "),
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\begin\{array\}(?:\{[^{}]*\})?|\\begin\{bmatrix\}", r"\\begin{pmatrix}"),
+        (r"\\end\{(?:array|bmatrix)\}", r"\\end{pmatrix}"),
+        (r"\\([{}])", r"\1"),
+        (r"\\leq(?:slant)?(?![A-Za-z])", r"\\le"),
+        (r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", ""),
+        (r"\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])", ","),
+        (r"(?<=\S)\s*\\(?:text|mbox|textrm|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\.?$", ""),
+        (r"(?<=\d)\s*(?:" + _UNIT + r"(?:\s*\^\s*\{?[23]\}?)?(?:\s+|$))+$", ""),
+        (r"\\(?:text|textbf|mbox|mathbf|mathrm|boldsymbol|mathit)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\?%", ""),
+        (r"(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", r"\\infty "),
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"(?<![\d.])(\d+)\.0*(?!\d)", r"\1"),
+        (r"(\\[A-Za-z]+)\s+(?=[A-Za-z])|\s+", lambda found: f"{found[1]} " if found[1] else ""),
+        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+        (r"\\frac(\w)(\w)", r"\\frac{\1}{\2}"),
+        (r"\\frac(\w)\{", r"\\frac{\1}{"),
+        (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"),
+    )
+]  # fmt: skip
+
+
+def grade(answer_text: str, gold: str) -> Verdict:
+    r"""The verdict on a whole answer, ``gold`` being in its data set's own spelling.
+
+    >>> grade(r"... so the answer is $\boxed{\frac12}$.", "0.5")
+    Verdict(label='correct', reason='equal', verifier='simplerl/1', seconds=0.0)
+    >>> grade("First 17, then 34", "34").label, grade(r"\boxed{50\%}", "0.5").label, grade(r"\boxed{(1, 3)}", "(1,2)").label
+    ('correct', 'correct', 'wrong')
+    """
+    answer, gold = respell(extract(answer_text)), respell(gold)
+    if not gold:
+        return verdict("unreadable gold", SIMPLERL)
+    if not answer:
+        return verdict("no answer found", SIMPLERL)
+    if answer.lower() == gold.lower():
+        return verdict("exact", SIMPLERL)
+    return verdict("equal" if equal(answer, gold) else "not equal", SIMPLERL)
+
+
+def unverifiable(golds: Iterable[str]) -> list[str]:
+    r"""Those of ``golds`` that are not judged correct when given back in a box: their questions could never be answered.
+
+    >>> unverifiable([r"\frac{1}{2}", "", "34"])
+    ['']
+    """
+    return [gold for gold in golds if grade(rf"\boxed{{{gold}}}", gold).label != "correct"]
+
+
+def extract(text: str) -> str:
+    r"""The part of ``text`` that is its answer, "" if there is none.
+
+    >>> extract(r"\boxed{1}, no: \boxed{\frac{1}{2}}."), extract("The answer is 3."), extract("1,234 or so"), extract("none")
+    ('\\frac{1}{2}', '3', '1234', '')
+    """
+    _, introduced, quoted = text.partition("final answer is $")
+    if introduced and "$. I hope" in text:
+        answer = quoted.partition("$. I hope")[0]
+    elif "boxed" in text:
+        answer = _last_box(text)
+    elif words := next((words for words in _LAST_WORDS if words in text), None):
+        answer = text.rpartition(words)[2]
+    else:
+        answer = (_NUMBER.findall(text.replace(",", "")) or [""])[-1]
+    return answer.strip().removeprefix(":").removesuffix(".").removesuffix("/").strip()
+
+
+def respell(answer: str) -> str:
+    r"""One spelling for what means the same.
+
+    >>> respell(r" \left( 3, \dfrac12 \right) "), respell(r"x = 5.00\text{ cm}"), respell(r"3 \pm 2\sqrt3"), respell("12/7")
+    ('(3,\\frac{1}{2})', '5', '3\\pm2\\sqrt{3}', '\\frac{12}{7}')
+    """
+    answer = answer.strip().rstrip(".")
+    for pattern, spelling in _SPELLINGS:
+        answer = pattern.sub(spelling, answer).strip()
+    name, equals, value = answer.partition("=")
+    return value if equals and len(name) <= 2 and "=" not in value and value else answer
+
+
+def equal(answer: str, gold: str) -> bool:
+    r"""Whether two texts in the spelling of :func:`respell` mean the same.
+
+    >>> equal("0.3333", r"\frac{1}{3}"), equal("(0,0.5)", r"(0,\frac{1}{2})"), equal("y=2x", "2x-y=0"), equal("x+1", "x+2")
+    (True, True, True, False)
+    """
+    if answer.lower() == gold.lower() or (gold in tuple("ABCDE") and _last_letter(answer) == gold):
+        return True
+    answer_number, gold_number = _number(answer), _number(gold)
+    if answer_number is not None and gold_number is not None:
+        return any(_close(answer_number, gold_number * factor) for factor in (1.0, 0.01, 100.0))
+    if _without_brackets(answer) == _without_brackets(gold):
+        return True
+    answer_parts, gold_parts = _parts(answer), _parts(gold)
+    if answer_parts and gold_parts:
+        return len(answer_parts) == len(gold_parts) and all(map(equal, answer_parts, gold_parts))
+    if answer.count("=") == gold.count("=") == 1:
+        answer, gold = (f"{left}-({right})" for left, _, right in (answer.partition("="), gold.partition("=")))
+        return _same_expression(answer, gold) or _same_expression(f"-({answer})", gold)
+    for one, other in ((answer, gold), (gold, answer)):
+        name, equals, value = one.partition("=")
+        if equals and "=" not in value + other and len(name) <= 2:
+            return equal(value, other)
+    return _same_expression(answer, gold)
+
+
+def _last_box(text: str) -> str:
+    """What the last box holds; all that follows where it is not closed; up to the end of the formula where it has no braces."""
+    content = text.rpartition("boxed")[2].lstrip()
+    if not content.startswith("{"):
+        return content.partition("$")[0]
+    depth = 0
+    for brace in re.finditer("[{}]", content):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return content[1 : brace.start()]
+    return content[1:]
+
+
+def _last_letter(answer: str) -> str:
+    return (re.findall(r"\b[A-E]\b", answer.upper()) or [""])[-1]
+
+
+def _number(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text.replace(",", ""))
+    return None
+
+
+def _close(answer: float, gold: float) -> bool:
+    return math.isclose(answer, gold, rel_tol=_RELATIVE_ERROR)
+
+
+def _without_brackets(text: str) -> str:
+    return re.sub(r"[{}()]", "", text).lower()
+
+
+def _parts(text: str) -> list[str]:
+    r"""The elements of ``(a,b]`` or of a matrix, row by row, each row opened by its length; nothing for any other text."""
+    if matrix := _MATRIX.fullmatch(text):
+        rows = [row.split("&") for row in matrix[1].split(r"\\") if row]
+        return list(itertools.chain.from_iterable([str(len(row)), *row] for row in rows))
+    if len(text) < 3 or text[0] not in "([" or text[-1] not in ")]":
+        return []
+    parts, depth = [""], 0
+    for symbol in text[1:-1]:
+        depth += (symbol in "([{") - (symbol in ")]}")
+        if depth < 0:  # "(a,b) and (c,d)": the first bracket is not closed by the last
+            return []
+        if symbol == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += symbol
+    return parts if len(parts) > 1 else []
+
+
+def _same_expression(answer: str, gold: str) -> bool:
+    """Whether computer algebra finds both equal, exactly or within the relative error."""
+    if max(len(answer), len(gold)) > MAX_ALGEBRA_CHARS:
+        return False
+    first, second = _expression(answer), _expression(gold)
+    if first is None or second is None:
+        return False
+    return any(_holds(test, first, second) for test in (_equal_exactly, _equal_relations, _equal_numerically))
+
+
+def _expression(latex: str) -> Any:
+    """``latex`` as SymPy reads it; None where it cannot."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+
+    with contextlib.suppress(Exception):  # whatever the parser raises, the text is not mathematics to it
+        return latex2sympy(latex, normalization_config=NormalizationConfig(basic_latex=True, boxed="none"))
+    return None
+
+
+def _holds(test: Callable[[Any, Any], bool], first: Any, second: Any) -> bool:
+    """SymPy raises for what a test is not made for: sets, booleans, matrices of other shapes."""
+    with contextlib.suppress(Exception):
+        return bool(test(first, second))
+    return False
+
+
+def _equal_exactly(first: Any, second: Any) -> bool:
+    from sympy import simplify
+
+    return first == second or first.equals(second) or simplify(first - second) == 0
+
+
+def _equal_relations(first: Any, second: Any) -> bool:
+    return abs(first.lhs - first.rhs).equals(abs(second.lhs - second.rhs))
+
+
+def _equal_numerically(first: Any, second: Any) -> bool:
+    return _close(float(first.evalf()), float(second.evalf()))
