@@ -58,6 +58,7 @@ def assemble(config: Config) -> Iterator[Run]:
             config.parallel.pipeline,
             config.parallel.context,
             virtual_pipeline=config.parallel.virtual_pipeline,
+            expert=config.parallel.expert,
             timeout_seconds=config.parallel.timeout_seconds,
             control_timeout_seconds=config.rollout.step_deadline_seconds,
             threads=threads,

@@ -102,11 +102,9 @@ class RolloutSection(Section):
 class VerifySection(Section):
     """Who says right or wrong."""
 
-    mode: Literal["strict", "math-verify", "dapo", "simplerl"] = "strict"
+    mode: Literal["strict", "math-verify"] = "strict"
     """``strict``: the last \\boxed{} alone, integers by exact comparison, the rest by math-verify on the box.
-    ``math-verify``: the whole text, as the paper's reference code does. ``dapo``: the "Answer:" line, else the last
-    \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: the final evaluation's, too lenient to train on
-    (it forgives a factor of 100). docs/verification.md compares them."""
+    ``math-verify``: the whole text, as the paper's reference code does."""
     workers: PositiveInt = 2
     """Grader processes; started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
@@ -190,6 +188,8 @@ class ParallelSection(Section):
     """Parts of the model that each pipeline stage holds. 2 and more: the interleaved schedule, with a smaller bubble."""
     context: PositiveInt = 1
     """Context-parallel ranks, which share every sequence between them."""
+    expert: PositiveInt = 1
+    """Of the data- and context-parallel ranks, so many share the experts of each layer. 1: every rank has all experts."""
     sequence_parallel: bool = True
     """Shard activations between tensor-parallel ranks (no effect when tensor is 1)."""
     threads: PositiveInt | None = None

@@ -217,8 +217,8 @@ def transformer_config(
         output_layer_init_method=torch.nn.init.zeros_,
         transformer_impl="transformer_engine" if with_engine else "local",
         apply_rope_fusion=with_engine,
-        # Weight gradients straight into main_grad, by apex's kernel; Transformer Engine has its own, but Megatron asks for apex's
-        # in the embedding and LM head too (tensor_parallel/layers.py:924).
+        # Weight gradients straight into main_grad by apex's kernel. Transformer Engine has its own, but Megatron asks for
+        # apex's wherever there is an LM head (tensor_parallel/layers.py:924).
         gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,

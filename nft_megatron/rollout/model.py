@@ -8,7 +8,7 @@ Shapes: P prompts, B answers, S tokens of the longest prompt, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class CausalModel:
         Raises ``UserError`` when a name is missing, unexpected or repeated, or a shape differs; the weights are then mixed.
         """
         # named_parameters() gives a tied weight once, under its first name, as Hugging Face's files do.
-        wanted = dict(self._model.named_parameters())
+        wanted = {name: part for item in self._model.named_parameters() for name, part in _as_in_files(*item)}
         digests = []
         for name, tensor in tensors:
             target = wanted.pop(name, None)
@@ -73,6 +73,22 @@ class CausalModel:
         slots.prepare(positions_B, num_tokens)
         output = self._model(tokens_B[:, None], position_ids=positions_B[:, None], attention_state=slots, use_cache=False)
         return output.logits[:, 0]
+
+
+def _as_in_files(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter under its name in files. transformers 5 has the experts of a layer in two, of which files name every part.
+
+    >>> [(name, part.tolist()) for name, part in _as_in_files("mlp.experts.gate_up_proj", torch.arange(4).view(1, 4, 1))]
+    [('mlp.experts.0.gate_proj.weight', [[0], [1]]), ('mlp.experts.0.up_proj.weight', [[2], [3]])]
+    """
+    kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    prefix, found, kind = name.partition(".experts.")
+    if not found or kind not in kinds:
+        yield name, parameter
+        return
+    for number, expert in enumerate(parameter):
+        for part, rows in zip(kinds[kind], expert.chunk(len(kinds[kind])), strict=True):
+            yield f"{prefix}.experts.{number}.{part}.weight", rows
 
 
 _REMEDY = "the trainer's model and the engine's config.json must be of one architecture"
