@@ -41,7 +41,7 @@ CHUNK_BYTES = 300 * 2**20
 MIN_CHUNK = 512
 """Tokens. Below, adding a chunk's share to the weight's gradient begins to outweigh computing it."""
 
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Of a float32 temporary. On the CPU it stays in the cache, and below the size at which glibc returns memory to the kernel: on
 fresh pages a pass takes several times as long. A GPU wants kernels that outlast their launch."""
 
@@ -181,7 +181,10 @@ class HeadGradients:
                 total_BH += grad_CB.t() @ hidden_CH
 
     def weight_grad_VH(self) -> Tensor | None:
-        """What autograd gets: a zero without memory of its own where ``main_grad_VH`` already has the gradient."""
+        """What autograd gets: where ``main_grad_VH`` already has the gradient, a zero without memory of its own.
+
+        For a parameter without ``grad``, autograd makes a real zero of it. By then the memory of the chunks is free again.
+        """
         if self.total_VH is None:
             return None
         if self.main_grad_VH is not None:
