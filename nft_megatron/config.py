@@ -102,9 +102,11 @@ class RolloutSection(Section):
 class VerifySection(Section):
     """Who says right or wrong."""
 
-    mode: Literal["strict", "math-verify"] = "strict"
+    mode: Literal["strict", "math-verify", "dapo", "simplerl"] = "strict"
     """``strict``: the last \\boxed{} alone, integers by exact comparison, the rest by math-verify on the box.
-    ``math-verify``: the whole text, as the paper's reference code does."""
+    ``math-verify``: the whole text, as the paper's reference code does. ``dapo``: the "Answer:" line, else the last
+    \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: the final evaluation's, too lenient to train on
+    (it forgives a factor of 100). docs/verification.md compares them."""
     workers: PositiveInt = 2
     """Grader processes; started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
