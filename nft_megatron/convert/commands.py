@@ -30,9 +30,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _MEGATRON_POINTER, _OUR_POINTER = "latest_checkpointed_iteration.txt", "latest"
 
 
-def default_workers() -> int:
-    """One thread a core that this process may use, at most 8: a disk is seldom faster than that."""
-    return min(8, len(os.sched_getaffinity(0)))
+def _num_threads(workers: int | None) -> int:
+    """As asked for; otherwise one a core that this process may use, at most 8: a disk is seldom faster than that."""
+    if workers is not None and workers < 1:
+        raise UserError("--workers", workers, "is less than one thread", "give 1 or more, or leave it out")
+    return workers or min(8, len(os.sched_getaffinity(0)))
 
 
 def to_megatron(
@@ -100,7 +102,7 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
         problems += compare_shapes(*(read_shape(folder, label) for folder, label in zip(folders, "AB", strict=True) if folder))
     console = Console(stderr=True)
     with Meter("check", first.num_bytes + second.num_bytes, console) as meter:
-        problems += compare(first, second, workers or default_workers(), meter.advance)
+        problems += compare(first, second, _num_threads(workers), meter.advance)
     if prompt is not None:
         from nft_megatron.convert.logprobs import compare_log_probs
 
@@ -152,7 +154,7 @@ def model_folder_of(checkpoint: Path) -> Path | None:
     """Where configuration and tokenizer of a checkpoint are: in it, or where the run that wrote it started from."""
     if (checkpoint / "config.json").is_file():
         return checkpoint
-    run_config = checkpoint.resolve().parents[1] / "config.yaml"  # RUN/checkpoints/step_…
+    run_config = checkpoint.resolve().parent.parent / "config.yaml"  # RUN/checkpoints/step_…
     if run_config.is_file():
         content = yaml.safe_load(run_config.read_text())
         section = content.get("model") if isinstance(content, dict) else None
@@ -186,7 +188,7 @@ def _convert(
         _print_plan(checkpoint, target, table, destination)
         return
     with Meter("convert", target.num_bytes, Console(stderr=True)) as meter:
-        manifest = transfer(checkpoint, target, destination, model, workers or default_workers(), meter.advance)
+        manifest = transfer(checkpoint, target, destination, model, _num_threads(workers), meter.advance)
     print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, receipt {manifest.receipt}")
 
 
