@@ -51,8 +51,10 @@ class PartialFolder:
     def __enter__(self) -> PartialFolder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._journal.close()
+        if isinstance(error, UserError):  # with a source that is wrong there is nothing to go on with
+            shutil.rmtree(self.path)
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """Note that a tensor is written."""

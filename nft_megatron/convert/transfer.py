@@ -18,7 +18,7 @@ from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
 from nft_megatron.convert.plan import Target
 from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.files import atomic_file, remove_leftovers
 from nft_megatron.weights.hf_writer import copy_model_files, state_dtype
 from nft_megatron.weights.receipt import begin_digest
 
@@ -73,6 +73,8 @@ def _fingerprint(source: Checkpoint, model_folder: Path) -> dict[str, Any]:
 
 
 def _write_around_tensors(target: Target, files: Files, model_folder: Path) -> None:
+    remove_leftovers(target.folder)  # of a process that was killed in its last moments
+    (target.folder / NAME).unlink(missing_ok=True)
     for file, size in target.files.items():
         os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
         os.ftruncate(files.descriptor(file, os.O_RDWR), size)

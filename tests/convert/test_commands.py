@@ -17,8 +17,9 @@ from convert.conftest import tensors_of
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, save_tiny
 
-from nft_megatron.convert import torch_dist_plan
+from nft_megatron.convert import torch_dist_plan, transfer
 from nft_megatron.convert.commands import check, to_hf, to_megatron
+from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import Manifest, read_manifest
 from nft_megatron.errors import UserError
 from nft_megatron.weights import read_shape, weight_table
@@ -121,7 +122,7 @@ def test_a_faulty_folder_is_refused_and_nothing_appears(sources, changed, tmp_pa
     action, message = FAULTS[fault]
     with pytest.raises(UserError, match=message):
         to_megatron(changed(sources["untied"], action), tmp_path / "megatron")
-    assert not (tmp_path / "megatron").exists()
+    assert not list(tmp_path.glob("megatron*"))
 
 
 def test_one_float32_tensor_is_kept_and_reported(sources, changed, tmp_path: Path, capsys):
@@ -311,8 +312,6 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(sources, tmp_path: Pa
     written = json.loads(before[3])["tensor"]
     journal.write_text(journal.read_text() + '{"tensor": "mod')  # killed within a line
 
-    from nft_megatron.convert import transfer
-
     copied = []
     copy = transfer._Job._copy
     monkeypatch.setattr(transfer._Job, "_copy", lambda job, name: copied.append(name) or copy(job, name))
@@ -331,12 +330,30 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(sources, tmp_path: Pa
     assert not partial.exists()
 
 
-def test_another_source_begins_anew(sources, tmp_path: Path, changed):
-    with pytest.raises(UserError, match="not finite"):
-        to_megatron(changed(sources["untied"], add_nan), tmp_path / "out", workers=1)
-    assert (tmp_path / "out.partial").is_dir()
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_another_source_begins_anew(sources, tmp_path: Path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(transfer, "_hashes_around_tensors", interrupt)
+        to_megatron(sources["tied"], tmp_path / "out")
+    (tmp_path / "out.partial" / "strange.distcp").write_bytes(b"x")
     to_megatron(sources["untied"], tmp_path / "out")
+    assert not (tmp_path / "out" / "strange.distcp").exists()
     check(sources["untied"], tmp_path / "out")
+
+
+def test_interrupted_in_its_last_moments_it_leaves_nothing_of_them(sources, tmp_path: Path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PartialFolder, "publish", interrupt)
+        to_megatron(sources["untied"], tmp_path / "out")
+    (tmp_path / "out.partial" / ".tmp-1-conversion.json").write_text("{")
+    to_megatron(sources["untied"], tmp_path / "out")
+    to_megatron(sources["untied"], tmp_path / "at once")
+    for folder, other in (("out", "at once"), ("at once", "out")):
+        for path in (tmp_path / folder).iterdir():
+            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), path.name
 
 
 def test_an_existing_name_and_a_second_process_are_refused(sources, converted: Path, tmp_path: Path):
