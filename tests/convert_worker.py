@@ -17,10 +17,10 @@ from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights import ModelShape, read_shape
 
 
-def measure(folders: dict[str, tuple[Path, Path]], out: Path, tensor: int, pipeline: int) -> None:
+def measure(folders: dict[str, tuple[Path, Path]], out: Path, tensor: int, pipeline: int, expert: int) -> None:
     """For each (Hugging Face folder, its conversion): load the conversion, write findings to ``out/<name>_<rank>.json``, and
     save the weights, as read from the Hugging Face folder, in both of Megatron's formats below ``out/<name>``."""
-    topology = init_topology(tensor, pipeline, timeout_seconds=60, threads=1)
+    topology = init_topology(tensor, pipeline, expert=expert, timeout_seconds=60, threads=1)
     for name, (folder, converted) in folders.items():
         shape = read_shape(folder)
         expected = build_model(shape, topology)
@@ -59,9 +59,11 @@ def _logits(chunks: Chunks, topology: Topology, shape: ModelShape) -> torch.Tens
 
 
 def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
-    """``torch_dist`` with optimizer state, and a file a rank as Megatron-LM names and fills them."""
+    """``torch_dist`` with optimizer state and, where no experts are spread, a file a rank as Megatron-LM names and fills them."""
     (folder / "torch_dist").mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / "torch_dist", chunks, PolicyOptimizer(chunks, AdamW(1e-3)), topology, {"step": 0})
+    if topology.world_size > topology.tensor_size * topology.pipeline_size:
+        return
     stage = f"_{topology.pipeline_rank:03d}" if topology.pipeline_size > 1 else ""
     own = folder / "mp_rank" / "iter_0000012" / f"mp_rank_{topology.tensor_rank:02d}{stage}"
     own.mkdir(parents=True)
