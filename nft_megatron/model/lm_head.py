@@ -39,7 +39,7 @@ CHUNK_BYTES = 300 * 2**20
 """Memory of a chunk's logits by default."""
 
 MIN_CHUNK = 512
-"""Tokens. Below, adding a chunk's share to the weight's gradient begins to outweigh computing it."""
+"""Tokens. Shorter chunks would spend their time adding to the weight's gradient rather than computing what to add."""
 
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Of a float32 temporary. On the CPU it stays in the cache, and below the size at which glibc returns memory to the kernel: on

@@ -94,5 +94,5 @@ class _TokenLogProbs(torch.autograd.Function):
         for chunk in head.chunks(hidden_NH, weight_VH, targets_N):
             head.differentiate(chunk, *(each_N[chunk.tokens] for each_N in of_each_token))
             gradients.add(chunk)
-            del chunk
+            del chunk  # or the last one's memory would outlive the loop
         return gradients.hidden_grad_NH, gradients.weight_grad_VH(), None, None

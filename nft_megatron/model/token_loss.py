@@ -88,7 +88,7 @@ class _TokenLossSum(torch.autograd.Function):
                 (logprob_grad_C,) = torch.autograd.grad(loss, logprob_C)
                 head.differentiate(chunk, statistics.log_sum_exp_C, logprob_grad_C)
                 gradients.add(chunk)
-            del chunk
+            del chunk  # or the last one's memory would outlive the loop
         ctx.head = head
         ctx.save_for_backward(gradients.hidden_grad_NH, gradients.weight_grad_VH())
         ctx.mark_non_differentiable(logprob_N)

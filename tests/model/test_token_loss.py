@@ -3,6 +3,8 @@
 import pytest
 import torch
 from lm_head_reference import HIDDEN, VOCAB, full_logprobs, problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nft_megatron.algorithms import TokenBatch, build_algorithm
 from nft_megatron.model import lm_head
@@ -132,6 +134,33 @@ def test_a_frozen_head_or_hidden_state_gets_no_gradient():
         token_loss_sum(*trained, targets, lambda *args, tokens=tokens: nft_loss(tokens, *args), **OPTIONS)[0].backward()
         assert trained[frozen].grad is None
         torch.testing.assert_close(trained[1 - frozen].grad, expected[1 - frozen])
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def test_all_logits_never_exist_together():
+    hidden, weight, targets, upstream = problem(num_tokens=1024, padded=64)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    for backward in (
+        lambda: token_loss_sum(hidden, weight, targets, lambda logprob, chunk: upstream[0, chunk] * logprob, **OPTIONS)[0],
+        lambda: sum(token.sum() for token in token_logprobs(hidden, weight, targets, **OPTIONS, entropy="gradient")),
+    ):
+        weight.grad = None
+        with LargestResult() as mode:
+            backward().backward()
+        assert weight.grad is not None
+        assert mode.largest == hidden.numel() < 1024 * VOCAB
 
 
 @pytest.mark.parametrize("with_main_grad", [False, True])
