@@ -109,12 +109,36 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
 
     evaluate = _add(
-        commands, "eval", _eval, "measure a Hugging Face model folder on held-out questions",
-        "Answer evaluate.data of CONFIG with MODEL, under the same prompts, limits and verifier as in training.",
+        commands, "eval", _eval, "measure a Hugging Face model folder on benchmarks or held-out questions",
+        "With --benchmarks: avg@k with its standard error, pass@k and maj@k on AIME 2024, AIME 2025, AMC 2023, MATH500, "
+        "OlympiadBench and Minerva Math, sampled and graded as in the paper. Every answer is kept in --out; the same command "
+        "goes on where a killed one was. With CONFIG, prompts, answer length and run seed are those of the run. Without "
+        "--benchmarks: accuracy on evaluate.data of CONFIG, under training's own verifier.",
+        epilog="Examples\n"
+        "  nft-megatron eval RUN/hf/step_000320 RUN/config.yaml --benchmarks data/benchmarks\n"
+        "  nft-megatron eval Qwen2.5-Math-7B --benchmarks aime24.jsonl amc23.jsonl --samples 4 rollout.batch_size=64\n"
+        "  nft-megatron overlap dapo.parquet --against data/benchmarks/*.jsonl --out overlap.jsonl\n"
+        "  nft-megatron eval MODEL --benchmarks data/benchmarks --overlap overlap.jsonl --beside eval/base/summary.json\n\n"
+        "The files: Parquet, JSONL or data set folders, named aime24, aime25, amc23, math500, olympiadbench, minerva_math\n"
+        "(or as on the hub: AIME_2024, MATH-500 …). docs/evaluation.md explains the numbers.",
     )  # fmt: skip
     evaluate.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder, such as RUN/hf/step_000100")
-    evaluate.add_argument("--out", type=Path, help="write accuracy and its error as JSON to this file")
-    _add_config(evaluate)
+    evaluate.add_argument("--benchmarks", metavar="PATH", nargs="+", help="files of benchmarks, or folders that hold them")
+    evaluate.add_argument(
+        "--samples", metavar="K", type=int, help="answers a question (default: 32 on AIME and AMC, 1 on the others)"
+    )
+    evaluate.add_argument("--temperature", type=float, help="of sampling (default: the paper's, 1 for 7B and 0.6 for 32B)")
+    evaluate.add_argument("--top-p", type=float, default=0.7, help="of sampling (default: %(default)s)")
+    evaluate.add_argument("--max-answer-tokens", metavar="N", type=int, help="(default: rollout.max_answer_tokens)")
+    evaluate.add_argument("--grader", default="simplerl", help="a verify.mode (default: %(default)s, as in the paper)")
+    evaluate.add_argument("--overlap", metavar="FILE", type=Path, help="from `overlap --out`: also without those questions")
+    evaluate.add_argument(
+        "--beside", metavar="FILE", type=Path, nargs="+", default=[], help="summary.json of other models, or published scores"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, help="folder for answers and summary.json (default: eval/MODEL); without --benchmarks a JSON file"
+    )
+    _add_config(evaluate, optional=True)
 
     _add(
         commands, "doctor", _doctor, "what is installed, which fast paths are on, how to get what is missing",
@@ -125,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         commands, "overlap", _overlap, "find evaluation questions that are in the training data",
         "List the evaluation questions of which one training question holds at least half of the word 13-grams. Words are runs "
         "of a to z and of digits, in lower case, so that two typesettings of one problem agree; DAPO's instructions around a "
-        "question are taken off first. Files: Parquet, JSONL or data set folders. `nft-megatron eval --overlap FILE` then shows "
-        "every accuracy with and without the questions found.",
+        "question are taken off first. Files: Parquet, JSONL or data set folders. `nft-megatron eval --overlap FILE` then "
+        "shows every accuracy with and without the questions found.",
     )  # fmt: skip
     overlap.add_argument("train", metavar="TRAIN", type=Path, nargs="+", help="training questions")
     overlap.add_argument("--against", metavar="EVAL", type=Path, nargs="+", required=True, help="evaluation questions")
@@ -202,8 +226,8 @@ def _add(commands, name, function, short, description, epilog=None) -> argparse.
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
+def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument("config", metavar="CONFIG", type=Path, nargs="?" if optional else None, help="YAML file")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's value, read as YAML")
 
 
@@ -216,10 +240,32 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
-    from nft_megatron.evaluate.folder import evaluate_folder
+    # argparse cannot tell an override from a missing CONFIG or from one more benchmark
+    words = [*filter(None, [options.config]), *map(Path, options.benchmarks or [])]
+    misplaced = [word for word in words if "=" in str(word) and not word.exists()]
+    overrides = [*map(str, misplaced), *options.overrides]
+    config_path = None if options.config in misplaced else options.config
+    from nft_megatron.evaluate.folder import BenchmarkOptions, default_config, evaluate_benchmarks, evaluate_folder
 
-    evaluate_folder(config, options.model, options.out)
+    if options.benchmarks is None:
+        if config_path is None:
+            raise UserError("eval", options.model, "nothing to measure it on", "add --benchmarks FOLDER, or a CONFIG")
+        evaluate_folder(load_config(config_path, overrides), options.model, options.out)
+        return
+    out = options.out or Path("eval") / options.model.resolve().name
+    config = load_config(config_path, overrides) if config_path else default_config(options.model, out, overrides)
+    chosen = BenchmarkOptions(
+        paths=tuple(path for path in map(Path, options.benchmarks) if path not in misplaced),
+        out=out,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_answer_tokens=options.max_answer_tokens,
+        grader=options.grader,
+        overlap=options.overlap,
+        beside=tuple(options.beside),
+    )
+    evaluate_benchmarks(config, options.model, chosen)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -236,7 +282,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _overlap(options: argparse.Namespace) -> None:
-    from nft_megatron.data.overlap_command import report_overlap
+    from nft_megatron.evaluate.overlap import report_overlap
 
     report_overlap(options.train, options.against, n=options.n, threshold=options.threshold, out=options.out)
 

@@ -49,6 +49,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError("CONFIG", path, f"not readable as YAML: {error}", "correct that line") from error
     if not isinstance(tree, dict):
         raise UserError("CONFIG", path, "holds no sections", "start from a file in examples/")
+    return config_from(tree, overrides)
+
+
+def config_from(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration in ``tree``, which is changed, after ``overrides``. Raises as :func:`load_config` does."""
     for override in overrides:
         _apply_override(tree, override)
     try:

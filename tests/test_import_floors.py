@@ -13,6 +13,7 @@ FLOORS = {
         ["__init__", "errors", "files", "records", "config", "config_load", "run_folder", "stop", "place", "data"], 0
     ),
     **dict.fromkeys([f"verify.{name}" for name in ("boxes", "grade", "modes", "numbers", "reasons", "simplerl")], 0),
+    **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
     **dict.fromkeys(["algorithms", "layout", "weights", "convert", "observe"], 1),
     **dict.fromkeys(["model", "rollout", "verify"], 2),
     **dict.fromkeys(["tokenizer", "ask", "answering", "collect", "publish", "checkpoints", "evaluate"], 3),

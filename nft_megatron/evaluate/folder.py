@@ -1,21 +1,41 @@
-"""``nft-megatron eval``: held-out accuracy of a Hugging Face model folder."""
+"""``nft-megatron eval``: how good the model in a Hugging Face folder is, on a config's held-out questions or on benchmarks."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
 from nft_megatron.answering import open_asker, read_prompts, training_sampling
-from nft_megatron.config import Config
+from nft_megatron.ask import Asker
+from nft_megatron.config import Config, VerifySection
+from nft_megatron.config_load import config_from
+from nft_megatron.data.overlap import read_overlapping_ids
+from nft_megatron.data.prompts import tokenize
+from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
+from nft_megatron.data.wording import instruct
 from nft_megatron.errors import UserError
+from nft_megatron.evaluate.benchmarks import TOP_P, Benchmark, find_benchmarks, temperature_for
+from nft_megatron.evaluate.measure import Part, Task, answer_part, check_part, plan_parts, questions_hash, read_answers
 from nft_megatron.evaluate.run import evaluate
-from nft_megatron.files import atomic_file
+from nft_megatron.evaluate.summary import Scores, comparison, read_scores, summary_of, table_of
+from nft_megatron.files import atomic_file, remove_leftovers
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
+from nft_megatron.records import Sampling
 from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
+
+log = logging.getLogger(__name__)
+
+GRADERS: tuple[str, ...] = get_args(VerifySection.model_fields["mode"].annotation)
+_SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 
 
 def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> None:
@@ -25,17 +45,12 @@ def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> Non
     """
     if not config.evaluate.data:
         raise UserError(
-            "evaluate.data", "(nothing)", "no questions to evaluate on", "name a file: evaluate.data=questions.parquet"
-        )
-    table = weight_table(read_shape(model_folder, "MODEL"))
+            "evaluate.data", "(nothing)", "no questions to evaluate on",
+            "name a file: evaluate.data=questions.parquet, or measure benchmarks: --benchmarks FOLDER",
+        )  # fmt: skip
     tokenizer = load_tokenizer(model_folder, "MODEL")
     prompts = read_prompts(config, tokenizer, "evaluate.data").prompts
-    with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(HFReader(model_folder, "MODEL"))
-        reader.check(table)
-        progress = stack.enter_context(open_progress(1))
-        asker = open_asker(config, model_folder, tokenizer, stack, PhaseTimer(), progress)
-        asker.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items()), version=0)
+    with _open_model(config, model_folder, tokenizer, num_steps=1) as (asker, _):
         result = evaluate(asker, prompts, config.evaluate, training_sampling(config, model_folder, tokenizer))
     summary = {
         "model": str(model_folder),
@@ -50,9 +65,149 @@ def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> Non
         "answer_length_mean": result.answer_length_mean,
     }
     if out is not None:
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        _write_json(out, summary)
     print(
         f"{model_folder}: {result.accuracy:.1%} ± {result.standard_error:.1%} of {len(prompts)} questions right "
         f"(avg@{config.evaluate.samples}, temperature {config.evaluate.temperature:g}), {result.truncated_rate:.1%} cut off"
     )
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What the command line says. None: each benchmark's own k, the paper's temperature for the model's size, the answer
+    length of training. ``out`` is a folder for answers and summary; ``overlap`` a file of ``nft-megatron overlap``; ``beside``
+    files whose scores are printed beside these."""
+
+    paths: tuple[Path, ...]
+    out: Path
+    samples: int | None = None
+    temperature: float | None = None
+    top_p: float = TOP_P
+    max_answer_tokens: int | None = None
+    grader: str = "simplerl"
+    overlap: Path | None = None
+    beside: tuple[Path, ...] = ()
+
+
+def default_config(model_folder: Path, run_dir: Path, overrides: Sequence[str]) -> Config:
+    """What a benchmark evaluation without a CONFIG goes by: the defaults of all fields, and the template that the model has."""
+    template = "chat" if load_tokenizer(model_folder, "MODEL").chat_template else "plain"
+    tree: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {"path": str(model_folder)},
+        "data": {"train": ["(nothing)"], "template": template},
+        "train": {"num_steps": 1},
+    }
+    return config_from(tree, overrides)
+
+
+def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOptions) -> None:
+    """Measure ``model_folder`` on benchmarks, print their table and write ``summary.json``; go on where a killed call was.
+
+    Prompts and lengths are those of ``config``. Raises :class:`UserError` for what the user can mend, such as answers in
+    ``options.out`` that were given under other settings.
+    """
+    overlapping = read_overlapping_ids(options.overlap, "--overlap") if options.overlap else frozenset[str]()
+    others = [scores for path in options.beside for scores in read_scores(path)]
+    config = _with_grader(config, options.grader)
+    tokenizer = load_tokenizer(model_folder, "MODEL")
+    sampling = _sampling(config, model_folder, tokenizer, options)
+    tasks = [
+        _read_task(benchmark, path, config, tokenizer, options.samples) for benchmark, path in find_benchmarks(options.paths)
+    ]
+    context = read_shape(model_folder, "MODEL").max_positions
+    parts = [plan_parts(task, sampling.max_tokens, context, options.out) for task in tasks]
+    _answer(parts, config, model_folder, tokenizer, sampling)
+    results = [(task.benchmark, read_answers(own)) for task, own in zip(tasks, parts, strict=True)]
+    settings = {"grader": options.grader, "sampling": asdict(sampling), "seed": config.seed}
+    summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping)}
+    _write_json(options.out / "summary.json", summary)
+    print(f"{model_folder}, in percent (temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most "
+          f"{sampling.max_tokens} tokens, grader {options.grader})\n")  # fmt: skip
+    print(table_of(results, overlapping))
+    if others:
+        print("\n" + comparison([Scores(str(model_folder), summary["scores"]), *others]))
+    print(f"\n{options.out}: summary.json, and every answer under answers/")
+
+
+def _with_grader(config: Config, grader: str) -> Config:
+    """``config`` with the grader of the evaluation, and patience: an unknown verdict is a hole in the table."""
+    if grader not in GRADERS:
+        raise UserError("--grader", grader, "no such grader", f"one of {', '.join(GRADERS)}")
+    verify = config.verify.model_dump() | {
+        "mode": grader,
+        "soft_seconds": max(config.verify.soft_seconds, _SOFT_SECONDS),
+        "hard_seconds": max(config.verify.hard_seconds, _HARD_SECONDS),
+    }
+    return config.model_copy(update={"verify": VerifySection(**verify)})
+
+
+def _sampling(config: Config, model_folder: Path, tokenizer: Any, options: BenchmarkOptions) -> Sampling:
+    for name, value in (("--samples", options.samples), ("--max-answer-tokens", options.max_answer_tokens)):
+        if value is not None and value < 1:
+            raise UserError(name, value, "is not positive", "use 1 or more")
+    num_parameters = sum(math.prod(size) for size in weight_table(read_shape(model_folder, "MODEL")).shapes.values())
+    return replace(
+        training_sampling(config, model_folder, tokenizer),
+        temperature=temperature_for(num_parameters) if options.temperature is None else options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_answer_tokens or config.rollout.max_answer_tokens,
+    )
+
+
+def _read_task(benchmark: Benchmark, path: Path, config: Config, tokenizer: Any, samples: int | None) -> Task:
+    questions = load_questions([path], "--benchmarks", HELD_OUT_SPLIT)
+    if len(questions) != benchmark.num_questions:
+        log.warning("%s: %s has %d questions, not %d", path, benchmark.title, len(questions), benchmark.num_questions)
+    instruction = config.data.instruction
+    if benchmark.training_wording and (instruction == "boxed" or instruction == "answer"):
+        questions = [instruct(question, instruction) for question in questions]
+    return Task(benchmark, tuple(tokenize(questions, tokenizer, config.data)), samples or benchmark.samples)
+
+
+def _answer(
+    parts: Sequence[Sequence[Part]],
+    config: Config,
+    model_folder: Path,
+    tokenizer: Any,
+    sampling: Sampling,
+) -> None:
+    """Answer the parts that have no file yet. The model is loaded either way: its hash must be that of the answers there."""
+    everything = [part for own in parts for part in own]
+    done = [part for part in everything if part.path.exists()]
+    for own in parts:
+        own[0].path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(own[0].path.parent)
+    with _open_model(config, model_folder, tokenizer, num_steps=len(everything), first_step=len(done)) as (asker, receipt):
+        common = {"weights": receipt, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
+        common = json.loads(json.dumps(common))  # as it will be read back
+        settings = {
+            own[0].task.benchmark.name: common
+            | {"questions": questions_hash(own[0].task.prompts), "samples": own[0].task.samples}
+            for own in parts
+        }
+        for part in done:
+            check_part(part, settings[part.task.benchmark.name])
+        for number, part in enumerate((part for part in everything if part not in done), start=len(done) + 1):
+            result = answer_part(part, asker, sampling, settings[part.task.benchmark.name])
+            asker.progress.step_done({"step": number, "eval_accuracy": result.accuracy})
+
+
+@contextlib.contextmanager
+def _open_model(
+    config: Config, model_folder: Path, tokenizer: Any, *, num_steps: int, first_step: int = 0
+) -> Iterator[tuple[Asker, str]]:
+    """Engine and verifier with the weights of ``model_folder``, and their receipt."""
+    table = weight_table(read_shape(model_folder, "MODEL"))
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(HFReader(model_folder, "MODEL"))
+        reader.check(table)
+        progress = stack.enter_context(open_progress(num_steps, first_step))
+        asker = open_asker(config, model_folder, tokenizer, stack, PhaseTimer(), progress)
+        tensors = ((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items())
+        yield asker, asker.engine.load(tensors, version=0)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from nft_megatron.data.overlap import find_overlaps, num_comparable, write_overlaps
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
 from nft_megatron.errors import UserError
+from nft_megatron.evaluate.table import aligned
 
 
 def report_overlap(train: Sequence[Path], against: Sequence[Path], *, n: int, threshold: float, out: Path | None) -> None:
@@ -36,9 +37,7 @@ def report_overlap(train: Sequence[Path], against: Sequence[Path], *, n: int, th
         counts = (len(questions), too_short, len(found), sum(bool(overlap.same_gold) for overlap in found))
         lines.append((path.name, *map(str, counts)))
         first += len(questions)
-    width = max(len(line[0]) for line in lines)
-    for name, *cells in lines:
-        print(f"{name:<{width}}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, lines[0][1:], strict=True)), sep="  ")
+    print(aligned(lines))
     print(
         f"\nOverlapping: one of {len(trained)} training questions holds at least {threshold:.0%} of the question's word "
         f"{n}-grams. Too short: fewer than {n} words, never found."

@@ -1,36 +1,48 @@
-"""avg@k: k answers to each held-out question, the mean share of right ones."""
+"""Answers to held-out questions, and what they say about the model that gave them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from nft_megatron.ask import Asker
 from nft_megatron.config import EvaluateSection
+from nft_megatron.evaluate.statistics import Judged, average, majority, pass_at, standard_error
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.records import Answer, Prompt, Sampling
+from nft_megatron.verify.simplerl import extract, respell
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Judged answers to held-out questions: ``answers[i]`` are those to ``prompts[i]``."""
+    """Judged answers to held-out questions: ``answers[i]`` are those to ``prompts[i]``.
+
+    :mod:`nft_megatron.evaluate.statistics` says what the statistics mean.
+    """
 
     prompts: tuple[Prompt, ...]
     answers: tuple[tuple[Answer, ...], ...]
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers among the judged ones, averaged over questions; questions with none judged are left out."""
-        rates = self._question_rates()
-        return float(np.mean(rates)) if len(rates) else float("nan")
+        """avg@k: share of right answers among the judged ones, averaged over questions."""
+        return average(self._judged)
 
     @property
     def standard_error(self) -> float:
         """Of :attr:`accuracy`, from the spread between questions."""
-        rates = self._question_rates()
-        return float(np.std(rates, ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else float("nan")
+        return standard_error(self._judged)
+
+    def pass_at(self, k: int) -> float:
+        return pass_at(self._judged, k)
+
+    @property
+    def majority(self) -> float:
+        """maj@k."""
+        return majority(self._judged)
 
     @property
     def truncated_rate(self) -> float:
@@ -45,12 +57,32 @@ class Evaluation:
         """Tokens."""
         return float(np.mean([len(answer.completion.tokens) for group in self.answers for answer in group]))
 
-    def _question_rates(self) -> np.ndarray:
-        judged = [
-            [answer.verdict.label == "correct" for answer in group if answer.verdict.label != "unknown"]
-            for group in self.answers
+    def without(self, question_ids: frozenset[str]) -> Evaluation:
+        """The same answers but for those to ``question_ids``."""
+        kept = [i for i, prompt in enumerate(self.prompts) if prompt.question_id not in question_ids]
+        return Evaluation(tuple(self.prompts[i] for i in kept), tuple(self.answers[i] for i in kept))
+
+    @cached_property
+    def _judged(self) -> list[Judged]:
+        known = [[answer for answer in group if answer.verdict.label != "unknown"] for group in self.answers]
+        return [
+            Judged(tuple(answer.verdict.label == "correct" for answer in group), tuple(vote_of(answer) for answer in group))
+            for group in known
+            if group
         ]
-        return np.array([np.mean(labels) for labels in judged if labels])
+
+
+def vote_of(answer: Answer) -> str | None:
+    r"""What an answer votes for: its final answer as the final evaluation's grader reads and spells it; None where it has none
+    or was cut off.
+
+    >>> from nft_megatron.records import Completion, Verdict
+    >>> completion = Completion(0, 0, np.ones(1, np.int32), -np.ones(1, np.float32), "stop", 0, 0.0)
+    >>> texts = r"\boxed{\dfrac12}", r"so $\boxed{x = \frac{1}{2}}$", "The answer is 5.0.", "I give up"
+    >>> [vote_of(Answer(completion, text, Verdict("wrong", "", ""))) for text in texts]
+    ['\\frac{1}{2}', '\\frac{1}{2}', '5', None]
+    """
+    return (respell(extract(answer.text)) or None) if answer.completion.finish_reason == "stop" else None
 
 
 def evaluate(asker: Asker, prompts: Sequence[Prompt], settings: EvaluateSection, training: Sampling) -> Evaluation:

@@ -58,7 +58,7 @@ def test_golds_that_agree_are_no_conflict() -> None:
 
 
 def test_dapo() -> None:
-    """The 11 that agree to the letter, as that data's own README counts them; the others, read one by one, are one problem too."""
+    """The 11 that agree to the letter, as that data's own README counts them; the others, read one by one, are one problem."""
     conflicts = find_conflicts(load_questions([bench_file("dapo_math_17k.jsonl")]))
     golds: dict[str, set[str]] = {}
     for row in bench_rows("dapo_math_17k.jsonl"):

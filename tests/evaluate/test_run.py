@@ -39,3 +39,10 @@ def test_lengths_and_shares_are_over_answers():
     assert result.answer_length_mean == 5
     assert result.truncated_rate == 0.25
     assert result.unknown_rate == 0.25
+
+
+def test_some_questions_can_be_left_out():
+    prompts = tuple(Prompt(name, "", "", np.array([1], dtype=np.int32)) for name in "abc")
+    result = Evaluation(prompts, ((answer("correct"),), (answer("wrong"),), (answer("wrong"),)))
+    assert result.without(frozenset("bx")).accuracy == 0.5
+    assert result.without(frozenset()).accuracy == pytest.approx(1 / 3)

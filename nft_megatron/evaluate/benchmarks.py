@@ -1,0 +1,81 @@
+r"""The six benchmarks of the paper as a table, and where to find them on the disk.
+
+AIME and AMC are asked 32 times each in the wording of the training data, since their answers are integers like those of
+DAPO-Math-17k; the other three once, as they stand (section 5.1 and appendix B.3). All are sampled with top-p 0.7, at
+temperature 1.0 for the 7B model and 0.6 for the 32B model, in the context of training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nft_megatron.errors import UserError
+
+TOP_P = 0.7
+_LARGE = 20e9  # parameters; between the paper's 7B and 32B
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """``samples`` is the k of avg@k. ``training_wording``: asked as training questions are, not as it stands."""
+
+    name: str
+    title: str
+    num_questions: int
+    samples: int
+    training_wording: bool
+    aliases: tuple[str, ...]
+
+
+BENCHMARKS = (
+    Benchmark("aime24", "AIME 2024", 30, 32, True, ("aime24", "aime2024")),
+    Benchmark("aime25", "AIME 2025", 30, 32, True, ("aime25", "aime2025")),
+    Benchmark("amc23", "AMC 2023", 40, 32, True, ("amc23", "amc2023")),
+    Benchmark("math500", "MATH500", 500, 1, False, ("math500",)),
+    Benchmark("olympiadbench", "OlympiadBench", 675, 1, False, ("olympiadbench", "olympiad")),
+    Benchmark("minerva_math", "Minerva Math", 272, 1, False, ("minervamath", "minerva")),
+)
+
+
+def temperature_for(num_parameters: int) -> float:
+    """The paper's: 1.0 for its 7B model, 0.6 for its 32B model, and for what is nearer to either.
+
+    >>> temperature_for(7_600_000_000), temperature_for(32_800_000_000)
+    (1.0, 0.6)
+    """
+    return 0.6 if num_parameters >= _LARGE else 1.0
+
+
+def benchmark_named(path: Path) -> Benchmark | None:
+    """The benchmark that a file or folder is named after.
+
+    >>> benchmark_named(Path("data/AIME_2024.parquet")).title, benchmark_named(Path("MATH-500")).title
+    ('AIME 2024', 'MATH500')
+    """
+    key = re.sub("[^a-z0-9]", "", (path.name if path.is_dir() else path.stem).lower())
+    return next((benchmark for benchmark in BENCHMARKS if key in benchmark.aliases), None)
+
+
+def find_benchmarks(paths: Sequence[Path], field: str = "--benchmarks") -> list[tuple[Benchmark, Path]]:
+    """The benchmarks among ``paths`` with their files or folders, in the table's order.
+
+    A path is named after a benchmark, or is a folder that holds such files and folders; what else it holds is passed over.
+    Raises :class:`UserError` where a path is neither, and for two paths to one benchmark.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(field, path, "no such file or folder", "check the path")
+        inside = sorted(path.iterdir()) if path.is_dir() and benchmark_named(path) is None else [path]
+        named = [(benchmark, item) for item in inside if (benchmark := benchmark_named(item))]
+        if not named:
+            known = ", ".join(benchmark.name for benchmark in BENCHMARKS)
+            raise UserError(field, path, "is not named after a benchmark and holds nothing that is", f"name it one of {known}")
+        for benchmark, item in named:
+            if benchmark.name in found:
+                raise UserError(field, item, f"{benchmark.title} again, beside {found[benchmark.name]}", "name one of the two")
+            found[benchmark.name] = item
+    return [(benchmark, found[benchmark.name]) for benchmark in BENCHMARKS if benchmark.name in found]

@@ -1,0 +1,112 @@
+"""Answers the questions of a benchmark part by part, each part a ledger file, so that a killed evaluation asks nothing twice.
+
+The parts depend on the questions and the settings alone, and so does an answer: on its seed, which comes from run seed,
+benchmark, position of the question and number of the answer. An evaluation that is started again reads the parts that are there
+and asks the rest just as it would have been asked before: it ends with the same answers as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nft_megatron.ask import Asker
+from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
+from nft_megatron.errors import UserError
+from nft_megatron.evaluate.benchmarks import Benchmark
+from nft_megatron.evaluate.run import Evaluation
+from nft_megatron.records import Group, Prompt, Sampling
+
+ANSWERS_PER_PART = 512
+"""What a killed evaluation loses at most, and what an engine has to work on at a time."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark to be measured: ``samples`` answers to each of its prompts."""
+
+    benchmark: Benchmark
+    prompts: tuple[Prompt, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The questions ``first`` to ``stop`` − 1 of a task, answered with at most ``max_tokens`` tokens, in one file."""
+
+    task: Task
+    first: int
+    stop: int
+    max_tokens: int
+    path: Path
+
+
+def plan_parts(task: Task, max_tokens: int, context: int, folder: Path) -> list[Part]:
+    """The parts of ``task``: neighbouring questions with the same room for their answers, few enough for one part.
+
+    A question whose prompt leaves less than ``max_tokens`` of the model's ``context`` is answered with what is left. Raises
+    :class:`UserError` for one that leaves nothing.
+    """
+    room = [min(max_tokens, context - len(prompt.tokens)) for prompt in task.prompts]
+    if min(room) < 1:
+        longest = max(task.prompts, key=lambda prompt: len(prompt.tokens))
+        raise UserError(
+            "--benchmarks", longest.question_id, f"has {len(longest.tokens)} tokens, the model's context is {context}",
+            "measure a model with a longer context, or remove the question from its file",
+        )  # fmt: skip
+    most = max(1, ANSWERS_PER_PART // task.samples)
+    starts = [0]
+    for position in range(1, len(room)):
+        if room[position] != room[position - 1] or position - starts[-1] == most:
+            starts.append(position)
+    return [
+        Part(task, first, stop, room[first], folder / "answers" / task.benchmark.name / f"part_{first:06d}.parquet")
+        for first, stop in zip(starts, [*starts[1:], len(room)], strict=True)
+    ]
+
+
+def questions_hash(prompts: Sequence[Prompt]) -> str:
+    """Of all prompts and golds in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.question_id}\0{prompt.gold}\0".encode() + np.asarray(prompt.tokens, np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_part(part: Part, settings: dict[str, Any]) -> None:
+    """Raise :class:`UserError` where the part's file holds answers under other settings than ``settings``."""
+    recorded = read_meta(part.path)["settings"]
+    for key in sorted(settings.keys() | recorded.keys()):
+        if recorded.get(key) != settings.get(key):
+            raise UserError(
+                "--out", part.path, f"has answers with {key} = {recorded.get(key)}, now it is {settings.get(key)}",
+                "set it back, or name another folder",
+            )  # fmt: skip
+
+
+def answer_part(part: Part, asker: Asker, sampling: Sampling, settings: dict[str, Any]) -> Evaluation:
+    """Ask and judge a part, write its file and return what is in it. ``settings`` is what :func:`check_part` compares."""
+    prompts = part.task.prompts[part.first : part.stop]
+    name = part.task.benchmark.name
+    answers = asker.ask(
+        prompts,
+        part.task.samples,
+        replace(sampling, max_tokens=part.max_tokens),
+        purpose=f"evaluate {name}",
+        first_id=part.first,
+        label=f"{name}, questions {part.first + 1} to {part.stop} of {len(part.task.prompts)}",
+    )
+    groups = [Group(part.first + i, 0, prompt, answers[i]) for i, prompt in enumerate(prompts)]
+    write_ledger(part.path, groups, fates=["sampled"] * len(groups), meta={"settings": settings})
+    return Evaluation(prompts, tuple(answers))
+
+
+def read_answers(parts: Sequence[Part]) -> Evaluation:
+    """All answers of one task's parts."""
+    groups = [group for part in parts for group, _ in read_groups(part.path)]
+    return Evaluation(tuple(group.prompt for group in groups), tuple(group.answers for group in groups))

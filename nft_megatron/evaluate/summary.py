@@ -1,0 +1,136 @@
+"""What an evaluation leaves beside its answers: the table that is printed, and ``summary.json`` with the same numbers.
+
+Shares are printed in percent. A benchmark's row tells avg@k and its standard error, pass@k and maj@k of all k answers, answers
+cut off at the length limit, and their mean length in tokens. The mean weighs the benchmarks the same, as the paper does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nft_megatron.errors import UserError
+from nft_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark
+from nft_megatron.evaluate.run import Evaluation
+from nft_megatron.evaluate.table import aligned
+
+_HEAD = ("", "questions", "k", "avg@k", "± s.e.", "pass@k", "maj@k", "cut off", "unknown", "tokens")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's avg@k on some benchmarks, in percent: a row of the paper's Table 1, or an evaluation of one's own."""
+
+    name: str
+    scores: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """NaN unless all six are there."""
+        known = [self.scores[benchmark.name] for benchmark in BENCHMARKS if benchmark.name in self.scores]
+        return sum(known) / len(known) if len(known) == len(BENCHMARKS) else math.nan
+
+
+def summary_of(results: Sequence[tuple[Benchmark, Evaluation]], overlapping: frozenset[str]) -> dict[str, Any]:
+    """Every statistic of every benchmark, with and without its questions in ``overlapping``; ``scores`` are in percent."""
+    return {
+        "scores": {benchmark.name: 100 * result.accuracy for benchmark, result in results if not math.isnan(result.accuracy)},
+        "benchmarks": {benchmark.name: _statistics(result) for benchmark, result in results},
+        "not_in_training_data": {
+            benchmark.name: _statistics(kept)
+            for benchmark, result in results
+            if (kept := _kept(result, overlapping)) is not None
+        },
+    }
+
+
+def _kept(result: Evaluation, overlapping: frozenset[str]) -> Evaluation | None:
+    """``result`` without its questions in ``overlapping``; None where it has none of them, or no others."""
+    kept = result.without(overlapping)
+    return kept if 0 < len(kept.prompts) < len(result.prompts) else None
+
+
+def _statistics(result: Evaluation) -> dict[str, Any]:
+    """By name, pass@k for k = 1, 2, 4 … and all. Shares in [0, 1], None where there is none; lengths in tokens."""
+    samples = len(result.answers[0])
+    counts = sorted({*(2**i for i in range(samples.bit_length())), samples})
+    return {
+        "questions": len(result.prompts),
+        "samples": samples,
+        "avg": _or_none(result.accuracy),
+        "standard_error": _or_none(result.standard_error),
+        "pass": {str(k): _or_none(result.pass_at(k)) for k in counts},
+        "maj": _or_none(result.majority),
+        "truncated_rate": result.truncated_rate,
+        "unknown_rate": result.unknown_rate,
+        "answer_length_mean": result.answer_length_mean,
+    }
+
+
+def table_of(results: Sequence[tuple[Benchmark, Evaluation]], overlapping: frozenset[str]) -> str:
+    """The table of all benchmarks; one with questions in ``overlapping`` has a second row without them."""
+    rows: list[tuple[str, ...]] = [_HEAD]
+    for benchmark, result in results:
+        rows.append(_row(benchmark.title, result))
+        if (kept := _kept(result, overlapping)) is not None:
+            rows.append(_row("  not in training data", kept))
+    mean = sum(result.accuracy for _, result in results) / len(results)
+    error = math.sqrt(sum(result.standard_error**2 for _, result in results)) / len(results)  # of independent benchmarks
+    rows.append((f"mean of {len(results)}", "", "", _percent(mean), _percent(error), *[""] * 5))
+    return aligned(rows)
+
+
+def _row(title: str, result: Evaluation) -> tuple[str, ...]:
+    samples = len(result.answers[0])
+    several = (_percent(result.pass_at(samples)), _percent(result.majority)) if samples > 1 else ("", "")
+    return (
+        title,
+        str(len(result.prompts)),
+        str(samples),
+        _percent(result.accuracy),
+        _percent(result.standard_error),
+        *several,
+        _percent(result.truncated_rate),
+        _percent(result.unknown_rate),
+        f"{result.answer_length_mean:.0f}",
+    )
+
+
+def comparison(rows: Sequence[Scores]) -> str:
+    """Several models' avg@k side by side."""
+    head = ("avg@k", *(benchmark.title for benchmark in BENCHMARKS), "mean")
+    body = [
+        (row.name, *(_points(row.scores.get(benchmark.name, math.nan)) for benchmark in BENCHMARKS), _points(row.mean))
+        for row in rows
+    ]
+    return aligned([head, *body])
+
+
+def read_scores(path: Path, field: str = "--beside") -> list[Scores]:
+    """The rows in a ``summary.json``, or in a list of objects with ``name`` and ``scores`` (percent by benchmark)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content if isinstance(content, list) else [content]
+        return [Scores(str(row["name"]), {name: float(score) for name, score in row["scores"].items()}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            field, path, f"holds no scores ({error})",
+            'name a summary.json of another evaluation, or write [{"name": "…", "scores": {"aime24": 30.0}}], in percent',
+        ) from error  # fmt: skip
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def _percent(share: float) -> str:
+    return _points(100 * share)
+
+
+def _points(percent: float) -> str:
+    return "–" if math.isnan(percent) else f"{percent:.1f}"

@@ -1,0 +1,22 @@
+"""Tables as plain aligned text, so that a terminal, a log and a pipe show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as text, the first column to the left and the others to the right.
+
+    >>> print(aligned([("", "n"), ("all", "12"), ("some", "3")]))
+           n
+    all   12
+    some   3
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
+        ).rstrip()
+        for first, *rest in rows
+    )

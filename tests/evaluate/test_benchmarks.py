@@ -1,0 +1,55 @@
+"""The table against the development data, and finding its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_data import bench_file
+
+from nft_megatron.data.questions import load_questions
+from nft_megatron.errors import UserError
+from nft_megatron.evaluate.benchmarks import BENCHMARKS, find_benchmarks, temperature_for
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
+    return path
+
+
+def names(paths: list[Path]) -> list[tuple[str, Path]]:
+    return [(benchmark.name, path) for benchmark, path in find_benchmarks(paths)]
+
+
+def test_a_folder_of_files_and_folders(tmp_path: Path) -> None:
+    minerva, aime = write(tmp_path / "minerva_math.jsonl"), write(tmp_path / "AIME_2024.jsonl")
+    math500 = write(tmp_path / "MATH-500" / "test.jsonl").parent
+    for other in ("dapo_math_17k.jsonl", "aime.jsonl", "amc23_old.jsonl", ".gitignore"):
+        write(tmp_path / other)
+    assert names([tmp_path]) == [("aime24", aime), ("math500", math500), ("minerva_math", minerva)]
+    assert names([math500, minerva]) == [("math500", math500), ("minerva_math", minerva)]
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    aime = write(tmp_path / "aime24.jsonl")
+    other = write(tmp_path / "other" / "aime2024.jsonl")
+    with pytest.raises(UserError, match=r"--benchmarks = .*missing: no such file"):
+        find_benchmarks([tmp_path / "missing"])
+    with pytest.raises(UserError, match=r"AIME 2024 again, beside .*aime24\.jsonl"):
+        find_benchmarks([aime, other])
+    with pytest.raises(UserError, match=r"is not named after a benchmark .* name it one of aime24, aime25, amc23, math500,"):
+        find_benchmarks([write(tmp_path / "gsm8k.jsonl")])
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
+def test_development_data(benchmark) -> None:
+    path = bench_file(f"{benchmark.name}.jsonl")
+    assert find_benchmarks([path]) == [(benchmark, path)]
+    questions = load_questions([path])
+    assert len(questions) == benchmark.num_questions
+    if benchmark.training_wording:  # only questions with integer answers suit the training wording
+        assert all(question.gold.removeprefix("-").isdecimal() for question in questions)
+
+
+def test_temperatures() -> None:
+    assert [temperature_for(round(size * 1e9)) for size in (0.5, 7.6, 14, 32.8, 72)] == [1.0, 1.0, 1.0, 0.6, 0.6]

@@ -1,0 +1,196 @@
+"""``nft-megatron eval --benchmarks`` with a tiny random model: the table, and going on after a kill."""
+
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_data import bench_file
+
+from nft_megatron.data.ledger import read_groups
+from nft_megatron.errors import UserError
+from nft_megatron.evaluate.benchmarks import BENCHMARKS
+from nft_megatron.evaluate.measure import Task, plan_parts
+from nft_megatron.records import Prompt
+
+OPTIONS = ["--max-answer-tokens", "4", "data.template=plain", 'data.plain_format="What is {question}"', "rollout.processes=0",
+           "model.dtype=float32"]  # fmt: skip
+BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+
+
+@pytest.fixture(scope="module")
+def model(model_folder, tmp_path_factory) -> Path:
+    """The tiny model with room for long questions: rotary positions need no other weights."""
+    folder = tmp_path_factory.mktemp("long") / "tiny"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return folder
+
+
+@pytest.fixture
+def sums(tmp_path) -> Path:
+    """Two benchmarks of sums, in name only."""
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    rows = [{"id": f"{a}+{b}", "question": f"{a} + {b}", "answer": str(a + b)} for a in range(5) for b in range(5 - a)]
+    for name, kept in (("aime24", rows), ("math500", rows[:4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return folder
+
+
+def answers(out: Path) -> list[tuple]:
+    return [
+        (path.name, group.prompt.question_id, answer.completion.tokens.tolist(), answer.text, answer.verdict.label)
+        for path in sorted((out / "answers").rglob("*.parquet"))
+        for group, _ in read_groups(path)
+        for answer in group.answers
+    ]
+
+
+def table(stdout: str) -> dict[str, list[str]]:
+    """Row title → its cells."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in stdout.splitlines()]
+    return {title: cells for title, *cells in rows}
+
+
+def test_the_table_is_that_of_the_answers(model, sums, command, tmp_path):
+    overlap = tmp_path / "overlap.jsonl"
+    overlap.write_text('{"bench_id": "0+0", "overlap": 1.0}\n{"bench_id": "1+1", "overlap": 0.5}\n')
+    paper = tmp_path / "paper.json"
+    paper.write_text(json.dumps([{"name": "published", "scores": {benchmark.name: 12.5 for benchmark in BENCHMARKS}}]))
+    out = tmp_path / "out"
+    done = command("eval", model, "--benchmarks", sums, *OPTIONS, "--out", out, "--overlap", overlap, "--beside", paper,
+                   "--grader", "strict")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "AIME 2024 has 15 questions, not 30" in done.stderr
+    rows, summary = table(done.stdout), json.loads((out / "summary.json").read_text())
+
+    groups = [group for path in sorted((out / "answers" / "aime24").iterdir()) for group, _ in read_groups(path)]
+    assert [len(group.answers) for group in groups] == [32] * 15
+    # A box ends an answer of this model.
+    right = np.array(
+        [
+            [
+                answer.completion.finish_reason == "stop" and answer.text.endswith(f"\\boxed{{{group.prompt.gold}}}")
+                for answer in group.answers
+            ]
+            for group in groups
+        ]
+    )
+    assert 0 < right.mean() < 1
+    shares = right.mean(axis=1)
+    error = shares.std(ddof=1) / np.sqrt(15)
+    cells = rows["AIME 2024"]
+    assert cells[:4] == ["15", "32", f"{100 * shares.mean():.1f}", f"{100 * error:.1f}"]
+    assert cells[4] == f"{100 * right.any(axis=1).mean():.1f}"
+    lengths = [len(answer.completion.tokens) for group in groups for answer in group.answers]
+    assert cells[-1] == f"{np.mean(lengths):.0f}"
+    kept = [group.prompt.question_id not in ("0+0", "1+1") for group in groups]
+    assert done.stdout.count("  not in training data  ") == 2
+    assert summary["not_in_training_data"]["aime24"]["avg"] == pytest.approx(shares[kept].mean())
+    assert summary["not_in_training_data"]["math500"]["questions"] == 3
+    assert summary["benchmarks"]["aime24"]["pass"]["1"] == pytest.approx(summary["benchmarks"]["aime24"]["avg"])
+    assert summary["scores"]["aime24"] == pytest.approx(100 * shares.mean())
+    mean = (summary["scores"]["aime24"] + summary["scores"]["math500"]) / 2
+    assert rows["mean of 2"][0] == f"{mean:.1f}"
+    assert done.stdout.count("12.5") == 7  # six benchmarks and their mean
+    # AIME is asked in the training wording, MATH500 as it stands.
+    assert "\\boxed{$Answer}" in groups[0].prompt.question and "0 + 0" in groups[0].prompt.question
+    ((_, math_question),) = [
+        (group.prompt.question_id, group.prompt.question)
+        for group, _ in read_groups(out / "answers" / "math500" / "part_000000.parquet")[:1]
+    ]
+    assert math_question == "0 + 0"
+
+
+def test_killed_and_started_again_it_ends_with_the_same_answers(model, sums, start, command, tmp_path, monkeypatch):
+    arguments = ["eval", model, "--benchmarks", sums, "--samples", "100", *OPTIONS, "--out"]  # 5 questions a part
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert command(*arguments, whole).returncode == 0
+    assert len(answers(whole)) == 19 * 100
+
+    run = start(*arguments, broken)
+    deadline = time.monotonic() + 100
+    while not (first := list(broken.rglob("part_*.parquet"))) and run.is_running and time.monotonic() < deadline:
+        time.sleep(0.005)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    assert first
+    kept = {path: path.stat().st_mtime_ns for path in first}
+
+    again = command(*arguments, broken)
+    assert again.returncode == 0, again.stderr
+    assert answers(broken) == answers(whole)
+    assert {path: path.stat().st_mtime_ns for path in first} == kept
+    assert (broken / "summary.json").read_text() == (whole / "summary.json").read_text()
+
+    other = command(*arguments, broken, "--temperature", "0.5")
+    assert other.returncode == 2
+    assert "has answers with temperature = 1.0, now it is 0.5; set it back, or name another folder" in other.stderr
+
+
+def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_path, run_config):
+    """CONFIG gives prompts, lengths and seed; a word with = is an override wherever it stands."""
+    config = run_config(data={"plain_format": "What is {question}"})
+    out = tmp_path / "out"
+    done = command(
+        "eval", model, config, "rollout.max_answer_tokens=3", "--benchmarks", sums / "math500.jsonl", "--temperature", "0",
+        "--grader", "strict", "--out", out, "seed=7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["sampling"]["max_tokens"], summary["sampling"]["temperature"], summary["seed"]) == (3, 0.0, 7)
+    assert summary["grader"] == "strict"
+    assert "mean of 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to measure it on; add --benchmarks"),
+        (["--benchmarks", "missing"], "--benchmarks = missing: no such file or folder"),
+        (["--benchmarks", "{sums}", "--grader", "oracle"], "oracle"),
+        (["--benchmarks", "{sums}", "--samples", "0"], "--samples = 0"),
+        (["--benchmarks", "{sums}", "--beside", "{sums}/aime24.jsonl"], "--beside = {sums}/aime24.jsonl: holds no scores"),
+        (["--benchmarks", "{sums}", "--top-p", "2"], "top_p = 2.0: is not in (0, 1]"),
+    ],
+)
+def test_mistakes(model, sums, command, arguments, message):
+    done = command("eval", model, *[word.format(sums=sums) for word in arguments], "rollout.processes=0")
+    assert done.returncode == 2, done.stderr
+    assert message.format(sums=sums) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def prompts(*lengths: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(f"q{i}", "?", "1", np.zeros(length, np.int32)) for i, length in enumerate(lengths))
+
+
+def test_parts_hold_neighbours_with_the_same_room(tmp_path):
+    task = Task(BY_NAME["amc23"], prompts(5, 6, 95, 5, 5, 5, 5), samples=200)  # two questions a part
+    parts = plan_parts(task, max_tokens=10, context=100, folder=tmp_path)
+    assert [(part.first, part.stop, part.max_tokens) for part in parts] == [(0, 2, 10), (2, 3, 5), (3, 5, 10), (5, 7, 10)]
+    assert len({part.path for part in parts}) == 4
+    many = plan_parts(Task(BY_NAME["amc23"], prompts(5, 5), samples=1000), max_tokens=10, context=100, folder=tmp_path)
+    assert [(part.first, part.stop) for part in many] == [(0, 1), (1, 2)]
+    with pytest.raises(UserError, match=r"--benchmarks = q1: has 100 tokens, the model's context is 100"):
+        plan_parts(Task(BY_NAME["amc23"], prompts(5, 100), samples=1), max_tokens=10, context=100, folder=tmp_path)
+
+
+def test_all_six_benchmarks(model, command, tmp_path):
+    """On the development data. The grader is the one without algebra: here the point is the table, for 1547 questions."""
+    files = [bench_file(f"{benchmark.name}.jsonl") for benchmark in BENCHMARKS]
+    out = tmp_path / "out"
+    done = command("eval", model, "--benchmarks", *files, *OPTIONS, "--samples", "1", "--grader", "dapo", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = table(done.stdout)
+    for benchmark in BENCHMARKS:
+        assert rows[benchmark.title][:2] == [str(benchmark.num_questions), "1"]
+    assert "mean of 6" in rows
+    assert "not 30" not in done.stderr
+    assert len(answers(out)) == sum(benchmark.num_questions for benchmark in BENCHMARKS)
