@@ -16,6 +16,7 @@ The rest of a key's axes are those of the parameter on one tensor rank: query gr
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import os
 import pathlib
@@ -109,6 +110,7 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     problems: list[Problem] = []
     notes: list[str] = []
     used: set[str] = set()
+    by_index: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
     with ExitStack() as stack:
         read = _ChunkReader(folder, field, stack)
         for entry, place in _stored_places(table, keys):
@@ -121,7 +123,9 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
                     problems.append(Problem("shape", entry.sources[0], f"in {folder / METADATA}: {problem}"))
                     used.update(entry.sources)
                     continue
-                found |= _read_entry(entry, place, size, chunks.get(place.key, []), read, problems)
+                if place.key not in by_index:
+                    by_index[place.key] = _by_index(chunks.get(place.key, []), len(place.index))
+                found |= _read_entry(entry, place, size, by_index[place.key].get(place.index, []), read, problems)
     for key in sorted(keys.keys() - used):
         if not _NOT_WEIGHTS.search(key):
             problems.append(Problem("unexpected", key, f"is a key of {folder} but not of the model that config.json describes"))
@@ -199,14 +203,30 @@ def _read_metadata(path: Path, field: str) -> tuple[dict[str, TensorStorageMetad
     return keys, chunks
 
 
+def _by_index(chunks: Sequence[_Chunk], leading: int) -> dict[tuple[int, ...], list[_Chunk]]:
+    """The chunks that hold a part of each layer, or of each expert of a layer."""
+    found: dict[tuple[int, ...], list[_Chunk]] = {}
+    for chunk in chunks:
+        ranges = [range(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for index in itertools.product(*ranges[:leading]):
+            found.setdefault(index, []).append(chunk)
+    return found
+
+
 class _ChunkReader:
     """Finds the tensor in a chunk's archive. Files stay open until ``stack`` closes."""
 
     def __init__(self, folder: Path, field: str, stack: ExitStack) -> None:
         self._folder, self._field, self._stack = folder, field, stack
         self._open: dict[str, tuple[int, int]] = {}
+        self._known: dict[_Chunk, TensorAt] = {}  # one chunk may hold several layers
 
     def __call__(self, chunk: _Chunk, key: str) -> TensorAt:
+        if chunk not in self._known:
+            self._known[chunk] = self._read(chunk, key)
+        return self._known[chunk]
+
+    def _read(self, chunk: _Chunk, key: str) -> TensorAt:
         path = self._folder / chunk.file
         if chunk.file not in self._open:
             if Path(chunk.file).name != chunk.file or not path.is_file():
@@ -237,26 +257,24 @@ def _read_entry(
     read: _ChunkReader,
     problems: list[Problem],
 ) -> dict[str, StoredTensor]:
-    """The Hugging Face tensors of one parameter."""
+    """The Hugging Face tensors of one parameter, which is stored in ``chunks``."""
     leading = len(place.index)
     shape = size[leading:]
     boxes: list[Box] = []
     checksums: list[Checksum] = []
     dtypes: set[torch.dtype] = set()
     for chunk in chunks:
-        inside = zip(place.index, chunk.offsets, chunk.sizes, strict=False)
-        if all(offset <= index < offset + length for index, offset, length in inside):
-            tensor = read(chunk, place.key)
-            dtypes.add(tensor.dtype)
-            first = 0  # of the chunk's elements that belong to this layer and expert
-            for index, offset, length in zip(place.index, chunk.offsets, chunk.sizes, strict=False):
-                first = first * length + index - offset
-            num_rows, num_columns = matrix(chunk.sizes[leading:])
-            position = tensor.offset + first * num_rows * num_columns * tensor.dtype.itemsize
-            row, column = chunk.offsets[leading], chunk.offsets[leading + 1] if len(shape) > 1 else 0
-            boxes.append(Box(tensor.checksum.file, position, row, num_rows, column, num_columns))
-            if tensor.checksum.crc32:  # 0: written without
-                checksums.append(tensor.checksum)
+        tensor = read(chunk, place.key)
+        dtypes.add(tensor.dtype)
+        first = 0  # of the chunk's elements that belong to this layer and expert
+        for index, offset, length in zip(place.index, chunk.offsets, chunk.sizes, strict=False):
+            first = first * length + index - offset
+        num_rows, num_columns = matrix(chunk.sizes[leading:])
+        position = tensor.offset + first * num_rows * num_columns * tensor.dtype.itemsize
+        row, column = chunk.offsets[leading], chunk.offsets[leading + 1] if len(shape) > 1 else 0
+        boxes.append(Box(tensor.checksum.file, position, row, num_rows, column, num_columns))
+        if tensor.checksum.crc32:  # 0: written without
+            checksums.append(tensor.checksum)
     if len(dtypes) != 1:
         text = f"is stored in pieces of {' and '.join(sorted(map(str, dtypes))) or 'no dtype at all'} under {place.key}"
         problems.extend(Problem("dtype" if dtypes else "missing", name, text) for name in entry.sources)

@@ -48,7 +48,7 @@ class _Files:
     def take(self, num_bytes: int) -> tuple[Path, int]:
         """A file and the offset of ``num_bytes`` in it."""
         file = self.folder / f"__{max(len(self.sizes) - 1, 0)}_0.distcp"
-        if self.sizes.get(file, 0) + num_bytes > MAX_FILE_BYTES and self.sizes[file]:
+        if self.sizes.get(file, 0) + num_bytes > MAX_FILE_BYTES and self.sizes.get(file):
             file = self.folder / f"__{len(self.sizes)}_0.distcp"
         offset = self.sizes.get(file, 0)
         self.sizes[file] = offset + num_bytes
