@@ -250,7 +250,9 @@ def peer(name: str, direction: str, source: Path, destination: Path) -> None:
     import torch
     from megatron.core import dist_checkpointing
 
-    from nft_megatron.model.build import build_parts, policy_model, transformer_config
+    from nft_megatron.model.build import build_parts
+    from nft_megatron.model.policy import policy_model
+    from nft_megatron.model.settings import transformer_config
     from nft_megatron.model.topology import init_topology, shutdown
     from nft_megatron.weights import read_shape
 

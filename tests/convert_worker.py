@@ -9,10 +9,11 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nft_megatron.model.attention import pack_sequences
-from nft_megatron.model.build import Chunks, build_model, lm_head_weight, policy_model
+from nft_megatron.model.build import Chunks, build_model
 from nft_megatron.model.checkpoint import save_checkpoint
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.policy import lm_head_weight, policy_model
 from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights import ModelShape, read_shape
 

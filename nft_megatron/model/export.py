@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nft_megatron.model.build import padded_vocab
 from nft_megatron.model.load import table_parameters
+from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.table import Entry, Layout, split

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from nft_megatron.model.build import padded_vocab, policy_model
+from nft_megatron.model.policy import policy_model
+from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.hf_reader import HFReader

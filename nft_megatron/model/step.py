@@ -23,12 +23,13 @@ from nft_megatron.algorithms import Algorithm, TokenBatch, TokenLoss
 from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.attention import pack_sequences
-from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, lm_head_weight, run_schedule, zero_gradients
+from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer, Update
+from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsRow

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nft_megatron.errors import UserError
-from nft_megatron.model.build import build_model, padded_vocab
+from nft_megatron.model.build import build_model
+from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import init_topology
 from nft_megatron.weights.shape import SHAPE_EXAMPLE, Experts
 

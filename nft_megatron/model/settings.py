@@ -1,0 +1,147 @@
+"""Megatron-Core's settings for a model on one rank, and what cannot be: everything that follows from sizes and place alone."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from nft_megatron.errors import UserError
+from nft_megatron.model.topology import Topology
+from nft_megatron.weights.shape import Experts, ModelShape
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the vocabulary on a tensor rank are a multiple of this on CUDA, where it keeps matrix products aligned."""
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def transformer_config(
+    shape: ModelShape,
+    topology: Topology,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute,
+    variable_lengths: bool,
+) -> TransformerConfig:
+    """Megatron's settings for this rank; arguments and errors are those of :func:`.build.build_model`."""
+    _check_layout(shape, topology, sequence_parallel)
+    with_engine, on_cuda = _has_transformer_engine(topology), topology.device.type == "cuda"
+    interleaved = topology.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=topology.tensor_size,
+        pipeline_model_parallel_size=topology.pipeline_size,
+        virtual_pipeline_model_parallel_size=topology.virtual_pipeline if interleaved else None,
+        # Otherwise, of two stages, activations and gradients change places between the same two ranks in one batch of messages,
+        # which are told apart by their order alone (pipeline_parallel/p2p_communication.py:26).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=topology.context_size,
+        expert_model_parallel_size=topology.expert_size,
+        sequence_parallel=sequence_parallel and topology.tensor_size > 1,
+        variable_seq_lengths=variable_lengths,
+        # Megatron refuses variable lengths under the default dispatcher even in a model without experts
+        # (transformer/transformer_config.py:1828); without them a pipeline over gloo delivers wrong shapes in silence.
+        moe_token_dispatcher_type="alltoall",
+        **_experts(shape.experts),
+        use_cpu_initialization=not on_cuda,
+        # All weights are loaded; but `perform_initialization=False` would leave `tensor_model_parallel` unset on them.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        transformer_impl="transformer_engine" if with_engine else "local",
+        apply_rope_fusion=with_engine,
+        # Weight gradients straight into main_grad by apex's kernel. Transformer Engine has its own, but Megatron asks for
+        # apex's wherever there is an LM head (tensor_parallel/layers.py:924).
+        gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=False,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["mlp" if shape.experts is None else "moe"],
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize,
+    )
+
+
+def _experts(experts: Experts | None) -> dict[str, Any]:
+    """Megatron's settings for a mixture of experts: softmax router in float32, no dropped token, no auxiliary loss."""
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.experts_per_token,
+        # softmax over the chosen logits is softmax over all of them, chosen and scaled to sum to 1
+        "moe_router_pre_softmax": not experts.normalise_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool) -> None:
+    for what, size in (
+        ("attention heads", shape.num_attention_heads),
+        ("key-value heads", shape.num_query_groups),
+        ("MLP units", shape.ffn_hidden_size if shape.experts is None else shape.experts.ffn_hidden_size),
+    ):
+        if size % topology.tensor_size:
+            raise UserError(
+                "parallel.tensor", topology.tensor_size, f"does not divide the model's {size} {what}", "choose a divisor"
+            )
+    num_experts = 1 if shape.experts is None else shape.experts.num_experts
+    if num_experts % topology.expert_size:
+        problem = f"does not divide the {num_experts} experts of a layer" if shape.experts else "the model has no experts"
+        raise UserError("parallel.expert", topology.expert_size, problem, f"choose a divisor of {num_experts}")
+    if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
+        raise UserError(
+            "parallel.sequence_parallel", False, "experts under tensor parallelism are trained only with it", "set it to true"
+        )
+    num_parts = topology.pipeline_size * topology.virtual_pipeline
+    if shape.num_layers % num_parts:
+        interleaved = topology.virtual_pipeline > 1
+        raise UserError(
+            "parallel.pipeline × parallel.virtual_pipeline" if interleaved else "parallel.pipeline",
+            num_parts,
+            f"does not divide the model's {shape.num_layers} layers",
+            "choose a divisor",
+        )
+
+
+def padded_vocab(shape: ModelShape, topology: Topology) -> int:
+    """Rows of embedding and LM head over all tensor ranks: ``shape.vocab_size`` rounded up, 128 rows a rank on CUDA."""
+    multiple = 1 if topology.device.type == "cpu" else VOCABULARY_MULTIPLE
+    return shape.padded_vocab(multiple * topology.tensor_size)
+
+
+def _has_transformer_engine(topology: Topology) -> bool:
+    return gpt_layer_specs.HAVE_TE and topology.device.type == "cuda"
+
+
+def _finalize(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """``finalize_model_grads`` without its division by the number of tokens; see "The scale of gradients" in build.py."""
+    finalize_model_grads(chunks, None, **kwargs)
