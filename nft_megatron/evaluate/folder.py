@@ -115,6 +115,9 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     tasks = [
         _read_task(benchmark, path, config, tokenizer, options.samples) for benchmark, path in find_benchmarks(options.paths)
     ]
+    asked = {prompt.question_id for task in tasks for prompt in task.prompts}
+    if overlapping and not overlapping & asked:
+        log.warning("%s: none of its questions is in these benchmarks; was it made with the same files?", options.overlap)
     context = read_shape(model_folder, "MODEL").max_positions
     parts = [plan_parts(task, sampling.max_tokens, context, options.out) for task in tasks]
     _answer(parts, config, model_folder, tokenizer, sampling)

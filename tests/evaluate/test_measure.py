@@ -137,16 +137,18 @@ def test_killed_and_started_again_it_ends_with_the_same_answers(model, sums, sta
 def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_path, run_config):
     """CONFIG gives prompts, lengths and seed; a word with = is an override wherever it stands."""
     config = run_config(data={"plain_format": "What is {question}"})
-    out = tmp_path / "out"
+    out, overlap = tmp_path / "out", tmp_path / "overlap.jsonl"
+    overlap.write_text('{"bench_id": "of another file", "overlap": 1.0}')
     done = command(
         "eval", model, config, "rollout.max_answer_tokens=3", "--benchmarks", sums / "math500.jsonl", "--temperature", "0",
-        "--grader", "strict", "--out", out, "seed=7",
+        "--grader", "strict", "--out", out, "--overlap", overlap, "seed=7",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["sampling"]["max_tokens"], summary["sampling"]["temperature"], summary["seed"]) == (3, 0.0, 7)
     assert summary["grader"] == "strict"
     assert "mean of 1" in done.stdout
+    assert "overlap.jsonl: none of its questions is in these benchmarks" in done.stderr
 
 
 @pytest.mark.parametrize(
