@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse does not find overrides behind an option (``eval MODEL CONFIG --out FILE a.b=1``): take them over."""
+    """argparse does not find CONFIG and overrides behind an option (``eval MODEL --out FILE CONFIG a.b=1``): take them over."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if rest and getattr(options, "config", rest) is None and "=" not in rest[0] and not rest[0].startswith("-"):
+        options.config = rest.pop(0)
     if rest and not (hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -227,7 +229,10 @@ def _add(commands, name, function, short, description, epilog=None) -> argparse.
 
 
 def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    parser.add_argument("config", metavar="CONFIG", type=Path, nargs="?" if optional else None, help="YAML file")
+    if optional:
+        parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    else:
+        parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's value, read as YAML")
 
 
@@ -241,10 +246,10 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     # argparse cannot tell an override from a missing CONFIG or from one more benchmark
-    words = [*filter(None, [options.config]), *map(Path, options.benchmarks or [])]
-    misplaced = [word for word in words if "=" in str(word) and not word.exists()]
-    overrides = [*map(str, misplaced), *options.overrides]
-    config_path = None if options.config in misplaced else options.config
+    words = [word for word in (options.config, *(options.benchmarks or [])) if word is not None]
+    misplaced = [word for word in words if "=" in word and not Path(word).exists()]
+    overrides = [*misplaced, *options.overrides]
+    config_path = None if options.config is None or options.config in misplaced else Path(options.config)
     from nft_megatron.evaluate.folder import BenchmarkOptions, default_config, evaluate_benchmarks, evaluate_folder
 
     if options.benchmarks is None:
@@ -255,7 +260,7 @@ def _eval(options: argparse.Namespace) -> None:
     out = options.out or Path("eval") / options.model.resolve().name
     config = load_config(config_path, overrides) if config_path else default_config(options.model, out, overrides)
     chosen = BenchmarkOptions(
-        paths=tuple(path for path in map(Path, options.benchmarks) if path not in misplaced),
+        paths=tuple(Path(word) for word in options.benchmarks if word not in misplaced),
         out=out,
         samples=options.samples,
         temperature=options.temperature,

@@ -140,7 +140,7 @@ def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_pat
     out, overlap = tmp_path / "out", tmp_path / "overlap.jsonl"
     overlap.write_text('{"bench_id": "of another file", "overlap": 1.0}')
     done = command(
-        "eval", model, config, "rollout.max_answer_tokens=3", "--benchmarks", sums / "math500.jsonl", "--temperature", "0",
+        "eval", model, "--benchmarks", sums / "math500.jsonl", "rollout.max_answer_tokens=3", "--temperature", "0", config,
         "--grader", "strict", "--out", out, "--overlap", overlap, "seed=7",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
