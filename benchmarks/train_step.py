@@ -171,7 +171,7 @@ def run(options: argparse.Namespace, topology: Topology) -> None:
     report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype_name, tokens, device)
 
 
-def report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype, tokens, device) -> None:  # type: ignore[no-untyped-def]
+def report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype, tokens, device):  # type: ignore[no-untyped-def]
     medians = {phase: float(np.median(values)) for phase, values in seconds.items()}
     total = sum(medians.values())
     num_tokens = sum(len(pack.input_ids_T) for pack in packs)
@@ -180,9 +180,8 @@ def report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype
     training = model_flops(shape, num_tokens, pairs, positions)
     flops = {"old log-probs": training / 3, "forward and backward": training}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores, {platform.machine()}"
-    print(
-        f"# python benchmarks/train_step.py --shape {options.shape} --recompute {options.recompute} · {name} · torch {torch.__version__}"
-    )
+    command = f"python benchmarks/train_step.py --shape {options.shape} --recompute {options.recompute}"
+    print(f"# {command} · {name} · torch {torch.__version__}")
     print(
         f"{num_parameters(shape) / 1e6:,.0f} M parameters, {dtype} · {len(packs)} packs of up to {tokens:,} tokens, "
         f"{num_tokens:,} in all, {positions:,} with a loss · medians of {options.steps} steps"
@@ -192,10 +191,9 @@ def report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype
     print(f"|{'-' * 22}|{'-' * 9}:|{'-' * 7}:|{'-' * 10}:|{'-' * 9}:|{'-' * 9}:|")
     for phase in ("old log-probs", "forward and backward", "optimizer"):
         rate = flops[phase] / medians[phase] if phase in flops else None
-        columns = [f"{rate / 1e12:>8.2f}", f"{rate / flops_limit:>8.1%}"] if rate else [f"{'':>8}"] * 2
-        print(
-            f"| {phase:<20} | {medians[phase]:>8.3f} | {medians[phase] / total:>6.1%} | {num_tokens / medians[phase]:>9,.0f} | {columns[0]} | {columns[1]} |"
-        )
+        speed = f"{rate / 1e12:>8.2f} | {rate / flops_limit:>8.1%}" if rate else f"{'':>8} | {'':>8}"
+        seconds_and_share = f"{medians[phase]:>8.3f} | {medians[phase] / total:>6.1%}"
+        print(f"| {phase:<20} | {seconds_and_share} | {num_tokens / medians[phase]:>9,.0f} | {speed} |")
     update = medians["forward and backward"] + medians["optimizer"]
     print(
         f"\nmodel FLOPs utilisation of the updates: {training / update / flops_limit:.1%} of the measured matrix product",
