@@ -46,7 +46,7 @@ def test_a_run_writes_what_its_folder_promises(run_config, command, metrics_of, 
     assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
     assert (run / "checkpoints" / "latest").read_text() == "step_000003"
     assert [folder.name for folder in (run / "checkpoints").glob("step_*")] == ["step_000003"]
-    assert sorted(path.name for path in (run / "ledger").glob("*.parquet")) == [f"step_00000{k}.parquet" for k in (1, 2, 3)]
+    assert sorted(path.name for path in (run / "ledger").glob("step_*.parquet")) == [f"step_00000{k}.parquet" for k in (1, 2, 3)]
     assert not list(run.rglob(".tmp-*")) and not list((run / "ledger" / "rounds").iterdir())
     assert list((run / "logs" / "tensorboard").iterdir())
     row = metrics_of(run)[1]
@@ -105,14 +105,14 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
     finished_ledgers = {}
     for _ in range(4):
         process = start("train", config)
-        wait_for(lambda known=finished_ledgers: set((run / "ledger").glob("*.parquet")) - known.keys(), process)
+        wait_for(lambda known=finished_ledgers: set((run / "ledger").glob("step_*.parquet")) - known.keys(), process)
         time.sleep(moments.uniform(0.0, 0.4))  # about one step, with its collecting, updates and save
         assert process.is_running
         process.signal(signal.SIGKILL)
         process.wait()
         for path, written in finished_ledgers.items():
             assert path.stat().st_mtime_ns == written, f"{path.name} was collected again"
-        finished_ledgers = {path: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.parquet")}
+        finished_ledgers = {path: path.stat().st_mtime_ns for path in (run / "ledger").glob("step_*.parquet")}
     done = command("train", config)
     assert done.returncode == 0, done.stderr
     assert metrics_of(run) == metrics_of(tmp_path / "whole")
