@@ -5,8 +5,8 @@ The strict route, in order (the first that applies decides):
 1. the engine was interrupted: unknown. Cut at the token limit: wrong, as in the paper.
 2. no closed box, an empty one, or one of more than ``MAX_BOX_CHARS`` characters: wrong.
 3. several different boxes side by side where the gold is one number: wrong.
-4. box and gold are the same text or the same number: correct.
-5. the gold is an integer, and the box another number or anything but plain arithmetic: wrong.
+4. box and gold are the same text, spacing apart, or the same number: correct.
+5. the gold is an integer, and the box another number or anything but plain arithmetic: wrong. Two different fractions: wrong.
 6. else math-verify must compare the box (not the text around it) with the gold: :class:`Undecided`.
 
 Steps 3 and 5 are stricter than math-verify, which accepts ``34\%``, ``1=34`` and ``n \approx 34`` for 34.
@@ -24,7 +24,7 @@ from fractions import Fraction
 
 from nft_megatron.records import FinishReason, Verdict
 from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
-from nft_megatron.verify.numbers import is_arithmetic, read_bare_number, read_number, stated_part
+from nft_megatron.verify.numbers import is_arithmetic, read_bare_number, read_number, same_spelling, stated_part
 from nft_megatron.verify.reasons import verdict
 
 STRICT = "strict/1"
@@ -105,11 +105,13 @@ def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
         return verdict("several answers", STRICT) if gold_number is not None else _to_compare(", ".join(contents), gold)
     if contents[-1] == gold or (number is not None and number == gold_number):
         return verdict("exact", STRICT)
-    if gold_number is not None and gold_number.denominator == 1:
-        if number is not None:
-            return verdict("another number", STRICT)
-        if not is_arithmetic(answer):
-            return verdict("not a number", STRICT)
+    if gold_number is None:
+        return verdict("exact", STRICT) if same_spelling(answer, gold) else _to_compare(answer, gold)
+    is_integer = gold_number.denominator == 1
+    if number is not None and (is_integer or "." not in answer + gold):  # decimals may be rounded
+        return verdict("another number", STRICT)
+    if is_integer and not is_arithmetic(answer):
+        return verdict("not a number", STRICT)
     return _to_compare(answer, gold)
 
 

@@ -21,6 +21,7 @@ _RESPELL = [
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|\\thinspace(?![A-Za-z])|[~\s\u2009\u202f\u00a0]"), " "),
 ]
+_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 # Around a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
 _WRAPPERS = [
     re.compile(r"\$+([^$]*)\$+"),
@@ -121,6 +122,20 @@ def is_arithmetic(text: str) -> bool:
     """
     text = _peel(_respell(text))
     return _ARITHMETIC.fullmatch(text) is not None and re.search(r"[0-9]\s+[0-9]", text) is None
+
+
+def same_spelling(text: str, other: str) -> bool:
+    r"""Whether two pieces of LaTeX differ in nothing but spacing, ``\left``, ``\dfrac`` and the like.
+
+    >>> same_spelling(r"\left( 2n - 1,\, \dfrac12 \right)", r"(2n-1, \frac12)"), same_spelling("3 4", "34")
+    (True, False)
+    """
+    return _tight(text) == _tight(other)
+
+
+def _tight(text: str) -> str:
+    """``text`` without the spaces that touch a sign: those between letters or digits may mean something."""
+    return _LOOSE_SPACE.sub("", _respell(text))
 
 
 def _decimal(text: str) -> Fraction | None:

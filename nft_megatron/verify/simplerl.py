@@ -10,8 +10,8 @@ Departures from the public code, all where its spelling rules turn one answer in
 
 1. Units go only where they follow a number or stand in ``\text{}`` at the end. There, lone letters go anywhere, and
    ``(a+5)(b+2)`` becomes ``(+5)(b+2)``; evaluations of Minerva Math therefore switch all units off, here nothing need be told.
-2. A space after a command stays (``\cot x``, not ``\cotx``); "and" becomes a comma ("6 and 8" is not 68); ``\pm`` stays; ``j``
-   does not become ``i``; numbers in words ("thirty") are not read.
+2. A space after a command stays (``\cot x``, not ``\cotx``); "and" becomes a comma and commas go only between
+   thousands ("6 and 8" and "6,8" are not 68); ``\pm`` stays; ``j`` does not become ``i``; numbers in words are not read.
 3. LaTeX is read by latex2sympy2_extended alone, which shares its antlr4 with math-verify; nothing is evaluated as Python.
 4. What is longer than ``MAX_ALGEBRA_CHARS`` is compared as text and number only.
 """
@@ -39,12 +39,13 @@ _UNIT = (
     r"[kcm]m|km/h|kmh|mph|kg|grams?|lit(?:er|re)s?|gallons?|hours?|hrs?|minutes?|min|seconds?|sec|days?|weeks?|months?|years?|"
     r"pounds?|lbs?|square|cubic|sq|per|times|points?|people|men|women|students?|numbers?)"
 )
+_THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d{3},)*\d{3}(?!\d))")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
 
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), spelling)
     for pattern, spelling in (
-        (r"\\[!,;:]|\\ |~|\\quad|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", " "),
+        (r"\\[!,;:]|(?<!\\)\\ |~|\\quad|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", " "),
         (r"\\\(|\\\)|\\\[|\\\]|\\?\$", " "),
         (r"\\[dt]frac", r"\\frac"),
         (r"\\begin\{array\}(?:\{[^{}]*\})?|\\begin\{bmatrix\}", r"\\begin{pmatrix}"),
@@ -173,7 +174,7 @@ def _last_letter(answer: str) -> str:
 
 def _number(text: str) -> float | None:
     with contextlib.suppress(ValueError):
-        return float(text.replace(",", ""))
+        return float(_THOUSANDS.sub("", text))
     return None
 
 

@@ -84,6 +84,8 @@ RIGHT = [
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{0.5}", r"\frac12"),
     (r"\boxed{x^2+1}", "x^2+1"),
+    (r"\boxed{x^2 + 1}", "x^2+1"),
+    (r"\boxed{\left(3,\, \dfrac{\pi}{2}\right)}", r"(3,\frac{\pi}{2})"),
 ]
 
 WRONG = [
@@ -144,6 +146,8 @@ WRONG = [
     (r"\boxed{３４}", "34"),
     (r"\boxed{" + "7" * 5000 + "}", "34"),
     (r"\boxed{\frac13}, \boxed{\frac12}", r"\frac12"),
+    (r"\boxed{\frac13}", r"\frac12"),
+    (r"\boxed{3}", r"\frac12"),
 ]  # fmt: skip
 
 UNDECIDED = [
@@ -155,6 +159,9 @@ UNDECIDED = [
     (r"\boxed{\frac{34}{0}}", "34", r"\frac{34}{0}"),
     (r"\boxed{\binom{5}{2}}", "10", r"\binom{5}{2}"),
     (r"\boxed{\frac{1}{3}}", "0.33", r"\frac{1}{3}"),
+    (r"\boxed{0.333333}", r"\frac{1}{3}", "0.333333"),
+    (r"\boxed{a b}", "ab", "a b"),
+    (r"\boxed{1\frac12}", r"\frac32", r"1\frac12"),
     (r"\fbox{1+x^2}", "x^2+1", "1+x^2"),
     (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", r"\{1,2,3\}", "1, 2, 3"),
 ]
