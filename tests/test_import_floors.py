@@ -14,7 +14,7 @@ FLOORS = {
     ),
     **dict.fromkeys([f"verify.{name}" for name in ("boxes", "grade", "modes", "numbers", "reasons", "simplerl")], 0),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
-    **dict.fromkeys(["algorithms", "layout", "weights", "convert", "observe"], 1),
+    **dict.fromkeys(["algorithms", "layout", "weights", "convert", "observe", "plan"], 1),
     **dict.fromkeys(["model", "rollout", "verify"], 2),
     **dict.fromkeys(["tokenizer", "ask", "answering", "collect", "publish", "checkpoints", "evaluate"], 3),
     **dict.fromkeys(["run", "assemble", "train", "doctor"], 3),

@@ -1,0 +1,99 @@
+"""The real model of any rank of any layout, without its memory and without other processes.
+
+Parameters live on torch's meta device, which keeps shapes and no data. The process groups are torch's fake ones: a process is
+told its rank and the number of ranks, and never meets another. So one process looks at every rank of a cluster in turn, some
+twenty a second, and ``nft-megatron plan --check`` compares what it finds with the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nft_megatron.model.build import build_parts
+from nft_megatron.model.cpu import adapt_to_cpu
+from nft_megatron.model.load import table_parameters
+from nft_megatron.model.settings import transformer_config
+from nft_megatron.model.topology import Topology, shutdown, take_place
+from nft_megatron.place import Place
+from nft_megatron.plan.estimate import Plan
+from nft_megatron.plan.layouts import ParallelLayout
+from nft_megatron.weights import ModelShape
+
+
+@dataclass(frozen=True)
+class MetaRank:
+    """Where a rank stands in the grid, and its parameters.
+
+    shapes: under the names of the weight table. num_bytes: of all of them.
+    """
+
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    shapes: dict[str, tuple[int, ...]]
+    num_bytes: int
+
+
+def meta_ranks(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype = torch.bfloat16) -> Iterator[MetaRank]:
+    """Every rank of ``layout`` in turn, its model built as for a GPU (with Megatron's local layers and padded vocabulary).
+
+    Call it where no process group is open; none is afterwards.
+
+    Raises:
+        UserError: when the model cannot be cut that way.
+    """
+    for rank in range(layout.num_gpus):
+        with _fake_place(rank, layout) as topology:
+            yield _built(shape, topology, layout.sequence_parallel, dtype)
+
+
+def check_plan(plan: Plan, dtype: str) -> str:
+    """Build every rank's model and compare its bytes with those of its stage in ``plan``; what was found, in a sentence."""
+    num_bytes = 0
+    for rank in meta_ranks(plan.shape, plan.layout, getattr(torch, dtype)):
+        planned = plan.stages[rank.pipeline_rank].parameters
+        assert rank.num_bytes == planned, f"rank {rank.rank} holds {rank.num_bytes} bytes of parameters, not {planned}"
+        num_bytes += rank.num_bytes
+    return (
+        f"Checked: the models of all {plan.layout.num_gpus} ranks, built on the meta device, hold the planned parameters, "
+        f"{num_bytes:,} bytes together."
+    )
+
+
+def _built(shape: ModelShape, topology: Topology, sequence_parallel: bool, dtype: torch.dtype) -> MetaRank:
+    config = transformer_config(shape, topology, dtype, sequence_parallel, "none", variable_lengths=True)
+    with torch.device("meta"):
+        parameters = dict(table_parameters(list(build_parts(shape, topology, config))))
+    assert all(parameter.is_meta for parameter in parameters.values())
+    return MetaRank(
+        rank=topology.rank,
+        tensor_rank=topology.tensor_rank,
+        pipeline_rank=topology.pipeline_rank,
+        context_rank=topology.context_rank,
+        data_rank=topology.data_rank,
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        num_bytes=sum(parameter.nbytes for parameter in parameters.values()),
+    )
+
+
+@contextmanager
+def _fake_place(rank: int, layout: ParallelLayout) -> Iterator[Topology]:
+    """The place of ``rank`` among processes that do not exist; no collective does anything."""
+    if not torch.cuda.is_available():
+        adapt_to_cpu()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.num_gpus)
+    try:
+        yield take_place(
+            Place(rank, layout.num_gpus), torch.device("meta"), layout.tensor, layout.pipeline, layout.context,
+            layout.virtual_pipeline, timeout_seconds=600.0, control_group=dist.new_group(),
+        )  # fmt: skip
+    finally:
+        shutdown()

@@ -1,0 +1,74 @@
+"""``nft-megatron plan``: from a configuration to its printed plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nft_megatron.config import Config
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file
+from nft_megatron.plan.estimate import FIT, Plan, check_model, make_plan
+from nft_megatron.plan.layouts import cluster_of, layout_of
+from nft_megatron.plan.models import find_shape
+from nft_megatron.plan.report import as_json, layouts_table, report
+from nft_megatron.plan.search import Search, search
+from nft_megatron.plan.workload import Assumptions
+
+
+def plan_run(
+    config: Config,
+    assumptions: Assumptions,
+    *,
+    gpus: int | None = None,
+    kind: str | None = None,
+    with_layouts: bool = False,
+    json_path: Path | None = None,
+) -> Plan:
+    """Print the plan of ``config`` and, if asked, all layouts that fit; write both to ``json_path``.
+
+    Raises:
+        UserError: when the run is impossible as it is configured, after printing what there is to say about it.
+    """
+    shape, source = find_shape(config.model.path)
+    cluster = cluster_of(config, gpus, kind)
+    check_model(config, shape)
+    found = search(config, shape, cluster, assumptions) if with_layouts else None
+    try:
+        plan = make_plan(config, shape, cluster, layout_of(config, cluster), assumptions)
+    except UserError:
+        if found:
+            print(layouts_table(found))
+        raise
+    print(report(plan, source))
+    if found:
+        print("\n" + layouts_table(found))
+    if json_path:
+        with atomic_file(json_path) as temporary:
+            temporary.write_text(as_json(plan, found))
+    if not plan.fits:
+        raise _too_large(plan, found or search(config, shape, cluster, assumptions))
+    if plan.generation is None:
+        raise UserError(
+            "cluster.rollout_nodes", config.cluster.rollout_nodes,
+            f"{cluster.gpus_per_node} {cluster.gpu.name} of a node have no room for the weights and one longest answer",
+            "give generation nodes of its own" if not cluster.num_rollout else "use GPUs with more memory",
+        )  # fmt: skip
+    return plan
+
+
+def _too_large(plan: Plan, found: Search) -> UserError:
+    fullest, gpu = max(plan.stages, key=lambda stage: stage.peak), plan.cluster.gpu
+    if found.fitting:
+        best = found.fitting[0]
+        layout = best.layout
+        remedy = (
+            f"the fastest that fits, with {best.peak / 1e9:.1f} GB: parallel.tensor={layout.tensor} "
+            f"parallel.pipeline={layout.pipeline} parallel.virtual_pipeline={layout.virtual_pipeline} "
+            f"parallel.context={layout.context} model.recompute={layout.recompute}; --layouts lists others"
+        )
+    else:
+        remedy = f"no layout fits, the smallest needs {found.smallest / 1e9:.1f} GB: take more GPUs or shorter packs"
+    problem = (
+        f"stage {fullest.stage} needs {fullest.peak / 1e9:.1f} GB; {FIT:.0%} of {gpu.name} is {FIT * gpu.memory / 1e9:.1f} GB"
+    )
+    return UserError("parallel", plan.layout, problem, remedy)

@@ -1,0 +1,111 @@
+"""Work of a training step on one rank: FLOPs, exactly for dense layers and causal attention, and bytes of the small operators.
+
+A matrix product of a [T, n] with an [n, m] matrix is 2·T·n·m FLOPs, its backward pass twice as much. Causal attention over a
+sequence of s tokens has s(s + 1)/2 pairs of tokens, each 4·d FLOPs a head (scores and weighted sum); its backward pass is 2.5
+times as much, as the kernels make the scores again. A test counts the same with torch's own counter on the real model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from nft_megatron.plan.layouts import ParallelLayout
+from nft_megatron.plan.memory import ELEMENT
+from nft_megatron.plan.workload import Packs
+from nft_megatron.weights import ModelShape, weight_table
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products, FLOPs of attention, and bytes that memory-bound operators read and write."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.matmul + other.matmul, self.attention + other.attention, self.bytes + other.bytes)
+
+    def scaled(self, factor: float) -> Work:
+        return Work(self.matmul * factor, self.attention * factor, self.bytes * factor)
+
+    @property
+    def flops(self) -> float:
+        return self.matmul + self.attention
+
+
+def attention_elements(shape: ModelShape) -> int:
+    """Elements of a layer's attention matrices: q, k, v and the output projection."""
+    q, kv = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    return shape.hidden_size * (2 * q + 2 * kv)
+
+
+def mlp_elements(shape: ModelShape) -> int:
+    """Elements of a layer's MLP: gate, up and down."""
+    return 3 * shape.hidden_size * shape.ffn_hidden_size
+
+
+def attention_part(shape: ModelShape, tokens: float, pairs: float, element: int) -> Work:
+    """Forward pass of the attention half of one layer, norm and residual included, on one device."""
+    h, q, kv = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    return Work(
+        matmul=2 * tokens * attention_elements(shape),
+        attention=4 * shape.num_attention_heads * shape.head_dim * pairs,
+        bytes=element * tokens * (5 * h + 2 * (q + kv)),  # norm reads and writes, residual twice in and once out, rotation
+    )
+
+
+def mlp_part(shape: ModelShape, tokens: float, element: int) -> Work:
+    """Forward pass of the MLP half of one layer."""
+    return Work(
+        matmul=2 * tokens * mlp_elements(shape),
+        bytes=element * tokens * (5 * shape.hidden_size + 3 * shape.ffn_hidden_size),
+    )
+
+
+def layer_passes(shape: ModelShape, tokens: float, pairs: float, element: int, recompute: str) -> tuple[Work, Work]:
+    """Forward pass of a layer, and backward pass with what it makes again."""
+    attention, mlp = attention_part(shape, tokens, pairs, element), mlp_part(shape, tokens, element)
+    forward = attention + mlp
+    again = {"none": Work(), "selective": mlp, "full": forward}[recompute]
+    return forward, Work(2 * forward.matmul, 2.5 * forward.attention, 2 * forward.bytes) + again
+
+
+def head_pass(shape: ModelShape, positions: float, element: int) -> Work:
+    """One product with the LM head at ``positions``, and what is done to its logits. The update has three of them."""
+    return Work(2.0 * positions * shape.hidden_size * shape.vocab_size, 0.0, 4 * element * positions * shape.vocab_size)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """All packs of an update on one rank of a stage: the pass for log-probs alone, and the two passes of the update."""
+
+    logprobs: Work
+    forward: Work
+    backward: Work
+
+
+def stage_work(shape: ModelShape, layout: ParallelLayout, stage: int, packs: Packs, dtype: str) -> StageWork:
+    """The part of ``packs`` that falls on a rank of ``stage``: context ranks share tokens, tensor ranks heads and MLP units."""
+    b, share = ELEMENT[dtype], 1 / (layout.tensor * layout.context)
+    layers = shape.num_layers // layout.pipeline
+    forward, backward = layer_passes(shape, packs.tokens, packs.pairs, b, layout.recompute)
+    parts = [work.scaled(layers * share) for work in (forward, forward, backward)]
+    if stage == layout.pipeline - 1:
+        head = head_pass(shape, packs.positions, b)
+        parts = [part + head.scaled(times * share) for part, times in zip(parts, (1, 1, 2), strict=True)]
+    return StageWork(*parts)
+
+
+def model_flops(shape: ModelShape, tokens: float, pairs: float, positions: float) -> float:
+    """FLOPs that the model itself asks for: a backward pass is two forward passes, and nothing is made again."""
+    forward = attention_part(shape, tokens, pairs, 0) + mlp_part(shape, tokens, 0)
+    return 3 * (shape.num_layers * forward.flops + 2 * positions * shape.hidden_size * shape.vocab_size)
+
+
+@functools.lru_cache(maxsize=16)
+def num_parameters(shape: ModelShape) -> int:
+    """Of the model, a tied LM head not counted twice."""
+    return sum(math.prod(size) for size in weight_table(shape).shapes.values())

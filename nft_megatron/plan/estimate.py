@@ -1,0 +1,177 @@
+"""The whole plan of a configuration: memory of every stage, time of a rollout step, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nft_megatron.config import Config
+from nft_megatron.errors import UserError
+from nft_megatron.plan.compute import model_flops, num_parameters
+from nft_megatron.plan.generation import MEMORY_SHARE, Generation, generation
+from nft_megatron.plan.hardware import ACHIEVABLE
+from nft_megatron.plan.layouts import Cluster, ParallelLayout, check_layout
+from nft_megatron.plan.memory import StageMemory, stage_memory
+from nft_megatron.plan.time import TrainTime, train_time
+from nft_megatron.plan.workload import Assumptions, Packs, Workload, pack_update, workload_of
+from nft_megatron.weights import ModelShape
+
+FIT = 0.9
+"""Share of a GPU's memory that a plan may use; the rest is for the allocator's fragments and for what an estimate missed."""
+
+GRADING_SECONDS = {True: 20e-3, False: 1e-3}
+"""Assumed of one answer: under ``verify.mode`` math-verify, and under the others, which seldom need it."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a rollout step; its parts follow each other. ``verify`` is what is left of it after the last answer."""
+
+    generate: float
+    verify: float
+    train: TrainTime
+    publish: float
+
+    @property
+    def total(self) -> float:
+        return self.generate + self.verify + self.train.total + self.publish
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is expected of a run.
+
+    stages: memory of a rank of each pipeline stage. generation: None where no engine fits. utilisation: FLOPs that the model
+    asks for in the updates over those that the trainers could do meanwhile.
+    """
+
+    shape: ModelShape
+    num_parameters: int
+    cluster: Cluster
+    layout: ParallelLayout
+    work: Workload
+    packs: Packs
+    stages: tuple[StageMemory, ...]
+    step: StepTime
+    generation: Generation | None
+    utilisation: float
+    run_seconds: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the fullest stage."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage leaves the reserve of a GPU's memory alone."""
+        return self.peak <= FIT * self.cluster.gpu.memory
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The trainers' part of a plan, for one layout."""
+
+    layout: ParallelLayout
+    packs: Packs
+    stages: tuple[StageMemory, ...]
+    time: TrainTime
+
+    @property
+    def peak(self) -> float:
+        return max(stage.peak for stage in self.stages)
+
+    def fits(self, cluster: Cluster) -> bool:
+        return self.peak <= FIT * cluster.gpu.memory
+
+
+def plan_training(
+    config: Config,
+    shape: ModelShape,
+    cluster: Cluster,
+    layout: ParallelLayout,
+    work: Workload,
+) -> TrainPlan:
+    """Memory and time of the trainers.
+
+    Raises:
+        UserError: when the model, or a sequence, cannot be laid out that way.
+    """
+    check_layout(shape, layout)
+    packs = pack_update(config, shape, layout, work)
+    stages = tuple(
+        stage_memory(
+            shape, layout, stage, dtype=config.model.dtype, on_gpu=cluster.gpu.is_gpu,
+            num_micro_batches=packs.num_micro_batches, cpu_offload=config.optimizer.cpu_offload,
+        )
+        for stage in range(layout.pipeline)
+    )  # fmt: skip
+    time = train_time(
+        shape, layout, cluster, packs, num_updates=work.num_updates, dtype=config.model.dtype,
+        cpu_offload=config.optimizer.cpu_offload,
+    )  # fmt: skip
+    return TrainPlan(layout, packs, stages, time)
+
+
+def make_plan(
+    config: Config,
+    shape: ModelShape,
+    cluster: Cluster,
+    layout: ParallelLayout,
+    assumptions: Assumptions,
+) -> Plan:
+    """The plan of ``config`` under ``layout``, whether it fits or not.
+
+    Raises:
+        UserError: when the model, or a sequence, cannot be laid out that way.
+    """
+    check_model(config, shape)
+    work = workload_of(config, assumptions)
+    training = plan_training(config, shape, cluster, layout, work)
+    shared = 0.0 if cluster.num_rollout else max(s.parameters + s.gradients + s.optimizer + s.runtime for s in training.stages)
+    engines = generation(shape, cluster, work, MEMORY_SHARE * cluster.gpu.memory - shared)
+    generating = engines.seconds if engines else 0.0
+    grading = GRADING_SECONDS[config.verify.mode == "math-verify"] * work.num_asked / config.verify.workers
+    step = StepTime(
+        generate=generating,
+        verify=max(0.0, grading - generating),
+        train=training.time,
+        publish=publish_seconds(shape, cluster),
+    )
+    trained = work.num_updates * len(work.answer_lengths)
+    lengths = [work.prompt_tokens + answer for answer in work.answer_lengths]
+    pairs = sum(length * (length + 1) / 2 for length in lengths) / len(lengths)
+    asked_for = model_flops(
+        shape, trained * (work.prompt_tokens + work.mean_answer), trained * pairs, trained * work.mean_answer
+    )
+    updating = training.time.total - training.time.old_logprobs
+    return Plan(
+        shape=shape,
+        num_parameters=num_parameters(shape),
+        cluster=cluster,
+        layout=layout,
+        work=work,
+        packs=training.packs,
+        stages=training.stages,
+        step=step,
+        generation=engines,
+        utilisation=asked_for / (updating * cluster.num_trainers * cluster.gpu.flops_of(config.model.dtype)),
+        run_seconds=config.train.num_steps * step.total,
+    )
+
+
+def check_model(config: Config, shape: ModelShape) -> None:
+    """Raise :class:`UserError` for what no layout changes: experts, and a context longer than the model's."""
+    if shape.experts is not None:
+        raise UserError("model.path", config.model.path, "has experts, and plans are made for dense models only",
+            "train it without a plan, on the layout of a similar one")  # fmt: skip
+    if config.max_sequence_tokens > shape.max_positions:
+        raise UserError(
+            "rollout.max_answer_tokens", config.rollout.max_answer_tokens,
+            f"with data.max_prompt_tokens = {config.data.max_prompt_tokens} it exceeds the model's context",
+            f"lower their sum to {shape.max_positions}",
+        )  # fmt: skip
+
+
+def publish_seconds(shape: ModelShape, cluster: Cluster) -> float:
+    """The weights in bfloat16 through the network card of the first rank: in from the other trainers, out to the engines."""
+    return 2 * 2 * num_parameters(shape) / (cluster.gpu.network_bandwidth * ACHIEVABLE.network)

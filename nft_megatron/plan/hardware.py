@@ -1,0 +1,101 @@
+"""Accelerators as their vendors describe them, and what share of those figures a training run is assumed to reach.
+
+Bandwidths are bytes per second in one direction, so half of what a vendor adds up over both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nft_megatron.errors import UserError
+
+GB = 1e9
+TB = 1e12
+TFLOPS = 1e12
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One GPU of a node.
+
+    flops, flops_float32: dense matrix products per second in bfloat16 and in float32.
+    memory: bytes. memory_bandwidth: of that memory. node_bandwidth: to the other GPUs of the node together (NVLink).
+    network_bandwidth: this GPU's part of the node's network. host_bandwidth: to the memory of the host (PCIe).
+    source: where the figures are published.
+    """
+
+    name: str
+    flops: float
+    flops_float32: float
+    memory: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    source: str
+
+    @property
+    def is_gpu(self) -> bool:
+        """False for this machine's own processor."""
+        return self.name != "cpu"
+
+    def flops_of(self, dtype: str) -> float:
+        """Peak FLOP/s of matrix products in ``dtype`` ("bfloat16" or "float32")."""
+        return self.flops if dtype == "bfloat16" else self.flops_float32
+
+
+ACCELERATORS = {
+    accelerator.name: accelerator
+    for accelerator in (
+        Accelerator(
+            "a100-80gb", 312 * TFLOPS, 19.5 * TFLOPS, 80 * GB, 2.039 * TB, 300 * GB, 25 * GB, 32 * GB,
+            "https://www.nvidia.com/en-us/data-center/a100/ (SXM; network: DGX A100, 8 x 200 Gb/s)",
+        ),
+        Accelerator(
+            "h100", 989.4 * TFLOPS, 67 * TFLOPS, 80 * GB, 3.35 * TB, 450 * GB, 50 * GB, 64 * GB,
+            "https://www.nvidia.com/en-us/data-center/h100/ (SXM, without sparsity; network: DGX H100, 8 x 400 Gb/s)",
+        ),
+        Accelerator(
+            "h200", 989.4 * TFLOPS, 67 * TFLOPS, 141 * GB, 4.8 * TB, 450 * GB, 50 * GB, 64 * GB,
+            "https://www.nvidia.com/en-us/data-center/h200/ (SXM, without sparsity; network: DGX H200, 8 x 400 Gb/s)",
+        ),
+        Accelerator(
+            "b200", 2250 * TFLOPS, 75 * TFLOPS, 180 * GB, 8 * TB, 900 * GB, 50 * GB, 64 * GB,
+            "https://www.nvidia.com/en-us/data-center/dgx-b200/ (without sparsity; network: 8 x 400 Gb/s)",
+        ),
+        Accelerator(
+            "cpu", 0.1 * TFLOPS, 0.1 * TFLOPS, 16 * GB, 10 * GB, 2 * GB, 1 * GB, 10 * GB,
+            "one core of a server, order of magnitude; for trying things out",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Achievable:
+    """Assumed share of a vendor's figure that long runs reach. Not measured on a GPU by this project yet.
+
+    matmul: matrix products of a layer. attention: its fused kernel. memory: streaming kernels and decoding.
+    node, network: large collectives. host: copies to and from the host's memory.
+    """
+
+    matmul: float
+    attention: float
+    memory: float
+    node: float
+    network: float
+    host: float
+
+
+ACHIEVABLE = Achievable(matmul=0.65, attention=0.45, memory=0.8, node=0.7, network=0.7, host=0.7)
+
+
+def accelerator(name: str, field: str = "cluster.gpu") -> Accelerator:
+    """The accelerator of that name.
+
+    Raises:
+        UserError: naming ``field`` when there is none.
+    """
+    if name.lower() not in ACCELERATORS:
+        raise UserError(field, name, "no such kind of GPU here", f"use one of {', '.join(ACCELERATORS)}")
+    return ACCELERATORS[name.lower()]

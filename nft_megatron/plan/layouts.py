@@ -1,0 +1,162 @@
+"""Who holds what: a parallel layout, the cluster it is laid over, and what cannot be laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nft_megatron.config import Config
+from nft_megatron.errors import UserError
+from nft_megatron.plan.hardware import Accelerator, accelerator
+from nft_megatron.weights import ModelShape
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs that train and GPUs that only generate; no rollout GPUs means that the trainers' do both."""
+
+    gpu: Accelerator
+    gpus_per_node: int
+    num_trainers: int
+    num_rollout: int
+
+    @property
+    def num_generating(self) -> int:
+        """GPUs that generate answers."""
+        return self.num_rollout or self.num_trainers
+
+    def bandwidth(self, size: int, stride: int) -> float:
+        """Bytes/s, in each direction, of a GPU in a collective over ``size`` ranks that are ``stride`` apart.
+
+        Where the group leaves the node, its members inside of it share their network cards.
+        """
+        if size * stride <= self.gpus_per_node:
+            return self.gpu.node_bandwidth
+        return min(self.gpu.node_bandwidth, self.gpu.network_bandwidth * max(1, self.gpus_per_node // stride))
+
+
+def cluster_of(config: Config, gpus: int | None = None, kind: str | None = None) -> Cluster:
+    """The cluster of ``config``, or ``gpus`` of them split between training and generating in the same proportion.
+
+    Raises:
+        UserError: for an unknown kind, or GPUs that do not make whole nodes.
+    """
+    section = config.cluster
+    per_node, train, roll = section.gpus_per_node, section.trainer_nodes, section.rollout_nodes
+    gpu = accelerator(kind, "--gpu") if kind else accelerator(section.gpu)
+    if gpus is None:
+        return Cluster(gpu, per_node, train * per_node, roll * per_node)
+    if gpus < 1 or (gpus > per_node and gpus % per_node):
+        raise UserError(
+            "--gpus", gpus, f"is not a number of whole nodes of {per_node} (cluster.gpus_per_node)", "use a multiple"
+        )
+    if gpus <= per_node:
+        if roll:
+            raise UserError("--gpus", gpus, "is a single node, and cluster.rollout_nodes wants nodes of its own",
+                "use more, or add cluster.rollout_nodes=0")  # fmt: skip
+        return Cluster(gpu, min(per_node, gpus), gpus, 0)
+    nodes = gpus // per_node
+    train = min(nodes - (roll > 0), max(1, round(nodes * train / (train + roll))))
+    return Cluster(gpu, per_node, train * per_node, (nodes - train) * per_node)
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How model and sequences are cut, and what trades memory for time.
+
+    ``micro_batch_tokens`` are those of a whole pack, shared over the context ranks.
+    """
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    context: int
+    data: int
+    sequence_parallel: bool
+    recompute: str
+    micro_batch_tokens: int
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, over which gradients are summed and optimizer state is sharded."""
+        return self.data * self.context
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor ranks over which activations outside attention and MLP are cut."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a full pack on one context rank."""
+        return self.micro_batch_tokens // self.context
+
+    def stage_of(self, layer: int, num_layers: int) -> int:
+        """The pipeline stage of a layer: parts of the model go round the stages.
+
+        >>> layout = ParallelLayout(1, 2, 2, 1, 1, True, "none", 4096)
+        >>> [layout.stage_of(layer, 8) for layer in range(8)]
+        [0, 0, 1, 1, 0, 0, 1, 1]
+        """
+        return layer * self.pipeline * self.virtual_pipeline // num_layers % self.pipeline
+
+    def in_flight(self, stage: int, num_micro_batches: int) -> float:
+        """Most micro-batches whose activations a stage keeps at a time; parts of a stage count as fractions.
+
+        1F1B: stage s runs p − s − 1 forward passes before its first backward. Interleaved: 2(p − s − 1) + (v − 1)p passes, each
+        through one of its v parts (Megatron-Core 0.16.1, pipeline_parallel/schedules.py, get_pp_rank_microbatches).
+        """
+        ahead = self.pipeline - stage - 1
+        if self.virtual_pipeline == 1:
+            return min(num_micro_batches, ahead + 1)
+        parts = 2 * ahead + (self.virtual_pipeline - 1) * self.pipeline + 1
+        return min(num_micro_batches * self.virtual_pipeline, parts) / self.virtual_pipeline
+
+    def __str__(self) -> str:
+        parts = f" x virtual {self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{parts} x context {self.context} x data {self.data}"
+
+
+def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
+    """The layout of ``config`` over the cluster's trainers.
+
+    Raises:
+        UserError: when the trainers cannot be divided that way.
+    """
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    if cluster.num_trainers % replica:
+        raise UserError(
+            "parallel.tensor, parallel.pipeline, parallel.context",
+            f"{parallel.tensor} × {parallel.pipeline} × {parallel.context}",
+            f"does not divide the {cluster.num_trainers} GPUs that train",
+            "change them or cluster.trainer_nodes; `plan --layouts` lists those that fit",
+        )
+    return ParallelLayout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=cluster.num_trainers // replica,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=config.model.recompute,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+    )
+
+
+def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
+    """Raise :class:`UserError` when the model cannot be cut that way."""
+    for what, size in (
+        ("attention heads", shape.num_attention_heads),
+        ("key-value heads", shape.num_query_groups),
+        ("MLP units", shape.ffn_hidden_size),
+    ):
+        if size % layout.tensor:
+            raise UserError("parallel.tensor", layout.tensor, f"does not divide the model's {size} {what}", "choose a divisor")
+    parts = layout.pipeline * layout.virtual_pipeline
+    if shape.num_layers % parts:
+        field = "parallel.pipeline" + (" × parallel.virtual_pipeline" if layout.virtual_pipeline > 1 else "")
+        raise UserError(field, parts, f"does not divide the model's {shape.num_layers} layers", "choose a divisor")

@@ -1,0 +1,151 @@
+"""Peak memory of a rank, by component. Parameters are exact; gradients and optimizer up to padding; the rest are estimates.
+
+    peak = parameters + gradients + runtime + optimizer + activations + max(working, LM head)
+
+Ranks of one pipeline stage are alike, so there is one figure a stage. A test builds the real model on the meta device for every
+rank and finds the same parameters, to the byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from nft_megatron.plan.activations import FLOAT32, final_norm_bytes, layer_bytes
+from nft_megatron.plan.layouts import ParallelLayout
+from nft_megatron.weights import ModelShape, weight_table
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the vocabulary on a GPU's tensor rank are a multiple of this, as in model/build.py."""
+
+LOGITS_BYTES, MIN_CHUNK = 300 * 2**20, 512
+BLOCK_BYTES = {False: 2**23, True: 2**28}
+"""A chunk's logits, the fewest tokens in it, and a float32 temporary on CPU and GPU, as in model/lm_head.py."""
+
+GPU_RUNTIME = 4e9
+CPU_RUNTIME = 4e7
+"""Assumed: what the libraries keep. GPU: CUDA context, workspaces, NCCL's buffers for about ten groups. CPU: seen."""
+
+ELEMENT = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each rank of a pipeline stage.
+
+    optimizer: on the device during the update; ``offloaded`` of it waits on the host otherwise, which is when activations live.
+    working: what the backward pass of one layer holds besides, with what it makes again. lm_head: the hidden states at loss
+    positions and their gradients, and a chunk of logits; nothing before the last stage. summing: what adding up the ranks'
+    gradients takes.
+    """
+
+    stage: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    offloaded: int
+    activations: float
+    working: float
+    lm_head: float
+    summing: float
+    runtime: float
+
+    @property
+    def peak(self) -> float:
+        """The most at a time: in a backward pass, while gradients are summed, or in the update."""
+        on_device = self.optimizer - self.offloaded
+        backward = on_device + self.activations + max(self.working, self.lm_head)
+        return self.parameters + self.gradients + self.runtime + max(backward, on_device + self.summing, self.optimizer)
+
+
+def padded_vocab(shape: ModelShape, tensor: int, *, on_gpu: bool) -> int:
+    """Rows of embedding and LM head over all tensor ranks."""
+    return shape.padded_vocab((VOCABULARY_MULTIPLE if on_gpu else 1) * tensor)
+
+
+@functools.lru_cache(maxsize=64)
+def _numel_by_part(shape: ModelShape, tensor: int, vocab: int) -> dict[str | int, int]:
+    """Elements on a tensor rank of the embedding, of each layer by its number, of the final norm and of the LM head."""
+    parts: dict[str | int, int] = {}
+    for entry in weight_table(shape).entries:
+        words = entry.name.split(".")
+        part = int(words[2]) if entry.name.startswith("decoder.layers.") else words[0] if words[0] != "decoder" else words[1]
+        parts[part] = parts.get(part, 0) + math.prod(entry.local_shape(tensor, vocab))
+    return parts
+
+
+def stage_numel(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
+    """Parameters on each rank of a stage. A tied LM head is a second copy where the last stage is not the first."""
+    parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
+    first, last = stage == 0, stage == layout.pipeline - 1
+    total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stage_of(layer, shape.num_layers) == stage)
+    total += parts["embedding"] if first else 0
+    total += parts["final_layernorm"] if last else 0
+    return total + (parts["output_layer"] if last and not (first and shape.tied_embeddings) else 0)
+
+
+def stage_memory(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    stage: int,
+    *,
+    dtype: str,
+    on_gpu: bool,
+    num_micro_batches: int,
+    cpu_offload: float = 0.0,
+) -> StageMemory:
+    """What a rank of ``stage`` holds at its peak.
+
+    Args:
+        dtype: of weights and activations, "bfloat16" or "float32".
+        on_gpu: with Transformer Engine's operators; otherwise the local ones.
+        num_micro_batches: of an update; fewer than the pipeline's stages keep fewer activations.
+        cpu_offload: share of the optimizer's state on the host.
+    """
+    b, h, t = ELEMENT[dtype], shape.hidden_size, layout.tensor
+    numel = stage_numel(shape, layout, stage, on_gpu=on_gpu)
+    tokens = layout.local_tokens
+    is_last = stage == layout.pipeline - 1
+    state = math.ceil(numel / layout.replicas) * (8 if dtype == "float32" else 12)
+
+    layer = layer_bytes(shape, layout, b, fused=on_gpu)
+    layers = shape.num_layers // layout.pipeline
+    output = 0.0 if is_last else b * h / layout.sequence_shards  # kept by the schedule until its gradient comes back
+    in_flight = layout.in_flight(stage, num_micro_batches)
+    kept = in_flight * (layers * layer.kept(layout.recompute) + output)
+    if is_last:
+        kept += final_norm_bytes(shape, layout, b, fused=on_gpu)
+
+    largest_weight = _weight_gradient(2 * shape.ffn_hidden_size * h / t, b, on_gpu)  # gate and up
+    gradients = b * (3 if on_gpu else 2) * shape.ffn_hidden_size / t + b * 2 * h
+    received = 2 * b * h / layout.sequence_shards if layout.pipeline > 1 else 0.0
+    working = tokens * (layer.made_again(layout.recompute) + gradients + received) + largest_weight
+    return StageMemory(
+        stage=stage,
+        parameters=b * numel,
+        gradients=FLOAT32 * numel,
+        optimizer=state,
+        offloaded=round(state * cpu_offload),
+        activations=tokens * kept,
+        working=working,
+        lm_head=lm_head_bytes(shape, layout, dtype, on_gpu=on_gpu) if is_last else 0.0,
+        summing=0.0 if on_gpu else FLOAT32 * numel,  # gloo sums into a copy of the whole buffer
+        runtime=GPU_RUNTIME if on_gpu else CPU_RUNTIME,
+    )
+
+
+def lm_head_bytes(shape: ModelShape, layout: ParallelLayout, dtype: str, *, on_gpu: bool) -> float:
+    """Held by the LM head for a full pack in which every position carries a loss."""
+    b, tokens = ELEMENT[dtype], layout.local_tokens
+    rows = padded_vocab(shape, layout.tensor, on_gpu=on_gpu) // layout.tensor
+    chunk = max(1, LOGITS_BYTES // (rows * b * MIN_CHUNK)) * MIN_CHUNK
+    logits = min(chunk, tokens) * rows * b + 3 * BLOCK_BYTES[on_gpu]
+    hidden = b * shape.hidden_size * tokens
+    afterwards = 2 * hidden + _weight_gradient(rows * shape.hidden_size, b, on_gpu)  # autograd's own is a zero
+    return 2 * hidden + max(logits, afterwards)
+
+
+def _weight_gradient(numel: float, element: int, on_gpu: bool) -> float:
+    """Bytes of a weight's gradient until it is in the float32 sum; adding it takes a float32 copy on the CPU."""
+    return numel * (element + (FLOAT32 if element < FLOAT32 and not on_gpu else 0))

@@ -1,0 +1,156 @@
+"""A plan as a table for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from nft_megatron.plan.estimate import FIT, Plan, TrainPlan
+from nft_megatron.plan.memory import StageMemory
+from nft_megatron.plan.search import Search
+
+COLUMNS = ("parameters", "gradients", "optimizer", "activations", "working", "lm_head", "runtime")
+MAX_STAGES = 8
+"""Rows of the memory table: of a longer pipeline the first and the last half of as many."""
+
+
+def report(plan: Plan, model: str) -> str:
+    """The plan as text, some 110 characters wide. ``model`` says where its sizes are from."""
+    return "\n\n".join([_run(plan, model), _memory(plan), _time(plan)])
+
+
+def _run(plan: Plan, model: str) -> str:
+    cluster, layout, work, packs = plan.cluster, plan.layout, plan.work, plan.packs
+    split = f"{cluster.num_trainers} train, {cluster.num_rollout} generate" if cluster.num_rollout else "all train and generate"
+    total = cluster.num_trainers + cluster.num_rollout
+    return _pairs(
+        [
+            ("model", f"{plan.num_parameters / 1e9:.2f} B parameters, from {model}"),
+            ("GPUs", f"{total} {cluster.gpu.name}, {cluster.gpus_per_node} a node: {split}"),
+            ("layout", f"{layout}{', sequence parallel' * (layout.sequence_shards > 1)}, recompute {layout.recompute}"),
+            (
+                "step",
+                f"{work.num_updates} updates on {len(work.answer_lengths):,} answers each: {packs.num_micro_batches} packs of "
+                f"{layout.micro_batch_tokens:,} tokens on a data-parallel rank",
+            ),
+            (
+                "assumed",
+                f"answers of {work.mean_answer:,.0f} tokens, prompts of {work.prompt_tokens:,}; "
+                f"{work.num_questions:,} questions asked (--answer-tokens, --mixed-share)",
+            ),
+        ]
+    )
+
+
+def _memory(plan: Plan) -> str:
+    gpu = plan.cluster.gpu
+    rows = [["stage", *(name.replace("lm_head", "LM head") for name in COLUMNS), "peak", "of memory"]]
+    rows.append(["", "exact", "exact", "exact", *["estimate"] * 5, ""])
+    for stage in _shown(plan.stages):
+        parts = [_gb(getattr(stage, name)) for name in COLUMNS]
+        rows.append([str(stage.stage), *parts, _gb(stage.peak), f"{stage.peak / gpu.memory:.0%}"])
+    lines = [
+        f"Memory of a rank, GB of 10^9 bytes ({gpu.name}: {gpu.memory / 1e9:.0f}, of which a plan uses {FIT:.0%})",
+        _table(rows),
+    ]
+    offloaded = max(stage.offloaded for stage in plan.stages)
+    if offloaded:
+        lines.append(f"{_gb(offloaded)} GB of the optimizer wait on the host while activations live (optimizer.cpu_offload).")
+    lines.append("Of working and LM head only the larger counts: they follow each other.")
+    return "\n".join(lines)
+
+
+def _time(plan: Plan) -> str:
+    step, train, engines = plan.step, plan.step.train, plan.generation
+    note = (
+        f"{engines.num_engines} engines of {engines.engine_gpus} GPUs, {engines.num_running} answers at a time, "
+        f"{engines.tokens_per_second:,.0f} tokens/s"
+        if engines
+        else "no engine fits"
+    )
+    notes = {
+        "old_logprobs": "one forward pass over all packs",
+        "backward": "with what recomputation makes again" if plan.layout.recompute != "none" else "",
+        "pipeline_bubble": f"{plan.layout.pipeline} stages, {plan.packs.num_micro_batches} micro-batches"
+        if plan.layout.pipeline > 1
+        else "",
+        "data_communication": "what does not hide behind the backward pass",
+    }
+    entries = [("generate", step.generate, note), ("verify", step.verify, "beyond generating")]
+    entries += [
+        (field.name.replace("_", " "), getattr(train, field.name), notes.get(field.name, "")) for field in fields(train)
+    ]
+    entries += [("publish weights", step.publish, "")]
+    rows = [["", "seconds", "share", ""]]
+    rows += [[name, f"{seconds:,.1f}", f"{seconds / step.total:.0%}", text] for name, seconds, text in entries]
+    days = plan.run_seconds / 86400
+    run = f"{days:,.1f} days" if days > 2 else f"{24 * days:,.1f} hours"
+    rows.append(["step", f"{step.total:,.1f}", "", f"the whole run: {run}"])
+    rows.append(["", "", "", f"utilisation of the trainers in updates {plan.utilisation:.0%}"])
+    return "Time of a rollout step, estimated by roofline\n" + _table(rows, left=(0, 3))
+
+
+def layouts_table(found: Search, limit: int = 12) -> str:
+    """The layouts that fit, each tensor × pipeline × context in its fastest form, and why others were refused."""
+    fastest: dict[tuple[int, int, int], TrainPlan] = {}
+    for plan in found.fitting:
+        fastest.setdefault((plan.layout.tensor, plan.layout.pipeline, plan.layout.context), plan)
+    rows = [["tensor", "pipeline", "virtual", "context", "data", "recompute", "micro-batches", "peak GB", "train s"]]
+    for plan in list(fastest.values())[:limit]:
+        layout = plan.layout
+        sizes = [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.context, layout.data]
+        rows.append(
+            [*map(str, sizes), layout.recompute, str(plan.packs.num_micro_batches), _gb(plan.peak), f"{plan.time.total:,.0f}"]
+        )
+    lines = [
+        f"Layouts that fit, fastest first ({len(rows) - 1} of {len(fastest)}, each in its fastest form; estimates)",
+        _table(rows),
+    ]
+    if found.refused:
+        lines += ["", "Refused"]
+        lines += [f"  {number:4}  {reason}" for reason, number in found.refused.items()]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan, found: Search | None) -> str:
+    """The plan, and the layouts that fit if they were searched; bytes and seconds."""
+    tree: dict[str, Any] = asdict(plan)
+    tree["work"].pop("answer_lengths")
+    tree |= {"peak": plan.peak, "fits": plan.fits, "step_seconds": plan.step.total}
+    for stage, memory in zip(tree["stages"], plan.stages, strict=True):
+        stage["peak"] = memory.peak
+    if found is not None:
+        tree["layouts"] = [
+            asdict(each.layout) | {"peak": each.peak, "train_seconds": each.time.total} for each in found.fitting
+        ]
+        tree["refused"] = found.refused
+    return json.dumps(tree, indent=2)
+
+
+def _shown(stages: Sequence[StageMemory]) -> Sequence[StageMemory]:
+    half = MAX_STAGES // 2
+    return stages if len(stages) <= MAX_STAGES else (*stages[:half], *stages[-half:])
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f}" if num_bytes >= 1e8 or num_bytes == 0 else f"{num_bytes / 1e9:.3f}"
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in pairs)
+
+
+def _table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest entry, right-aligned but for those in ``left``."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            f"{cell:{'<' if index in left else '>'}{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(f"  {line}".rstrip() for line in lines)

@@ -1,0 +1,76 @@
+"""Every layout that could be: those that fit, fastest first, and why the others do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nft_megatron.config import Config
+from nft_megatron.errors import UserError
+from nft_megatron.plan.estimate import FIT, TrainPlan, plan_training
+from nft_megatron.plan.layouts import Cluster, ParallelLayout
+from nft_megatron.plan.workload import Assumptions, workload_of
+from nft_megatron.weights import ModelShape
+
+MAX_VIRTUAL = 8
+
+
+@dataclass(frozen=True)
+class Search:
+    """``fitting``, fastest first; ``refused``: how many layouts for which reason; ``smallest`` peak in bytes of all of them."""
+
+    fitting: tuple[TrainPlan, ...]
+    refused: dict[str, int]
+    smallest: float
+
+
+def search(config: Config, shape: ModelShape, cluster: Cluster, assumptions: Assumptions) -> Search:
+    """Lay ``config`` out over the cluster's trainers in every way, with every kind of recomputation."""
+    work = workload_of(config, assumptions)
+    fitting, refused, smallest = [], Counter[str](), float("inf")
+    for layout in candidates(config, shape, cluster):
+        try:
+            plan = plan_training(config, shape, cluster, layout, work)
+        except UserError as error:
+            refused[f"{error.field} {error.problem}"] += 1
+            continue
+        smallest = min(smallest, plan.peak)
+        if plan.fits(cluster):
+            fitting.append(plan)
+        else:
+            refused[f"more than {FIT:.0%} of the memory with model.recompute = {layout.recompute}"] += 1
+    fitting.sort(key=lambda plan: plan.time.total)
+    return Search(tuple(fitting), dict(refused.most_common()), smallest)
+
+
+def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[ParallelLayout]:
+    """Tensor groups within a node; pipeline stages of equally many layers, each of at most ``MAX_VIRTUAL`` parts."""
+    gpus, layers = cluster.num_trainers, shape.num_layers
+    for tensor in _divisors(cluster.gpus_per_node):
+        for pipeline in _divisors(layers):
+            for context in _powers_of_two(gpus):
+                if gpus % (tensor * pipeline * context):
+                    continue
+                for virtual in [
+                    part for part in _divisors(layers // pipeline) if part <= MAX_VIRTUAL and (pipeline > 1 or part == 1)
+                ]:
+                    for recompute in ("none", "selective", "full"):
+                        yield ParallelLayout(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual_pipeline=virtual,
+                            context=context,
+                            data=gpus // (tensor * pipeline * context),
+                            sequence_parallel=config.parallel.sequence_parallel,
+                            recompute=recompute,
+                            micro_batch_tokens=config.train.micro_batch_tokens,
+                        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2**power for power in range(limit.bit_length()) if 2**power <= limit]

@@ -1,0 +1,167 @@
+"""How long the trainers take for a rollout step, by roofline: estimates.
+
+Each kind of work runs at its assumed share of the vendor's figure (``ACHIEVABLE`` in :mod:`.hardware`). Collectives of a layer
+are waited for, but for those that Megatron-Core overlaps with a matrix product; gradients are summed while the last backward
+pass runs. The slowest pipeline stage sets the pace, and the bubble is the part (p − 1)/(m·v + p − 1) of the time of m
+micro-batches on p stages of v parts (arXiv 2104.04473, section 2.2).
+
+Bytes per rank and collective of N bytes over n ranks: all-gather and reduce-scatter N·(n − 1)/n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nft_megatron.plan.activations import FLOAT32
+from nft_megatron.plan.compute import StageWork, Work, stage_work
+from nft_megatron.plan.hardware import ACHIEVABLE
+from nft_megatron.plan.layouts import Cluster, ParallelLayout
+from nft_megatron.plan.memory import ELEMENT, stage_numel
+from nft_megatron.plan.workload import Packs
+from nft_megatron.weights import ModelShape
+
+
+@dataclass(frozen=True)
+class TrainTime:
+    """Seconds of a rollout step on the slowest rank. The four communications are only what is waited for.
+
+    old_logprobs includes its own communication and bubble.
+    """
+
+    old_logprobs: float
+    forward: float
+    backward: float
+    tensor_communication: float
+    context_communication: float
+    pipeline_communication: float
+    data_communication: float
+    pipeline_bubble: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """Bytes that one rank receives, and waits for, in all packs of an update: (forward, backward)."""
+
+    tensor: tuple[float, float]
+    context: tuple[float, float]
+    pipeline: tuple[float, float]
+
+
+def bubble_share(num_stages: int, num_parts: int, num_micro_batches: int) -> float:
+    """The part of an update's time that a pipeline stage has nothing to do, if all stages are equally fast.
+
+    >>> round(bubble_share(num_stages=4, num_parts=1, num_micro_batches=12), 2)
+    0.2
+    """
+    return (num_stages - 1) / (num_micro_batches * num_parts + num_stages - 1)
+
+
+def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str) -> LayerTraffic:
+    """Communication of a stage's layers.
+
+    Tensor, with sequence parallelism: forward an all-gather before and a reduce-scatter after attention and MLP; backward two
+    all-gathers of output gradients are waited for, the other four collectives run beside matrix products
+    (tensor_parallel/layers.py:512-600). Without: two all-reduces forward, and backward two beside matrix products.
+    Context: keys and values gathered, their gradients summed in float32. Pipeline: hidden states and their gradients; beside
+    other work under the interleaved schedule.
+    """
+    b, t, c = ELEMENT[dtype], layout.tensor, layout.context
+    layers, tokens = shape.num_layers // layout.pipeline, packs.tokens / c
+    unit = layers * tokens * shape.hidden_size * b * (t - 1) / t
+    again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
+    tensor_backward = (2 if layout.sequence_parallel else 0) + again
+    heads = layers * tokens * (c - 1) * 2 * shape.num_query_groups * shape.head_dim / t
+    context_backward = heads * (FLOAT32 + (b if layout.recompute == "full" else 0))
+    sends = layout.pipeline > 1 and layout.virtual_pipeline == 1
+    hidden = tokens * shape.hidden_size * b / layout.sequence_shards if sends else 0.0
+    return LayerTraffic((4 * unit, tensor_backward * unit), (heads * b, context_backward), (hidden, hidden))
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of work and of communication on one rank of ``layout``."""
+
+    layout: ParallelLayout
+    cluster: Cluster
+    dtype: str
+
+    def work(self, work: Work) -> float:
+        gpu = self.cluster.gpu
+        matmul = work.matmul / (gpu.flops_of(self.dtype) * ACHIEVABLE.matmul)
+        attention = work.attention / (gpu.flops_of(self.dtype) * ACHIEVABLE.attention)
+        return matmul + attention + work.bytes / (gpu.memory_bandwidth * ACHIEVABLE.memory)
+
+    def transfer(self, num_bytes: float, size: int, stride: int) -> float:
+        if num_bytes == 0:
+            return 0.0
+        bandwidth = self.cluster.bandwidth(size, stride)
+        inside = bandwidth == self.cluster.gpu.node_bandwidth
+        return num_bytes / (bandwidth * (ACHIEVABLE.node if inside else ACHIEVABLE.network))
+
+    def layers(self, moved: LayerTraffic, direction: int) -> tuple[float, float, float]:
+        """Seconds of tensor, context and pipeline communication; direction 0 is forward, 1 backward."""
+        layout = self.layout
+        apart = layout.tensor * layout.replicas
+        return (
+            self.transfer(moved.tensor[direction], layout.tensor, 1),
+            self.transfer(moved.context[direction], layout.context, layout.tensor),
+            self.transfer(moved.pipeline[direction], 2, apart),
+        )
+
+
+def train_time(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    cluster: Cluster,
+    packs: Packs,
+    *,
+    num_updates: int,
+    dtype: str,
+    cpu_offload: float,
+) -> TrainTime:
+    """Old log-probs and all updates of a rollout step, each of which is ``packs``."""
+    rate = Roofline(layout, cluster, dtype)
+    moved = traffic(shape, layout, packs, dtype)
+    ahead, behind = rate.layers(moved, 0), rate.layers(moved, 1)
+
+    def busy(work: StageWork) -> float:
+        return rate.work(work.forward) + rate.work(work.backward)
+
+    stages = [stage_work(shape, layout, stage, packs, dtype) for stage in range(layout.pipeline)]
+    work = max(stages, key=busy)
+    forward, backward = rate.work(work.forward), rate.work(work.backward)
+    passes = forward + backward + sum(ahead) + sum(behind)
+    slots = packs.num_micro_batches * layout.virtual_pipeline
+    logprobs = max(rate.work(stage.logprobs) for stage in stages) + sum(ahead)
+
+    numel = max(stage_numel(shape, layout, stage, on_gpu=cluster.gpu.is_gpu) for stage in range(layout.pipeline))
+    ranks = layout.replicas
+    part = numel * (ranks - 1) / ranks
+    summing = rate.transfer(FLOAT32 * part, ranks, layout.tensor)
+    gathering = rate.transfer(ELEMENT[dtype] * part, ranks, layout.tensor)
+    waited = max(0.0, summing - backward / packs.num_micro_batches)
+
+    return TrainTime(
+        old_logprobs=num_updates * logprobs * (1 + (layout.pipeline - 1) / (slots * num_updates)),
+        forward=num_updates * forward,
+        backward=num_updates * backward,
+        tensor_communication=num_updates * (ahead[0] + behind[0]),
+        context_communication=num_updates * (ahead[1] + behind[1]),
+        pipeline_communication=num_updates * (ahead[2] + behind[2]),
+        data_communication=num_updates * (waited + gathering),
+        pipeline_bubble=num_updates * passes * (layout.pipeline - 1) / slots,
+        optimizer=num_updates * optimizer_seconds(numel, ranks, cluster, dtype, cpu_offload),
+    )
+
+
+def optimizer_seconds(numel: int, ranks: int, cluster: Cluster, dtype: str, cpu_offload: float) -> float:
+    """One update: gradients cleared and their norm taken, state read and written, an offloaded share fetched and put back."""
+    gpu, own, state = cluster.gpu, numel / ranks, 3 if dtype == "bfloat16" else 2
+    traffic = FLOAT32 * (2 * numel + own) + own * (2 * FLOAT32 * state + ELEMENT[dtype])
+    over_host = 2 * FLOAT32 * state * own * cpu_offload
+    return traffic / (gpu.memory_bandwidth * ACHIEVABLE.memory) + over_host / (gpu.host_bandwidth * ACHIEVABLE.host)

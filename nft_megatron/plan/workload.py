@@ -1,0 +1,164 @@
+"""What a rollout step generates and trains on, from the configuration and two assumptions that it cannot contain."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nft_megatron.algorithms import build_algorithm
+from nft_megatron.config import Config
+from nft_megatron.errors import UserError
+from nft_megatron.layout.minibatches import Layout
+from nft_megatron.layout.packing import plan_micro_batches
+from nft_megatron.plan.layouts import ParallelLayout
+from nft_megatron.weights import ModelShape
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a run shows and a configuration does not say.
+
+    answer_tokens: mean length of an answer; by default a quarter of the limit. mixed_share: share of the questions that have
+    right and wrong answers, without which a step must ask more of them.
+    """
+
+    answer_tokens: int | None = None
+    mixed_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.answer_tokens is not None and self.answer_tokens < 1:
+            raise UserError("--answer-tokens", self.answer_tokens, "is no length", "use a whole number above 0")
+        if not 0 < self.mixed_share <= 1:
+            raise UserError("--mixed-share", self.mixed_share, "is no share", "use a number above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One rollout step.
+
+    answer_lengths: of the answers of one update. prompt_tokens: of every prompt. num_asked: answers that are generated, of
+    ``num_questions`` questions; ``num_updates`` times the former are trained on.
+    """
+
+    num_updates: int
+    num_questions: int
+    answers_per_question: int
+    prompt_tokens: int
+    answer_lengths: tuple[int, ...]
+    longest_sequence: int
+
+    @property
+    def num_asked(self) -> int:
+        return self.num_questions * self.answers_per_question
+
+    @property
+    def mean_answer(self) -> float:
+        return float(np.mean(self.answer_lengths))
+
+
+@dataclass(frozen=True)
+class Packs:
+    """One update on the data-parallel rank with the most work: sums over its ``num_micro_batches`` packs.
+
+    tokens: with padding. pairs: of a token and one that it sees. positions: answer tokens, which carry a loss.
+    """
+
+    num_micro_batches: int
+    tokens: int
+    pairs: int
+    positions: int
+
+
+def workload_of(config: Config, assumptions: Assumptions) -> Workload:
+    """The step of ``config``. Prompts are assumed a quarter of their limit long, answers spread exponentially up to theirs."""
+    rollout, limit = config.rollout, config.rollout.max_answer_tokens
+    mean = min(assumptions.answer_tokens or math.ceil(limit / 4), limit)
+    num_answers = rollout.questions_per_step // config.train.updates_per_step * rollout.answers_per_question
+    return Workload(
+        num_updates=config.train.updates_per_step,
+        num_questions=math.ceil(rollout.questions_per_step / assumptions.mixed_share),
+        answers_per_question=rollout.answers_per_question,
+        prompt_tokens=math.ceil(config.data.max_prompt_tokens / 4),
+        answer_lengths=tuple(spread(num_answers, mean, limit)),
+        longest_sequence=config.max_sequence_tokens,
+    )
+
+
+def spread(count: int, mean: float, limit: int) -> list[int]:
+    """``count`` lengths between 1 and ``limit`` with about this mean: the middles of equally likely parts of an exponential
+    distribution that is cut at ``limit``.
+
+    >>> spread(4, 100, 1000)
+    [13, 47, 98, 208]
+    >>> spread(2, 1000, 1000)
+    [1000, 1000]
+    """
+    if mean >= limit:
+        return [limit] * count
+    low, high = 0.0, 1e6 * limit
+    for _ in range(100):  # the scale whose mean after the cut, scale · (1 − e^(−limit / scale)), is the one asked for
+        scale = (low + high) / 2
+        low, high = (scale, high) if scale * -math.expm1(-limit / scale) < mean else (low, scale)
+    return [max(1, min(limit, round(-scale * math.log1p(-(part + 0.5) / count)))) for part in range(count)]
+
+
+def batch_layout(config: Config, layout: ParallelLayout, hidden_size: int) -> Layout:
+    """How the trainer cuts mini-batches into packs under ``layout``.
+
+    Raises:
+        UserError: when packs cannot have ``train.micro_batch_tokens``.
+    """
+    return Layout(
+        num_updates=config.train.updates_per_step,
+        num_ranks=layout.data,
+        token_budget=layout.micro_batch_tokens,
+        hidden_size=hidden_size,
+        denominator=config.train.denominator,
+        seed=config.seed,
+        tensor_size=layout.tensor,
+        context_size=layout.context,
+        count_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+        pad_to_budget=config.train.pad_to_budget,
+    )
+
+
+def pack_update(config: Config, shape: ModelShape, layout: ParallelLayout, work: Workload) -> Packs:
+    """Pack an update's answers as the trainer does.
+
+    Raises:
+        UserError: when the longest sequence does not fit into a pack.
+    """
+    plan = batch_layout(config, layout, shape.hidden_size)
+    answers = work.answer_lengths
+    if not build_algorithm(**config.algorithm.model_dump()).uses_wrong_answers:
+        answers = answers[::2]  # right and wrong in equal numbers
+    return _pack(plan, answers, work.prompt_tokens, work.longest_sequence)
+
+
+@functools.lru_cache(maxsize=512)
+def _pack(plan: Layout, answers: tuple[int, ...], prompt: int, longest: int) -> Packs:
+    lengths = np.array(answers) + prompt
+
+    def packed(lengths: np.ndarray) -> list[list[np.ndarray]]:
+        return plan_micro_batches(
+            lengths, token_budget=plan.token_budget, num_ranks=plan.num_ranks, multiple=plan.multiple,
+            sequence_multiple=plan.sequence_multiple, count_multiple=plan.count_multiple, hidden_size=plan.hidden_size,
+        )  # fmt: skip
+
+    packed(np.array([longest]))  # the longest there may be, which is not among the lengths
+    ranks = []
+    for packs in packed(lengths):
+        padded = [-(-lengths[members] // plan.sequence_multiple) * plan.sequence_multiple for members in packs]
+        tokens = [-(-max(int(pack.sum()), 1) // plan.multiple) * plan.multiple for pack in padded]
+        ranks.append(
+            Packs(
+                num_micro_batches=len(packs),
+                tokens=len(packs) * plan.token_budget if plan.pad_to_budget else sum(tokens),
+                pairs=sum(int((pack * (pack + 1) // 2).sum()) for pack in padded),
+                positions=sum(int((lengths[members] - prompt).sum()) for members in packs),
+            )
+        )
+    return max(ranks, key=lambda rank: rank.pairs / (6 * plan.hidden_size) + rank.tokens)

@@ -1,0 +1,39 @@
+"""The real model's parameters on every rank of layouts that no machine here could hold, for tests/model/test_meta.py."""
+
+import json
+from dataclasses import asdict, replace
+
+import torch
+
+from nft_megatron.model.meta import meta_ranks
+from nft_megatron.plan.layouts import ParallelLayout
+from nft_megatron.plan.models import PUBLIC_MODELS
+from nft_megatron.weights import ModelShape
+
+TINY = replace(
+    PUBLIC_MODELS["Qwen2.5-0.5B"], num_layers=8, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4,
+    head_dim=16, vocab_size=300,
+)  # fmt: skip
+"""Tied; its vocabulary needs padding."""
+
+
+def case(shape: ModelShape, tensor: int, pipeline: int, virtual: int, context: int, data: int) -> tuple:
+    return shape, ParallelLayout(tensor, pipeline, virtual, context, data, True, "none", 16384)
+
+
+CASES = {
+    "32B on 128 GPUs": case(PUBLIC_MODELS["Qwen2.5-32B"], 8, 4, 1, 2, 2),
+    "32B interleaved": case(PUBLIC_MODELS["Qwen2.5-32B"], 4, 4, 4, 1, 1),
+    "7B": case(PUBLIC_MODELS["Qwen2.5-Math-7B"], 2, 2, 1, 1, 2),
+    "tiny": case(TINY, 1, 1, 1, 1, 1),
+    "tiny, tensor 4": case(TINY, 4, 1, 1, 2, 1),
+    "tiny, two stages": case(TINY, 2, 2, 1, 1, 1),
+    "tiny, interleaved": case(TINY, 2, 2, 2, 1, 2),
+}
+
+
+def count() -> None:
+    """Print every rank of every case."""
+    print(
+        json.dumps({name: [asdict(rank) for rank in meta_ranks(*each, dtype=torch.bfloat16)] for name, each in CASES.items()})
+    )

@@ -1,0 +1,58 @@
+"""Plans to look at, and what torch counts on the real model."""
+
+import functools
+import json
+
+import plan_worker
+import pytest
+from launcher import Ranks
+
+from nft_megatron.config import Config
+from nft_megatron.plan.layouts import ParallelLayout
+
+
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory):
+    """Runs :func:`plan_worker.count` on as many processes as it needs, once for each layout."""
+
+    @functools.cache
+    def run(tensor: int = 1, context: int = 1, sequence_parallel: bool = True) -> dict:
+        folder = tmp_path_factory.mktemp("counted")
+        outcome = Ranks(plan_worker.count, (tensor, context, sequence_parallel), tensor * context, folder).wait()
+        assert outcome.returncode == 0, outcome.stderr[-4000:]
+        return json.loads(outcome.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def make_layout():
+    """A layout of one GPU, with other fields where they are given."""
+
+    def make(**fields) -> ParallelLayout:
+        return ParallelLayout(**{
+            "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1, "sequence_parallel": True,
+            "recompute": "none", "micro_batch_tokens": 4096, **fields,
+        })  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def make_config():
+    """Qwen2.5-7B on one node of H100s, with other fields in the sections that are given."""
+
+    def make(**sections) -> Config:
+        tree = {
+            "run_dir": "run",
+            "model": {"path": "Qwen2.5-7B"},
+            "data": {"train": "questions.parquet", "max_prompt_tokens": 512},
+            "rollout": {"questions_per_step": 64, "answers_per_question": 8, "max_answer_tokens": 3584},
+            "train": {"num_steps": 10, "updates_per_step": 4, "micro_batch_tokens": 8192},
+            "cluster": {"trainer_nodes": 1, "rollout_nodes": 1},
+        }
+        for section, fields in sections.items():
+            tree[section] = {**tree.get(section, {}), **fields}
+        return Config.model_validate(tree)
+
+    return make

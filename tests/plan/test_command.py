@@ -1,0 +1,137 @@
+"""The command as a user runs it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nft_megatron.cli import main
+
+
+@pytest.fixture
+def plan(tmp_path: Path, make_config, capsys: pytest.CaptureFixture):
+    """Runs ``nft-megatron plan`` on a file of ``make_config``'s and returns exit code, output and errors."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ending:
+            main(["plan", str(path), *arguments])
+        captured = capsys.readouterr()
+        return int(ending.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_hard_exit(monkeypatch: pytest.MonkeyPatch):
+    """After a failure the command ends its process at once, which would be this one."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+
+
+def test_a_run_that_fits(plan, tmp_path: Path):
+    code, out, err = plan("parallel.tensor=4", "--json", str(tmp_path / "plan.json"))
+    assert (code, err) == (0, "")
+    tree = json.loads((tmp_path / "plan.json").read_text())
+    assert tree["num_parameters"] == 7_615_616_512
+    assert tree["layout"]["data"] == 2
+    assert tree["fits"] is True
+    stage = tree["stages"][0]
+    assert stage["parameters"] == pytest.approx(2 * 7_615_616_512 / 4, rel=1e-3)
+    row = next(line for line in out.splitlines() if re.match(r"\s+0\s", line)).split()
+    assert float(row[1]) == pytest.approx(stage["parameters"] / 1e9, abs=0.05)
+    assert float(row[-2]) == pytest.approx(stage["peak"] / 1e9, abs=0.05)
+    assert tree["step_seconds"] == pytest.approx(
+        tree["step"]["generate"] + tree["step"]["verify"] + tree["step"]["publish"] + sum(tree["step"]["train"].values())
+    )
+    assert f"{tree['step']['generate']:,.1f}" in out
+
+
+def test_layouts_are_listed_with_the_reasons_of_the_others(plan, tmp_path: Path):
+    code, out, _ = plan("parallel.tensor=4", "--layouts", "--json", str(tmp_path / "plan.json"))
+    assert code == 0
+    tree = json.loads((tmp_path / "plan.json").read_text())
+    seconds = [each["train_seconds"] for each in tree["layouts"]]
+    assert seconds == sorted(seconds)
+    assert "does not divide the model's 28 attention heads" in out
+    fastest = tree["layouts"][0]
+    assert [str(fastest[name]) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "data")] == next(
+        line for line in out[out.index("Layouts that fit") :].splitlines()[2:]
+    ).split()[:5]
+
+
+def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
+    code, out, err = plan("parallel.tensor=1", "rollout.max_answer_tokens=15000", "train.micro_batch_tokens=16384")
+    assert code == 2
+    assert "of memory" in out  # the plan itself is shown
+    assert re.search(r"stage 0 needs \d+\.\d GB; 90% of h100 is 72.0 GB; the fastest that fits, with .* parallel.tensor=", err)
+    remedy = re.search(
+        r"parallel.tensor=\S+ parallel.pipeline=\S+ parallel.virtual_pipeline=\S+ parallel.context=\S+ model.\S+", err
+    )
+    assert remedy
+    again, _, _ = plan("rollout.max_answer_tokens=15000", "train.micro_batch_tokens=16384", *remedy.group().rstrip(";").split())
+    assert again == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "v100"], "--gpu = v100: no such kind of GPU here; use one of a100-80gb, h100"),
+        (["--gpus", "20"], "--gpus = 20: is not a number of whole nodes of 8"),
+        (["parallel.tensor=8"], "parallel.tensor = 8: does not divide the model's 28 attention heads"),
+        (["parallel.tensor=3"], "does not divide the 8 GPUs that train"),
+        (["model.path=somewhere"], "model.path = somewhere: no such folder; put the model's config.json there"),
+        (["model.path=Qwen2.5-Math-7B", "data.max_prompt_tokens=600"], "exceeds the model's context; lower their sum to 4096"),
+        (
+            ["model.path=Qwen2.5-72B", "model.recompute=full", "cluster.trainer_nodes=64", "cluster.gpus_per_node=1",
+             "parallel.pipeline=16"],
+            "1 h100 of a node have no room for the weights and one longest answer; use GPUs with more memory",
+        ),
+        (["--mixed-share", "0"], "--mixed-share = 0.0: is no share"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_their_remedy(plan, arguments: list[str], message: str):
+    code, _, err = plan(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_experts_are_refused(plan, tmp_path: Path):
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+        "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True,
+        "mlp_only_layers": [],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = plan(f"model.path={folder}")
+    assert code == 2
+    assert "has experts, and plans are made for dense models only" in err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    out = capsys.readouterr().out
+    assert "Qwen2.5-32B" in out
+    assert all(f"  {kind} " in out for kind in ("a100-80gb", "h100", "h200", "b200", "cpu"))
+    assert max(map(len, out.splitlines())) <= 160
+
+
+def test_the_real_model_is_compared_on_request(command, tmp_path: Path, make_config):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    outcome = command("plan", path, "--check", "parallel.tensor=2", "parallel.pipeline=2")
+    assert outcome.returncode == 0, outcome.stderr
+    # embedding and head 152064 × 3584 and biases and norms: every tensor rank has the norms, two a layer and the last
+    norms = 2 * 3584 * (2 * 28 + 1)
+    assert f"{2 * (2 * 7_615_616_512 + norms):,} bytes together" in outcome.stdout
