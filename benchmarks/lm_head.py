@@ -5,7 +5,7 @@ Every way goes from hidden states [T, H], a weight [V, H] and T targets to the g
   products, 8 / 6 THV     the limit: the matrix products alone (8: logits twice, two gradients), in chunks, into existing memory
   full logits             log_softmax of all logits in float32; also with an entropy that has a gradient
   Megatron                vocab_parallel_cross_entropy of Megatron-Core on all logits; also made again in the backward pass
-  verl-like               log-prob and entropy, both with gradient, by logsumexp and softmax of all logits in float32
+  verl-like               log-prob and entropy, both with gradient, by one logsumexp and a softmax of all logits in float32
   NeMo-RL-like            all logits in the inputs' dtype; their log_softmax in float32 chunks, again in the backward pass
   token_logprobs          this package in two passes; also with the entropy's gradient, and adding to an existing main_grad
   token_loss_sum          this package in one pass, with the loss of NFT; also adding to an existing main_grad
@@ -140,7 +140,7 @@ def verl_like(inputs: Inputs) -> None:
     logits_NV = (inputs.hidden_NH @ inputs.weight_VH.t()).float()
     log_sum_exp_N = logits_NV.logsumexp(-1)
     logprob_N = logits_NV.gather(1, inputs.targets_N[:, None]).squeeze(1) - log_sum_exp_N
-    entropy_N = logits_NV.logsumexp(-1) - (logits_NV.softmax(-1) * logits_NV).sum(-1)
+    entropy_N = log_sum_exp_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
     del logits_NV
     (logprob_N * inputs.upstream_N + entropy_N * inputs.entropy_upstream_N).sum().backward()
 
