@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="CONFIG is YAML with the sections and fields below.\n\n" + config_help(),
     )  # fmt: skip
     _add_config(train)
+    _add_plan(commands)
 
     evaluate = _add(
         commands, "eval", _eval, "measure a Hugging Face model folder on benchmarks or held-out questions",
@@ -184,6 +185,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
+    from nft_megatron.plan.hardware import ACCELERATORS
+
+    kinds = "\n".join(
+        f"  {gpu.name:12}{gpu.flops / 1e12:6.0f} TFLOP/s  {gpu.memory / 1e9:4.0f} GB  {gpu.memory_bandwidth / 1e12:5.2f} TB/s  "
+        f"{gpu.source}"
+        for gpu in ACCELERATORS.values()
+    )
+    plan = _add(
+        commands, "plan", _plan, "memory, time and layouts of a run, before it starts",
+        "What a run of CONFIG will need: the memory of every rank by component, the time of a rollout step by its parts, the "
+        "layouts that fit. Parameters, gradients and optimizer are exact; activations and times are estimates, made from the "
+        "GPU's published figures and the shares of them that runs are assumed to reach. model.path needs no weights: a folder "
+        "with config.json, or the name of a public model such as models/Qwen2.5-32B. Ends with 2 where the run does not fit.",
+        epilog="Examples\n"
+        "  nft-megatron plan examples/qwen2.5-32b-16k/config.yaml\n"
+        "  nft-megatron plan CONFIG --gpus 256                            twice the nodes, split as in CONFIG\n"
+        "  nft-megatron plan CONFIG --layouts parallel.tensor=4 model.recompute=selective\n"
+        "  nft-megatron plan CONFIG --answer-tokens 8000                  later in training, when answers are longer\n\n"
+        "How to read it. Every pipeline stage has a row of memory: the first keeps the activations of most micro-batches, the\n"
+        "last has the LM head. Too much: set model.recompute, raise parallel.tensor or parallel.context, lower\n"
+        "train.micro_batch_tokens to the longest sequence, or give optimizer.cpu_offload a share. Too slow: look for the\n"
+        "largest part of the step. If it is generating, move nodes from trainer_nodes to rollout_nodes; if communication,\n"
+        "make tensor groups smaller; if the bubble, raise parallel.virtual_pipeline.\n\n"
+        f"Kinds of GPU (bfloat16 without sparsity)\n{kinds}",
+    )  # fmt: skip
+    plan.add_argument("--gpus", metavar="N", type=int, help="this many in all, in place of cluster.*_nodes")
+    plan.add_argument("--gpu", metavar="KIND", help="in place of cluster.gpu")
+    plan.add_argument("--layouts", action="store_true", help="try every layout: those that fit, and why others do not")
+    plan.add_argument("--answer-tokens", metavar="N", type=int, help="mean length of answers (default: a quarter of the limit)")
+    plan.add_argument(
+        "--mixed-share", metavar="X", type=float, default=0.5,
+        help="of the questions, those with right and wrong answers (default: %(default)s)",
+    )  # fmt: skip
+    plan.add_argument("--check", action="store_true", help="build the real model of every rank on the meta device and compare")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="also write the plan, in bytes and seconds")
+    _add_config(plan)
+
+
 def _add_convert(commands) -> None:  # type: ignore[no-untyped-def]
     convert = commands.add_parser("convert", help="Hugging Face folders to Megatron checkpoints and back, proven complete")
     directions = convert.add_subparsers(required=True, metavar="to-megatron|to-hf|check")
@@ -214,6 +254,7 @@ def _add_convert(commands) -> None:  # type: ignore[no-untyped-def]
     for command in (into, back):
         command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="cast; otherwise dtypes are kept")
         command.add_argument("--dry-run", action="store_true", help="print the mapping table and write nothing")
+        command.add_argument("--strict", action="store_true", help="refuse NaN and infinity; otherwise they are reported")
 
 
 def _add(commands, name, function, short, description, epilog=None) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
@@ -242,6 +283,25 @@ def _train(options: argparse.Namespace) -> None:
     from nft_megatron.train import train
 
     train(config)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from nft_megatron.plan.command import plan_run
+    from nft_megatron.plan.workload import Assumptions
+
+    plan = plan_run(
+        config,
+        Assumptions(options.answer_tokens, options.mixed_share),
+        gpus=options.gpus,
+        kind=options.gpu,
+        with_layouts=options.layouts,
+        json_path=options.json,
+    )
+    if options.check:
+        from nft_megatron.model.meta import check_plan
+
+        print(f"\n{check_plan(plan, config.model.dtype)}")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -314,7 +374,10 @@ def _report(options: argparse.Namespace) -> None:
 def _to_megatron(options: argparse.Namespace) -> None:
     from nft_megatron.convert.commands import to_megatron
 
-    to_megatron(options.first, options.second, dtype=options.dtype, workers=options.workers, dry_run=options.dry_run)
+    to_megatron(
+        options.first, options.second, dtype=options.dtype, workers=options.workers,
+        dry_run=options.dry_run, strict=options.strict,
+    )  # fmt: skip
 
 
 def _to_hf(options: argparse.Namespace) -> None:
@@ -322,7 +385,7 @@ def _to_hf(options: argparse.Namespace) -> None:
 
     to_hf(
         options.first, options.second, model=options.model, dtype=options.dtype, workers=options.workers,
-        max_shard_bytes=int(options.max_shard_bytes), dry_run=options.dry_run,
+        max_shard_bytes=int(options.max_shard_bytes), dry_run=options.dry_run, strict=options.strict,
     )  # fmt: skip
 
 

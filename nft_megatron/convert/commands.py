@@ -38,7 +38,13 @@ def _num_threads(workers: int | None) -> int:
 
 
 def to_megatron(
-    source: Path, destination: Path, *, dtype: str | None = None, workers: int | None = None, dry_run: bool = False
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
 ) -> None:
     """Write the Hugging Face folder ``source`` as a ``torch_dist`` checkpoint that Megatron-Core loads under any layout.
 
@@ -50,7 +56,7 @@ def to_megatron(
     checkpoint = open_huggingface(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
     target = plan_torch_dist(partial_path(destination), table, _dtypes(checkpoint, dtype))
-    _convert(checkpoint, target, table, destination, source, workers, dry_run)
+    _convert(checkpoint, target, table, destination, source, workers, dry_run, strict)
 
 
 def to_hf(
@@ -62,6 +68,7 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int | None = None,
     dry_run: bool = False,
+    strict: bool = False,
 ) -> None:
     """Write the weights of a Megatron checkpoint, saved under any layout, as a Hugging Face folder.
 
@@ -80,7 +87,7 @@ def to_hf(
     checkpoint = open_checkpoint(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
     target = plan_huggingface(partial_path(destination), table.shapes, _dtypes(checkpoint, dtype), max_shard_bytes)
-    _convert(checkpoint, target, table, destination, model_folder, workers, dry_run)
+    _convert(checkpoint, target, table, destination, model_folder, workers, dry_run, strict)
 
 
 def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = None, workers: int | None = None) -> None:
@@ -179,6 +186,7 @@ def _convert(
     model: Path,
     workers: int | None,
     dry_run: bool,
+    strict: bool,
 ) -> None:
     for note in checkpoint.notes:
         print(note)
@@ -188,7 +196,11 @@ def _convert(
         _print_plan(checkpoint, target, table, destination)
         return
     with Meter("convert", target.num_bytes, Console(stderr=True)) as meter:
-        manifest = transfer(checkpoint, target, destination, model, _num_threads(workers), meter.advance)
+        threads = _num_threads(workers)
+        manifest = transfer(checkpoint, target, destination, model, threads, meter.advance, strict=strict)
+    for name, record in manifest.tensors.items():
+        if record.non_finite is not None:
+            print(f"warning: {name} is not finite at {record.non_finite}; copied as it is (--strict refuses)")
     print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, receipt {manifest.receipt}")
 
 

@@ -24,12 +24,13 @@ NAME = "conversion.json"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """``cast_from`` is the dtype of the source where it was cast on request, otherwise None."""
+    """``cast_from``: the dtype of the source where it was cast on request. ``non_finite``: index of the first infinity or NaN."""
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str
     cast_from: str | None = None
+    non_finite: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,17 @@ from nft_megatron.weights.receipt import begin_digest
 Advance = Callable[[int], None]
 
 
-def transfer(source: Checkpoint, target: Target, final: Path, model_folder: Path, workers: int, advance: Advance) -> Manifest:
+def transfer(
+    source: Checkpoint, target: Target, final: Path, model_folder: Path, workers: int, advance: Advance, *, strict: bool = False
+) -> Manifest:
     """Write ``target``, which is planned for ``partial_path(final)``, and rename it to ``final``.
 
     ``model_folder`` gives configuration and tokenizer. Where a tensor of the target has another dtype than the source's, it is
-    cast. Interrupted, the same call goes on where it stopped.
+    cast. Interrupted, the same call goes on where it stopped. A value that is not finite is copied and recorded in the manifest;
+    under ``strict`` it is refused.
 
     Raises:
-        UserError: for a source that is damaged, changes meanwhile or holds a value that is not finite; a target that exists.
+        UserError: for a source that is damaged or changes meanwhile; a target that exists; under ``strict`` NaN and infinity.
         OSError: when something cannot be written.
     """
     before = _fingerprint(source, model_folder)
@@ -46,7 +49,7 @@ def transfer(source: Checkpoint, target: Target, final: Path, model_folder: Path
     }
     with PartialFolder(final, identity, target.num_bytes) as folder, Files("SRC") as files:
         _write_around_tensors(target, files, model_folder)
-        job = _Job(files, source, target, folder, expected, advance)
+        job = _Job(files, source, target, folder, expected, advance, strict)
         records = dict(pair for pairs in run_all(job.units(), workers, files.stop) for pair in pairs)
         if _fingerprint(source, model_folder) != before:
             raise UserError("SRC", source.path, "has changed while it was read", "start again once it is complete")
@@ -105,6 +108,7 @@ class _Job:
     folder: PartialFolder
     expected: Mapping[str, TensorRecord]
     advance: Advance
+    strict: bool
 
     def units(self) -> Iterator[Callable[[], list[tuple[str, TensorRecord]]]]:
         """What one thread does in one go: tensors that are stored together, whose checksums are verified together."""
@@ -118,14 +122,14 @@ class _Job:
                 self.files.verify(checksum, " and ".join(names))
         return [(name, records[name] or self._copy(name)) for name in names]
 
-    def _record(self, name: str, sha256: str) -> TensorRecord:
+    def _record(self, name: str, sha256: str, non_finite: list[int] | None) -> TensorRecord:
         source, target = self.source.tensors[name], self.target.tensors[name]
         dtype, cast_from = (str(tensor.dtype).removeprefix("torch.") for tensor in (target, source))
-        return TensorRecord(dtype, target.shape, sha256, None if dtype == cast_from else cast_from)
+        return TensorRecord(dtype, target.shape, sha256, None if dtype == cast_from else cast_from, non_finite)
 
     def _already_there(self, name: str) -> TensorRecord | None:
         """What an earlier process wrote, if it still has the hash that was recorded then."""
-        if name not in self.folder.done:
+        if name not in self.folder.done or (self.strict and self.folder.done[name]["non_finite"]):
             return None
         tensor = self.target.tensors[name]
         digest = begin_digest(name, tensor.dtype, tensor.shape)
@@ -134,24 +138,25 @@ class _Job:
         if digest.hexdigest() != self.folder.done[name]["sha256"]:
             return None
         self.advance(tensor.num_bytes)
-        return self._record(name, digest.hexdigest())
+        return self._record(name, digest.hexdigest(), self.folder.done[name]["non_finite"])
 
     def _copy(self, name: str) -> TensorRecord:
         source, target = self.source.tensors[name], self.target.tensors[name]
-        digest = begin_digest(name, target.dtype, target.shape)
+        digest, non_finite = begin_digest(name, target.dtype, target.shape), None
         as_read = digest if source.dtype == target.dtype else begin_digest(name, source.dtype, source.shape)
         for row, num_rows in bands(target, max(source.row_bytes, target.row_bytes)):
             band = read_band(self.files, source, row, num_rows, 0)
             if as_read is not digest and name in self.expected:
                 as_read.update(band.data)
             band = cast_band(band, source.dtype, target.dtype)
-            bad = first_non_finite(band, target.dtype)
+            bad = first_non_finite(band, target.dtype) if non_finite is None else None
             if bad is not None:
-                file = place(source, row + bad * target.dtype.itemsize // target.row_bytes)
-                raise UserError(
-                    "SRC", file, f"{name} is not finite at {element(target, row, bad)}",
-                    "use a checkpoint without NaN and infinity",
-                )  # fmt: skip
+                non_finite = element(target, row, bad)
+                if self.strict:
+                    file = place(source, row + bad * target.dtype.itemsize // target.row_bytes)
+                    raise UserError(
+                        "SRC", file, f"{name} is not finite at {non_finite}", "use a checkpoint without NaN and infinity"
+                    )
             digest.update(band.data)
             self.files.write_rows(target, row, band)
             self.advance(band.nbytes)
@@ -160,8 +165,8 @@ class _Job:
                 "SRC", place(source), f"is damaged: {name} does not have the hash that {NAME} recorded for it",
                 f"copy the checkpoint again; where weights were changed on purpose, delete {NAME}",
             )  # fmt: skip
-        record = self._record(name, digest.hexdigest())
-        self.folder.record(name, {"sha256": record.sha256})
+        record = self._record(name, digest.hexdigest(), non_finite)
+        self.folder.record(name, {"sha256": record.sha256, "non_finite": non_finite})
         return record
 
 

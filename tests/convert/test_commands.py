@@ -121,8 +121,25 @@ FAULTS = {
 def test_a_faulty_folder_is_refused_and_nothing_appears(sources, changed, tmp_path: Path, fault: str):
     action, message = FAULTS[fault]
     with pytest.raises(UserError, match=message):
-        to_megatron(changed(sources["untied"], action), tmp_path / "megatron")
+        to_megatron(changed(sources["untied"], action), tmp_path / "megatron", strict=True)
     assert not list(tmp_path.glob("megatron*"))
+
+
+def test_nan_is_copied_reported_and_recorded(sources, changed, tmp_path: Path, capsys):
+    """The round trip keeps the value and says where it is each time; check calls it a problem, as does --strict."""
+    name, source = "model.layers.1.mlp.up_proj.weight", changed(sources["untied"], add_nan)
+    to_megatron(source, tmp_path / "megatron")
+    assert f"warning: {name} is not finite at [5, 17]" in capsys.readouterr().out
+    to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert f"warning: {name} is not finite at [5, 17]" in capsys.readouterr().out
+    record = json.loads((tmp_path / "hf" / "conversion.json").read_text())["tensors"][name]
+    assert record["non_finite"] == [5, 17]
+    after, before = tensors_of(tmp_path / "hf")[name], tensors_of(source)[name]
+    assert torch.equal(after.view(torch.int16), before.view(torch.int16))
+    with pytest.raises(UserError, match="not finite|non-finite"):
+        check(source, tmp_path / "hf")
+    with pytest.raises(UserError, match=r"is not finite at \[5, 17\]"):
+        to_hf(tmp_path / "megatron", tmp_path / "again", strict=True)
 
 
 def test_one_float32_tensor_is_kept_and_reported(sources, changed, tmp_path: Path, capsys):
@@ -373,7 +390,7 @@ def test_exit_codes_and_messages(command, sources, changed, tmp_path: Path):
     same = command("convert", "check", sources["untied"], tmp_path / "megatron")
     assert same.returncode == 0
     assert "are the same" in same.stdout
-    bad = command("convert", "to-megatron", changed(sources["untied"], add_nan), tmp_path / "x")
+    bad = command("convert", "to-megatron", changed(sources["untied"], add_nan), tmp_path / "x", "--strict")
     assert bad.returncode == 2
     assert "is not finite at [5, 17]" in bad.stderr
     assert "Traceback" not in bad.stderr
