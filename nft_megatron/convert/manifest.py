@@ -24,7 +24,7 @@ NAME = "conversion.json"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """``cast_from``: the dtype of the source where it was cast on request. ``non_finite``: index of the first infinity or NaN."""
+    """``cast_from``: the source's dtype where it was cast on request. ``non_finite``: index of the first infinity or NaN."""
 
     dtype: str
     shape: tuple[int, ...]

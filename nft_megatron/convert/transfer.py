@@ -31,8 +31,8 @@ def transfer(
     """Write ``target``, which is planned for ``partial_path(final)``, and rename it to ``final``.
 
     ``model_folder`` gives configuration and tokenizer. Where a tensor of the target has another dtype than the source's, it is
-    cast. Interrupted, the same call goes on where it stopped. A value that is not finite is copied and recorded in the manifest;
-    under ``strict`` it is refused.
+    cast. Interrupted, the same call goes on where it stopped. A value that is not finite is copied and recorded in the
+    manifest; under ``strict`` it is refused.
 
     Raises:
         UserError: for a source that is damaged or changes meanwhile; a target that exists; under ``strict`` NaN and infinity.
