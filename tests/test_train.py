@@ -46,7 +46,8 @@ def test_a_run_writes_what_its_folder_promises(run_config, command, metrics_of, 
     assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
     assert (run / "checkpoints" / "latest").read_text() == "step_000003"
     assert [folder.name for folder in (run / "checkpoints").glob("step_*")] == ["step_000003"]
-    assert sorted(path.name for path in (run / "ledger").glob("step_*.parquet")) == [f"step_00000{k}.parquet" for k in (1, 2, 3)]
+    ledgers = sorted(path.name for path in (run / "ledger").glob("step_*.parquet"))
+    assert ledgers == [f"step_00000{step}.parquet" for step in (1, 2, 3)]
     assert not list(run.rglob(".tmp-*")) and not list((run / "ledger" / "rounds").iterdir())
     assert list((run / "logs" / "tensorboard").iterdir())
     row = metrics_of(run)[1]
