@@ -8,12 +8,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nft_megatron.plan.estimate import FIT, Plan, TrainPlan
-from nft_megatron.plan.memory import StageMemory
 from nft_megatron.plan.search import Search
 
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "working", "lm_head", "runtime")
-MAX_STAGES = 8
-"""Rows of the memory table: of a longer pipeline the first and the last half of as many."""
 
 
 def report(plan: Plan, model: str) -> str:
@@ -25,9 +22,10 @@ def _run(plan: Plan, model: str) -> str:
     cluster, layout, work, packs = plan.cluster, plan.layout, plan.work, plan.packs
     split = f"{cluster.num_trainers} train, {cluster.num_rollout} generate" if cluster.num_rollout else "all train and generate"
     total = cluster.num_trainers + cluster.num_rollout
+    size = f"{plan.num_parameters / 1e9:.2f} B" if plan.num_parameters > 1e8 else f"{plan.num_parameters / 1e6:.2f} M"
     return _pairs(
         [
-            ("model", f"{plan.num_parameters / 1e9:.2f} B parameters, from {model}"),
+            ("model", f"{size} parameters, from {model}"),
             ("GPUs", f"{total} {cluster.gpu.name}, {cluster.gpus_per_node} a node: {split}"),
             ("layout", f"{layout}{', sequence parallel' * (layout.sequence_shards > 1)}, recompute {layout.recompute}"),
             (
@@ -45,20 +43,21 @@ def _run(plan: Plan, model: str) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    gpu = plan.cluster.gpu
-    rows = [["stage", *(name.replace("lm_head", "LM head") for name in COLUMNS), "peak", "of memory"]]
+    gpu, unit, name = plan.cluster.gpu, *((1e9, "GB of 10^9") if plan.peak > 1e9 else (1e6, "MB of 10^6"))
+    rows = [["stage", *(column.replace("lm_head", "LM head") for column in COLUMNS), "peak", "of memory"]]
     rows.append(["", "exact", "exact", "exact", *["estimate"] * 5, ""])
-    for stage in _shown(plan.stages):
-        parts = [_gb(getattr(stage, name)) for name in COLUMNS]
-        rows.append([str(stage.stage), *parts, _gb(stage.peak), f"{stage.peak / gpu.memory:.0%}"])
-    lines = [
-        f"Memory of a rank, GB of 10^9 bytes ({gpu.name}: {gpu.memory / 1e9:.0f}, of which a plan uses {FIT:.0%})",
-        _table(rows),
-    ]
+    for stage in plan.stages:
+        parts = [*(getattr(stage, column) for column in COLUMNS), stage.peak]
+        rows.append([str(stage.stage), *(f"{part / unit:.1f}" for part in parts), f"{stage.peak / gpu.memory:.0%}"])
+    title = f"Memory of a rank, {name} bytes ({gpu.name}: {gpu.memory / unit:,.0f}, of which a plan uses {FIT:.0%})"
+    lines = [title, _table(rows), "Of working and LM head only the larger counts: they follow each other."]
     offloaded = max(stage.offloaded for stage in plan.stages)
     if offloaded:
-        lines.append(f"{_gb(offloaded)} GB of the optimizer wait on the host while activations live (optimizer.cpu_offload).")
-    lines.append("Of working and LM head only the larger counts: they follow each other.")
+        lines.append(
+            f"{offloaded / unit:.1f} of the optimizer wait on the host while activations live (optimizer.cpu_offload)."
+        )
+    if not gpu.is_gpu:
+        lines.append("Summing gradients takes a copy of them, while no activations live; glibc's allocator may add a third.")
     return "\n".join(lines)
 
 
@@ -84,10 +83,11 @@ def _time(plan: Plan) -> str:
     ]
     entries += [("publish weights", step.publish, "")]
     rows = [["", "seconds", "share", ""]]
-    rows += [[name, f"{seconds:,.1f}", f"{seconds / step.total:.0%}", text] for name, seconds, text in entries]
+    digits = 1 if step.total > 10 else 3
+    rows += [[name, f"{seconds:,.{digits}f}", f"{seconds / step.total:.0%}", text] for name, seconds, text in entries]
     days = plan.run_seconds / 86400
     run = f"{days:,.1f} days" if days > 2 else f"{24 * days:,.1f} hours"
-    rows.append(["step", f"{step.total:,.1f}", "", f"the whole run: {run}"])
+    rows.append(["step", f"{step.total:,.{digits}f}", "", f"the whole run: {run}"])
     rows.append(["", "", "", f"utilisation of the trainers in updates {plan.utilisation:.0%}"])
     return "Time of a rollout step, estimated by roofline\n" + _table(rows, left=(0, 3))
 
@@ -102,7 +102,13 @@ def layouts_table(found: Search, limit: int = 12) -> str:
         layout = plan.layout
         sizes = [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.context, layout.data]
         rows.append(
-            [*map(str, sizes), layout.recompute, str(plan.packs.num_micro_batches), _gb(plan.peak), f"{plan.time.total:,.0f}"]
+            [
+                *map(str, sizes),
+                layout.recompute,
+                str(plan.packs.num_micro_batches),
+                f"{plan.peak / 1e9:.1f}",
+                f"{plan.time.total:,.0f}",
+            ]
         )
     lines = [
         f"Layouts that fit, fastest first ({len(rows) - 1} of {len(fastest)}, each in its fastest form; estimates)",
@@ -127,15 +133,6 @@ def as_json(plan: Plan, found: Search | None) -> str:
         ]
         tree["refused"] = found.refused
     return json.dumps(tree, indent=2)
-
-
-def _shown(stages: Sequence[StageMemory]) -> Sequence[StageMemory]:
-    half = MAX_STAGES // 2
-    return stages if len(stages) <= MAX_STAGES else (*stages[:half], *stages[-half:])
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f}" if num_bytes >= 1e8 or num_bytes == 0 else f"{num_bytes / 1e9:.3f}"
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
