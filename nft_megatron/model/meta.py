@@ -57,13 +57,14 @@ def meta_ranks(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype = t
 
 def check_plan(plan: Plan, dtype: str) -> str:
     """Build every rank's model and compare its bytes with those of its stage in ``plan``; what was found, in a sentence."""
+    layout, stages = plan.training.layout, plan.training.stages
     num_bytes = 0
-    for rank in meta_ranks(plan.shape, plan.layout, getattr(torch, dtype)):
-        planned = plan.stages[rank.pipeline_rank].parameters
+    for rank in meta_ranks(plan.shape, layout, getattr(torch, dtype)):
+        planned = stages[rank.pipeline_rank].parameters
         assert rank.num_bytes == planned, f"rank {rank.rank} holds {rank.num_bytes} bytes of parameters, not {planned}"
         num_bytes += rank.num_bytes
     return (
-        f"Checked: the models of all {plan.layout.num_gpus} ranks, built on the meta device, hold the planned parameters, "
+        f"Checked: the models of all {layout.num_gpus} ranks, built on the meta device, hold the planned parameters, "
         f"{num_bytes:,} bytes together."
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from nft_megatron.config import Config
 from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file
-from nft_megatron.plan.estimate import FIT, Plan, check_model, make_plan
+from nft_megatron.plan.estimate import FIT, Plan, TrainPlan, check_model, make_plan
 from nft_megatron.plan.layouts import cluster_of, layout_of
 from nft_megatron.plan.models import find_shape
 from nft_megatron.plan.report import as_json, layouts_table, report
@@ -45,8 +45,8 @@ def plan_run(
     if json_path:
         with atomic_file(json_path) as temporary:
             temporary.write_text(as_json(plan, found))
-    if not plan.fits:
-        raise _too_large(plan, found or search(config, shape, cluster, assumptions))
+    if not plan.training.fits:
+        raise _too_large(plan.training, found or search(config, shape, cluster, assumptions))
     if plan.generation is None:
         raise UserError(
             "cluster.rollout_nodes", config.cluster.rollout_nodes,
@@ -56,7 +56,7 @@ def plan_run(
     return plan
 
 
-def _too_large(plan: Plan, found: Search) -> UserError:
+def _too_large(plan: TrainPlan, found: Search) -> UserError:
     fullest, gpu = max(plan.stages, key=lambda stage: stage.peak), plan.cluster.gpu
     if found.fitting:
         best = found.fitting[0]

@@ -23,38 +23,14 @@ GRADING_SECONDS = {True: 20e-3, False: 1e-3}
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of a rollout step; its parts follow each other. ``verify`` is what is left of it after the last answer."""
+class TrainPlan:
+    """The trainers' part of a plan. stages: memory of a rank of each pipeline stage."""
 
-    generate: float
-    verify: float
-    train: TrainTime
-    publish: float
-
-    @property
-    def total(self) -> float:
-        return self.generate + self.verify + self.train.total + self.publish
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is expected of a run.
-
-    stages: memory of a rank of each pipeline stage. generation: None where no engine fits. utilisation: FLOPs that the model
-    asks for in the updates over those that the trainers could do meanwhile.
-    """
-
-    shape: ModelShape
-    num_parameters: int
     cluster: Cluster
     layout: ParallelLayout
-    work: Workload
     packs: Packs
     stages: tuple[StageMemory, ...]
-    step: StepTime
-    generation: Generation | None
-    utilisation: float
-    run_seconds: float
+    time: TrainTime
 
     @property
     def peak(self) -> float:
@@ -68,29 +44,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class TrainPlan:
-    """The trainers' part of a plan, for one layout."""
+class Plan:
+    """What is expected of a run.
 
-    layout: ParallelLayout
-    packs: Packs
-    stages: tuple[StageMemory, ...]
-    time: TrainTime
+    generation: None where no engine fits. generate, verify, publish: seconds of a rollout step beside ``training.time``; they
+    follow each other, and ``verify`` is what is left of it after the last answer. utilisation: FLOPs that the model asks for in
+    the updates over those that the trainers could do meanwhile.
+    """
+
+    shape: ModelShape
+    num_parameters: int
+    work: Workload
+    training: TrainPlan
+    generation: Generation | None
+    generate: float
+    verify: float
+    publish: float
+    utilisation: float
+    num_steps: int
 
     @property
-    def peak(self) -> float:
-        return max(stage.peak for stage in self.stages)
-
-    def fits(self, cluster: Cluster) -> bool:
-        return self.peak <= FIT * cluster.gpu.memory
+    def step_seconds(self) -> float:
+        return self.generate + self.verify + self.training.time.total + self.publish
 
 
-def plan_training(
-    config: Config,
-    shape: ModelShape,
-    cluster: Cluster,
-    layout: ParallelLayout,
-    work: Workload,
-) -> TrainPlan:
+def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: ParallelLayout, work: Workload) -> TrainPlan:
     """Memory and time of the trainers.
 
     Raises:
@@ -98,27 +76,19 @@ def plan_training(
     """
     check_layout(shape, layout)
     packs = pack_update(config, shape, layout, work)
+    dtype, cpu_offload = config.model.dtype, config.optimizer.cpu_offload
     stages = tuple(
         stage_memory(
-            shape, layout, stage, dtype=config.model.dtype, on_gpu=cluster.gpu.is_gpu,
-            num_micro_batches=packs.num_micro_batches, cpu_offload=config.optimizer.cpu_offload,
+            shape, layout, stage, dtype=dtype, on_gpu=cluster.gpu.is_gpu, num_micro_batches=packs.num_micro_batches,
+            cpu_offload=cpu_offload,
         )
         for stage in range(layout.pipeline)
     )  # fmt: skip
-    time = train_time(
-        shape, layout, cluster, packs, num_updates=work.num_updates, dtype=config.model.dtype,
-        cpu_offload=config.optimizer.cpu_offload,
-    )  # fmt: skip
-    return TrainPlan(layout, packs, stages, time)
+    time = train_time(shape, layout, cluster, packs, num_updates=work.num_updates, dtype=dtype, cpu_offload=cpu_offload)
+    return TrainPlan(cluster, layout, packs, stages, time)
 
 
-def make_plan(
-    config: Config,
-    shape: ModelShape,
-    cluster: Cluster,
-    layout: ParallelLayout,
-    assumptions: Assumptions,
-) -> Plan:
+def make_plan(config: Config, shape: ModelShape, cluster: Cluster, layout: ParallelLayout, assumptions: Assumptions) -> Plan:
     """The plan of ``config`` under ``layout``, whether it fits or not.
 
     Raises:
@@ -127,36 +97,31 @@ def make_plan(
     check_model(config, shape)
     work = workload_of(config, assumptions)
     training = plan_training(config, shape, cluster, layout, work)
-    shared = 0.0 if cluster.num_rollout else max(s.parameters + s.gradients + s.optimizer + s.runtime for s in training.stages)
-    engines = generation(shape, cluster, work, MEMORY_SHARE * cluster.gpu.memory - shared)
-    generating = engines.seconds if engines else 0.0
+    taken = 0.0 if cluster.num_rollout else max(s.parameters + s.gradients + s.optimizer + s.runtime for s in training.stages)
+    engines = generation(shape, cluster, work, MEMORY_SHARE * cluster.gpu.memory - taken)
+    generate = engines.seconds if engines else 0.0
     grading = GRADING_SECONDS[config.verify.mode == "math-verify"] * work.num_asked / config.verify.workers
-    step = StepTime(
-        generate=generating,
-        verify=max(0.0, grading - generating),
-        train=training.time,
-        publish=publish_seconds(shape, cluster),
-    )
-    trained = work.num_updates * len(work.answer_lengths)
-    lengths = [work.prompt_tokens + answer for answer in work.answer_lengths]
-    pairs = sum(length * (length + 1) / 2 for length in lengths) / len(lengths)
-    asked_for = model_flops(
-        shape, trained * (work.prompt_tokens + work.mean_answer), trained * pairs, trained * work.mean_answer
-    )
-    updating = training.time.total - training.time.old_logprobs
     return Plan(
         shape=shape,
         num_parameters=num_parameters(shape),
-        cluster=cluster,
-        layout=layout,
         work=work,
-        packs=training.packs,
-        stages=training.stages,
-        step=step,
+        training=training,
         generation=engines,
-        utilisation=asked_for / (updating * cluster.num_trainers * cluster.gpu.flops_of(config.model.dtype)),
-        run_seconds=config.train.num_steps * step.total,
+        generate=generate,
+        verify=max(0.0, grading - generate),
+        publish=publish_seconds(shape, cluster),
+        utilisation=_utilisation(config, shape, work, training),
+        num_steps=config.train.num_steps,
     )
+
+
+def _utilisation(config: Config, shape: ModelShape, work: Workload, training: TrainPlan) -> float:
+    lengths = [work.prompt_tokens + answer for answer in work.answer_lengths]
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    asked_for = work.num_updates * model_flops(shape, sum(lengths), pairs, sum(work.answer_lengths))
+    updating = training.time.total - training.time.old_logprobs
+    cluster = training.cluster
+    return asked_for / (updating * cluster.num_trainers * cluster.gpu.flops_of(config.model.dtype))
 
 
 def check_model(config: Config, shape: ModelShape) -> None:

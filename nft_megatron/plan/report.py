@@ -19,7 +19,7 @@ def report(plan: Plan, model: str) -> str:
 
 
 def _run(plan: Plan, model: str) -> str:
-    cluster, layout, work, packs = plan.cluster, plan.layout, plan.work, plan.packs
+    work, cluster, layout, packs = plan.work, plan.training.cluster, plan.training.layout, plan.training.packs
     split = f"{cluster.num_trainers} train, {cluster.num_rollout} generate" if cluster.num_rollout else "all train and generate"
     total = cluster.num_trainers + cluster.num_rollout
     size = f"{plan.num_parameters / 1e9:.2f} B" if plan.num_parameters > 1e8 else f"{plan.num_parameters / 1e6:.2f} M"
@@ -43,15 +43,16 @@ def _run(plan: Plan, model: str) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    gpu, unit, name = plan.cluster.gpu, *((1e9, "GB of 10^9") if plan.peak > 1e9 else (1e6, "MB of 10^6"))
+    gpu, stages = plan.training.cluster.gpu, plan.training.stages
+    unit, name = (1e9, "GB of 10^9") if plan.training.peak > 1e9 else (1e6, "MB of 10^6")
     rows = [["stage", *(column.replace("lm_head", "LM head") for column in COLUMNS), "peak", "of memory"]]
     rows.append(["", "exact", "exact", "exact", *["estimate"] * 5, ""])
-    for stage in plan.stages:
+    for stage in stages:
         parts = [*(getattr(stage, column) for column in COLUMNS), stage.peak]
         rows.append([str(stage.stage), *(f"{part / unit:.1f}" for part in parts), f"{stage.peak / gpu.memory:.0%}"])
     title = f"Memory of a rank, {name} bytes ({gpu.name}: {gpu.memory / unit:,.0f}, of which a plan uses {FIT:.0%})"
     lines = [title, _table(rows), "Of working and LM head only the larger counts: they follow each other."]
-    offloaded = max(stage.offloaded for stage in plan.stages)
+    offloaded = max(stage.offloaded for stage in stages)
     if offloaded:
         lines.append(
             f"{offloaded / unit:.1f} of the optimizer wait on the host while activations live (optimizer.cpu_offload)."
@@ -62,7 +63,8 @@ def _memory(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> str:
-    step, train, engines = plan.step, plan.step.train, plan.generation
+    layout, packs, train = plan.training.layout, plan.training.packs, plan.training.time
+    engines, total = plan.generation, plan.step_seconds
     note = (
         f"{engines.num_engines} engines of {engines.engine_gpus} GPUs, {engines.num_running} answers at a time, "
         f"{engines.tokens_per_second:,.0f} tokens/s"
@@ -71,23 +73,21 @@ def _time(plan: Plan) -> str:
     )
     notes = {
         "old_logprobs": "one forward pass over all packs",
-        "backward": "with what recomputation makes again" if plan.layout.recompute != "none" else "",
-        "pipeline_bubble": f"{plan.layout.pipeline} stages, {plan.packs.num_micro_batches} micro-batches"
-        if plan.layout.pipeline > 1
-        else "",
+        "backward": "with what recomputation makes again" if layout.recompute != "none" else "",
+        "pipeline_bubble": f"{layout.pipeline} stages, {packs.num_micro_batches} micro-batches" if layout.pipeline > 1 else "",
         "data_communication": "what does not hide behind the backward pass",
     }
-    entries = [("generate", step.generate, note), ("verify", step.verify, "beyond generating")]
+    entries = [("generate", plan.generate, note), ("verify", plan.verify, "beyond generating")]
     entries += [
         (field.name.replace("_", " "), getattr(train, field.name), notes.get(field.name, "")) for field in fields(train)
     ]
-    entries += [("publish weights", step.publish, "")]
+    entries += [("publish weights", plan.publish, "")]
     rows = [["", "seconds", "share", ""]]
-    digits = 1 if step.total > 10 else 3
-    rows += [[name, f"{seconds:,.{digits}f}", f"{seconds / step.total:.0%}", text] for name, seconds, text in entries]
-    days = plan.run_seconds / 86400
+    digits = 1 if total > 10 else 3
+    rows += [[name, f"{seconds:,.{digits}f}", f"{seconds / total:.0%}", text] for name, seconds, text in entries]
+    days = plan.num_steps * total / 86400
     run = f"{days:,.1f} days" if days > 2 else f"{24 * days:,.1f} hours"
-    rows.append(["step", f"{step.total:,.{digits}f}", "", f"the whole run: {run}"])
+    rows.append(["step", f"{total:,.{digits}f}", "", f"the whole run: {run}"])
     rows.append(["", "", "", f"utilisation of the trainers in updates {plan.utilisation:.0%}"])
     return "Time of a rollout step, estimated by roofline\n" + _table(rows, left=(0, 3))
 
@@ -99,17 +99,10 @@ def layouts_table(found: Search, limit: int = 12) -> str:
         fastest.setdefault((plan.layout.tensor, plan.layout.pipeline, plan.layout.context), plan)
     rows = [["tensor", "pipeline", "virtual", "context", "data", "recompute", "micro-batches", "peak GB", "train s"]]
     for plan in list(fastest.values())[:limit]:
-        layout = plan.layout
-        sizes = [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.context, layout.data]
-        rows.append(
-            [
-                *map(str, sizes),
-                layout.recompute,
-                str(plan.packs.num_micro_batches),
-                f"{plan.peak / 1e9:.1f}",
-                f"{plan.time.total:,.0f}",
-            ]
-        )
+        cut = plan.layout
+        sizes = [cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.context, cut.data, cut.recompute]
+        seconds = f"{plan.time.total:,.0f}"
+        rows.append([*map(str, sizes), str(plan.packs.num_micro_batches), f"{plan.peak / 1e9:.1f}", seconds])
     lines = [
         f"Layouts that fit, fastest first ({len(rows) - 1} of {len(fastest)}, each in its fastest form; estimates)",
         _table(rows),
@@ -124,8 +117,8 @@ def as_json(plan: Plan, found: Search | None) -> str:
     """The plan, and the layouts that fit if they were searched; bytes and seconds."""
     tree: dict[str, Any] = asdict(plan)
     tree["work"].pop("answer_lengths")
-    tree |= {"peak": plan.peak, "fits": plan.fits, "step_seconds": plan.step.total}
-    for stage, memory in zip(tree["stages"], plan.stages, strict=True):
+    tree |= {"peak": plan.training.peak, "fits": plan.training.fits, "step_seconds": plan.step_seconds}
+    for stage, memory in zip(tree["training"]["stages"], plan.training.stages, strict=True):
         stage["peak"] = memory.peak
     if found is not None:
         tree["layouts"] = [

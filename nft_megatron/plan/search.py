@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def search(config: Config, shape: ModelShape, cluster: Cluster, assumptions: Ass
             refused[f"{error.field} {error.problem}"] += 1
             continue
         smallest = min(smallest, plan.peak)
-        if plan.fits(cluster):
+        if plan.fits:
             fitting.append(plan)
         else:
             refused[f"more than {FIT:.0%} of the memory with model.recompute = {layout.recompute}"] += 1
@@ -47,30 +48,24 @@ def search(config: Config, shape: ModelShape, cluster: Cluster, assumptions: Ass
 def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[ParallelLayout]:
     """Tensor groups within a node; pipeline stages of equally many layers, each of at most ``MAX_VIRTUAL`` parts."""
     gpus, layers = cluster.num_trainers, shape.num_layers
-    for tensor in _divisors(cluster.gpus_per_node):
-        for pipeline in _divisors(layers):
-            for context in _powers_of_two(gpus):
-                if gpus % (tensor * pipeline * context):
-                    continue
-                for virtual in [
-                    part for part in _divisors(layers // pipeline) if part <= MAX_VIRTUAL and (pipeline > 1 or part == 1)
-                ]:
-                    for recompute in ("none", "selective", "full"):
-                        yield ParallelLayout(
-                            tensor=tensor,
-                            pipeline=pipeline,
-                            virtual_pipeline=virtual,
-                            context=context,
-                            data=gpus // (tensor * pipeline * context),
-                            sequence_parallel=config.parallel.sequence_parallel,
-                            recompute=recompute,
-                            micro_batch_tokens=config.train.micro_batch_tokens,
-                        )
+    powers_of_two = [2**power for power in range(gpus.bit_length())]
+    for tensor, pipeline, context in itertools.product(_divisors(cluster.gpus_per_node), _divisors(layers), powers_of_two):
+        data, rest = divmod(gpus, tensor * pipeline * context)
+        if rest:
+            continue
+        parts = [part for part in _divisors(layers // pipeline) if part <= MAX_VIRTUAL] if pipeline > 1 else [1]
+        for virtual, recompute in itertools.product(parts, ("none", "selective", "full")):
+            yield ParallelLayout(
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=virtual,
+                context=context,
+                data=data,
+                sequence_parallel=config.parallel.sequence_parallel,
+                recompute=recompute,
+                micro_batch_tokens=config.train.micro_batch_tokens,
+            )
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    return [2**power for power in range(limit.bit_length()) if 2**power <= limit]

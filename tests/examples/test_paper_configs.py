@@ -62,10 +62,10 @@ def test_the_plan_leaves_a_tenth_of_an_h100_free_and_has_room_to_generate(name: 
     assert (cluster.gpu.name, cluster.num_trainers, cluster.num_rollout) == ("h100", trainers, gpus - trainers)
     shape, _ = find_shape(config.model.path)
     plan = make_plan(config, shape, cluster, layout_of(config, cluster), Assumptions())
-    assert plan.peak <= 0.9 * 80e9
+    assert plan.training.peak <= 0.9 * 80e9
     assert plan.generation is not None
     # Tensor and context groups stay on NVLink.
-    assert plan.layout.tensor * plan.layout.context <= cluster.gpus_per_node
+    assert plan.training.layout.tensor * plan.training.layout.context <= cluster.gpus_per_node
 
 
 @pytest.mark.parametrize("name", NAMES)

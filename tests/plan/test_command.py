@@ -40,17 +40,17 @@ def test_a_run_that_fits(plan, tmp_path: Path):
     assert (code, err) == (0, "")
     tree = json.loads((tmp_path / "plan.json").read_text())
     assert tree["num_parameters"] == 7_615_616_512
-    assert tree["layout"]["data"] == 2
+    assert tree["training"]["layout"]["data"] == 2
     assert tree["fits"] is True
-    stage = tree["stages"][0]
+    stage = tree["training"]["stages"][0]
     assert stage["parameters"] == pytest.approx(2 * 7_615_616_512 / 4, rel=1e-3)
     row = next(line for line in out.splitlines() if re.match(r"\s+0\s", line)).split()
     assert float(row[1]) == pytest.approx(stage["parameters"] / 1e9, abs=0.05)
     assert float(row[-2]) == pytest.approx(stage["peak"] / 1e9, abs=0.05)
     assert tree["step_seconds"] == pytest.approx(
-        tree["step"]["generate"] + tree["step"]["verify"] + tree["step"]["publish"] + sum(tree["step"]["train"].values())
+        tree["generate"] + tree["verify"] + tree["publish"] + sum(tree["training"]["time"].values())
     )
-    assert f"{tree['step']['generate']:,.1f}" in out
+    assert f"{tree['generate']:,.1f}" in out
 
 
 def test_layouts_are_listed_with_the_reasons_of_the_others(plan, tmp_path: Path):
