@@ -121,16 +121,20 @@ def graders_cpu() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def warm_up(count: int) -> list[Answer]:
+def warm_up(rounds: int = 8) -> list[Answer]:
     """Comparisons of all kinds with numbers that do not come again: the first of a kind takes a hundred times as long."""
-    return [(rf"\boxed{{{fill(answers[0], str(29 + i), '31')}}}", fill(gold, str(29 + i), "31"), "stop")
-            for i in range(count) for gold, _, answers in (EXPRESSIONS[i % len(EXPRESSIONS)],)]  # fmt: skip
+    return [
+        (rf"\boxed{{{fill(answer, str(29 + i), '31')}}}", fill(gold, str(29 + i), "31"), "stop")
+        for i in range(rounds)
+        for gold, right, wrong in EXPRESSIONS
+        for answer in right + wrong
+    ]
 
 
 def by_service(answers: list[Answer]) -> tuple[float, float, list[str], int]:
     """CPU seconds for the answers and for the start of the graders, verdicts, comparisons that reached a grader."""
     with Verifier(VerifySection(workers=2, soft_seconds=20.0, hard_seconds=120.0)) as verifier:
-        list(verifier.verify_many(warm_up(100)))
+        list(verifier.verify_many(warm_up()))
         start = -1.0
         while graders_cpu() > start:  # until the spares, which nobody waits for, have started too
             start = graders_cpu()
@@ -151,7 +155,7 @@ def by_math_verify(answers: list[Answer]) -> tuple[float, list[str]]:
 
 
 def rollout(rng: random.Random, one_expression_in: int, repeats: int = 3) -> None:
-    by_math_verify(warm_up(100))
+    by_math_verify(warm_up())
     ours, starts, naive = [], [], []
     num_differ = 0
     for _ in range(repeats):
