@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nft_megatron.errors import UserError
 from nft_megatron.model.build import build_parts
 from nft_megatron.model.cpu import adapt_to_cpu
 from nft_megatron.model.load import table_parameters
@@ -56,7 +57,13 @@ def meta_ranks(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype = t
 
 
 def check_plan(plan: Plan, dtype: str) -> str:
-    """Build every rank's model and compare its bytes with those of its stage in ``plan``; what was found, in a sentence."""
+    """Build every rank's model and compare its bytes with those of its stage in ``plan``; what was found, in a sentence.
+
+    Raises:
+        UserError: for a plan of a CPU, which pads the vocabulary otherwise.
+    """
+    if not plan.training.cluster.gpu.is_gpu:
+        raise UserError("--check", "cpu", "builds models as GPUs hold them", "plan for a kind of GPU")
     layout, stages = plan.training.layout, plan.training.stages
     num_bytes = 0
     for rank in meta_ranks(plan.shape, layout, getattr(torch, dtype)):

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nft_megatron.plan.estimate import FIT, Plan, TrainPlan
+from nft_megatron.plan.hardware import ACHIEVABLE
 from nft_megatron.plan.search import Search
 
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "working", "lm_head", "runtime")
@@ -89,7 +90,11 @@ def _time(plan: Plan) -> str:
     run = f"{days:,.1f} days" if days > 2 else f"{24 * days:,.1f} hours"
     rows.append(["step", f"{total:,.{digits}f}", "", f"the whole run: {run}"])
     rows.append(["", "", "", f"utilisation of the trainers in updates {plan.utilisation:.0%}"])
-    return "Time of a rollout step, estimated by roofline\n" + _table(rows, left=(0, 3))
+    title = (
+        f"Time of a rollout step, estimated by roofline (matrix products at {ACHIEVABLE.matmul:.0%} of their peak, attention "
+        f"{ACHIEVABLE.attention:.0%}, memory {ACHIEVABLE.memory:.0%}, links {ACHIEVABLE.node:.0%})"
+    )
+    return f"{title}\n{_table(rows, left=(0, 3))}"
 
 
 def layouts_table(found: Search, limit: int = 12) -> str:

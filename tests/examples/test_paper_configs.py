@@ -69,10 +69,12 @@ def test_the_plan_leaves_a_tenth_of_an_h100_free_and_has_room_to_generate(name: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_shows_what_plan_prints(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(EXAMPLES.parent)
+def test_the_readme_shows_what_plan_prints(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where nobody has downloaded the model
     with pytest.raises(SystemExit) as ending:
-        main(["plan", f"examples/{name}/config.yaml"])
+        main(["plan", str(EXAMPLES / name / "config.yaml")])
     assert not ending.value.code
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     readme = (EXAMPLES / name / "README.md").read_text()

@@ -94,6 +94,10 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
             "1 h100 of a node have no room for the weights and one longest answer; use GPUs with more memory",
         ),
         (["--mixed-share", "0"], "--mixed-share = 0.0: is no share"),
+        (
+            ["--gpu", "cpu", "--check", "model.path=Qwen2.5-0.5B", "model.recompute=full", "train.micro_batch_tokens=4096"],
+            "--check = cpu: builds models as GPUs hold them",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_their_remedy(plan, arguments: list[str], message: str):
