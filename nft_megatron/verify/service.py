@@ -62,6 +62,11 @@ class Worker:
                 stderr=subprocess.DEVNULL,
             )
         self._is_ready = False
+        self._is_killed = False
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._is_killed and self.process.poll() is None
 
     def judge(self, task: Undecided, seconds: float) -> Verdict:
         """The verdict, its ``verifier`` left empty. A worker that does not answer within ``seconds`` is killed.
@@ -85,20 +90,24 @@ class Worker:
         except OSError:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)  # it closed its socket: let it say why
-            self.kill()
             code = self.process.returncode
+            self.kill()
             if code == -signal.SIGPROF:  # the kernel's own hard limit came first
                 return verdict("hard limit", "", seconds=time.monotonic() - started)
-            return verdict("worker died", "", detail=f"exit code {code}", seconds=time.monotonic() - started)
+            return verdict(
+                "worker died", "", detail=f"exit code {code}" if code is not None else "", seconds=time.monotonic() - started
+            )
         return verdict(reply["reason"], "", detail=reply["detail"], seconds=reply["seconds"])
 
     def kill(self) -> None:
         """End the process now. May be called from another thread; whoever waits for its answer gets *unknown*."""
+        self._is_killed = True
         self.process.kill()
-        self.process.wait()
 
     def close(self) -> None:
+        """Kill it and wait until the kernel has taken back its memory, which may be gigabytes."""
         self.kill()
+        self.process.wait()
         self._socket.close()
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
@@ -252,15 +261,16 @@ class Verifier:
 
     def _usable(self, worker: Worker | None) -> Worker | None:
         """``worker`` itself, or the spare once it is dead or worn out; None when the verifier is closed."""
-        if worker and worker.process.poll() is None and worker.num_tasks < self._tasks_per_worker:
+        if worker and worker.is_alive and worker.num_tasks < self._tasks_per_worker:
             return worker
+        if worker:
+            worker.close()
         with self._lock:
             if worker:
                 self._workers.discard(worker)
-                worker.close()
             if self._is_closed:
                 return None
-            fresh = self._spare if self._spare and self._spare.process.poll() is None else self._start()
+            fresh = self._spare if self._spare and self._spare.is_alive else self._start()
             self._spare = self._start()
             self._workers.add(fresh)
         return fresh
