@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import pathlib
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -49,7 +50,16 @@ _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^rng_state|^rerun_state")
 _MOST_PADDING = 128 * 64
 """Megatron pads the vocabulary to a multiple of 128 rows a tensor rank; what has more rows is another vocabulary."""
 
+
+def _memory_format(enumeration: Any, name: str) -> Any:
+    """``getattr``, by which Python before 3.11.4 pickles members of an enumeration, for the one that metadata holds."""
+    if enumeration is not metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"getattr of {enumeration}")
+    return enumeration[name]
+
+
 _ALLOWED: Mapping[str, Any] = {
+    "builtins.getattr": _memory_format,
     **{
         f"torch.distributed.checkpoint.metadata.{name}": getattr(metadata, name)
         for name in (

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,24 @@ def test_a_faulty_folder_is_refused_and_nothing_appears(sources, changed, tmp_pa
     with pytest.raises(UserError, match=message):
         to_megatron(changed(sources["untied"], action), tmp_path / "megatron", strict=True)
     assert not list(tmp_path.glob("megatron*"))
+
+
+def test_metadata_pickled_by_an_older_python_is_read(sources, tmp_path: Path):
+    """Before 3.11.4 members of an enumeration are pickled as a call of getattr."""
+    from torch.distributed.checkpoint import metadata
+
+    class OlderPickler(pickle.Pickler):
+        def reducer_override(self, value):
+            older = isinstance(value, metadata._MEM_FORMAT_ENCODING)
+            return (getattr, (type(value), value.name)) if older else NotImplemented
+
+    to_megatron(sources["untied"], tmp_path / "megatron")
+    path = tmp_path / "megatron" / ".metadata"
+    content = pickle.loads(path.read_bytes())
+    with path.open("wb") as file:
+        OlderPickler(file).dump(content)
+    (tmp_path / "megatron" / "conversion.json").unlink()
+    check(sources["untied"], tmp_path / "megatron")
 
 
 def test_nan_is_copied_reported_and_recorded(sources, changed, tmp_path: Path, capsys):
