@@ -5,7 +5,7 @@ A random model of --shape (bfloat16) is converted in both directions, one proces
   cp            `cp` of the model's file and fsync: what the disk and the page cache allow
   safetensors   load every tensor and save them again, fsync: a conversion that changes nothing
   ours          `nft-megatron convert`: hashes of all tensors, scan for non-finite values, manifest, fsync, rename
-  mbridge       mbridge: into a Megatron-Core model and torch_dist; the way back likewise
+  mbridge       mbridge: into a Megatron-Core model, saved as torch_dist by this project's writer; the way back likewise
   bridge        Megatron-Bridge, likewise
 
 The last two run only with --peers-python, an interpreter with torch, megatron-core, transformers, mbridge and megatron-bridge,
@@ -190,7 +190,7 @@ def timed() -> Iterator[None]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those that it has waited for; what other programs do to the machine hardly shows in it."""
+    """Of this process and those that it has waited for. A busy machine raises it too."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
@@ -292,7 +292,7 @@ def peer(name: str, direction: str, source: Path, destination: Path) -> None:
 
 
 def save(state: dict, folder: Path, topology: object) -> None:
-    """By this project's writer in the process itself: Megatron's forks, and hangs under the stand-in for the accelerator."""
+    """By this project's writer, in this process: Megatron's forks, and did not come back here (cause not looked into)."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
