@@ -113,7 +113,7 @@ def run(case: tuple[str, str, str], tokens: int, environment: dict[str, str]) ->
     command = [sys.executable, __file__, "--tokens", str(tokens), "--one", *case]
     result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True)
     if result.returncode:
-        raise SystemExit(result.stderr)
+        raise SystemExit(f"{' '.join(case)} ended with {result.returncode}\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
