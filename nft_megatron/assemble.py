@@ -115,6 +115,7 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         algorithm=build_algorithm(**config.algorithm.model_dump()),
         layout=layout,
         temperature=config.rollout.temperature,
+        importance_cap=config.train.importance_cap,
     )
 
 

@@ -175,6 +175,9 @@ class TrainSection(Section):
     Context-parallel ranks share them out."""
     pad_to_budget: bool = False
     """Pad every pack to micro_batch_tokens: pipeline stages need not tell each other shapes, and memory is the same for all."""
+    importance_cap: PositiveFloat | None = None
+    """Weight each token by min(π / π_engine, this), π being the trainer's policy of the weights that answered: corrects what
+    trainer and engine differ by. null: no such weights."""
     denominator: Literal["tokens", "sequences"] | PositiveFloat = "tokens"
     """D of loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
 

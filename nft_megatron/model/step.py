@@ -33,6 +33,7 @@ from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsRow
+from nft_megatron.observe.mismatch import MismatchSums
 from nft_megatron.weights import ModelShape
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
@@ -62,7 +63,10 @@ class UpdateStats:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """The model on this rank and what trains it. Every method is called on all ranks together."""
+    """The model on this rank and what trains it. Every method is called on all ranks together.
+
+    ``importance_cap``: largest importance weight of a token against the engine's own distribution; None: no such weights.
+    """
 
     topology: Topology
     shape: ModelShape
@@ -71,6 +75,7 @@ class Trainer:
     algorithm: Algorithm
     layout: Layout
     temperature: float
+    importance_cap: float | None = None
 
     # ---------------------------------------------------------------------------------------------- before the updates
 
@@ -93,7 +98,7 @@ class Trainer:
         metrics = {"trained_tokens": num_tokens} | self._old_policy_metrics(micro_batches, recomputed, num_tokens)
         if self.topology.is_last_stage:
             micro_batches = [
-                replace(micro_batch, old_logprob_N=torch.where(micro_batch.is_stale_N, micro_batch.engine_logprob_N, logprob_N))
+                self._with_old_policy(micro_batch, logprob_N)
                 for micro_batch, (logprob_N, _) in zip(micro_batches, recomputed, strict=True)
             ]
         in_order = iter(micro_batches)
@@ -102,19 +107,31 @@ class Trainer:
             metrics,
         )
 
+    def _with_old_policy(self, micro_batch: MicroBatch, logprob_N: Tensor) -> MicroBatch:
+        """``micro_batch`` with its π_old, and its weights times min(π_old / π_engine, cap) where a cap is set."""
+        engine_N = micro_batch.engine_logprob_N
+        old_logprob_N = torch.where(micro_batch.is_stale_N, engine_N, logprob_N)
+        weight_N = micro_batch.weight_N
+        if self.importance_cap is not None:
+            weight_N = weight_N * (old_logprob_N - engine_N).exp().clamp(max=self.importance_cap)
+        return replace(micro_batch, old_logprob_N=old_logprob_N, weight_N=weight_N)
+
     def _old_policy_metrics(self, micro_batches: Sequence[MicroBatch], recomputed: Sequence, num_tokens: int) -> MetricsRow:
         """Entropy, and how far the engine's log-probs are from the trainer's where both are of the same weights."""
-        sums, largest = [0.0, 0.0, 0.0], 0.0
+        entropy, mismatch = 0.0, MismatchSums()
         for micro_batch, (logprob_N, entropy_N) in zip(micro_batches, recomputed, strict=False):  # other stages have none
-            gap_N = (logprob_N - micro_batch.engine_logprob_N).abs()[~micro_batch.is_stale_N].double()
-            sums = [sums[0] + float(entropy_N.sum()), sums[1] + float(gap_N.sum()), sums[2] + len(gap_N)]
-            largest = max(largest, float(gap_N.max()) if len(gap_N) else 0.0)
-        entropy, gap, num_fresh = self._reduce(sums, dist.ReduceOp.SUM)
-        return {
-            "entropy": entropy / num_tokens,
-            "mismatch_mean": gap / max(num_fresh, 1),
-            "mismatch_max": self._reduce([largest], dist.ReduceOp.MAX)[0],
-        }
+            entropy += float(entropy_N.sum())
+            mismatch = mismatch.add((logprob_N - micro_batch.engine_logprob_N)[~micro_batch.is_stale_N])
+        entropy, *sums = self._reduce([entropy, *mismatch.sums], dist.ReduceOp.SUM)
+        largest = self._reduce([mismatch.largest], dist.ReduceOp.MAX)[0]
+        return {"entropy": entropy / num_tokens} | MismatchSums(tuple(sums), largest).metrics()
+
+    def mismatch(self, ledger: Path, step: int) -> MetricsRow:
+        """How far the log-probs of ``ledger``'s answers are from this model's, in the metrics of the step after ``step`` − 1.
+
+        For answers of the current weights, version ``step`` − 1; see :class:`MismatchSums` for the metrics.
+        """
+        return replace(self, layout=replace(self.layout, num_updates=1)).prepare(ledger, step).metrics
 
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:

@@ -20,6 +20,7 @@ from typing import Any
 from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file
 from nft_megatron.observe.sinks import TensorBoardSink, WandbSink
+from nft_megatron.verify.reasons import REASONS
 
 MetricValue = float | int | list[int]
 MetricsRow = dict[str, MetricValue]
@@ -69,6 +70,8 @@ METRICS: dict[str, Metric] = {
             "than that is the engine's (rollout.max_staleness > 0), of all others the trainer's",
         ),
         Metric("mismatch_max", "nats", "the same, largest"),
+        Metric("mismatch_kl", "nats", "KL divergence of the trainer from the engine that answered, a token"),
+        Metric("mismatch_ess", "share", "effective sample size of importance weights trainer / engine, of the tokens trained"),
         Metric("ratio_max", "1", "largest R_t = π⁺(a_t) / π(a_t) over the step's trained tokens"),
         Metric("clamp_rate", "share", "tokens of wrong answers whose negative ratio (1 - r̂R)/(1 - r̂) was raised to ε"),
         Metric("skipped_updates", "count", "updates left out because the gradient was not finite"),
@@ -89,6 +92,10 @@ METRICS: dict[str, Metric] = {
         Metric("answer_length_p90", "tokens", "length that 90 % of the answers do not exceed"),
         Metric("answer_length_max", "tokens", "length of the longest answer"),
         Metric("unknown_rate", "share", "answers that could not be judged; they count neither as right nor as wrong"),
+        *(
+            Metric(f"verdict/{reason}", "share", f"answers judged {label}: {meaning}; absent: none")
+            for reason, (label, meaning) in REASONS.items()
+        ),
         Metric("rounds", "count", "rounds of generation until the quota of mixed questions was met"),
         Metric("staleness_max", "steps", "age of the oldest weights that generated a trained answer"),
         Metric("response_tokens", "tokens", "tokens generated for this step"),
