@@ -26,6 +26,7 @@ from nft_megatron.errors import UserError
 from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.records import Group, Sampling
 from nft_megatron.run_folder import RunFolder
+from nft_megatron.verify.reasons import reason_rates
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +202,7 @@ class Collector:
             "correct_rate_histogram": bins.tolist(),
             "truncated_rate": float(np.mean([answer.completion.finish_reason == "length" for answer in answers])),
             "unknown_rate": 1 - judged / len(answers),
+            **{f"verdict/{reason}": share for reason, share in reason_rates(answer.verdict for answer in answers).items()},
             "answer_length_mean": float(lengths.mean()),
             "answer_length_p90": float(np.percentile(lengths, 90)),
             "answer_length_max": int(lengths.max()),

@@ -1,18 +1,21 @@
 """Collecting with the real engine and verifier; a wrapper around the engine counts, and fails when told to."""
 
 import contextlib
-from dataclasses import replace
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from nft_megatron.answering import open_asker, read_prompts, training_sampling
+from nft_megatron.ask import Asker
 from nft_megatron.collect import Collector, CollectorState
 from nft_megatron.config_load import load_config
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.errors import UserError
-from nft_megatron.observe.metrics import PhaseTimer
+from nft_megatron.observe.metrics import METRICS, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.run_folder import RunFolder
@@ -86,6 +89,40 @@ def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector,
             assert (answer.verdict.label == "correct") == right, answer
     assert collected.metrics["rounds"] == len(built.asker.engine.rounds)
     assert collected.state.mixed_rate == pytest.approx(collected.metrics["groups_mixed"] / len(asked))
+
+
+@dataclass
+class Recording:
+    """The asker, and every prompt with its answers."""
+
+    asker: Asker
+    asked: list = field(default_factory=list)
+
+    def __getattr__(self, name):
+        return getattr(self.asker, name)
+
+    def ask(self, prompts, *arguments, **named):
+        answers = self.asker.ask(prompts, *arguments, **named)
+        self.asked += zip(prompts, answers, strict=True)
+        return answers
+
+
+def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
+    """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos>, or at the limit."""
+    built = collector(tmp_path / "run")
+    recording = Recording(built.asker)
+    metrics = replace(built, asker=recording).collect(1, CollectorState()).metrics
+    expected = Counter()
+    for prompt, answers in recording.asked:
+        for answer in answers:
+            box = re.search(r"\\boxed\{(.)\}", answer.text)
+            decided = "no closed box" if box is None else "exact" if box[1] == prompt.gold else "another number"
+            expected["truncated" if answer.completion.finish_reason == "length" else decided] += 1
+    assert len(expected) == 4, "all four ways occur"
+    shares = {f"verdict/{reason}": count / expected.total() for reason, count in expected.items()}
+    assert {name: value for name, value in metrics.items() if name.startswith("verdict/")} == pytest.approx(shares)
+    assert shares.keys() <= METRICS.keys()
+    assert metrics["verdict/truncated"] == pytest.approx(metrics["truncated_rate"])
 
 
 def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):

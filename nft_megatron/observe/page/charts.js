@@ -286,6 +286,13 @@ new Chart({
   format: percent, zero: true,
   series: [column("truncated_rate", "truncated", "var(--orange)"), column("unknown_rate", "unknown", "var(--gray)")],
 });
+new StackedChart({
+  section: "sampling", title: "How verdicts came about", about: "Answers by the reason of their verdict; what never occurred is left out.",
+  format: percent, wide: true, height: 240,
+  series: Object.keys(run.columns).filter((name) => name.startsWith("verdict/")).map(
+    (name, k) => column(name, name.slice("verdict/".length), ["var(--blue)", "var(--orange)", "var(--gray)", "var(--aqua)", "var(--violet)", "var(--yellow)", "var(--red)"][k % 7]),
+  ),
+});
 new Chart({
   section: "optimization", title: "Loss", about: "The objective and the parts that right and wrong answers contribute.",
   series: [column("loss", "loss", "var(--blue)"), column("loss_positive", "right answers", "var(--aqua)"), column("loss_negative", "wrong answers", "var(--red)")],
