@@ -61,11 +61,15 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Ask for ``len(seeds)`` answers to one prompt. Answer k depends on the weights, the prompt and ``seeds[k]`` alone."""
+    """Ask for ``len(seeds)`` answers to one prompt. Answer k depends on the weights, the prompt and ``seeds[k]`` alone.
+
+    ``expected_tokens``, a guess at the length of one answer, changes only which requests an engine begins with.
+    """
 
     request_id: int
     prompt_tokens: np.ndarray
     seeds: tuple[int, ...]
+    expected_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

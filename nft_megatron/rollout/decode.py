@@ -39,7 +39,7 @@ class _Waiting:
 
 
 class Decoder:
-    """``Engine`` in this process, for requests that ``EmbeddedEngine`` has checked.
+    """The engine of one process, for requests that ``EmbeddedEngine`` has checked.
 
     Nothing here watches the time: a worker process has its parent for that, and without workers there is no deadline.
     """

@@ -6,15 +6,19 @@ same protocol for real sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from nft_megatron.records import Completion, Request, Sampling
-from nft_megatron.rollout.engine import Engine, EngineFault, check_requests
+from nft_megatron.rollout.engine import EngineFault, check_requests
 from nft_megatron.rollout.pool import WorkerPool
 from nft_megatron.weights import read_shape
+
+if TYPE_CHECKING:
+    from nft_megatron.rollout.decode import Decoder
 
 
 class EmbeddedEngine:
@@ -27,7 +31,10 @@ class EmbeddedEngine:
 
     The same requests give the same tokens for every ``num_processes`` and ``batch_size``, unless the rounding of logits, which
     depends on a batch's shape, moves a draw across the boundary between two tokens. The same call repeats bit for bit.
+    So that it does, the answers of a request that is given up are generated all the same and thrown away.
     """
+
+    overlaps = False
 
     def __init__(
         self,
@@ -43,7 +50,7 @@ class EmbeddedEngine:
         folder = Path(model_folder)
         self._shape = read_shape(folder)
         self._has_weights = False
-        self._engine: Engine
+        self._engine: Decoder | WorkerPool
         if num_processes == 0:
             from nft_megatron.rollout.decode import Decoder  # imports transformers, which only workers need otherwise
 
@@ -65,11 +72,14 @@ class EmbeddedEngine:
         self._has_weights = True
         return receipt
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
+    ) -> Iterator[Completion]:
         if not self._has_weights:
             raise EngineFault("the embedded engine has no weights: load() them before generate()")
         check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
-        return self._engine.generate(requests, sampling)
+        answers = self._engine.generate(requests, sampling)
+        return (completion for completion in answers if completion.request_id not in given_up)
 
     def close(self) -> None:
         self._has_weights = False

@@ -7,7 +7,7 @@ fault it refuses until it holds the current ones again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nft_megatron.errors import UserError
@@ -22,7 +22,15 @@ class EngineFault(RuntimeError):
 
 
 class Engine(Protocol):
-    """What generates answers. Calls don't overlap: one caller, one ``load`` or one ``generate`` at a time."""
+    """What generates answers.
+
+    ``overlaps`` says what may go on at once. False: nothing, one caller has one ``load`` or one ``generate`` at a time. True:
+    several ``generate`` run beside each other from different threads, and ``load`` may be called while they do; an answer in
+    progress is then continued on the new weights and carries the oldest version among its tokens.
+    """
+
+    @property
+    def overlaps(self) -> bool: ...
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """Take over the weights in ``tensors``, a stream under Hugging Face's names, and return their receipt.
@@ -33,15 +41,18 @@ class Engine(Protocol):
         is then without weights.
         """
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
+    ) -> Iterator[Completion]:
         """Yield one completion for each seed of each request, as they finish, in any order.
 
         Waits for: weights (without them it raises). Unblocks: the verifier, with the first answer, while the others are
-        still being generated. Giving the iterator up early is allowed and ends the work on the rest.
+        still being generated. Giving the iterator up early is allowed and ends the work on the rest. So is giving up single
+        requests: the caller may add ids to ``given_up`` at any time, and of such a request nothing more is yielded.
 
-        A process that dies or misses its deadline yields its unfinished answers with the finish reason ``abort`` and is
-        replaced. Raises ``EngineFault`` where that does not help: without weights, when a process dies again and again, and
-        for an error inside the engine, such as logits that are not finite; it names the cause.
+        An answer that faults cut off is asked again where there is another process to ask, and else yielded with the finish
+        reason ``abort``. Raises ``EngineFault`` where that does not help: without weights, when a process dies again and again,
+        and for an error inside the engine, such as logits that are not finite; it names the cause.
         """
 
     def close(self) -> None:

@@ -107,7 +107,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """``Engine`` over ``num_processes`` workers, which start in the background at once.
+    """``num_processes`` workers as one engine. They start in the background at once.
 
     ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates.
     """
