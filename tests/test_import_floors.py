@@ -14,9 +14,13 @@ FLOORS = {
     ),
     **dict.fromkeys([f"verify.{name}" for name in ("boxes", "grade", "modes", "numbers", "reasons", "simplerl")], 0),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
-    **dict.fromkeys(["algorithms", "layout", "weights", "convert", "observe", "plan"], 1),
+    **dict.fromkeys(["section", "algorithms"], 0),
+    **dict.fromkeys(["layout", "weights", "convert", "observe", "plan"], 1),
+    "rollout.fleet.dispatch": 0,
     **dict.fromkeys(["model", "rollout", "verify"], 2),
-    **dict.fromkeys(["tokenizer", "ask", "answering", "collect", "publish", "checkpoints", "evaluate"], 3),
+    **dict.fromkeys(
+        ["tokenizer", "ask", "answering", "collect", "rounds", "ahead", "gate", "publish", "checkpoints", "evaluate"], 3
+    ),
     **dict.fromkeys(["run", "assemble", "train", "doctor"], 3),
     **dict.fromkeys(["cli", "__main__"], 5),
 }
@@ -40,9 +44,16 @@ def floor(module: str) -> int:
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, anywhere in it."""
+    """Absolute names of all modules that a file imports, anywhere in it but for the types alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+    }
+    for node in set(ast.walk(tree)) - for_types:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

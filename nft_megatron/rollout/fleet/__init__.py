@@ -1,0 +1,1 @@
+"""A fleet of vLLM servers as one engine."""

@@ -1,0 +1,221 @@
+"""Which server answers what: bookkeeping alone, without a clock, a thread or a socket, so that it can be simulated.
+
+A *piece* is a run of answers to one request, neighbours by index, that one server generates together: they share the prompt's
+prefill and one HTTP request. The rules:
+
+1. The longest expected answers go first, since what begins last decides when all is done; before them what a fault cut off.
+2. A piece goes to the server with the fewest outstanding tokens, if its budget has room for it or it has nothing to do.
+3. A piece holds at most an equal share of all answers that wait, so that the last ones spread over all servers.
+4. What a server fails to answer goes to another one where there is another, and is lost after ``max_attempts``.
+
+Every answer is at any time in one place: waiting, in one piece, or settled (answered, lost or given up), and nothing leaves
+*settled*. So none is forgotten and none counts twice, whatever a slow server still sends.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Container, Sequence
+from dataclasses import dataclass, replace
+
+_MEMORY = 1000  # answers over which the typical length is averaged
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Answers ``indices``, neighbours, of request ``request`` in call ``call``, for ``server`` to generate.
+
+    ``ticket`` is its own: an answer counts only under the ticket of the piece that it belongs to now. ``num_faults`` is how
+    often these answers were asked in vain.
+    """
+
+    ticket: int
+    server: str
+    call: int
+    request: int
+    indices: range
+    num_faults: int = 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Neighbouring answers of one request that wait together, and what is known of their cost."""
+
+    call: int
+    request: int
+    indices: range
+    prompt_tokens: int
+    hint: int | None
+    max_tokens: int
+    num_faults: int = 0
+    failed_on: frozenset[str] = frozenset()
+
+
+@dataclass
+class _Sent:
+    """A piece under way. What was reserved for it is remembered, so that exactly this is given back."""
+
+    work: _Work
+    server: str
+    answer_tokens: int
+    open: set[int]
+
+
+class Dispatcher:
+    """Waiting work, pieces under way, and what is outstanding at each server.
+
+    ``budget_tokens``: tokens, of prompts and expected answers, that a server is given at most; one piece it gets in any case.
+    ``max_attempts``: how often an answer is asked before it is lost.
+
+    >>> dispatcher = Dispatcher(budget_tokens=1000, max_attempts=2)
+    >>> dispatcher.add(0, 7, range(4), prompt_tokens=10, hint=100, max_tokens=200)
+    >>> [(piece.ticket, piece.server, piece.indices) for piece in dispatcher.assign(["a", "b"])]
+    [(0, 'a', range(0, 2)), (1, 'b', range(2, 4))]
+    >>> dispatcher.outstanding("a")
+    210
+    >>> dispatcher.answered(0, 0, num_tokens=90), dispatcher.answered(0, 0, num_tokens=90)
+    (True, False)
+    >>> dispatcher.failed(0)  # answer 1 was not finished: it waits again
+    []
+    >>> [(piece.ticket, piece.server, piece.indices) for piece in dispatcher.assign(["a", "b"])]
+    [(2, 'b', range(1, 2))]
+    """
+
+    def __init__(self, *, budget_tokens: int, max_attempts: int) -> None:
+        self._budget_tokens, self._max_attempts = budget_tokens, max_attempts
+        self._tickets, self._order = itertools.count(), itertools.count()
+        self._waiting: dict[int, list[tuple[int, int, int, _Work]]] = {}  # for each call a heap, the first to go on top
+        self._num_waiting = 0
+        self._sent: dict[int, _Sent] = {}
+        self._outstanding: defaultdict[str, int] = defaultdict(int)
+        self._mean_tokens, self._num_answered = 0.0, 0
+
+    def add(self, call: int, request: int, indices: range, *, prompt_tokens: int, hint: int | None, max_tokens: int) -> None:
+        """Ask for answers ``indices``, neighbours by index, of a request.
+
+        ``hint``: expected tokens of one answer, None where nothing is known of it; then the mean length of the answers so far
+        stands in, and before the first one ``max_tokens``.
+        """
+        self._wait(_Work(call, request, indices, prompt_tokens, hint, max_tokens))
+
+    def assign(self, servers: Sequence[str], held: Container[int] = frozenset()) -> list[Piece]:
+        """The pieces to send now, each to one of ``servers``. Calls in ``held`` get none."""
+        pieces: list[Piece] = []
+        if not servers:
+            return pieces
+        share = -(-self._num_waiting // len(servers))
+        while heaps := [heap for call, heap in self._waiting.items() if call not in held]:
+            heap = min(heaps, key=lambda heap: heap[0][:3])
+            work = heap[0][-1]
+            indices, rest = work.indices[:share], work.indices[share:]
+            answer_tokens = self._expected(work)
+            server = self._choose(servers, work, work.prompt_tokens + len(indices) * answer_tokens)
+            if server is None:
+                break
+            self._pop(work.call)
+            if rest:
+                self._wait(replace(work, indices=rest))
+            sent = _Sent(work, server, answer_tokens, set(indices))
+            ticket = next(self._tickets)
+            self._sent[ticket] = sent
+            self._outstanding[server] += work.prompt_tokens + len(indices) * answer_tokens
+            pieces.append(Piece(ticket, server, work.call, work.request, indices, work.num_faults))
+        return pieces
+
+    def answered(self, ticket: int, index: int, num_tokens: int) -> bool:
+        """Settle an answer of ``num_tokens``. False where it no longer belongs to this piece: then it does not count."""
+        sent = self._sent.get(ticket)
+        if sent is None or index not in sent.open:
+            return False
+        self._num_answered += 1
+        self._mean_tokens += (num_tokens - self._mean_tokens) / min(self._num_answered, _MEMORY)
+        sent.open.remove(index)
+        self._outstanding[sent.server] -= sent.answer_tokens
+        if not sent.open:
+            self._end(ticket)
+        return True
+
+    def failed(self, ticket: int) -> list[int]:
+        """End a piece that its server did not finish. What is left of it waits again, or is lost: returns the lost indices."""
+        if ticket not in self._sent:
+            return []
+        sent = self._end(ticket)
+        work = replace(sent.work, num_faults=sent.work.num_faults + 1, failed_on=sent.work.failed_on | {sent.server})
+        if work.num_faults == self._max_attempts:
+            return sorted(sent.open)
+        for indices in neighbours(sent.open):
+            self._wait(replace(work, indices=indices))
+        return []
+
+    def give_up(self, call: int, request: int | None = None) -> list[int]:
+        """Settle all answers of a request, or of a whole call, and return the tickets of their pieces, to be aborted."""
+
+        def concerned(work: _Work) -> bool:
+            return work.call == call and request in (None, work.request)
+
+        kept = []
+        for entry in self._waiting.pop(call, []):
+            if concerned(entry[-1]):
+                self._num_waiting -= len(entry[-1].indices)
+            else:
+                kept.append(entry)
+        if kept:
+            heapq.heapify(kept)
+            self._waiting[call] = kept
+        tickets = [ticket for ticket, sent in self._sent.items() if concerned(sent.work)]
+        for ticket in tickets:
+            self._end(ticket)
+        return tickets
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that no server has been given."""
+        return self._num_waiting
+
+    def outstanding(self, server: str) -> int:
+        """Tokens that ``server`` has been given and not yet answered, by expectation."""
+        return self._outstanding[server]
+
+    def _expected(self, work: _Work) -> int:
+        if work.hint is not None:
+            return min(work.hint, work.max_tokens)
+        return min(round(self._mean_tokens), work.max_tokens) if self._num_answered else work.max_tokens
+
+    def _choose(self, servers: Sequence[str], work: _Work, num_tokens: int) -> str | None:
+        untried = [server for server in servers if server not in work.failed_on]
+        server = min(untried or servers, key=self.outstanding)
+        outstanding = self._outstanding[server]
+        return server if outstanding == 0 or outstanding + num_tokens <= self._budget_tokens else None
+
+    def _wait(self, work: _Work) -> None:
+        entry = (-work.num_faults, -self._expected(work), next(self._order), work)
+        heapq.heappush(self._waiting.setdefault(work.call, []), entry)
+        self._num_waiting += len(work.indices)
+
+    def _pop(self, call: int) -> None:
+        work = heapq.heappop(self._waiting[call])[-1]
+        self._num_waiting -= len(work.indices)
+        if not self._waiting[call]:
+            del self._waiting[call]
+
+    def _end(self, ticket: int) -> _Sent:
+        sent = self._sent.pop(ticket)
+        self._outstanding[sent.server] -= sent.work.prompt_tokens + len(sent.open) * sent.answer_tokens
+        return sent
+
+
+def neighbours(indices: Collection[int]) -> list[range]:
+    """``indices`` as runs without gaps, in order.
+
+    >>> neighbours({5, 1, 2})
+    [range(1, 3), range(5, 6)]
+    """
+    runs: list[range] = []
+    for index in sorted(indices):
+        if runs and runs[-1].stop == index:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs

@@ -1,0 +1,200 @@
+"""The scheduler, by random sequences of events against a plain count, and its rules one at a time."""
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from nft_megatron.rollout.fleet.dispatch import Dispatcher
+
+SERVERS = ["a", "b", "c"]
+BUDGET, ATTEMPTS = 500, 3
+
+
+class Fleet(RuleBasedStateMachine):
+    """Servers that answer, fail, come late and repeat themselves. The reference is one count an answer: settled how often?"""
+
+    def __init__(self):
+        super().__init__()
+        self.dispatcher = Dispatcher(budget_tokens=BUDGET, max_attempts=ATTEMPTS)
+        self.asked: dict[tuple[int, int], set[int]] = {}
+        self.settled: Counter[tuple[int, int, int]] = Counter()
+        self.given_up: set[tuple[int, int]] = set()
+        self.pieces = {}  # all that were ever sent, by ticket: also those that have ended may still speak
+        self.costs = {}  # prompt tokens and tokens an answer, of requests with a hint
+        self.live: dict[int, set[int]] = {}  # by ticket, what a client would still wait for
+
+    @rule(call=st.integers(0, 1), num=st.integers(1, 6), prompt=st.integers(1, 50), hint=st.none() | st.integers(1, 200))
+    def ask(self, call, num, prompt, hint):
+        request = len(self.asked)
+        self.asked[call, request] = set(range(num))
+        self.dispatcher.add(call, request, range(num), prompt_tokens=prompt, hint=hint, max_tokens=150)
+
+    @rule(servers=st.sets(st.sampled_from(SERVERS)), held=st.sets(st.integers(0, 1)))
+    def send(self, servers, held):
+        for piece in self.dispatcher.assign(sorted(servers), held):
+            assert piece.server in servers and piece.call not in held and piece.ticket not in self.pieces
+            assert (piece.call, piece.request) not in self.given_up
+            self.pieces[piece.ticket] = piece
+            self.live[piece.ticket] = set(piece.indices)
+
+    @rule(data=st.data(), num_tokens=st.integers(1, 300))
+    def answer(self, data, num_tokens):
+        """Any server says anything, also twice and after its piece has ended."""
+        if not self.pieces:
+            return
+        piece = self.pieces[data.draw(st.sampled_from(sorted(self.pieces)))]
+        index = data.draw(st.integers(0, 5))
+        counts = self.dispatcher.answered(piece.ticket, index, num_tokens)
+        assert counts == (index in self.live.get(piece.ticket, ()))
+        if counts:
+            self.live[piece.ticket].remove(index)
+            self.settled[piece.call, piece.request, index] += 1
+
+    @rule(data=st.data())
+    def fail(self, data):
+        if not self.pieces:
+            return
+        piece = self.pieces[data.draw(st.sampled_from(sorted(self.pieces)))]
+        left = self.live.pop(piece.ticket, set())
+        lost = self.dispatcher.failed(piece.ticket)
+        assert set(lost) == (left if piece.num_faults + 1 == ATTEMPTS else set())
+        for index in lost:
+            self.settled[piece.call, piece.request, index] += 1
+
+    @rule(data=st.data(), whole_call=st.booleans())
+    def give_up(self, data, whole_call):
+        if not self.asked:
+            return
+        call, request = data.draw(st.sampled_from(sorted(self.asked)))
+        gone = {key for key in self.asked if key[0] == call and (whole_call or key[1] == request)}
+        expected = {t for t, left in self.live.items() if left and (self.pieces[t].call, self.pieces[t].request) in gone}
+        assert set(self.dispatcher.give_up(call, None if whole_call else request)) == expected
+        for ticket in [t for t, piece in self.pieces.items() if (piece.call, piece.request) in gone]:
+            self.live.pop(ticket, None)
+        self.given_up |= gone
+
+    @invariant()
+    def every_answer_is_in_one_place(self):
+        under_way = Counter(
+            (self.pieces[t].call, self.pieces[t].request, index) for t, left in self.live.items() for index in left
+        )
+        assert all(count == 1 for count in (*under_way.values(), *self.settled.values()))
+        assert not under_way.keys() & self.settled.keys()
+        waiting = sum(len(indices) for key, indices in self.asked.items() if key not in self.given_up)
+        gone = sum(key[:2] not in self.given_up for key in [*under_way, *self.settled])
+        assert self.dispatcher.num_waiting == waiting - gone
+
+    def teardown(self):
+        """Whatever has happened: with servers that answer from now on, every answer comes exactly once."""
+        for ticket in list(self.live):
+            self.fail_all(ticket)
+        while pieces := self.dispatcher.assign(SERVERS):
+            for piece in pieces:
+                for index in piece.indices:
+                    assert self.dispatcher.answered(piece.ticket, index, 10)
+                    self.settled[piece.call, piece.request, index] += 1
+        wanted = {(*key, i) for key, indices in self.asked.items() if key not in self.given_up for i in indices}
+        assert {key for key in self.settled if key[:2] not in self.given_up} == wanted
+        assert set(self.settled.values()) <= {1}
+        assert [self.dispatcher.outstanding(server) for server in SERVERS] == [0, 0, 0]
+
+    def fail_all(self, ticket):
+        piece = self.pieces[ticket]
+        for index in self.dispatcher.failed(ticket):
+            self.settled[piece.call, piece.request, index] += 1
+
+
+TestRandomEvents = Fleet.TestCase
+TestRandomEvents.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def make(budget=10_000, attempts=3):
+    return Dispatcher(budget_tokens=budget, max_attempts=attempts)
+
+
+def add(dispatcher, request, num=1, prompt=1, hint=None, call=0, max_tokens=100):
+    dispatcher.add(call, request, range(num), prompt_tokens=prompt, hint=hint, max_tokens=max_tokens)
+
+
+def test_longest_first_and_to_the_server_with_the_fewest_outstanding_tokens():
+    dispatcher = make()
+    for request, hint in enumerate([10, 40, 20, 30]):
+        add(dispatcher, request, hint=hint, prompt=5)
+    sent = [(piece.request, piece.server) for piece in dispatcher.assign(["a", "b"])]
+    assert sent == [(1, "a"), (3, "b"), (2, "b"), (0, "a")]  # 45 | 35, then 35 + 25 = 60, then 45 + 15 = 60
+    assert (dispatcher.outstanding("a"), dispatcher.outstanding("b")) == (60, 60)
+
+
+def test_a_hint_beyond_the_longest_answer_counts_as_that():
+    dispatcher = make()
+    add(dispatcher, 0, hint=1000, prompt=0)
+    dispatcher.assign(["a"])
+    assert dispatcher.outstanding("a") == 100
+
+
+def test_budget_is_kept_and_an_idle_server_gets_one_piece_in_any_case():
+    dispatcher = make(budget=100)
+    for request in range(5):
+        add(dispatcher, request, hint=40, prompt=0)
+    add(dispatcher, 5, hint=90, prompt=30)  # 120: more than the budget, and the longest
+    assert [piece.request for piece in dispatcher.assign(["a"])] == [5]
+    dispatcher.answered(0, 0, 90)
+    assert [piece.request for piece in dispatcher.assign(["a"])] == [0, 1]
+    assert dispatcher.assign(["a"]) == []
+    dispatcher.answered(1, 0, 40)
+    assert [piece.request for piece in dispatcher.assign(["a"])] == [2]
+
+
+def test_without_a_hint_the_mean_length_so_far_stands_in():
+    dispatcher = make()
+    add(dispatcher, 0, prompt=0, num=2)
+    dispatcher.assign(["a"])
+    assert dispatcher.outstanding("a") == 200
+    dispatcher.answered(0, 0, 10)
+    dispatcher.answered(0, 1, 30)
+    add(dispatcher, 1, prompt=0)
+    dispatcher.assign(["a"])
+    assert dispatcher.outstanding("a") == 20
+
+
+def test_many_groups_stay_whole_and_the_last_one_is_spread():
+    dispatcher = make()
+    for request in range(8):
+        add(dispatcher, request, num=16)
+    assert [len(piece.indices) for piece in dispatcher.assign(SERVERS)] == [16] * 8
+    add(dispatcher, 8, num=16)
+    assert [(piece.indices, piece.server) for piece in dispatcher.assign(["x", "y", "z"])] == [
+        (range(0, 6), "x"), (range(6, 12), "y"), (range(12, 16), "z"),
+    ]  # fmt: skip
+
+
+def test_what_failed_goes_first_and_elsewhere_in_runs_of_neighbours():
+    dispatcher = make()
+    add(dispatcher, 0, num=6, hint=10)
+    (piece,) = dispatcher.assign(["a"])
+    add(dispatcher, 1, num=6, hint=99)
+    for index in (0, 3):
+        dispatcher.answered(piece.ticket, index, 10)
+    assert dispatcher.failed(piece.ticket) == []
+    sent = [(p.request, p.indices, p.server, p.num_faults) for p in dispatcher.assign(["a", "b"])]
+    assert sent[:2] == [(0, range(1, 3), "b", 1), (0, range(4, 6), "b", 1)]
+    assert sent[2][0] == 1
+
+
+def test_the_only_server_is_asked_again_until_the_attempts_are_used_up():
+    dispatcher = make(attempts=3)
+    add(dispatcher, 0, num=2)
+    for attempt in range(3):
+        (piece,) = dispatcher.assign(["a"])
+        assert dispatcher.failed(piece.ticket) == ([0, 1] if attempt == 2 else [])
+    assert dispatcher.assign(["a"]) == [] and dispatcher.outstanding("a") == 0
+
+
+def test_a_held_call_does_not_hold_up_another():
+    dispatcher = make()
+    add(dispatcher, 0, hint=90, call=0)
+    add(dispatcher, 0, hint=10, call=1)
+    assert [piece.call for piece in dispatcher.assign(["a"], held={0})] == [1]
+    assert [piece.call for piece in dispatcher.assign(["a"])] == [0]
