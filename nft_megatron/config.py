@@ -7,13 +7,14 @@ a failed check into one readable message, is :mod:`nft_megatron.config_load`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from nft_megatron.algorithms import ALGORITHMS, Algorithm
 from nft_megatron.errors import UserError
+from nft_megatron.section import PositiveFloat, Section
 
-PositiveFloat = Annotated[float, Field(gt=0)]
 LoosePath = Annotated[Path, Field(strict=False)]
 
 
@@ -23,12 +24,6 @@ def _as_tuple(value: Any) -> Any:
 
 PathList = Annotated[tuple[LoosePath, ...], BeforeValidator(_as_tuple)]
 TextList = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-
-
-class Section(BaseModel):
-    """A group of fields. Unknown keys and values of the wrong type are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -69,6 +64,8 @@ class DataSection(Section):
 class RolloutSection(Section):
     """How answers are collected: lines 5-11 of the paper's Algorithm 1."""
 
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """``embedded``: a transformers model beside the trainer, for small models. ``vllm``: the servers of section ``fleet``."""
     questions_per_step: PositiveInt = 512
     """Groups with both right and wrong answers that a rollout step trains on."""
     answers_per_question: Annotated[int, Field(ge=2)] = 16
@@ -87,12 +84,29 @@ class RolloutSection(Section):
     max_rounds: PositiveInt = 10
     """Rounds of questions in a step; after that it trains on the groups it has, with a warning."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Steps by which an answer may be older than the weights it trains. 0: as in the paper, surplus groups of a step are thrown
-    away. 1 and more: they train a later step, with the engine's own log-probs as π_old."""
+    """Steps by which an answer may be older than the weights it trains. 0: collecting and training alternate, as in the paper;
+    surplus groups of a step are thrown away. 1 and more: up to so many steps are collected ahead while others train, surplus
+    groups train a later step, and the engine's own log-probs are π_old. Older answers are dropped and counted."""
+    stop_at_quota: bool = False
+    """End a round as soon as questions_per_step mixed groups are there and break off the rest. Faster where a few answers are
+    long; but questions with short answers are then trained more often, and what is trained depends on the engine's timing."""
+    give_up_after: Annotated[int, Field(ge=2)] | None = None
+    """Abandon a question when so many of its answers are judged and all agree: it is likely to fail the prompt filter. Saves
+    tokens; loses questions on which the policy is nearly always right or wrong. null: never."""
+    save_seconds: PositiveFloat = 60.0
+    """Finished groups of a round under way are written so often; a killed run asks at most the rest again."""
     processes: Annotated[int, Field(ge=0)] | None = None
     """Worker processes of the embedded engine, one thread each. null: one per core. 0: inside the trainer."""
     batch_size: PositiveInt = 128
     """Answers that one engine process decodes at a time."""
+    max_mismatch: PositiveFloat = 0.1
+    """Largest mean |log-prob of the engine − of the trainer| of the same weights, in nats; beyond it the run ends: the engine
+    then serves other weights, another precision or a renormalised distribution."""
+    gate_questions: Annotated[int, Field(ge=0)] | None = None
+    """Answers to so many fixed questions are asked before the first step and after each publishing, and compared with the
+    trainer's log-probs. 0: none. null: 16 with the engine ``vllm``, none with the embedded one."""
+    gate_tokens: PositiveInt = 32
+    """Longest of these answers."""
     deadline_seconds: PositiveFloat = 3600.0
     """Longest wait for the next finished answer."""
     step_deadline_seconds: PositiveFloat = 86400.0
@@ -115,31 +129,14 @@ class VerifySection(Section):
     """Wall-clock time after which it is killed and replaced: unknown."""
 
 
-class NFTSection(Section):
-    """Negative-aware Fine-Tuning, Eq. 10 of arXiv 2505.18116."""
-
-    name: Literal["nft"] = "nft"
-    """Right answers directly, wrong answers through the implicit negative policy."""
-    epsilon: PositiveFloat = 1.0
-    """ε, the smallest implicit negative likelihood ratio (Figure 10: 1.0 is best, small values over-penalise)."""
-    prompt_weight: Literal["one", "one_minus_rate", "sqrt_odds"] = "one_minus_rate"
-    """ω(q): 1, 1 − r̂ (aligned with Dr. GRPO) or sqrt((1 − r̂) / r̂) (aligned with GRPO). Figure 9."""
-    negative_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Factor on the loss of wrong answers."""
-
-
-class RFTSection(Section):
-    """Rejection-sampling fine-tuning: right answers alone, ω = 1."""
-
-    name: Literal["rft"]
-    """Wrong answers are not even forwarded."""
-
-
-def _nft_by_default(value: Any) -> Any:
-    return {"name": "nft", **value} if isinstance(value, dict) else value
-
-
-AlgorithmSection = Annotated[NFTSection | RFTSection, Field(discriminator="name"), BeforeValidator(_nft_by_default)]
+if TYPE_CHECKING:
+    AlgorithmSection = Algorithm
+else:
+    AlgorithmSection = Annotated[
+        Union[tuple(ALGORITHMS.values())],  # noqa: UP007 (known only at run time)
+        Field(discriminator="name"),
+        BeforeValidator(lambda value: {"name": "nft", **value} if isinstance(value, dict) else value),
+    ]
 
 
 class OptimizerSection(Section):
@@ -262,7 +259,7 @@ class Config(Section):
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     verify: VerifySection = VerifySection()
-    algorithm: AlgorithmSection = NFTSection()
+    algorithm: AlgorithmSection = ALGORITHMS["nft"]()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     parallel: ParallelSection = ParallelSection()
@@ -290,6 +287,20 @@ class Config(Section):
                 "train.micro_batch_tokens", train.micro_batch_tokens,
                 f"a sequence may have data.max_prompt_tokens + rollout.max_answer_tokens = {self.max_sequence_tokens} tokens",
                 f"raise it to at least {self.max_sequence_tokens}, or lower those two",
+            )  # fmt: skip
+        group_tokens = rollout.answers_per_question * self.max_sequence_tokens
+        if self.algorithm.coupling == "group" and group_tokens > train.micro_batch_tokens:
+            raise UserError(
+                "train.micro_batch_tokens", train.micro_batch_tokens,
+                f"{self.algorithm.name} keeps the answers to a question together, and they may have "
+                f"rollout.answers_per_question × {self.max_sequence_tokens} = {group_tokens} tokens",
+                f"raise it to at least {group_tokens}, or lower rollout.answers_per_question or rollout.max_answer_tokens",
+            )  # fmt: skip
+        if self.algorithm.coupling != "token" and train.importance_cap is not None:
+            raise UserError(
+                "train.importance_cap", train.importance_cap,
+                f"weights tokens one by one, and the loss of {self.algorithm.name} is of whole answers",
+                "leave it at null",
             )  # fmt: skip
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise UserError(

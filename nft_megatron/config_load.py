@@ -191,6 +191,10 @@ def _expected(path: list[str]) -> str:
 def _nearest(path: list[str]) -> str:
     """Which key was probably meant: one of the same section first, then one of that name anywhere."""
     *parents, leaf = path
+    owners = [model for section, model in _sections() if [section] == parents and leaf in model.model_fields]
+    if owners:  # another algorithm's
+        names = ", ".join(model.model_fields["name"].default for model in owners)
+        return f"it belongs to {parents[0]}.name = {names}"
     known: dict[str, str] = {}
     for section, model in _sections():
         for name in model.model_fields:

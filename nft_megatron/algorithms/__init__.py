@@ -1,33 +1,58 @@
-"""Algorithms by name. A new one is a file with a builder, and its line in ``BUILDERS``."""
+"""Algorithms by name. A new one is a file here with a subclass of :class:`Algorithm`; docs/new_algorithm.md shows one."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-from nft_megatron.algorithms.algorithm import Algorithm, TokenBatch, TokenLoss, lookup
-from nft_megatron.algorithms.nft import build_nft, build_rft
+from nft_megatron.algorithms.algorithm import (
+    Algorithm,
+    AnswerBatch,
+    Coupling,
+    SequenceBatch,
+    TokenBatch,
+    TokenLoss,
+)
+from nft_megatron.errors import UserError
 
-__all__ = ["BUILDERS", "Algorithm", "TokenBatch", "TokenLoss", "build_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AnswerBatch",
+    "Coupling",
+    "SequenceBatch",
+    "TokenBatch",
+    "TokenLoss",
+    "build_algorithm",
+]
 
-BUILDERS: Mapping[str, Callable[..., Algorithm]] = MappingProxyType({"nft": build_nft, "rft": build_rft})
+
+def _found() -> dict[str, type[Algorithm]]:
+    """The classes with a ``name`` of their own in the files of this folder, each once, in the order of the files."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    named = [each for each in classes if issubclass(each, Algorithm) and not each.model_fields["name"].is_required()]
+    return {each.model_fields["name"].default: each for each in named}
 
 
-def build_algorithm(name: str, **options: object) -> Algorithm:
-    """The algorithm of that name; ``options`` are the keyword arguments of its builder.
+ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(_found())
+
+
+def build_algorithm(name: str, **options: Any) -> Algorithm:
+    """The algorithm of that name with these options.
 
     Raises:
-        UserError: an unknown name or option, with the nearest one there is, or an option's value that the builder refuses.
+        UserError: no such name. A :class:`ValueError` of pydantic's names a wrong option.
 
-    >>> build_algorithm("nft", epsilon=0.5).uses_wrong_answers
-    True
-    >>> build_algorithm("nft", epsilom=0.5)  # doctest: +ELLIPSIS
+    >>> build_algorithm("nft", epsilon=0.5)
+    NFT(name='nft', epsilon=0.5, prompt_weight='one_minus_rate', negative_weight=1.0)
+    >>> build_algorithm("ntf")
     Traceback (most recent call last):
-    nft_megatron.errors.UserError: algorithm.epsilom = epsilom: unknown; did you mean 'epsilon'? known: epsilon, ...
+    nft_megatron.errors.UserError: algorithm.name = ntf: no such algorithm; one of infonca, nft, rft, grpo, dr_grpo, dapo
     """
-    builder = lookup("algorithm.name", name, BUILDERS)
-    parameters = inspect.signature(builder).parameters
-    for option in options:
-        lookup(f"algorithm.{option}", option, parameters)
-    return builder(**options)
+    if name not in ALGORITHMS:
+        raise UserError("algorithm.name", name, "no such algorithm", f"one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name](**options)

@@ -1,61 +1,118 @@
-"""What an algorithm is: a name bound to pure functions of log-probs and verdicts.
+"""What an algorithm is: a section of the configuration whose methods are pure functions of log-probs and verdicts.
 
-The trainer minimises  Σ_tokens ω(q)·ℓ / D.  An algorithm gives ω (``prompt_weight``) and ℓ (``token_loss``); D belongs to
-:mod:`nft_megatron.layout.denominator`. Suffix ``_N``: one entry a loss token, that is an answer token that is trained on.
+The trainer minimises
+
+    Σ_tokens ω·ℓ_t / D        coupling "token": ℓ of a token depends on its own log-prob alone
+    Σ_answers ω·ℓ_k / D       coupling "sequence" or "group": ℓ of an answer depends on the log-ratios of whole answers
+
+An algorithm gives ω (:meth:`Algorithm.weight`) and ℓ (:meth:`Algorithm.token_loss` or :meth:`Algorithm.sequence_loss`); D
+belongs to :mod:`nft_megatron.layout.denominator`. Formulas use methods of tensors only, so that the configuration, which
+contains algorithms, needs no torch.
+
+Suffix ``_N``: one entry a loss token, that is an answer token that is trained on. ``_A``: one entry an answer.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+from nft_megatron.section import Section
 
-from nft_megatron.errors import UserError
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Value = TypeVar("Value")
+Coupling = Literal["token", "sequence", "group"]
+
+LOG_RATIO_CAP = 10.0
+"""The largest Δ = log R_t that formulas for wrong answers exponentiate."""
+
+
+class AnswerBatch(NamedTuple):
+    """The judged answers of a step's questions, what is known of them before any forward pass. Whole groups, in any order.
+
+    ``group_A`` (int64) are equal for the answers of one question, numbered from 0. ``is_correct_A`` (bool) is r,
+    ``correct_rate_A`` (float64) r̂ of the question. ``length_A`` (int64) are tokens of the answer, ``is_truncated_A`` (bool)
+    tells that it was cut, and ``length_limit`` at how many tokens answers are.
+    """
+
+    group_A: Tensor
+    is_correct_A: Tensor
+    correct_rate_A: Tensor
+    length_A: Tensor
+    is_truncated_A: Tensor
+    length_limit: int
 
 
 class TokenBatch(NamedTuple):
-    """What a loss may look at, for N loss tokens of any answers in any order.
+    """What a loss of coupling "token" may look at, for N loss tokens of any answers in any order.
 
     ``logprob_N`` is log π_θ⁺(a_t | q, a_<t) and carries the gradient; ``old_logprob_N`` is log π of the policy that generated
     the answer; both float32 (float64 in tests). ``is_correct_N`` (bool) is r of the token's answer, ``correct_rate_N`` is r̂ of
-    its question.
+    its question, ``advantage_N`` is :meth:`Algorithm.advantage` of its answer.
     """
 
     logprob_N: Tensor
     old_logprob_N: Tensor
     is_correct_N: Tensor
     correct_rate_N: Tensor
+    advantage_N: Tensor | None = None
 
 
 class TokenLoss(NamedTuple):
     """ℓ of every token, without ω and without any normalisation; differentiable in ``TokenBatch.logprob_N``.
 
-    ``clamped_N`` (bool) marks the tokens whose ratio the algorithm bounded: for NFT, negative ratios below ε.
+    ``clamped_N`` (bool) marks the tokens whose ratio the algorithm bounded: for NFT negative ratios below ε, for GRPO and its
+    relatives ratios beyond the clip.
     """
 
     loss_N: Tensor
     clamped_N: Tensor
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """An objective, and what it asks of the rooms around it.
+class SequenceBatch(NamedTuple):
+    """What a loss of coupling "sequence" or "group" may look at, for some answers; under "group" all of their questions.
 
+    ``log_ratio_A`` = Σ_t log R_t, summed over all tokens of the answer wherever they lie, carries the gradient. ``length_A`` are
+    its tokens, ``group_A`` as in :class:`AnswerBatch`, ``advantage_A`` is :meth:`Algorithm.advantage`.
+    """
+
+    log_ratio_A: Tensor
+    length_A: Tensor
+    is_correct_A: Tensor
+    correct_rate_A: Tensor
+    group_A: Tensor
+    advantage_A: Tensor | None = None
+
+
+class Algorithm(Section):
+    """An objective with its options, and what it asks of the rooms around it. Subclasses are found by their ``name``.
+
+    coupling: what ℓ depends on. "sequence": the trainer sums log-ratios over an answer before ℓ is known, context-parallel ranks
+        together. "group": besides, all answers to a question are in one micro-batch.
     uses_wrong_answers: False means that wrong answers are never packed and never forwarded.
-    prompt_weight: r̂ → ω, elementwise.
-    token_loss: see :class:`TokenBatch` and :class:`TokenLoss`. ℓ of a token may not depend on other tokens, since packing
-        and micro-batches separate them.
+    needs_mixed_groups: questions with r̂ = 0 or 1 have no loss, or one that is not defined. False: they may be trained on.
     """
 
     name: str
-    uses_wrong_answers: bool
-    prompt_weight: Callable[[Tensor], Tensor]
-    token_loss: Callable[[TokenBatch], TokenLoss]
+    coupling: ClassVar[Coupling] = "token"
+    uses_wrong_answers: ClassVar[bool] = True
+    needs_mixed_groups: ClassVar[bool] = True
+
+    def weight(self, answers: AnswerBatch) -> Tensor:
+        """ω of each answer, shape A; here 1."""
+        return answers.correct_rate_A.new_ones(len(answers.correct_rate_A))
+
+    def advantage(self, answers: AnswerBatch) -> Tensor | None:
+        """A number an answer, shape A, that its loss is told; an answer with 0 is never forwarded. None: no such number."""
+        return None
+
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
+        """ℓ of every token. ℓ may not depend on other tokens, since packing and micro-batches separate them."""
+        raise NotImplementedError(f"{self.name} has coupling {self.coupling!r}")
+
+    def sequence_loss(self, batch: SequenceBatch) -> Tensor:
+        """ℓ of every answer, shape A; differentiable in ``batch.log_ratio_A``."""
+        raise NotImplementedError(f"{self.name} has coupling {self.coupling!r}")
 
 
 def with_gradient(value_N: Tensor, gradient_N: Tensor, logprob_N: Tensor) -> Tensor:
@@ -74,18 +131,13 @@ def with_gradient(value_N: Tensor, gradient_N: Tensor, logprob_N: Tensor) -> Ten
     return value_N.detach() + gradient_N.detach() * (logprob_N - logprob_N.detach())
 
 
-def lookup(field: str, name: str, table: Mapping[str, Value]) -> Value:
-    """``table[name]``.
+def group_mean(value_A: Tensor, group_A: Tensor) -> Tensor:
+    """The mean of ``value_A`` over each answer's group, shape A.
 
-    Raises:
-        UserError: no such name; it tells the nearest one and all there are.
-
-    >>> lookup("algorithm.name", "ntf", {"nft": 1, "rft": 2})
-    Traceback (most recent call last):
-    nft_megatron.errors.UserError: algorithm.name = ntf: unknown; did you mean 'nft'? known: nft, rft
+    >>> import torch
+    >>> group_mean(torch.tensor([1.0, 0.0, 4.0]), torch.tensor([1, 1, 0]))
+    tensor([0.5000, 0.5000, 4.0000])
     """
-    if name in table:
-        return table[name]
-    nearest = difflib.get_close_matches(name, table, n=1)
-    suggestion = f"did you mean '{nearest[0]}'? " if nearest else ""
-    raise UserError(field, name, "unknown", f"{suggestion}known: {', '.join(table)}")
+    sums_G = value_A.new_zeros(len(value_A)).index_add(0, group_A, value_A)
+    counts_G = value_A.new_zeros(len(value_A)).index_add(0, group_A, value_A.new_ones(len(value_A)))
+    return (sums_G / counts_G.clamp(min=1))[group_A]

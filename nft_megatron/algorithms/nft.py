@@ -26,56 +26,57 @@ Departures from the published algorithm:
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from nft_megatron.algorithms.algorithm import Algorithm, TokenBatch, TokenLoss, lookup, with_gradient
-from nft_megatron.algorithms.prompt_weights import PROMPT_WEIGHTS, one
-from nft_megatron.errors import UserError
+from nft_megatron.algorithms.algorithm import LOG_RATIO_CAP, Algorithm, AnswerBatch, TokenBatch, TokenLoss, with_gradient
+from nft_megatron.algorithms.prompt_weights import PROMPT_WEIGHTS
+from nft_megatron.section import PositiveFloat
 
-LOG_RATIO_CAP = 10.0
-"""Departure 1: the largest Δ = log R_t in the formulas of wrong answers."""
-
-
-def build_nft(*, epsilon: float = 1.0, prompt_weight: str = "one_minus_rate", negative_weight: float = 1.0) -> Algorithm:
-    """NFT. ``epsilon`` is ε; ``prompt_weight`` names ω; ``negative_weight`` scales the loss of wrong answers.
-
-    Raises:
-        UserError: ε ≤ 0, negative_weight < 0, or an unknown ω.
-    """
-    if not epsilon > 0:
-        raise UserError("algorithm.epsilon", epsilon, "log max(x, ε) needs ε > 0", "the paper uses 1.0")
-    if not 0 <= negative_weight < math.inf:
-        raise UserError("algorithm.negative_weight", negative_weight, "must be finite and ≥ 0", "the paper uses 1.0")
-    return Algorithm(
-        name="nft",
-        uses_wrong_answers=True,
-        prompt_weight=lookup("algorithm.prompt_weight", prompt_weight, PROMPT_WEIGHTS),
-        token_loss=functools.partial(nft_token_loss, epsilon=epsilon, negative_weight=negative_weight),
-    )
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def build_rft() -> Algorithm:
-    """RFT: NFT on right answers alone, ω = 1."""
-    return Algorithm(
-        name="rft",
-        uses_wrong_answers=False,
-        prompt_weight=one,
-        token_loss=rft_token_loss,
-    )
+class NFT(Algorithm):
+    """Negative-aware Fine-Tuning, Eq. 10 of arXiv 2505.18116."""
+
+    name: Literal["nft"] = "nft"
+    """Right answers directly, wrong answers through the implicit negative policy."""
+    epsilon: PositiveFloat = 1.0
+    """ε, the smallest implicit negative likelihood ratio (Figure 10: 1.0 is best, small values over-penalise)."""
+    prompt_weight: Literal["one", "one_minus_rate", "sqrt_odds"] = "one_minus_rate"
+    """ω(q): 1, 1 − r̂ (aligned with Dr. GRPO) or sqrt((1 − r̂) / r̂) (aligned with GRPO). Figure 9."""
+    negative_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor on the loss of wrong answers."""
+
+    def weight(self, answers: AnswerBatch) -> Tensor:
+        return PROMPT_WEIGHTS[self.prompt_weight](answers.correct_rate_A)
+
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
+        return nft_token_loss(batch, epsilon=self.epsilon, negative_weight=self.negative_weight)
+
+
+class RFT(Algorithm):
+    """Rejection-sampling fine-tuning: right answers alone, ω = 1."""
+
+    name: Literal["rft"] = "rft"
+    """Wrong answers are not even forwarded."""
+    uses_wrong_answers: ClassVar[bool] = False
+
+    def token_loss(self, batch: TokenBatch) -> TokenLoss:
+        return nft_token_loss(batch, negative_weight=0.0)
 
 
 def nft_token_loss(batch: TokenBatch, *, epsilon: float = 1.0, negative_weight: float = 1.0) -> TokenLoss:
     """ℓ of Eq. 10 with the gradient of :func:`nft_coefficient`. ``clamped_N``: wrong answers' tokens with x < ε."""
     delta_N = (batch.logprob_N - batch.old_logprob_N).detach()
-    excess_N = _negative_ratio_minus_one(delta_N, batch.correct_rate_N)
+    excess_N = negative_ratio_minus_one(delta_N, batch.correct_rate_N)
     # x ≤ 0 is possible and has no logarithm: bounded at 0 before, and at log ε after. Bounding x itself at ε instead would
     # need the float32 number ε − 1, which is −1 for small ε.
-    log_ratio_N = torch.log1p(excess_N.clamp(min=-1)).clamp(min=math.log(epsilon))
-    value_N = torch.where(batch.is_correct_N, -delta_N, -negative_weight * log_ratio_N)
+    log_ratio_N = excess_N.clamp(min=-1).log1p().clamp(min=math.log(epsilon))
+    value_N = (-delta_N).where(batch.is_correct_N, -negative_weight * log_ratio_N)
     gradient_N = nft_coefficient(batch, epsilon=epsilon, negative_weight=negative_weight)
     clamped_N = ~batch.is_correct_N & (excess_N < epsilon - 1)
     return TokenLoss(with_gradient(value_N, gradient_N, batch.logprob_N), clamped_N)
@@ -88,16 +89,11 @@ def nft_coefficient(batch: TokenBatch, *, epsilon: float = 1.0, negative_weight:
     """
     delta_N = (batch.logprob_N - batch.old_logprob_N).detach()
     odds_N = batch.correct_rate_N / (1 - batch.correct_rate_N)
-    ratio_N = (1 + _negative_ratio_minus_one(delta_N, batch.correct_rate_N)).clamp(min=epsilon)
+    ratio_N = (1 + negative_ratio_minus_one(delta_N, batch.correct_rate_N)).clamp(min=epsilon)
     wrong_N = negative_weight * odds_N * delta_N.clamp(max=LOG_RATIO_CAP).exp() / ratio_N
-    return torch.where(batch.is_correct_N, -torch.ones_like(wrong_N), wrong_N)
+    return wrong_N.where(~batch.is_correct_N, -1.0)
 
 
-def rft_token_loss(batch: TokenBatch) -> TokenLoss:
-    """ℓ = −Δ on right answers; 0 on wrong ones, which the trainer doesn't even forward."""
-    return nft_token_loss(batch, negative_weight=0.0)
-
-
-def _negative_ratio_minus_one(delta_N: Tensor, correct_rate_N: Tensor) -> Tensor:
+def negative_ratio_minus_one(delta_N: Tensor, correct_rate_N: Tensor) -> Tensor:
     """x − 1 = −a·expm1(min(Δ, cap)), where x is the implicit negative likelihood ratio of Algorithm 1."""
-    return -correct_rate_N / (1 - correct_rate_N) * torch.expm1(delta_N.clamp(max=LOG_RATIO_CAP))
+    return -correct_rate_N / (1 - correct_rate_N) * delta_N.clamp(max=LOG_RATIO_CAP).expm1()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def one(correct_rate: Tensor) -> Tensor:
     """ω = 1."""
-    return torch.ones_like(correct_rate)
+    return correct_rate.new_ones(correct_rate.shape)
 
 
 def one_minus_rate(correct_rate: Tensor) -> Tensor:
@@ -21,6 +22,7 @@ def one_minus_rate(correct_rate: Tensor) -> Tensor:
 def sqrt_odds(correct_rate: Tensor) -> Tensor:
     """ω = sqrt((1 − r̂) / r̂). On-policy NFT then has GRPO's gradient (Proposition 4.2). Needs r̂ > 0.
 
+    >>> import torch
     >>> sqrt_odds(torch.tensor([0.2, 0.5]))
     tensor([2., 1.])
     """

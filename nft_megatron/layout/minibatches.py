@@ -22,6 +22,7 @@ class Layout:
     count_multiple: micro-batches of a mini-batch are a multiple of it; the interleaved pipeline schedule needs its stages.
     pad_to_budget: every pack has exactly ``token_budget`` tokens, otherwise it ends at the next multiple of ``multiple``.
     keep_groups: all answers of a group are in one micro-batch, for losses that couple them.
+    length_limit: tokens at which answers are cut, for rewards that depend on it; 0 where none does.
 
     Raises:
         UserError: ``pad_to_budget`` with a budget that no pack can have.
@@ -38,6 +39,7 @@ class Layout:
     count_multiple: int
     pad_to_budget: bool
     keep_groups: bool = False
+    length_limit: int = 0
 
     def __post_init__(self) -> None:
         if self.pad_to_budget and self.token_budget % self.multiple:

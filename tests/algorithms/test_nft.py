@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nft_megatron.algorithms import TokenBatch, build_algorithm
+from nft_megatron.algorithms import AnswerBatch, TokenBatch, build_algorithm
 from nft_megatron.algorithms.nft import nft_coefficient
+from nft_megatron.algorithms.prompt_weights import PROMPT_WEIGHTS
 
 FLOAT64 = torch.float64
 
@@ -24,6 +25,11 @@ def batch_of(delta, is_correct, rate, dtype=FLOAT64, old=-1.5):
         is_correct_N=torch.as_tensor(is_correct).expand_as(delta_N),
         correct_rate_N=torch.as_tensor(rate, dtype=dtype).expand_as(delta_N),
     )
+
+
+def answers_of(rate_A):
+    """Answers of questions with these rates; nothing else about them matters to NFT and RFT."""
+    return AnswerBatch(torch.arange(len(rate_A)), rate_A > 0, rate_A, torch.ones(len(rate_A)), rate_A < 0, length_limit=8)
 
 
 def literal_eq10(batch, epsilon):
@@ -134,7 +140,7 @@ def test_negative_weight_scales_wrong_answers_alone():
 def test_rft_is_the_positive_term_with_weight_one():
     rft = build_algorithm("rft")
     assert not rft.uses_wrong_answers
-    assert rft.prompt_weight(torch.tensor([0.1, 0.9])).tolist() == [1.0, 1.0]
+    assert rft.weight(answers_of(torch.tensor([0.1, 0.9]))).tolist() == [1.0, 1.0]
     batch = batch_of([-2.0, 0.5, 0.5], torch.tensor([True, True, False]), 0.25)
     loss, gradient = loss_and_gradient(rft.token_loss(batch).loss_N, batch.logprob_N)
     assert loss.tolist() == [2.0, -0.5, 0.0]
@@ -143,8 +149,9 @@ def test_rft_is_the_positive_term_with_weight_one():
 
 @pytest.mark.parametrize(("name", "expected"), [("one", 1.0), ("one_minus_rate", 0.75), ("sqrt_odds", math.sqrt(3))])
 def test_prompt_weights(name, expected):
-    weight = build_algorithm("nft", prompt_weight=name).prompt_weight(torch.tensor([0.25], dtype=FLOAT64))
+    weight = build_algorithm("nft", prompt_weight=name).weight(answers_of(torch.tensor([0.25], dtype=FLOAT64)))
     assert weight.item() == pytest.approx(expected, rel=1e-15)
+    assert set(PROMPT_WEIGHTS) == {"one", "one_minus_rate", "sqrt_odds"}
 
 
 def group_policy(seed, num_answers, num_correct, length=7, vocab=11):
@@ -189,7 +196,7 @@ def test_on_policy_gradient_is_that_of_grpo_and_dr_grpo(prompt_weight, normalise
         is_correct_N=(reward_K == 1)[:, None].expand_as(old_KT).flatten(),
         correct_rate_N=rate_KT.flatten(),
     )
-    loss = (nft.prompt_weight(batch.correct_rate_N) * nft.token_loss(batch).loss_N).sum()
+    loss = (PROMPT_WEIGHTS[nft.prompt_weight](batch.correct_rate_N) * nft.token_loss(batch).loss_N).sum()
     (gradient,) = torch.autograd.grad(loss, parameters)
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert (gradient - expected).norm() < 1e-10 * expected.norm()
@@ -203,7 +210,7 @@ def test_off_policy_gradient_weights_are_those_of_eq_12():
     for is_correct in (True, False):
         batch = batch_of(delta, is_correct, rate)
         nft = build_algorithm("nft", prompt_weight="sqrt_odds", epsilon=epsilon)
-        loss = (nft.prompt_weight(batch.correct_rate_N) * nft.token_loss(batch).loss_N).sum()
+        loss = (PROMPT_WEIGHTS[nft.prompt_weight](batch.correct_rate_N) * nft.token_loss(batch).loss_N).sum()
         (gradient,) = torch.autograd.grad(loss, batch.logprob_N)
         ratio = delta.exp()
         x = ((1 - rate * ratio) / (1 - rate)).clamp(min=epsilon)

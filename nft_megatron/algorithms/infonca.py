@@ -1,0 +1,70 @@
+"""Iterative DPO in its InfoNCA form, for K > 2 answers to a question, with a supervised regulariser.
+
+Appendix B.2.6 of arXiv 2505.18116, the loss of arXiv 2402.05369. With the log-ratios S_k = Σ_t log R_t of whole answers and
+the target distribution p_k = r_k / Σ_i r_i over the K answers of a question:
+
+    ℓ_k = − p_k · log( e^{β S_k} / Σ_i e^{β S_i} ) − λ · p_k · S_k
+
+    R_t = π_θ(a_t | q, a_<t) / π(a_t | q, a_<t)        π: the policy that generated the answers, the reference of this iteration
+
+For K = 2, one right and one wrong, and λ = 0 this is DPO: −log σ(β (S_right − S_wrong)). For every token of answer k
+
+    dℓ/dlogp = β·(softmax_k(β S) − p_k) − λ·p_k
+
+The trainer divides the sum over answers by the same D as the token losses of the other algorithms, since every token has such
+a coefficient.
+
+Departures from the published algorithm:
+ 1. The paper adds "an SFT regularisation term" without its form and its weight. Here it is the cross-entropy of the same target
+    distribution, −Σ_k p_k log π_θ(a_k) up to a constant, with λ = ``sft_weight``; 0.1 is our choice.
+ 2. Answers that could not be judged, and empty ones, are not among the K.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from nft_megatron.algorithms.algorithm import Algorithm, Coupling, SequenceBatch
+from nft_megatron.section import PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class InfoNCA(Algorithm):
+    """Iterative DPO over all answers of a question (InfoNCA) with an SFT regulariser."""
+
+    name: Literal["infonca"] = "infonca"
+    """Contrasts the right answers of a question with all of its answers; needs all of them in one micro-batch."""
+    beta: PositiveFloat = 0.1
+    """β, of the implicit reward β·S. The paper tried 0.1, 0.02 and 0.01."""
+    sft_weight: Annotated[float, Field(ge=0)] = 0.1
+    """λ, weight of the supervised term on right answers."""
+    coupling: ClassVar[Coupling] = "group"
+
+    def sequence_loss(self, batch: SequenceBatch) -> Tensor:
+        return infonca_loss(batch, beta=self.beta, sft_weight=self.sft_weight)
+
+
+def infonca_loss(batch: SequenceBatch, *, beta: float = 0.1, sft_weight: float = 0.0) -> Tensor:
+    """ℓ_k of every answer, shape A. The gradient of a question's loss reaches all of its answers, also those with ℓ_k = 0.
+
+    >>> import torch
+    >>> right, wrong = torch.tensor(3.0), torch.tensor(1.0)
+    >>> batch = SequenceBatch(
+    ...     torch.stack([right, wrong]), torch.ones(2), torch.tensor([True, False]), torch.full((2,), 0.5), torch.zeros(2).long()
+    ... )
+    >>> torch.allclose(infonca_loss(batch, beta=0.5).sum(), -torch.nn.functional.logsigmoid(0.5 * (right - wrong)))
+    True
+    """
+    logit_A, num_answers = beta * batch.log_ratio_A, len(batch.log_ratio_A)
+    is_correct_A = batch.is_correct_A.to(logit_A)
+    num_right_G = logit_A.new_zeros(num_answers).index_add(0, batch.group_A, is_correct_A)
+    target_A = is_correct_A / num_right_G.clamp(min=1)[batch.group_A]
+    largest_G = logit_A.new_zeros(num_answers).scatter_reduce(0, batch.group_A, logit_A.detach(), "amax", include_self=False)
+    exp_A = (logit_A - largest_G[batch.group_A]).exp()
+    sum_G = logit_A.new_zeros(num_answers).index_add(0, batch.group_A, exp_A)
+    log_softmax_A = logit_A - (largest_G[batch.group_A] + sum_G[batch.group_A].log())
+    return -target_A * (log_softmax_A + sft_weight * batch.log_ratio_A)
