@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,6 +22,8 @@ from nft_megatron.convert.blocks import Checksum, StoredTensor
 from nft_megatron.errors import UserError
 
 BAND_BYTES = 8 << 20
+_WRITEBACK_BYTES = 1 << 20  # pieces of this size or more start on their way to the disk when they are written
+_NUM_BEHIND = 16  # so many pieces later they should be there
 _SCAN_BYTES = 1 << 17  # what the scan for non-finite values takes at once: stays in the second-level cache
 
 Bytes = np.ndarray
@@ -49,6 +52,7 @@ class Files:
         self.stop = threading.Event()
         self._descriptors: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
+        self._behind: deque[tuple[int, int, int]] = deque()  # being written out: descriptor, offset, number of bytes
 
     def __enter__(self) -> Files:
         return self
@@ -80,13 +84,28 @@ class Files:
         """Write all of ``data``. Raises :class:`OSError` naming the file."""
         if self.stop.is_set():
             raise Stopped
-        view, descriptor = data, self.descriptor(file, os.O_RDWR)
+        view, position, descriptor = data, offset, self.descriptor(file, os.O_RDWR)
         try:
             while view:
-                count = os.pwrite(descriptor, view, offset)
-                view, offset = view[count:], offset + count
+                count = os.pwrite(descriptor, view, position)
+                view, position = view[count:], position + count
+            if len(data) >= _WRITEBACK_BYTES:
+                self._write_out(descriptor, offset, len(data))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(file)) from error
+
+    def _write_out(self, descriptor: int, offset: int, num_bytes: int) -> None:
+        """Set the disk to work now, not at the fsync in the end, and give memory back as it follows.
+
+        The advice that a range is not needed makes Linux write it out without waiting for it, and drop what has been written
+        (mm/fadvise.c). So every range is advised twice, and a conversion does not claim as many pages as the model has.
+        """
+        with self._lock:
+            self._behind.append((descriptor, offset, num_bytes))
+            written = self._behind.popleft() if len(self._behind) > _NUM_BEHIND else None
+        os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        if written is not None:
+            os.posix_fadvise(*written, os.POSIX_FADV_DONTNEED)
 
     def read_rows(self, tensor: StoredTensor, row: int, out: Bytes) -> None:
         """Fill ``out``, a matrix of bytes, with the rows of ``tensor`` from ``row`` on."""
