@@ -14,6 +14,7 @@ from nft_megatron.convert.checkpoint import Checkpoint, Problem
 from nft_megatron.convert.compare import compare, compare_shapes
 from nft_megatron.convert.huggingface import open_huggingface, plan_huggingface
 from nft_megatron.convert.journal import partial_path
+from nft_megatron.convert.manifest import read_manifest
 from nft_megatron.convert.mp_rank import is_mp_rank, open_mp_rank
 from nft_megatron.convert.plan import Target
 from nft_megatron.convert.progress import Meter
@@ -45,8 +46,11 @@ def to_megatron(
     workers: int | None = None,
     dry_run: bool = False,
     strict: bool = False,
+    proof: bool = True,
 ) -> None:
     """Write the Hugging Face folder ``source`` as a ``torch_dist`` checkpoint that Megatron-Core loads under any layout.
+
+    ``strict`` refuses NaN and infinity. Without ``proof`` tensors are neither hashed nor looked at, and the manifest says so.
 
     Raises:
         UserError: naming SRC, DST or the tensor that is wrong.
@@ -56,7 +60,7 @@ def to_megatron(
     checkpoint = open_huggingface(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
     target = plan_torch_dist(partial_path(destination), table, _dtypes(checkpoint, dtype))
-    _convert(checkpoint, target, table, destination, source, workers, dry_run, strict)
+    _convert(checkpoint, target, table, destination, source, workers, dry_run, strict, proof)
 
 
 def to_hf(
@@ -69,11 +73,12 @@ def to_hf(
     workers: int | None = None,
     dry_run: bool = False,
     strict: bool = False,
+    proof: bool = True,
 ) -> None:
     """Write the weights of a Megatron checkpoint, saved under any layout, as a Hugging Face folder.
 
     ``model`` is the folder with ``config.json`` and tokenizer; without it that is ``source`` itself, or the model that the run
-    ``source`` belongs to started from.
+    ``source`` belongs to started from. ``strict`` and ``proof`` are as in :func:`to_megatron`.
 
     Raises:
         UserError: naming SRC, DST, ``--model`` or the tensor that is wrong.
@@ -87,7 +92,7 @@ def to_hf(
     checkpoint = open_checkpoint(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
     target = plan_huggingface(partial_path(destination), table.shapes, _dtypes(checkpoint, dtype), max_shard_bytes)
-    _convert(checkpoint, target, table, destination, model_folder, workers, dry_run, strict)
+    _convert(checkpoint, target, table, destination, model_folder, workers, dry_run, strict, proof)
 
 
 def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = None, workers: int | None = None) -> None:
@@ -114,6 +119,9 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
         from nft_megatron.convert.logprobs import compare_log_probs
 
         problems += compare_log_probs(*paths, prompt, lambda path, folder: to_hf(path, folder, model=described))
+    for path, label in zip(paths, "AB", strict=True):
+        if (manifest := read_manifest(path, label)) is not None and manifest.receipt is None:
+            print(f"{label} was converted without proof: no hash of its tensors is on record")
     for problem in problems:
         print(problem)
     if problems:
@@ -187,7 +195,10 @@ def _convert(
     workers: int | None,
     dry_run: bool,
     strict: bool,
+    proof: bool,
 ) -> None:
+    if strict and not proof:
+        raise UserError("--no-proof", "with --strict", "leaves NaN and infinity unseen", "leave one of the two out")
     for note in checkpoint.notes:
         print(note)
     if odd := unlike_the_rest(target.tensors):
@@ -197,11 +208,12 @@ def _convert(
         return
     with Meter("convert", target.num_bytes, Console(stderr=True)) as meter:
         threads = _num_threads(workers)
-        manifest = transfer(checkpoint, target, destination, model, threads, meter.advance, strict=strict)
+        manifest = transfer(checkpoint, target, destination, model, threads, meter.advance, strict=strict, proof=proof)
     for name, record in manifest.tensors.items():
         if record.non_finite is not None:
             print(f"warning: {name} is not finite at {record.non_finite}; copied as it is (--strict refuses)")
-    print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, receipt {manifest.receipt}")
+    proven = f"receipt {manifest.receipt}" if proof else "unproven: neither hashed nor searched for NaN and infinity"
+    print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, {proven}")
 
 
 def _print_plan(checkpoint: Checkpoint, target: Target, table: WeightTable, destination: Path) -> None:

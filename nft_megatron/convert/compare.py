@@ -187,12 +187,13 @@ class _Scan:
 
     def __init__(self, name: str, side: Side, tensor: StoredTensor) -> None:
         self._name, self._side, self._tensor = name, side, tensor
-        self._record = side.manifest.tensors.get(name) if side.manifest is not None else None
+        record = side.manifest.tensors.get(name) if side.manifest is not None else None
+        self._sha256 = record.sha256 if record is not None else None
         self._digest = begin_digest(name, tensor.dtype, tensor.shape)
         self._non_finite: str | None = None
 
     def take(self, row: int, band: Bytes) -> None:
-        if self._record is not None:
+        if self._sha256 is not None:
             self._digest.update(band.data)
         if self._non_finite is None:
             bad = first_non_finite(band, self._tensor.dtype)
@@ -203,6 +204,6 @@ class _Scan:
     def problems(self) -> Iterator[Problem]:
         if self._non_finite is not None:
             yield Problem("non-finite", self._name, self._non_finite)
-        if self._record is not None and self._digest.hexdigest() != self._record.sha256:
+        if self._sha256 not in (None, self._digest.hexdigest()):
             text = f"in {place(self._tensor)} ({self._side.label}) does not have the hash that {NAME} recorded for it"
             yield Problem("damaged", self._name, text)

@@ -24,11 +24,14 @@ NAME = "conversion.json"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """``cast_from``: the source's dtype where it was cast on request. ``non_finite``: index of the first infinity or NaN."""
+    """``cast_from``: the source's dtype where it was cast on request. ``non_finite``: index of the first infinity or NaN.
+
+    ``sha256`` is None for a tensor that was converted without proof: neither hashed nor searched for NaN and infinity.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    sha256: str | None
     cast_from: str | None = None
     non_finite: list[int] | None = None
 
@@ -43,9 +46,10 @@ class Manifest:
     tool: str = f"nft_megatron {__version__}"
 
     @property
-    def receipt(self) -> str:
-        """One hash over all tensors."""
-        return combine_digests(record.sha256 for record in self.tensors.values())
+    def receipt(self) -> str | None:
+        """One hash over all tensors; None where one has none."""
+        digests = [record.sha256 for record in self.tensors.values() if record.sha256 is not None]
+        return combine_digests(digests) if len(digests) == len(self.tensors) else None
 
     def to_json(self) -> str:
         """The content of the file."""

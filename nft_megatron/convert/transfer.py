@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -13,7 +13,7 @@ from typing import Any
 from nft_megatron import __version__
 from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.convert.checkpoint import Checkpoint, majority_dtype, place
-from nft_megatron.convert.engine import Files, bands, cast_band, element, first_non_finite, read_band, run_all
+from nft_megatron.convert.engine import Bytes, Files, bands, cast_band, element, first_non_finite, read_band, run_all
 from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
 from nft_megatron.convert.plan import Target
@@ -26,30 +26,41 @@ Advance = Callable[[int], None]
 
 
 def transfer(
-    source: Checkpoint, target: Target, final: Path, model_folder: Path, workers: int, advance: Advance, *, strict: bool = False
+    source: Checkpoint,
+    target: Target,
+    final: Path,
+    model_folder: Path,
+    workers: int,
+    advance: Advance,
+    *,
+    strict: bool = False,
+    proof: bool = True,
 ) -> Manifest:
     """Write ``target``, which is planned for ``partial_path(final)``, and rename it to ``final``.
 
     ``model_folder`` gives configuration and tokenizer. Where a tensor of the target has another dtype than the source's, it is
     cast. Interrupted, the same call goes on where it stopped. A value that is not finite is copied and recorded in the
-    manifest; under ``strict`` it is refused.
+    manifest; under ``strict`` it is refused. Without ``proof`` no byte of a tensor is looked at: no hash, no search for NaN, no
+    comparison with recorded hashes and stored checksums. As nothing shows then what has reached the disk, such a conversion
+    begins anew when it was interrupted.
 
     Raises:
         UserError: for a source that is damaged or changes meanwhile; a target that exists; under ``strict`` NaN and infinity.
         OSError: when something cannot be written.
     """
     before = _fingerprint(source, model_folder)
-    known = read_manifest(source.path, "SRC")
-    expected = dict(known.tensors) if known is not None else {}
+    known = read_manifest(source.path, "SRC") if proof else None
+    expected = {name: record.sha256 for name, record in known.tensors.items() if record.sha256} if known is not None else {}
     identity = {
         "tool": __version__,
         "source": before,
         "files": {file.name: size for file, size in target.files.items()},
         "dtypes": {name: str(tensor.dtype) for name, tensor in target.tensors.items()},
+        "proof": proof,
     }
     with PartialFolder(final, identity, target.num_bytes) as folder, Files("SRC") as files:
         _write_around_tensors(target, files, model_folder)
-        job = _Job(files, source, target, folder, expected, advance, strict)
+        job = _Job(files, source, target, folder, expected, advance, strict, proof)
         records = dict(pair for pairs in run_all(job.units(), workers, files.stop) for pair in pairs)
         if _fingerprint(source, model_folder) != before:
             raise UserError("SRC", source.path, "has changed while it was read", "start again once it is complete")
@@ -106,23 +117,29 @@ class _Job:
     source: Checkpoint
     target: Target
     folder: PartialFolder
-    expected: Mapping[str, TensorRecord]
+    expected: Mapping[str, str]
     advance: Advance
     strict: bool
+    proof: bool
 
-    def units(self) -> Iterator[Callable[[], list[tuple[str, TensorRecord]]]]:
-        """What one thread does in one go: tensors that are stored together, whose checksums are verified together."""
-        for _, names in groupby(self.target.tensors, key=lambda name: self.source.tensors[name].checksums or name):
-            yield partial(self._copy_all, list(names))
+    def units(self) -> list[Callable[[], list[tuple[str, TensorRecord]]]]:
+        """What one thread does in one go: tensors that are stored together, whose checksums are verified together.
+
+        The largest first, so that no thread is left alone with one in the end.
+        """
+        stored = self.source.tensors
+        groups = [list(names) for _, names in groupby(self.target.tensors, key=lambda name: stored[name].checksums or name)]
+        groups.sort(key=lambda names: -sum(stored[name].num_bytes for name in names))
+        return [partial(self._copy_all, names) for names in groups]
 
     def _copy_all(self, names: list[str]) -> list[tuple[str, TensorRecord]]:
         records = {name: self._already_there(name) for name in names}
-        if not all(records.values()):
+        if self.proof and not all(records.values()):
             for checksum in self.source.tensors[names[0]].checksums:
                 self.files.verify(checksum, " and ".join(names))
         return [(name, records[name] or self._copy(name)) for name in names]
 
-    def _record(self, name: str, sha256: str, non_finite: list[int] | None) -> TensorRecord:
+    def _record(self, name: str, sha256: str | None, non_finite: list[int] | None) -> TensorRecord:
         source, target = self.source.tensors[name], self.target.tensors[name]
         dtype, cast_from = (str(tensor.dtype).removeprefix("torch.") for tensor in (target, source))
         return TensorRecord(dtype, target.shape, sha256, None if dtype == cast_from else cast_from, non_finite)
@@ -142,32 +159,52 @@ class _Job:
 
     def _copy(self, name: str) -> TensorRecord:
         source, target = self.source.tensors[name], self.target.tensors[name]
-        digest, non_finite = begin_digest(name, target.dtype, target.shape), None
-        as_read = digest if source.dtype == target.dtype else begin_digest(name, source.dtype, source.shape)
+        proof = _Proof(name, source, target, self.expected.get(name), self.strict) if self.proof else None
         for row, num_rows in bands(target, max(source.row_bytes, target.row_bytes)):
             band = read_band(self.files, source, row, num_rows, 0)
-            if as_read is not digest and name in self.expected:
-                as_read.update(band.data)
-            band = cast_band(band, source.dtype, target.dtype)
-            bad = first_non_finite(band, target.dtype) if non_finite is None else None
-            if bad is not None:
-                non_finite = element(target, row, bad)
-                if self.strict:
-                    file = place(source, row + bad * target.dtype.itemsize // target.row_bytes)
-                    raise UserError(
-                        "SRC", file, f"{name} is not finite at {non_finite}", "use a checkpoint without NaN and infinity"
-                    )
-            digest.update(band.data)
-            self.files.write_rows(target, row, band)
-            self.advance(band.nbytes)
-        if name in self.expected and as_read.hexdigest() != self.expected[name].sha256:
+            written = cast_band(band, source.dtype, target.dtype)
+            if proof is not None:
+                proof.take(row, band, written)
+            self.files.write_rows(target, row, written)
+            self.advance(written.nbytes)
+        if proof is None:
+            return self._record(name, None, None)
+        record = self._record(name, proof.sha256(), proof.non_finite)
+        self.folder.record(name, {"sha256": record.sha256, "non_finite": record.non_finite})
+        return record
+
+
+class _Proof:
+    """What is to be known of a tensor while its bands stream by. ``expected``: the hash that the source's manifest recorded."""
+
+    def __init__(self, name: str, source: StoredTensor, target: StoredTensor, expected: str | None, strict: bool) -> None:
+        self._name, self._source, self._target, self._expected, self._strict = name, source, target, expected, strict
+        self._written = begin_digest(name, target.dtype, target.shape)
+        self._read = begin_digest(name, source.dtype, source.shape) if source.dtype != target.dtype else self._written
+        self.non_finite: list[int] | None = None
+
+    def take(self, row: int, band: Bytes, written: Bytes) -> None:
+        """Rows from ``row`` on, as read and as they are written."""
+        if self._read is not self._written and self._expected is not None:
+            self._read.update(band.data)
+        self._written.update(written.data)
+        bad = first_non_finite(written, self._target.dtype) if self.non_finite is None else None
+        if bad is not None:
+            self.non_finite = element(self._target, row, bad)
+            if self._strict:
+                file = place(self._source, row + bad * self._target.dtype.itemsize // self._target.row_bytes)
+                text = f"{self._name} is not finite at {self.non_finite}"
+                raise UserError("SRC", file, text, "use a checkpoint without NaN and infinity")
+
+    def sha256(self) -> str:
+        """Of the tensor as written. Raises :class:`UserError` where what was read is not what was recorded for the source."""
+        if self._expected not in (None, self._read.hexdigest()):
             raise UserError(
-                "SRC", place(source), f"is damaged: {name} does not have the hash that {NAME} recorded for it",
+                "SRC", place(self._source),
+                f"is damaged: {self._name} does not have the hash that {NAME} recorded for it",
                 f"copy the checkpoint again; where weights were changed on purpose, delete {NAME}",
             )  # fmt: skip
-        record = self._record(name, digest.hexdigest(), non_finite)
-        self.folder.record(name, {"sha256": record.sha256, "non_finite": non_finite})
-        return record
+        return self._written.hexdigest()
 
 
 def unlike_the_rest(tensors: Mapping[str, StoredTensor]) -> list[str]:

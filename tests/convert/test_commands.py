@@ -84,6 +84,41 @@ def test_a_cast_on_request_is_torchs_and_on_record(sources, tmp_path: Path, caps
     assert capsys.readouterr().out.count("dtype: ") == len(tensors_of(sources["untied"]))
 
 
+def test_without_proof_the_bytes_are_the_same_and_the_manifest_says_so(sources, changed, tmp_path: Path, capsys):
+    source = changed(sources["untied"], add_nan)
+    with pytest.raises(UserError, match="--no-proof = with --strict"):
+        to_megatron(source, tmp_path / "megatron", strict=True, proof=False)
+    with pytest.raises(UserError, match="is not finite"):
+        to_megatron(source, tmp_path / "megatron", strict=True)
+    to_megatron(source, tmp_path / "proven")
+    to_megatron(source, tmp_path / "megatron", proof=False)
+    assert "bytes, unproven: neither hashed nor searched" in capsys.readouterr().out
+    for path in (tmp_path / "proven").iterdir():
+        if path.name != "conversion.json":
+            assert path.read_bytes() == (tmp_path / "megatron" / path.name).read_bytes(), path.name
+    content = json.loads((tmp_path / "megatron" / "conversion.json").read_text())
+    assert content["receipt"] is None
+    assert {(record["sha256"], record["non_finite"]) for record in content["tensors"].values()} == {(None, None)}
+    with pytest.raises(UserError, match=r"2 problems in .*non-finite"):  # on both sides, and no hash is missed
+        check(source, tmp_path / "megatron")
+    assert "B was converted without proof" in capsys.readouterr().out
+    to_hf(tmp_path / "megatron", tmp_path / "hf")  # what is unproven is proven from here on
+    after, before = tensors_of(tmp_path / "hf"), tensors_of(source)
+    assert read_manifest(tmp_path / "hf", "").receipt == weights_receipt(before.items()) == weights_receipt(after.items())
+
+
+def test_without_proof_an_interrupted_conversion_begins_anew(sources, tmp_path: Path, monkeypatch):
+    copied = []
+    copy = transfer._Job._copy
+    monkeypatch.setattr(transfer._Job, "_copy", lambda job, name: copied.append(name) or copy(job, name))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(transfer, "_hashes_around_tensors", interrupt)
+        to_megatron(sources["tied"], tmp_path / "out", proof=False)
+    to_megatron(sources["tied"], tmp_path / "out", proof=False)
+    assert len(copied) == 2 * len(tensors_of(sources["tied"]))
+    check(sources["tied"], tmp_path / "out")
+
+
 def test_a_dry_run_prints_the_mapping_and_writes_nothing(sources, tmp_path: Path, capsys):
     to_megatron(sources["untied"], tmp_path / "megatron", dry_run=True)
     output = capsys.readouterr().out
