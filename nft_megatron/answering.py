@@ -19,6 +19,8 @@ from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.records import Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
+from nft_megatron.rollout.engine import Engine
+from nft_megatron.rollout.exclusive import ExclusiveEngine
 from nft_megatron.tokenizer import stop_token_ids
 from nft_megatron.verify.service import Verifier
 
@@ -62,7 +64,7 @@ def open_asker(
     config: Config, model_folder: Path, tokenizer: Any, stack: contextlib.ExitStack, timer: PhaseTimer, progress: Progress
 ) -> Asker:
     """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
-    engine = EmbeddedEngine(
+    engine: Engine = EmbeddedEngine(
         model_folder,
         num_processes=config.rollout.processes if config.rollout.processes is not None else num_cores(),
         batch_size=config.rollout.batch_size,
@@ -70,5 +72,7 @@ def open_asker(
         answer_seconds=config.rollout.deadline_seconds,
     )
     stack.callback(engine.close)
+    if config.rollout.max_staleness and not engine.overlaps:
+        engine = ExclusiveEngine(engine, config.rollout.step_deadline_seconds)
     verifier = stack.enter_context(Verifier(config.verify))
     return Asker(engine, verifier, tokenizer, config.seed, config.rollout.deadline_seconds, timer, progress)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,33 @@ def answer_seed(run_seed: int, purpose: str, prompt_id: int, index: int) -> int:
     """
     digest = hashlib.blake2b(f"{run_seed}/{purpose}/{prompt_id}/{index}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1  # 63 bits: fits a signed 64-bit integer everywhere
+
+
+@dataclass(eq=False)
+class _Question:
+    """What has come back for one prompt: of each answer its completion, its text and, some time, its verdict."""
+
+    prompt: Prompt
+    answers: dict[int, tuple[Completion, str, Future[Verdict]]] = field(default_factory=dict)
+
+    def broken_off(self) -> int:
+        return sum(completion.finish_reason == "abort" for completion, _, _ in self.answers.values())
+
+    def is_judged(self) -> bool:
+        return all(verdict.done() for _, _, verdict in self.answers.values())
+
+    def is_one_sided(self, num_verdicts: int) -> bool:
+        """Whether ``num_verdicts`` or more verdicts are in, all of them right or all of them wrong."""
+        labels = [verdict.result().label for _, _, verdict in self.answers.values() if verdict.done()]
+        judged = [label for label in labels if label != "unknown"]
+        return len(judged) >= num_verdicts and len(set(judged)) == 1
+
+    def judged(self, timeout: float) -> tuple[Answer, ...]:
+        """All answers in the order of their indices; waits for verdicts."""
+        return tuple(
+            Answer(completion, text, verdict.result(timeout=timeout))
+            for _, (completion, text, verdict) in sorted(self.answers.items())
+        )
 
 
 @dataclass(frozen=True)
@@ -47,39 +75,72 @@ class Asker:
         first_id: int = 0,
         label: str | None = None,
     ) -> list[tuple[Answer, ...]]:
-        """``answers_per_prompt`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``.
+        """``answers_per_prompt`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``."""
+        numbered = {first_id + offset: prompt for offset, prompt in enumerate(prompts)}
+        answers = dict(self.stream(numbered, answers_per_prompt, sampling, purpose=purpose, label=label))
+        return [answers[prompt_id] for prompt_id in numbered]
+
+    def stream(
+        self,
+        prompts: Mapping[int, Prompt],
+        answers_per_prompt: int,
+        sampling: Sampling,
+        *,
+        purpose: str,
+        label: str | None = None,
+        expected_tokens: Mapping[str, int] | None = None,
+        give_up_after: int | None = None,
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
+        """Yield (id, judged answers) of each of ``prompts``, which are numbered by their ids, as soon as all of it is there.
 
         ``purpose`` sets its seeds apart from those of other purposes; ``label`` is what the progress display says. Answers are
         verified while others are still being generated; the time under ``verify`` is what is waited for after that. An answer
-        that an engine fault cut off is *unknown*.
+        that an engine fault cut off is *unknown*; prompts with such answers come last.
 
-        Raises :class:`~nft_megatron.rollout.engine.EngineFault` when most of the answers were cut off.
+        ``expected_tokens`` are lengths that answers to a question (by its id) had before: engines may begin with the longest.
+        With ``give_up_after`` a prompt of which so many verdicts agree is abandoned: it is not yielded, its other answers are
+        broken off. To stop earlier than at the end, close the iterator.
+
+        Raises :class:`~nft_megatron.rollout.engine.EngineFault` when most of the answers were cut off; prompts with such
+        answers have not been yielded then.
         """
+        lengths = expected_tokens or {}
         requests = [
             Request(
-                first_id + offset,
+                prompt_id,
                 prompt.tokens,
-                tuple(answer_seed(self.seed, purpose, first_id + offset, index) for index in range(answers_per_prompt)),
+                tuple(answer_seed(self.seed, purpose, prompt_id, index) for index in range(answers_per_prompt)),
+                expected_tokens=lengths.get(prompt.question_id),
             )
-            for offset, prompt in enumerate(prompts)
+            for prompt_id, prompt in prompts.items()
         ]
-        pending: dict[tuple[int, int], tuple[Completion, str, Future[Verdict]]] = {}
+        questions = {prompt_id: _Question(prompt) for prompt_id, prompt in prompts.items()}
+        finished: deque[int] = deque()
+        broken: list[int] = []
+        given_up: set[int] = set()
         self.progress.phase(label or purpose, total=len(prompts) * answers_per_prompt)
         with self.timer.phase("generate"):
-            for completion in self.engine.generate(requests, sampling):
+            for completion in self.engine.generate(requests, sampling, given_up):
+                prompt_id = completion.request_id
+                if prompt_id in given_up:  # it was finished before the engine saw that nobody wants it
+                    continue
+                question = questions[prompt_id]
                 text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
-                gold = prompts[completion.request_id - first_id].gold
-                pending[completion.request_id, completion.index] = (completion, text, self._judge(text, gold, completion))
+                question.answers[completion.index] = (completion, text, self._judge(text, question.prompt.gold, completion))
                 self.progress.advance()
-        num_aborted = sum(completion.finish_reason == "abort" for completion, _, _ in pending.values())
-        if num_aborted > len(pending) / 2:
-            raise EngineFault(f"the engine broke off {num_aborted} of {len(pending)} answers")
+                if len(question.answers) == answers_per_prompt:
+                    (broken if question.broken_off() else finished).append(prompt_id)
+                elif give_up_after is not None and question.is_one_sided(give_up_after):
+                    given_up.add(prompt_id)
+                    self.progress.advance(answers_per_prompt - len(question.answers))
+                while finished and questions[finished[0]].is_judged():
+                    yield finished[0], questions.pop(finished.popleft()).judged(self.deadline_seconds)
+        num_broken = sum(questions[prompt_id].broken_off() for prompt_id in broken)
+        if num_broken > len(prompts) * answers_per_prompt / 2:
+            raise EngineFault(f"the engine broke off {num_broken} of {len(prompts) * answers_per_prompt} answers")
         with self.timer.phase("verify"):
-            answers = {
-                key: Answer(completion, text, verdict.result(timeout=self.deadline_seconds))
-                for key, (completion, text, verdict) in pending.items()
-            }
-        return [tuple(answers[first_id + i, k] for k in range(answers_per_prompt)) for i in range(len(prompts))]
+            for prompt_id in [*finished, *broken]:
+                yield prompt_id, questions[prompt_id].judged(self.deadline_seconds)
 
     def _judge(self, text: str, gold: str, completion: Completion) -> Future[Verdict]:
         if completion.finish_reason != "abort":

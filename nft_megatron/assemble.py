@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nft_megatron.algorithms import build_algorithm
 from nft_megatron.answering import num_cores, open_asker, read_prompts, training_sampling
+from nft_megatron.ask import Asker
 from nft_megatron.checkpoints import Checkpoints
 from nft_megatron.collect import Collector
 from nft_megatron.config import Config
@@ -18,6 +21,7 @@ from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.errors import UserError
 from nft_megatron.evaluate.run import evaluate
 from nft_megatron.files import atomic_file
+from nft_megatron.gate import Gate
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.build import build_model
 from nft_megatron.model.control import on_main, together
@@ -29,6 +33,7 @@ from nft_megatron.observe.metrics import MetricsLog, PhaseTimer
 from nft_megatron.observe.progress import Progress, open_progress
 from nft_megatron.place import place
 from nft_megatron.publish import Publisher
+from nft_megatron.records import Prompt, Sampling
 from nft_megatron.run import Host, Run
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
@@ -38,7 +43,8 @@ from nft_megatron.weights import ModelShape, read_shape
 CHANGEABLE = (
     "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget", "optimizer.cpu_offload",
     "parallel", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes", "rollout.batch_size",
-    "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
+    "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds", "rollout.save_seconds",
+    "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
 )  # fmt: skip
 """What may differ between two starts of one run. All else decides what the run computes."""
 
@@ -78,10 +84,10 @@ def _build(config: Config, topology: Topology, stop: StopRequests, stack: contex
     shape = together(topology, lambda: read_shape(config.model.path))
     _check_context(config, shape)
     hosts: list[Host] = []
-    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stack)))
+    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stop, stack)))
     host = hosts[0] if hosts else None
     trainer = together(topology, lambda: build_trainer(config, topology, shape))
-    return Run(
+    run = Run(
         config=config,
         folder=folder,
         topology=topology,
@@ -93,6 +99,8 @@ def _build(config: Config, topology: Topology, stop: StopRequests, stack: contex
         stop=stop,
         host=host,
     )
+    stack.callback(run.close)
+    return run
 
 
 def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
@@ -142,7 +150,7 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
     return layout
 
 
-def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: contextlib.ExitStack) -> Host:
+def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, stack: contextlib.ExitStack) -> Host:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
     stack.enter_context(folder.open())
     _check_same_run(config, folder)
@@ -170,10 +178,26 @@ def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stack: cont
             sampling,
             config.rollout,
             left_out=questions.left_out,
+            interrupted=stop.reason,
         ),
-        evaluate=(lambda: evaluate(asker, held_out.prompts, config.evaluate, sampling)) if held_out.prompts else None,
+        evaluate=(
+            (lambda progress: evaluate(replace(asker, progress=progress), held_out.prompts, config.evaluate, sampling))
+            if held_out.prompts
+            else None
+        ),
+        gate=_gate(config, folder, asker, questions.prompts, sampling),
         metrics=metrics,
     )
+
+
+def _gate(
+    config: Config, folder: RunFolder, asker: Asker, prompts: Sequence[Prompt], sampling: Sampling
+) -> Callable[[int], Path] | None:
+    number = config.rollout.gate_questions
+    if number is None:
+        number = 16 if config.rollout.engine == "vllm" else 0
+    gate = Gate(asker.engine, prompts[:number], sampling, config.rollout.gate_tokens, folder.gate, config.seed)
+    return gate.ask if number else None
 
 
 def _check_context(config: Config, shape: ModelShape) -> None:

@@ -1,8 +1,8 @@
 """Lines 5-11 of Algorithm 1: ask, verify, keep the questions with 0 < r̂ < 1, write the step's ledger.
 
-A step is collected in rounds. Each finished round is a file under RUN/ledger/rounds, so that a killed run asks nothing twice;
-when the quota is met, all rounds become the one ledger file of the step. Everything that later steps and the metrics need
-to know of the collecting stands in that file, so a step that is found on the disk counts as collected.
+A step is collected in rounds; when the quota is met, all rounds become the one ledger file of the step. Everything that later
+steps and the metrics need to know of the collecting stands in that file, so a step that is found on the disk counts as
+collected. Answers of weights that are older than ``rollout.max_staleness`` allows are dropped when the ledger is written.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
 
 from nft_megatron.ask import Asker
 from nft_megatron.config import RolloutSection
 from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.errors import UserError
+from nft_megatron.observe.collected import sampled_metrics, trained_metrics
 from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.records import Group, Sampling
+from nft_megatron.rounds import Rounds
 from nft_megatron.run_folder import RunFolder
-from nft_megatron.verify.reasons import reason_rates
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +60,15 @@ class CollectorState:
 class Collected:
     """A collected step: its ledger file, the metrics of its answers, the state that the next step starts from.
 
-    ``generated_tokens`` are those of this call, without what a killed one had left on the disk.
+    ``generated_tokens`` are those of this call, without what a killed one had left on the disk. ``timings`` are those of
+    collecting that went on beside the step (``ahead/…``).
     """
 
     ledger: Path
     metrics: MetricsRow
     state: CollectorState
     generated_tokens: int
+    timings: MetricsRow = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Collector:
     """Fills ledgers. Waits for engine and verifier, each within a deadline; lives on rank 0.
 
     ``left_out`` are metrics of the data set, how many of its questions are never asked; every ledger repeats them.
+    ``interrupted`` gives a reason to leave in the middle of a step, None while there is none.
     """
 
     folder: RunFolder
@@ -83,6 +85,11 @@ class Collector:
     sampling: Sampling
     settings: RolloutSection
     left_out: Mapping[str, int] = field(default_factory=dict)
+    interrupted: Callable[[], str | None] = lambda: None
+
+    @functools.cached_property
+    def rounds(self) -> Rounds:
+        return Rounds(self.folder, self.order, self.asker, self.sampling, self.settings, self.interrupted)
 
     @functools.cached_property
     def questions(self) -> str:
@@ -96,7 +103,7 @@ class Collector:
         """The step's ledger, read back if it is on the disk already.
 
         Raises :class:`UserError` when not a single question had both right and wrong answers, and when the questions are not
-        those that the run began with.
+        those that the run began with; :class:`~nft_megatron.errors.StoppedEarly` when interrupted, with finished groups saved.
         """
         path = self.folder.ledger(step)
         self._check_questions(state.questions)
@@ -122,25 +129,20 @@ class Collector:
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         quota = self.settings.questions_per_step
-        mixed = [group for group in state.surplus if step - group.step <= self.settings.max_staleness]
+        oldest = step - 1 - self.settings.max_staleness
+        mixed = mixed_within(state.surplus, oldest)
         sampled: list[Group] = []
-        cursor, mixed_rate, rounds, generated_tokens = state.cursor, state.mixed_rate, 0, 0
-        while len(mixed) < quota and rounds < self.settings.max_rounds:
-            round_file = self.folder.ledger_round(step, rounds)
-            if round_file.exists():
-                with self.asker.timer.phase("ledger"):
-                    groups = [group for group, _ in read_groups(round_file)]
-            else:
-                label = f"round {rounds + 1}, {len(mixed)}/{quota} mixed"
-                groups = self._ask(step, cursor, self._round_size(quota - len(mixed), mixed_rate), label)
-                generated_tokens += sum(len(answer.completion.tokens) for group in groups for answer in group.answers)
-                with self.asker.timer.phase("ledger"):
-                    write_ledger(round_file, groups, fates=["sampled"] * len(groups), meta={})
-            cursor += len(groups)
-            rounds += 1
-            sampled += groups
-            mixed += [group for group in groups if group.is_mixed]
-            mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled)
+        cursor, mixed_rate, num_rounds, generated_tokens = state.cursor, state.mixed_rate, 0, 0
+        while len(mixed) < quota and num_rounds < self.settings.max_rounds:
+            missing = quota - len(mixed)
+            label = f"round {num_rounds + 1}, {len(mixed)}/{quota} mixed"
+            asked = self.rounds.ask(step, num_rounds, cursor, self._round_size(missing, mixed_rate), missing, label)
+            cursor += asked.num_asked
+            num_rounds += 1
+            generated_tokens += asked.new_tokens
+            sampled += asked.groups
+            mixed += mixed_within(asked.groups, oldest)
+            mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled) if sampled else mixed_rate
         if not mixed:
             answers = [answer for group in sampled for answer in group.answers]
             count = Counter(answer.verdict.label for answer in answers)
@@ -151,10 +153,19 @@ class Collector:
                 "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers",
             )  # fmt: skip
         if len(mixed) < quota:
-            log.warning("step %d trains on %d of %d questions: %d rounds gave no more", step, len(mixed), quota, rounds)
+            log.warning("step %d trains on %d of %d questions: %d rounds gave no more", step, len(mixed), quota, num_rounds)
         with self.asker.timer.phase("ledger"):
             surplus = mixed[quota:] if self.settings.max_staleness else []
-            metrics = self._metrics(step, sampled, mixed[:quota], len(mixed) - quota, rounds)
+            metrics: MetricsRow = {
+                **self.left_out,
+                "rounds": num_rounds,
+                "groups_abandoned": cursor - state.cursor - len(sampled),
+                "groups_surplus": max(len(mixed) - quota, 0),
+                "answers_too_old": sum(len(group.answers) for group in [*state.surplus, *sampled])
+                - sum(len(without_older(group, oldest).answers) for group in [*state.surplus, *sampled]),
+                **sampled_metrics(sampled, self.settings.answers_per_question),
+                **trained_metrics(step, mixed[:quota]),
+            }
             fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
             meta = {"cursor": cursor, "mixed_rate": mixed_rate, "questions": self.questions, "metrics": metrics}
             write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
@@ -172,42 +183,12 @@ class Collector:
         rate = max(mixed_rate, 1 / self.settings.oversample)
         return min(most, math.ceil((missing + math.sqrt(missing * (1 - rate))) / rate))
 
-    def _ask(self, step: int, cursor: int, num_questions: int, label: str) -> list[Group]:
-        prompts = self.order.take(cursor, num_questions)
-        answers = self.asker.ask(
-            prompts, self.settings.answers_per_question, self.sampling, purpose="train", first_id=cursor, label=label
-        )
-        return [Group(cursor + i, step, prompt, answers[i]) for i, prompt in enumerate(prompts)]
 
-    def _metrics(self, step: int, sampled: Sequence[Group], trained: Sequence[Group], surplus: int, rounds: int) -> MetricsRow:
-        """Of the questions asked in this step, before the prompt filter; ``groups_trained`` and ``staleness_max`` after it."""
-        metrics: MetricsRow = {
-            **self.left_out,
-            "groups_sampled": len(sampled),
-            "groups_mixed": sum(group.is_mixed for group in sampled),
-            "groups_trained": len(trained),
-            "groups_surplus": max(surplus, 0),
-            "staleness_max": max(step - group.step for group in trained),
-            "rounds": rounds,
-        }
-        if not sampled:
-            return metrics
-        answers = [answer for group in sampled for answer in group.answers]
-        judged = sum(group.num_judged for group in sampled)
-        lengths = np.array([len(answer.completion.tokens) for answer in answers])
-        rates = [group.correct_rate for group in sampled if group.num_judged]
-        bins = np.histogram(rates, bins=self.settings.answers_per_question + 1, range=(0, 1))[0]
-        return metrics | {
-            "accuracy": sum(group.num_correct for group in sampled) / judged if judged else math.nan,
-            "correct_rate_histogram": bins.tolist(),
-            "truncated_rate": float(np.mean([answer.completion.finish_reason == "length" for answer in answers])),
-            "unknown_rate": 1 - judged / len(answers),
-            **{f"verdict/{reason}": share for reason, share in reason_rates(answer.verdict for answer in answers).items()},
-            "answer_length_mean": float(lengths.mean()),
-            "answer_length_p90": float(np.percentile(lengths, 90)),
-            "answer_length_max": int(lengths.max()),
-            "response_tokens": int(lengths.sum()),
-            "entropy_sampled": -float(
-                np.concatenate([answer.completion.logprobs for answer in answers]).mean(dtype=np.float64)
-            ),
-        }
+def without_older(group: Group, oldest: int) -> Group:
+    """``group`` without its answers of weights before version ``oldest``; r̂ is then over those that are left."""
+    return replace(group, answers=tuple(answer for answer in group.answers if answer.completion.weight_version >= oldest))
+
+
+def mixed_within(groups: Iterable[Group], oldest: int) -> list[Group]:
+    """Those of ``groups`` that are mixed in their answers of version ``oldest`` and later, with these alone."""
+    return [group for group in (without_older(group, oldest) for group in groups) if group.is_mixed]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nft_megatron.ahead import CollectAhead
 from nft_megatron.checkpoints import Checkpoints
 from nft_megatron.collect import Collector, CollectorState
 from nft_megatron.config import Config
-from nft_megatron.errors import StoppedEarly
+from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.evaluate.run import Evaluation
 from nft_megatron.model.control import first_of, on_main
 from nft_megatron.model.step import StepBatch, Trainer, UpdateStats
@@ -24,10 +27,13 @@ from nft_megatron.stop import StopRequests
 
 @dataclass(frozen=True)
 class Host:
-    """What rank 0 has besides its part of the model. ``evaluate`` is None without held-out questions."""
+    """What rank 0 has besides its part of the model. ``evaluate`` is None without held-out questions, ``gate`` without a gate;
+    ``gate(version)`` asks the engine fixed questions and returns a ledger of its answers.
+    """
 
     collector: Collector
-    evaluate: Callable[[], Evaluation] | None
+    evaluate: Callable[[Progress], Evaluation] | None
+    gate: Callable[[int], Path] | None
     metrics: MetricsLog
 
 
@@ -56,7 +62,11 @@ class Run:
     host: Host | None
     step: int = 0
     collected: CollectorState = field(default_factory=CollectorState)
-    _initial: MetricsRow = field(default_factory=dict)
+    _notes: MetricsRow = field(default_factory=dict)
+    """Metrics that were measured between steps, for the next row."""
+    _ahead: CollectAhead | None = None
+    _evaluation: Future[MetricsRow] | None = None
+    _evaluates_beside: bool = False
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -69,11 +79,34 @@ class Run:
         """Resume from the newest checkpoint, give the engine its weights, evaluate the model that nothing has trained yet."""
         self.step, collected = self.checkpoints.restore()
         self.collected = collected or self.collected
-        self.publisher.publish(version=self.step)
+        self.publish(self.step)
         on_main(self.topology, self._forget_later_metrics)
-        if self.step == 0 and (result := self._evaluate()):
-            self._initial = {"eval_accuracy_initial": result["eval_accuracy"]}
+        self._evaluates_beside = on_main(self.topology, self._may_evaluate_beside)
+        if self.step == 0:
+            self._evaluate()
+        elif self._is_due_beside(self.step):
+            self._begin_evaluation()  # the process that was to note it in the next row has ended
         self.timer.finish_step(generated_tokens=0, trained_tokens=0)  # the set-up belongs to no step
+        on_main(self.topology, self._start_collecting)
+
+    def _may_evaluate_beside(self) -> bool:
+        """Whether evaluations go on while the next step is collected and trained."""
+        return self.host is not None and self.host.evaluate is not None and self.host.collector.asker.engine.overlaps
+
+    def _is_due_beside(self, step: int) -> bool:
+        is_due = step % self.config.evaluate.every == 0 and step != self.config.train.num_steps
+        return is_due and self._evaluates_beside
+
+    def _start_collecting(self) -> None:
+        assert self.host is not None
+        if self.config.rollout.max_staleness and self.step < self.config.train.num_steps:
+            last = self.config.train.num_steps
+            self._ahead = CollectAhead(self.host.collector, self.collected, version=self.step, last_step=last)
+
+    def close(self) -> None:
+        """End what goes on in the background; the engine is closed after that."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _forget_later_metrics(self) -> None:
         """Rows of steps after the checkpoint: those steps are trained again, with the same outcome."""
@@ -81,15 +114,65 @@ class Run:
         self.host.metrics.truncate_from(self.step + 1)
 
     def collect(self, step: int) -> Dataset:
-        """The step's ledger, filled by rank 0 while the others wait."""
+        """The step's ledger, filled by rank 0 while the others wait.
+
+        Raises :class:`StoppedEarly` after a stop request meanwhile, with the finished steps and groups saved.
+        """
 
         def action() -> Dataset:
             assert self.host is not None
-            collected = self.host.collector.collect(step, self.collected)
+            if self._ahead is None:
+                collected = self.host.collector.collect(step, self.collected)
+            else:
+                with self.phase("generate"):
+                    collected = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
             self.collected = collected.state
-            return Dataset(collected.ledger, collected.metrics, collected.generated_tokens)
+            return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
 
-        return on_main(self.topology, action)
+        try:
+            return on_main(self.topology, action)
+        except StoppedEarly:
+            if on_main(self.topology, self.folder.latest_step) != self.step > 0:
+                with self.phase("save"):
+                    self.checkpoints.save(self.step, self.collected)
+            self.stop.clear()
+            raise
+
+    def prepare(self, dataset: Dataset, step: int) -> StepBatch:
+        """Balance the step over ranks, pack it, recompute old log-probs; refuse answers of another policy."""
+        with self.phase("prepare"):
+            batch = self.trainer.prepare(dataset.ledger, step)
+        self._check_mismatch(batch.metrics, f"the answers of step {step}")
+        return batch
+
+    def publish(self, version: int) -> None:
+        """π ← π_θ⁺: the trained weights to the engine, proven by fixed questions where there is a gate."""
+        self._finish_evaluation()  # it is of the weights before these
+        with self.phase("publish"):
+            self.publisher.publish(version)
+            self._pass_gate(version)
+        if self._ahead is not None:
+            self._ahead.published(version)
+
+    def _pass_gate(self, version: int) -> None:
+        def ask() -> Path | None:
+            assert self.host is not None
+            return self.host.gate(version) if self.host.gate is not None else None
+
+        if (answers := on_main(self.topology, ask)) is not None:
+            measured = self.trainer.mismatch(answers, version + 1)
+            self._notes |= {"gate_mean": measured["mismatch_mean"], "gate_max": measured["mismatch_max"]}
+            self._check_mismatch(measured, f"the gate's answers of version {version}")
+
+    def _check_mismatch(self, measured: MetricsRow, what: str) -> None:
+        limit, mean = self.config.rollout.max_mismatch, measured["mismatch_mean"]
+        if not mean <= limit:  # type: ignore[operator]  # NaN is refused too
+            raise UserError(
+                "rollout.max_mismatch", limit,
+                f"in {what} the log-probs of engine and trainer differ by {mean:.3g} nats on average, "
+                f"{measured['mismatch_max']:.3g} at most",
+                "check that the engine serves this model in this dtype, without top-p or penalties, or raise the limit",
+            )  # fmt: skip
 
     def after_step(self, step: int, dataset: Dataset, batch: StepBatch, updates: Sequence[UpdateStats]) -> None:
         """Evaluate when it is due, write the metrics, save when it is due or somebody asked to stop.
@@ -99,9 +182,9 @@ class Run:
         """
         self.step = step
         is_last = step == self.config.train.num_steps
+        if is_last or (step % self.config.evaluate.every == 0 and not self._evaluates_beside):
+            self._evaluate()
         row = {"step": step} | dataset.metrics | batch.metrics | self.trainer.summary(updates)
-        if step % self.config.evaluate.every == 0 or is_last:
-            row |= self._evaluate()
         num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
         on_main(self.topology, lambda: self._write_row(row, num_tokens))
         if row["skipped_updates"] == len(updates):
@@ -118,24 +201,43 @@ class Run:
             raise StoppedEarly(
                 f"stopped after step {step} by {reason}; everything is saved, the same command goes on from there"
             )
+        if self._is_due_beside(step):
+            self._begin_evaluation()
 
-    def _evaluate(self) -> MetricsRow:
-        """Held-out metrics of the current weights on every rank, empty without held-out questions."""
+    def _evaluate(self) -> None:
+        """Measure the current weights on held-out questions, if there are any, for the next row."""
+        with self.timer.phase("evaluate"):
+            self._notes |= on_main(self.topology, lambda: self._measure(self.step, self.progress))
 
-        def action() -> MetricsRow:
-            assert self.host is not None
-            if self.host.evaluate is None:
-                return {}
-            result = self.host.evaluate()
-            return {
-                "eval_accuracy": result.accuracy,
-                "eval_answer_length_mean": result.answer_length_mean,
-                "eval_truncated_rate": result.truncated_rate,
-                "eval_unknown_rate": result.unknown_rate,
-            }
+    def _measure(self, step: int, progress: Progress) -> MetricsRow:
+        assert self.host is not None
+        if self.host.evaluate is None:
+            return {}
+        result = self.host.evaluate(progress)
+        if step == 0:
+            return {"eval_accuracy_initial": result.accuracy}
+        return {
+            "eval_accuracy": result.accuracy,
+            "eval_answer_length_mean": result.answer_length_mean,
+            "eval_truncated_rate": result.truncated_rate,
+            "eval_unknown_rate": result.unknown_rate,
+        }
+
+    def _begin_evaluation(self) -> None:
+        """The same beside the next step, whose row gets the results."""
+        step = self.step
+        if self.host is not None:
+            self._evaluation = in_background(lambda: self._measure(step, Progress()) | {"eval_step": step})
+
+    def _finish_evaluation(self) -> None:
+        """Wait for the evaluation under way, if there is one."""
+
+        def result() -> MetricsRow:
+            evaluation, self._evaluation = self._evaluation, None
+            return evaluation.result(self.config.rollout.step_deadline_seconds) if evaluation is not None else {}
 
         with self.timer.phase("evaluate"):
-            return on_main(self.topology, action)
+            self._notes |= on_main(self.topology, result)
 
     def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> None:
         """Write the step's row with its timings."""
@@ -143,11 +245,25 @@ class Run:
         timings: MetricsRow = dict(
             self.timer.finish_step(generated_tokens=num_tokens["generate"], trained_tokens=num_tokens["update"])
         )
-        row = row | self._initial | timings
+        row = row | self._notes | timings
         self.host.metrics.write(row)
         self.progress.step_done(row)
-        self._initial = {}
+        self._notes = {}
 
     def finish(self) -> None:
         """Export the trained model. A second call finds it there."""
         self.publisher.export(self.folder.export(self.step))
+
+
+def in_background(action: Callable[[], MetricsRow]) -> Future[MetricsRow]:
+    """Run ``action`` in a thread that does not outlive the process's main thread."""
+    future: Future[MetricsRow] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="evaluate", daemon=True).start()
+    return future

@@ -56,8 +56,23 @@ class RunFolder:
         """One finished round of a step that is still being collected."""
         return self.ledgers / "rounds" / f"step_{step:06d}_round_{round_index:02d}.parquet"
 
+    @property
+    def gate(self) -> Path:
+        """The engine's last answers to the fixed questions."""
+        return self.ledgers / "gate.parquet"
+
+    def round_part(self, step: int, round_index: int, part: int) -> Path:
+        """Some finished groups of a round under way."""
+        whole = self.ledger_round(step, round_index)
+        return whole.with_name(f"{whole.stem}_part_{part:04d}.parquet")
+
+    def round_parts(self, step: int, round_index: int) -> list[Path]:
+        """The parts of a round that are on the disk, in order."""
+        whole = self.ledger_round(step, round_index)
+        return sorted(whole.parent.glob(f"{whole.stem}_part_*.parquet"))
+
     def rounds(self, step: int) -> list[Path]:
-        """The finished rounds of ``step`` that are on the disk."""
+        """The rounds of ``step`` that are on the disk, whole and in parts."""
         return sorted((self.ledgers / "rounds").glob(f"step_{step:06d}_round_*.parquet"))
 
     def checkpoint(self, step: int) -> Path:

@@ -16,14 +16,12 @@ def train(config: Config) -> None:
     with assemble(config) as run:
         for step in range(run.step + 1, config.train.num_steps + 1):
             dataset = run.collect(step)  # lines 5-11: generate, verify, filter, write the ledger
-            with run.phase("prepare"):
-                batch = run.trainer.prepare(dataset.ledger, step)  # balance over dp, pack, old log-probs
+            batch = run.prepare(dataset, step)  # balance over dp, pack, old log-probs
             with run.phase("update", total=len(batch.minibatches)):
                 updates = []
                 for minibatch in batch.minibatches:
                     updates.append(run.trainer.update(minibatch))  # lines 13-20
                     run.progress.advance()
-            with run.phase("publish"):
-                run.publisher.publish(version=step)  # π ← π_θ⁺
+            run.publish(version=step)  # π ← π_θ⁺
             run.after_step(step, dataset, batch, updates)
         run.finish()

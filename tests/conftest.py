@@ -16,6 +16,7 @@ import yaml
 from launcher import Ranks
 
 from nft_megatron.cli import main
+from nft_megatron.observe.metrics import METRICS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -130,6 +131,6 @@ def metrics_of():
 
     def read(run_dir: Path) -> list[dict]:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second/"))} for row in rows]
+        return [{k: v for k, v in row.items() if not METRICS[k].is_wall_clock} for row in rows]
 
     return read

@@ -14,7 +14,7 @@ from nft_megatron.collect import Collector, CollectorState
 from nft_megatron.config_load import load_config
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.data.prompts import PromptOrder
-from nft_megatron.errors import UserError
+from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.observe.metrics import METRICS, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.rollout.engine import EngineFault
@@ -25,16 +25,21 @@ from nft_megatron.weights.hf_reader import HFReader
 
 
 class Counting:
-    """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0)."""
+    """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0).
+
+    ``version`` is what its answers say of their weights.
+    """
 
     def __init__(self, engine, fails_in=None) -> None:
-        self.engine, self.fails_in, self.rounds, self.aborts = engine, fails_in, [], False
+        self.engine, self.fails_in, self.rounds, self.aborts, self.version = engine, fails_in, [], False, 0
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, given_up=frozenset()):
         self.rounds.append([request.request_id for request in requests])
-        for number, completion in enumerate(self.engine.generate(requests, sampling)):
+        for number, completion in enumerate(self.engine.generate(requests, sampling, given_up)):
             if len(self.rounds) - 1 == self.fails_in and number == 3:
                 raise ConnectionError("the power went out")
+            version = self.version(completion) if callable(self.version) else self.version
+            completion = replace(completion, weight_version=version)
             yield replace(completion, finish_reason="abort") if self.aborts else completion
 
 
@@ -101,10 +106,10 @@ class Recording:
     def __getattr__(self, name):
         return getattr(self.asker, name)
 
-    def ask(self, prompts, *arguments, **named):
-        answers = self.asker.ask(prompts, *arguments, **named)
-        self.asked += zip(prompts, answers, strict=True)
-        return answers
+    def stream(self, prompts, *arguments, **named):
+        for prompt_id, answers in self.asker.stream(prompts, *arguments, **named):
+            self.asked.append((prompts[prompt_id], answers))
+            yield prompt_id, answers
 
 
 def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
@@ -157,9 +162,110 @@ def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
     assert trained == [group.group_id for group in surplus[:2]]
     assert second.metrics["staleness_max"] == 1
     assert second.metrics["groups_sampled"] == 0
+    built.asker.engine.version = 2
     third = built.collect(3, second.state)
-    assert third.metrics["staleness_max"] <= 1
+    assert third.metrics["staleness_max"] == 0
+    assert third.metrics["answers_too_old"] == 8 * len(second.state.surplus) > 0
     assert all(group.step == 3 for group, _ in read_groups(third.ledger))
+
+
+def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path):
+    """Half of each group's answers began on weights that are too old: r̂ is over the other half."""
+    built = collector(tmp_path / "run", max_staleness=1)
+    recording = Recording(built.asker)
+    engine = built.asker.engine
+    engine.version = lambda completion: 3 - completion.index % 2
+    collected = replace(built, asker=recording).collect(5, CollectorState())
+    assert collected.metrics["answers_too_old"] == sum(len(answers) for _, answers in recording.asked) / 2
+    assert collected.metrics["staleness_max"] == 1
+    rates = {}
+    for prompt, answers in recording.asked:
+        kept = [answer.verdict.label == "correct" for answer in answers[::2]]
+        rates[prompt.question_id] = np.mean(kept)
+    groups = [group for group, fate in read_groups(collected.ledger) if fate == "train"]
+    assert len(groups) == 4
+    for group in groups:
+        assert len(group.answers) == 4
+        assert group.correct_rate == rates[group.prompt.question_id]
+
+
+def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path):
+    settings = {"save_seconds": 1e-9, "oversample": 4.0}
+    whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    broken = collector(tmp_path / "broken", **settings)
+    asked = iter(range(3))
+    stopping = replace(broken, interrupted=lambda: None if next(asked, None) is not None else "a test")
+    with pytest.raises(StoppedEarly, match="stopped while collecting step 1 by a test"):
+        stopping.collect(1, CollectorState())
+    parts = RunFolder(tmp_path / "broken").round_parts(1, 0)
+    saved = {group.group_id for part in parts for group, _ in read_groups(part)}
+    assert len(parts) == len(saved) == 4
+    resumed = collector(tmp_path / "broken", **settings)
+    collected = resumed.collect(1, CollectorState())
+    assert resumed.asker.engine.rounds[0] == [i for i in range(16) if i not in saved]
+    assert content(collected.ledger) == content(whole.ledger)
+    assert not RunFolder(tmp_path / "broken").rounds(1)
+
+
+def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
+    built = collector(tmp_path / "run", stop_at_quota=True, oversample=8.0)
+    recording = Recording(built.asker)
+    collected = replace(built, asker=recording).collect(1, CollectorState())
+    verdicts = [[answer.verdict.label for answer in answers] for _, answers in recording.asked]
+    assert len([labels for labels in verdicts if len(set(labels)) == 2]) == 4
+    assert collected.state.cursor == 32
+    assert collected.metrics["groups_abandoned"] == 32 - len(verdicts) > 0
+    assert collected.metrics["groups_surplus"] == 0
+
+
+def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collector, tmp_path):
+    plain = collector(tmp_path / "plain", oversample=4.0)
+    recording = Recording(plain.asker)
+    replace(plain, asker=recording).collect(1, CollectorState())
+    saving = collector(tmp_path / "saving", oversample=4.0, give_up_after=7)
+    kept = Recording(saving.asker)
+    collected = replace(saving, asker=kept).collect(1, CollectorState())
+    assert len(kept.asked) == 16 - collected.metrics["groups_abandoned"] < 16
+    for prompt, answers in recording.asked:
+        if prompt.question_id not in {each.question_id for each, _ in kept.asked}:
+            labels = [answer.verdict.label for answer in answers]
+            assert max(labels.count("correct"), labels.count("wrong")) >= 7, "at most its last verdict could differ"
+
+
+class Reversed:
+    """The engine under another order of answers."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+
+    def generate(self, requests, sampling, given_up=frozenset()):
+        self.hints = [request.expected_tokens for request in requests]
+        yield from reversed(list(self.engine.generate(requests, sampling)))
+
+
+def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
+    whole = collector(tmp_path / "whole").collect(1, CollectorState())
+    built = collector(tmp_path / "reversed")
+    other = replace(built, asker=replace(built.asker, engine=Reversed(built.asker.engine)))
+    collected = other.collect(1, CollectorState())
+    assert content(collected.ledger) == content(whole.ledger)
+    assert collected.metrics == whole.metrics
+
+
+def test_lengths_of_earlier_answers_are_a_hint_to_the_engine(collector, tmp_path):
+    built = collector(tmp_path / "run", oversample=4.0, questions_per_step=8)
+    engine = Reversed(built.asker.engine)
+    other = replace(built, asker=replace(built.asker, engine=engine))
+    first = other.collect(1, CollectorState())
+    built.asker.engine.version = 1
+    lengths = {group.prompt.question_id: group for group, _ in read_groups(first.ledger)}
+    other.collect(2, first.state)
+    asked = built.order.take(first.state.cursor, len(engine.hints))
+    known = [(lengths[p.question_id], hint) for p, hint in zip(asked, engine.hints, strict=True) if p.question_id in lengths]
+    assert known
+    for group, hint in known:
+        mean = np.mean([len(answer.completion.tokens) for answer in group.answers])
+        assert abs(hint - mean) <= 0.5
 
 
 def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):

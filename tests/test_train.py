@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,17 +135,6 @@ def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, star
     done = command("train", config, f"train.num_steps={steps + 1}")
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics_of(run)] == list(range(1, steps + 2))
-
-
-def test_surplus_groups_train_the_next_step_when_they_may_be_stale(run_config, command, metrics_of, tmp_path):
-    config = run_config(rollout={"max_staleness": 1, "questions_per_step": 2}, train={"num_steps": 4})
-    done = command("train", config)
-    assert done.returncode == 0, done.stderr
-    rows = metrics_of(tmp_path / "run")
-    used_again = [row for row in rows if row["staleness_max"] == 1]
-    assert used_again
-    for before, row in pairwise(rows):
-        assert (row["staleness_max"] == 1) == (before["groups_surplus"] > 0)
 
 
 def test_a_signal_stops_all_ranks_with_everything_saved(run_config, start, metrics_of, tmp_path):

@@ -1,8 +1,8 @@
 """The numbers of a rollout step: their names, where they are written, and the clock behind the timings.
 
 A step's metrics are one flat dict. ``METRICS`` is the single source of the names, units and meanings; the report and the
-documentation print it. All under ``time/`` and ``tokens_per_second/`` are wall-clock facts; everything else repeats to the bit
-when a run is killed and resumed on one layout.
+documentation print it. All under ``time/``, ``ahead/`` and ``tokens_per_second/`` are wall-clock facts; everything else repeats
+to the bit when a run is killed and resumed on one layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MetricsRow = dict[str, MetricValue]
 PHASES = ("generate", "verify", "prepare", "update", "publish", "ledger", "evaluate", "save", "other")
 """Every second of a rollout step belongs to exactly one of these; ``other`` is what no phase claimed."""
 
-WALL_CLOCK_PREFIXES = ("time/", "tokens_per_second/")
+WALL_CLOCK_PREFIXES = ("time/", "tokens_per_second/", "ahead/")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", "share", "right answers among all judged answers, before the prompt filter"),
         Metric("groups_sampled", "count", "questions that were answered"),
         Metric("groups_mixed", "count", "questions with 0 < r̂ < 1"),
+        Metric("groups_abandoned", "count", "questions asked but given up: the quota was met, or their verdicts all agreed"),
+        Metric(
+            "answers_too_old", "count", "answers left out because their weights were older than rollout.max_staleness allows"
+        ),
         Metric("groups_trained", "count", "questions trained on"),
         Metric(
             "groups_surplus",
@@ -100,7 +104,12 @@ METRICS: dict[str, Metric] = {
         Metric("staleness_max", "steps", "age of the oldest weights that generated a trained answer"),
         Metric("response_tokens", "tokens", "tokens generated for this step"),
         Metric("trained_tokens", "tokens", "answer tokens in the loss"),
-        Metric("eval_accuracy", "share", "held-out accuracy of the weights after this step"),
+        Metric(
+            "gate_mean", "nats", "|log-prob of the engine − of the trainer| on fixed prompts after the sync of this step, mean"
+        ),
+        Metric("gate_max", "nats", "the same, largest"),
+        Metric("eval_accuracy", "share", "held-out accuracy of the weights after this step, or after eval_step"),
+        Metric("eval_step", "1", "step that was evaluated, where that went on beside the next one; absent: the row's own"),
         Metric("eval_accuracy_initial", "share", "held-out accuracy before the first step; in the row of step 1 only"),
         Metric("eval_answer_length_mean", "tokens", "mean length of a held-out answer"),
         Metric("eval_truncated_rate", "share", "held-out answers cut at the length limit"),
@@ -115,6 +124,8 @@ METRICS: dict[str, Metric] = {
         Metric("time/save", "s", "checkpoints and exports"),
         Metric("time/other", "s", "the rest of the step"),
         Metric("time/step", "s", "the whole step: the sum of the phases"),
+        Metric("ahead/collect", "s", "collecting this step while others trained (rollout.max_staleness > 0)"),
+        Metric("ahead/wait", "s", "the collector's wait for weights that are not too old, before it began"),
         Metric("tokens_per_second/generate", "tokens/s", "generated tokens by time/generate"),
         Metric("tokens_per_second/update", "tokens/s", "trained tokens by time/update"),
     )

@@ -46,7 +46,8 @@ def held_out_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]
     [(0, 0.2), (1, 0.3), (2, 0.5)]
     """
     initial = [(step - 1, accuracy) for step, accuracy in finite_points(rows, "eval_accuracy_initial")]
-    return initial + finite_points(rows, "eval_accuracy")
+    measured = [{**row, "step": row.get("eval_step", row["step"])} for row in rows]
+    return initial + finite_points(measured, "eval_accuracy")
 
 
 def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,61 @@
+"""One thing at a time: lets several threads share an engine that allows no overlap.
+
+Collecting ahead, evaluating and publishing come from different threads. A ``load`` goes before any ``generate`` that has not
+begun, so that new weights wait for the answers under way and for nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.rollout.engine import Engine, EngineFault
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ExclusiveEngine:
+    """``Engine`` over one without overlap. A call waits for its turn, at most ``deadline_seconds``."""
+
+    overlaps = True
+
+    def __init__(self, engine: Engine, deadline_seconds: float) -> None:
+        self._engine, self._deadline_seconds = engine, deadline_seconds
+        self._turn = threading.Condition()
+        self._is_busy = False
+        self._num_loads_waiting = 0
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        with self._exclusive(is_load=True):
+            return self._engine.load(tensors, version)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
+    ) -> Iterator[Completion]:
+        with self._exclusive(is_load=False):
+            yield from self._engine.generate(requests, sampling, given_up)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    @contextlib.contextmanager
+    def _exclusive(self, *, is_load: bool) -> Iterator[None]:
+        with self._turn:
+            self._num_loads_waiting += is_load
+            is_free = self._turn.wait_for(
+                lambda: not self._is_busy and (is_load or not self._num_loads_waiting), self._deadline_seconds
+            )
+            self._num_loads_waiting -= is_load
+            if not is_free:
+                raise EngineFault(f"the engine was busy for {self._deadline_seconds:.0f} s with other answers")
+            self._is_busy = True
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._is_busy = False
+                self._turn.notify_all()
