@@ -259,7 +259,7 @@ class Config(Section):
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     verify: VerifySection = VerifySection()
-    algorithm: AlgorithmSection = ALGORITHMS["nft"]()
+    algorithm: AlgorithmSection = ALGORITHMS["nft"](name="nft")
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     parallel: ParallelSection = ParallelSection()

@@ -1,6 +1,7 @@
 """The compared algorithms' objectives as their papers print them, over whole questions at a time, in float64.
 
-Written with one Python loop an answer and nothing shared with the package: the reference of tests/algorithms and of the layouts.
+Written with one Python loop an answer and nothing shared with the package: the reference of tests/algorithms and of
+every layout in tests/model.
 """
 
 import torch

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nft_megatron.assemble import build_trainer
 from nft_megatron.config_load import load_config
 from nft_megatron.layout import context
-from nft_megatron.model import attention, export, step
+from nft_megatron.model import attention, export, objective, step
 from nft_megatron.model.build import Chunks
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
@@ -262,7 +262,15 @@ def _rolled_labels(micro_batch, topology: Topology):
     return replace(micro_batch, packed=replace(packed, targets_N=targets_N))
 
 
+@contextlib.contextmanager
+def _partial_answers(topology: Topology) -> Iterator[None]:
+    """The log-ratio of an answer is that of the tokens on this rank."""
+    with mock.patch.object(objective._SumOverRanks, "apply", lambda part, group: part):
+        yield
+
+
 MUTATIONS = {
+    "whole answers of one context rank alone": _partial_answers,
     "no reduction of dK and dV": _without_reduction,
     "gathered keys not put in order": _not_unzigzagged,
     "contiguous shards": _contiguous_shards,

@@ -6,16 +6,40 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from literal import literal_loss
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from nft_megatron.algorithms import build_algorithm
 from nft_megatron.data.ledger import read_groups, write_ledger
 from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
 
-EPSILON = 0.6
+MAX_ANSWER = 32
 NUM_GROUPS, NUM_ANSWERS, NUM_UPDATES = 5, 6, 2
 VOCAB = 131  # does not divide by 2: padding under tensor parallelism
 ADAM = {"learning_rate": 1e-3, "warmup_updates": 1, "epsilon": 1e-3, "weight_decay": 0.1, "clip_grad": 0.05}
 """An ε above the noise of float32, so that new weights are as comparable as gradients are; clipping is active."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An ``algorithm`` section and what its loss asks of the ``train`` section."""
+
+    options: dict
+    train: dict = field(default_factory=dict)
+
+
+ALGORITHMS = {
+    "nft": Objective({"name": "nft", "epsilon": 0.6}),
+    "nft, ω sqrt, negatives 0.5": Objective(
+        {"name": "nft", "epsilon": 0.3, "prompt_weight": "sqrt_odds", "negative_weight": 0.5}
+    ),
+    "rft": Objective({"name": "rft"}),
+    "grpo": Objective({"name": "grpo"}),
+    "grpo, mean of each answer": Objective({"name": "grpo", "per_answer_mean": True}, {"denominator": "sequences"}),
+    "dr_grpo": Objective({"name": "dr_grpo"}),
+    "dapo": Objective({"name": "dapo", "overlong_buffer": 0.8}),
+    "infonca": Objective({"name": "infonca"}, {"micro_batch_tokens": 320}),
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,8 @@ def write_step(path: Path) -> Path:
         # log(1/131) is about what the random model gives: ratios on both sides of 1, clamped and not
         logprobs = np.minimum(-4.9 + rng.normal(0, 0.8, len(tokens)), -0.01).astype(np.float32)
         label = "unknown" if (group, index) == (2, 5) else "correct" if index <= group else "wrong"
-        return Answer(Completion(group, index, tokens, logprobs, "stop", -5, 0.0), "", Verdict(label, "made up", "test"))
+        reason = "length" if (group + index) % 7 == 0 else "stop"
+        return Answer(Completion(group, index, tokens, logprobs, reason, -5, 0.0), "", Verdict(label, "made up", "test"))
 
     def group(number: int) -> Group:
         tokens = rng.integers(1, VOCAB, rng.integers(2, 15)).astype(np.int32)
@@ -102,41 +127,50 @@ def members(step: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two parts of Eq. 10 over one mini-batch; ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens."""
-    judged = [
-        (group, answer)
-        for group, _ in read_groups(ledger)
-        if group.group_id in groups
-        for answer in group.answers
-        if answer.verdict.label != "unknown"
-    ]
-    denominator = sum(len(answer.completion.tokens) for _, answer in judged)
-    parts = {True: torch.zeros(()), False: torch.zeros(())}
-    for group, answer in judged:
-        prompt, tokens = torch.tensor(group.prompt.tokens).long(), torch.tensor(answer.completion.tokens).long()
-        ratio = (logprobs_of(prompt, tokens) - torch.tensor(answer.completion.logprobs)).exp()
-        rate, correct = group.num_correct / group.num_judged, answer.verdict.label == "correct"
-        if correct:
-            log_term = ratio.log()
-        else:
-            x = (1 - rate * ratio) / (1 - rate)
-            log_term = ((x.clamp(min=EPSILON) - x).detach() + x).log()
-        weight = 1 - rate if algorithm == "nft" else float(correct)
-        parts[correct] = parts[correct] - weight * log_term.sum() / denominator
-    return parts[True], parts[False]
+    """What right and what wrong answers add to the papers' loss over one mini-batch.
+
+    ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens.
+    """
+    settings = ALGORITHMS[algorithm]
+    options = build_algorithm(**settings.options).model_dump()
+    parts = {True: torch.zeros((), dtype=torch.float64), False: torch.zeros((), dtype=torch.float64)}
+    num = {"tokens": 0, "sequences": 0}
+    for group, _ in read_groups(ledger):
+        if group.group_id not in groups:
+            continue
+        judged = [answer for answer in group.answers if answer.verdict.label != "unknown"]
+        prompt = torch.tensor(group.prompt.tokens).long()
+        losses = literal_loss(
+            options["name"],
+            [logprobs_of(prompt, torch.tensor(answer.completion.tokens).long()) for answer in judged],
+            [torch.tensor(answer.completion.logprobs).double() for answer in judged],
+            [answer.verdict.label == "correct" for answer in judged],
+            [answer.completion.finish_reason == "length" for answer in judged],
+            MAX_ANSWER,
+            options,
+        )
+        for answer, loss in zip(judged, losses, strict=True):
+            parts[answer.verdict.label == "correct"] += loss
+        num["tokens"] += sum(len(answer.completion.tokens) for answer in judged)
+        num["sequences"] += len(judged)
+    denominator = num[settings.train.get("denominator", "tokens")]
+    return parts[True] / denominator, parts[False] / denominator
 
 
 def write_config(folder: Path, model: Path, layout: Layout, algorithm: str = "nft", dtype: str = "float32") -> Path:
+    settings = ALGORITHMS[algorithm]
     tree = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(model), "dtype": dtype, **layout.model},
         "data": {"train": "not read", "max_prompt_tokens": 16},
-        "rollout": {"questions_per_step": 4, "answers_per_question": NUM_ANSWERS, "max_answer_tokens": 32},
-        "algorithm": {"name": "nft", "epsilon": EPSILON} if algorithm == "nft" else {"name": "rft"},
+        "rollout": {"questions_per_step": 4, "answers_per_question": NUM_ANSWERS, "max_answer_tokens": MAX_ANSWER},
+        "algorithm": settings.options,
         "optimizer": {**ADAM, **layout.optimizer},
-        "train": {"num_steps": 1, "updates_per_step": NUM_UPDATES, "micro_batch_tokens": 64, **layout.train},
+        "train": {
+            "num_steps": 1, "updates_per_step": NUM_UPDATES, "micro_batch_tokens": 64, **layout.train, **settings.train,
+        },
         "parallel": layout.parallel,
-    }
+    }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "config.yaml"

@@ -72,8 +72,8 @@ class TokenLoss(NamedTuple):
 class SequenceBatch(NamedTuple):
     """What a loss of coupling "sequence" or "group" may look at, for some answers; under "group" all of their questions.
 
-    ``log_ratio_A`` = Σ_t log R_t, summed over all tokens of the answer wherever they lie, carries the gradient. ``length_A`` are
-    its tokens, ``group_A`` as in :class:`AnswerBatch`, ``advantage_A`` is :meth:`Algorithm.advantage`.
+    ``log_ratio_A`` = Σ_t log R_t, summed over all tokens of the answer wherever they lie, carries the gradient. ``length_A``
+    are its tokens, ``group_A`` as in :class:`AnswerBatch`, ``advantage_A`` is :meth:`Algorithm.advantage`.
     """
 
     log_ratio_A: Tensor
@@ -87,8 +87,8 @@ class SequenceBatch(NamedTuple):
 class Algorithm(Section):
     """An objective with its options, and what it asks of the rooms around it. Subclasses are found by their ``name``.
 
-    coupling: what ℓ depends on. "sequence": the trainer sums log-ratios over an answer before ℓ is known, context-parallel ranks
-        together. "group": besides, all answers to a question are in one micro-batch.
+    coupling: what ℓ depends on. "sequence": the trainer sums log-ratios over an answer before ℓ is known, context-parallel
+        ranks together. "group": besides, all answers to a question are in one micro-batch.
     uses_wrong_answers: False means that wrong answers are never packed and never forwarded.
     needs_mixed_groups: questions with r̂ = 0 or 1 have no loss, or one that is not defined. False: they may be trained on.
     """

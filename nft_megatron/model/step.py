@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nft_megatron.algorithms import Algorithm, TokenBatch, TokenLoss
+from nft_megatron.algorithms import Algorithm
 from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
 from nft_megatron.layout.minibatches import Layout
+from nft_megatron.model import objective
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
@@ -124,7 +125,7 @@ class Trainer:
             mismatch = mismatch.add((logprob_N - micro_batch.engine_logprob_N)[~micro_batch.is_stale_N])
         entropy, *sums = self._reduce([entropy, *mismatch.sums], dist.ReduceOp.SUM)
         largest = self._reduce([mismatch.largest], dist.ReduceOp.MAX)[0]
-        return {"entropy": entropy / num_tokens} | MismatchSums(tuple(sums), largest).metrics()
+        return {"entropy": entropy / max(num_tokens, 1)} | MismatchSums(tuple(sums), largest).metrics()
 
     def mismatch(self, ledger: Path, step: int) -> MetricsRow:
         """How far the log-probs of ``ledger``'s answers are from this model's, in the metrics of the step after ``step`` − 1.
@@ -163,37 +164,36 @@ class Trainer:
         )
 
     def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
+        """In one pass through the LM head where the loss is a sum over tokens, else in two."""
+        algorithm, context_group = self.algorithm, self.topology.context_group
+
         def loss_of(logprob_C: Tensor, tokens: slice) -> Tensor:
-            return micro_batch.weight_N[tokens] * self._token_loss(micro_batch, logprob_C, tokens).loss_N
+            return objective.token_loss(algorithm, micro_batch, logprob_C, tokens).loss_N
 
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
-            weight_VH = lm_head_weight(chunk)
-            loss, logprob_N = token_loss_sum(
-                hidden_NH, weight_VH, micro_batch.packed.targets_N, loss_of,
-                main_grad_VH=weight_VH.main_grad, **self._head,  # type: ignore[attr-defined]
-            )  # fmt: skip
-            return loss, NO_TOKEN_COUNT, self._sums(micro_batch, logprob_N)
+            weight_VH, targets_N = lm_head_weight(chunk), micro_batch.packed.targets_N
+            head = self._head | {"main_grad_VH": weight_VH.main_grad}  # type: ignore[attr-defined]
+            if algorithm.coupling == "token":
+                loss, logprob_N = token_loss_sum(hidden_NH, weight_VH, targets_N, loss_of, **head)
+            else:
+                logprob_N = token_logprobs(hidden_NH, weight_VH, targets_N, **head).logprob_N
+                loss = objective.sequence_loss(algorithm, micro_batch, logprob_N, context_group).sum()
+            return loss, NO_TOKEN_COUNT, self._sums(micro_batch, logprob_N.detach())
 
         return function
 
-    def _token_loss(self, micro_batch: MicroBatch, logprob_C: Tensor, tokens: slice) -> TokenLoss:
-        assert micro_batch.old_logprob_N is not None, "prepare() fills it on the last stage"
-        of_each_token = (micro_batch.old_logprob_N, micro_batch.is_correct_N, micro_batch.correct_rate_N)
-        return self.algorithm.token_loss(TokenBatch(logprob_C, *(each_N[tokens] for each_N in of_each_token)))
-
     def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor | float]:
         """What :class:`UpdateStats` adds up over micro-batches, in its order, and the largest log R."""
-        token_loss = self._token_loss(micro_batch, logprob_N, slice(None))
+        measured = objective.measure(self.algorithm, micro_batch, logprob_N, self.topology.context_group)
         assert micro_batch.old_logprob_N is not None
-        loss_N, is_correct_N = micro_batch.weight_N * token_loss.loss_N, micro_batch.is_correct_N
         delta_N = logprob_N - micro_batch.old_logprob_N
         sums = [
-            loss_N[is_correct_N].sum(),
-            loss_N[~is_correct_N].sum(),
+            measured.right,
+            measured.wrong,
             # KL(π_old ‖ π_θ) from answers of π_old, each term ≥ 0: R − 1 − log R
             (torch.expm1(delta_N.clamp(max=20)) - delta_N).sum(),
-            token_loss.clamped_N.float().sum(),
-            (~is_correct_N).float().sum(),
+            measured.clamped_N.float().sum(),
+            (~micro_batch.is_correct_N).float().sum(),
         ]
         return torch.stack(sums), delta_N.max() if len(delta_N) else -torch.inf
 
@@ -211,7 +211,7 @@ class Trainer:
             "grad_norm": float(np.mean(finite)),
             "grad_norm_max": max(finite),
             "learning_rate": updates[-1].applied.learning_rate,
-            "kl_old": sum(update.kl_sum for update in updates) / sum(update.num_tokens for update in updates),
+            "kl_old": sum(update.kl_sum for update in updates) / max(sum(update.num_tokens for update in updates), 1),
             "ratio_max": float(np.exp(max(update.log_ratio_max for update in updates))),
             "clamp_rate": sum(update.num_clamped for update in updates) / num_wrong if num_wrong else 0.0,
             "skipped_updates": sum(update.applied.skipped for update in updates),

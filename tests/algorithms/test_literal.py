@@ -58,8 +58,7 @@ def ours(algorithm, asked):
     row_N = torch.arange(len(new)).repeat_interleave(length_A)[order]
     advantage_N = None if advantage_A is None else advantage_A[row_N]
     batch = TokenBatch(torch.cat(new)[order], torch.cat(old)[order], correct_A[row_N], rate_A[row_N], advantage_N)
-    loss = (weight_A[row_N] * algorithm.token_loss(batch).loss_N).sum()
-    return loss
+    return (weight_A[row_N] * algorithm.token_loss(batch).loss_N).sum()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -15,7 +15,7 @@ import torch
 from launcher import Ranks
 from megatron_alone import alone_in_megatron
 from parity_worker import MUTATIONS, Run, measure
-from recorded_step import ADAM, LAYOUTS, NUM_UPDATES, Layout, members, paper_loss, write_config
+from recorded_step import ADAM, ALGORITHMS, LAYOUTS, NUM_UPDATES, Layout, members, paper_loss, write_config
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
@@ -114,6 +114,22 @@ def test_every_layout_computes_the_papers_step(models, ledger, expected, tmp_pat
         assert_equal(measured, expected[kind])
 
 
+@pytest.fixture(scope="module")
+def expected_of_all(models, ledger) -> dict[str, Outcome]:
+    return {name: paper(models["untied"], ledger, name) for name in ALGORITHMS}
+
+
+@pytest.mark.parametrize("name", ["alone", "tensor 2", "pipeline 2 interleaved", "data 2", "context 2"])
+def test_every_algorithm_computes_its_papers_step(models, ledger, expected_of_all, tmp_path, name):
+    """Losses of tokens and of whole groups of answers, the latter's tokens on several context ranks."""
+    configs = [
+        write_config(tmp_path / str(i), models["untied"], LAYOUTS[name], algorithm) for i, algorithm in enumerate(ALGORITHMS)
+    ]
+    outcomes = launch(tmp_path, configs, ledger, LAYOUTS[name].num_processes)
+    for algorithm, measured in zip(ALGORITHMS, outcomes, strict=True):
+        assert_equal(measured, expected_of_all[algorithm])
+
+
 def test_megatrons_own_attention_agrees(models, ledger, expected, tmp_path):
     """Each sequence alone through an unmodified GPTModel with Megatron-Core's own attention and rotary positions."""
     for kind, model in models.items():
@@ -149,9 +165,9 @@ def test_bfloat16_is_within_its_own_noise(models, ledger, expected, tmp_path):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_faults_of_others_would_be_found(models, ledger, expected, tmp_path, mutation):
+def test_the_faults_of_others_would_be_found(models, ledger, expected_of_all, tmp_path, mutation):
     """Each planted fault moves a gradient by a hundred times the tolerance and more."""
-    layout = LAYOUTS["context 2 × data 2"]
-    config = write_config(tmp_path / "mutated", models["untied"], layout)
+    algorithm, layout = "infonca" if "whole answers" in mutation else "nft", LAYOUTS["context 2 × data 2"]
+    config = write_config(tmp_path / "mutated", models["untied"], layout, algorithm)
     (measured,) = launch(tmp_path, [config], ledger, layout.num_processes, mutation)
-    assert gradient_error(measured, expected["untied"])[0] > 1e-3
+    assert gradient_error(measured, expected_of_all[algorithm])[0] > 1e-3

@@ -1,0 +1,89 @@
+"""The weighted loss of a micro-batch as a function of its log-probs, for every coupling of an algorithm.
+
+    "token":               Σ_n (ω/D)_n · ℓ(logprob_n)                       any part of the tokens alone
+    "sequence", "group":   Σ_r (ω/D)_r · ℓ_r(S),  S_r = Σ_n log R_n          S over all tokens of an answer, on whatever context rank
+
+Suffix ``_N``: one entry a loss token of this rank, ``_C``: of a chunk of them; ``_R``: one entry an answer of the micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nft_megatron.algorithms import Algorithm, SequenceBatch, TokenBatch, TokenLoss
+from nft_megatron.layout.batch import MicroBatch
+
+
+class Measured(NamedTuple):
+    """What the log-probs of a micro-batch say of its loss; nothing is differentiable.
+
+    ``right`` and ``wrong`` are the weighted loss of right and of wrong answers, this rank's share. ``gradient_N`` is its
+    derivative in each log-prob, ω/D included. ``clamped_N`` as in :class:`.TokenLoss`.
+    """
+
+    right: Tensor
+    wrong: Tensor
+    gradient_N: Tensor
+    clamped_N: Tensor
+
+
+def token_loss(algorithm: Algorithm, batch: MicroBatch, logprob_C: Tensor, tokens: slice) -> TokenLoss:
+    """ω·ℓ/D of ``tokens``, differentiable in their log-probs ``logprob_C``."""
+    assert batch.old_logprob_N is not None, "Trainer.prepare fills it on the last stage"
+    advantage_C = None if batch.advantage_N is None else batch.advantage_N[tokens]
+    of_each_token = (batch.old_logprob_N, batch.is_correct_N, batch.correct_rate_N)
+    result = algorithm.token_loss(TokenBatch(logprob_C, *(each_N[tokens] for each_N in of_each_token), advantage_C))
+    return result._replace(loss_N=batch.weight_N[tokens] * result.loss_N)
+
+
+def sequence_loss(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_group: dist.ProcessGroup) -> Tensor:
+    """ω·ℓ/D of every answer, the same on all ranks of ``context_group``, shape R.
+
+    Its derivative in ``logprob_N`` is that of the one loss which all of them share, so gradients add up over the ranks as
+    those of token losses do.
+    """
+    answers = batch.answers
+    assert batch.old_logprob_N is not None and answers is not None
+    delta_N = logprob_N - batch.old_logprob_N
+    local_R = delta_N.new_zeros(len(answers.weight_R)).index_add(0, batch.packed.row_N, delta_N)
+    log_ratio_R = _SumOverRanks.apply(local_R, context_group)
+    return answers.weight_R * algorithm.sequence_loss(
+        SequenceBatch(
+            log_ratio_R, answers.length_R, answers.is_correct_R, answers.correct_rate_R, answers.group_R, answers.advantage_R
+        )
+    )
+
+
+def measure(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_group: dist.ProcessGroup) -> Measured:
+    """See :class:`Measured`. All ranks of ``context_group`` together where the loss is of whole answers."""
+    with torch.enable_grad():
+        logprob_N = logprob_N.detach().requires_grad_()
+        if algorithm.coupling == "token":
+            loss, clamped_N = token_loss(algorithm, batch, logprob_N, slice(None))
+            share, is_correct = loss, batch.is_correct_N
+        else:
+            assert batch.answers is not None
+            loss, clamped_N = sequence_loss(algorithm, batch, logprob_N, context_group), torch.zeros_like(batch.is_correct_N)
+            share, is_correct = loss / context_group.size(), batch.answers.is_correct_R  # every rank has the whole loss
+        (gradient_N,) = torch.autograd.grad(loss.sum(), logprob_N)
+    share = share.detach()
+    return Measured(share[is_correct].sum(), share[~is_correct].sum(), gradient_N, clamped_N)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Σ over the ranks of a group. Each rank goes on to compute the same loss, whose gradient in its own part is passed on."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = part.clone()
+        if group.size() > 1:
+            dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
