@@ -12,7 +12,9 @@ FLOORS = {
     **dict.fromkeys(
         ["__init__", "errors", "files", "records", "config", "config_load", "run_folder", "stop", "place", "data"], 0
     ),
-    **dict.fromkeys([f"verify.{name}" for name in ("boxes", "grade", "modes", "numbers", "reasons", "simplerl")], 0),
+    **dict.fromkeys(
+        [f"verify.{name}" for name in ("boxes", "expressions", "grade", "modes", "numbers", "reasons", "simplerl")], 0
+    ),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
     **dict.fromkeys(["section", "algorithms"], 0),
     **dict.fromkeys(["layout", "weights", "convert", "observe", "plan"], 1),

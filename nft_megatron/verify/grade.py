@@ -7,7 +7,8 @@ The strict route, in order (the first that applies decides):
 3. several different boxes side by side where the gold is one number: wrong.
 4. box and gold are the same text, spacing apart, or the same number: correct.
 5. the gold is an integer, and the box another number or anything but plain arithmetic: wrong. Two different fractions: wrong.
-6. else math-verify must compare the box (not the text around it) with the gold: :class:`Undecided`.
+6. box and gold are expressions that have different values at one point: wrong.
+7. else math-verify must compare the box (not the text around it) with the gold: :class:`Undecided`.
 
 Steps 3 and 5 are stricter than math-verify, which accepts ``34\%``, ``1=34`` and ``n \approx 34`` for 34.
 
@@ -24,10 +25,11 @@ from fractions import Fraction
 
 from nft_megatron.records import FinishReason, Verdict
 from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
+from nft_megatron.verify.expressions import differ
 from nft_megatron.verify.numbers import is_arithmetic, read_bare_number, read_number, same_spelling, stated_part
 from nft_megatron.verify.reasons import verdict
 
-STRICT = "strict/1"
+STRICT = "strict/2"
 DAPO = "dapo/1"
 DAPO_WINDOW = 300
 
@@ -58,7 +60,7 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
     >>> grade(r"so the total is \boxed{1{,}234}.", "1234", "stop").label
     'correct'
     >>> grade(r"\boxed{34\%}", "34", "stop")
-    Verdict(label='wrong', reason='not a number', verifier='strict/1', seconds=0.0)
+    Verdict(label='wrong', reason='not a number', verifier='strict/2', seconds=0.0)
     >>> grade(r"hence \boxed{\sqrt{2}/2}", r"\frac{1}{\sqrt{2}}", "stop")
     Undecided(text='\\boxed{\\sqrt{2}/2}', gold='\\frac{1}{\\sqrt{2}}')
     """
@@ -106,13 +108,13 @@ def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     if contents[-1] == gold or (number is not None and number == gold_number):
         return verdict("exact", STRICT)
     if gold_number is None:
-        return verdict("exact", STRICT) if same_spelling(answer, gold) else _to_compare(answer, gold)
+        return verdict("exact", STRICT) if same_spelling(answer, gold) else _by_value(answer, gold)
     is_integer = gold_number.denominator == 1
     if number is not None and (is_integer or "." not in answer + gold):  # decimals may be rounded
         return verdict("another number", STRICT)
     if is_integer and not is_arithmetic(answer):
         return verdict("not a number", STRICT)
-    return _to_compare(answer, gold)
+    return _by_value(answer, gold)
 
 
 @functools.lru_cache(_SMALL_CACHE)
@@ -125,6 +127,10 @@ def _compare_exactly(answer: str, gold: str) -> Verdict:
 
 def _is_number(content: str, number: Fraction | None) -> bool:
     return number is not None and read_number(stated_part(content)) == number
+
+
+def _by_value(answer: str, gold: str) -> Verdict | Undecided:
+    return verdict("not equal", STRICT) if differ(answer, gold) else _to_compare(answer, gold)
 
 
 def _to_compare(answer: str, gold: str) -> Undecided:

@@ -130,10 +130,10 @@ def same_spelling(text: str, other: str) -> bool:
     >>> same_spelling(r"\left( 2n - 1,\, \dfrac12 \right)", r"(2n-1, \frac12)"), same_spelling("3 4", "34")
     (True, False)
     """
-    return _tight(text) == _tight(other)
+    return tight(text) == tight(other)
 
 
-def _tight(text: str) -> str:
+def tight(text: str) -> str:
     """``text`` without the spaces that touch a sign: those between letters or digits may mean something."""
     return _LOOSE_SPACE.sub("", _respell(text))
 

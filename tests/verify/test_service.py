@@ -28,6 +28,7 @@ CASES = [
     (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}", "correct"),
     (r"\boxed{(x+1)^2}", "x^2+2x+1", "correct"),
     (r"\boxed{x+2}", "x+1", "wrong"),
+    (r"\boxed{[0, 1]}", "[0,1)", "wrong"),
     (r"\boxed{\sqrt{1156}}", "34", "correct"),
     (r"\boxed{2^{5}}", "34", "wrong"),
     (r"$\boxed{1}$ and $\boxed{2}$", r"\{1, 2\}", "correct"),
@@ -191,7 +192,7 @@ def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
 
 def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() -> None:
     """One task in twenty loses its worker. It is tried again; who loses two is unknown; nobody gets another's verdict."""
-    golds = [(rf"\boxed{{\sqrt{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in range(2, 202)]
+    golds = [(rf"\boxed{{\sqrt[2]{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in range(2, 202)]
     expected = ["correct" if n % 3 else "wrong" for n in range(2, 202)]
     is_over = threading.Event()
     num_judged = 0

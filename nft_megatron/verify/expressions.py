@@ -1,0 +1,228 @@
+r"""Tells expressions apart by their values: most wrong answers need no computer algebra.
+
+Two expressions that differ at one point are different. Both are evaluated at a point where every variable has a number of its
+own; what differs there by more than rounding could is settled, and what agrees is left to computer algebra. Reads integers,
+letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^, brackets, and points such as ``(1, \frac{\pi}{2})``. Refuses, by reading
+nothing, whatever math-verify reads in another way than LaTeX means it or than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``,
+``2\frac13``, ``f(x)``, ``5m`` (a unit?), and the letters d, e and i.
+"""
+
+from __future__ import annotations
+
+import decimal
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from nft_megatron.verify.numbers import tight
+
+_MAX_CHARS = 200
+_CONTEXT = decimal.Context(prec=60, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow])
+# With what is beyond these nothing is decided; within them rounding stays far below _DIFFERENCE.
+_LARGEST, _SMALLEST_DIVISOR, _LARGEST_EXPONENT = Decimal("1e12"), Decimal("1e-6"), Decimal(32)
+_DIFFERENCE = Decimal("1e-9")
+
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+_LETTERS = "abcfghjklmnopqrstuvwxyz"
+_POINT = {letter: (Decimal(index + 2).sqrt(_CONTEXT) % 1) + 1 for index, letter in enumerate(_LETTERS)}  # all within 1 and 2
+
+_TOKEN = re.compile(r"([0-9]+)|([A-Za-z])|\\([A-Za-z]+)\s*|([-+*/^(){}])")
+_SHORT_FRACTION = [
+    (re.compile(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*([0-9A-Za-z])\s*\{"), r"\\frac{\1}{"),
+]
+# Letters at the end behind a digit or a brace may be a unit, unless they are these.
+_UNIT = re.compile(r"[0-9}\s](?!(?:[abruvw]|[knpqxyz]+)$)[A-Za-z]+$")
+_PRODUCT = {"*", r"\cdot", r"\times"}
+# Neighbours that need not be a product: f(x), \pi^f(x), \frac{1}{2}(x), 2\frac13.
+_AMBIGUOUS = {("letter", "("), ("fraction", "("), ("root", "("), ("number", r"\frac")}
+
+
+class _Unreadable(Exception):
+    """Whatever keeps an expression from having a value here."""
+
+
+def differ(answer: str, gold: str) -> bool:
+    r"""Whether ``answer`` and ``gold`` have different values for sure; False says nothing.
+
+    >>> differ("(x-2)^2", "x^2-4"), differ("(x-2)(x+2)", "x^2-4"), differ(r"\frac{\sqrt3}{2}", r"\frac{\sqrt2}{2}")
+    (True, False, True)
+    >>> differ("(1, \\pi)", "(1, \\frac{\\pi}{2})"), differ("(1, 2, 3)", "(1, 2)"), differ("0.333", r"\frac13")
+    (True, False, False)
+    """
+    parts, gold_parts = _coordinates(answer), _coordinates(gold)
+    if len(parts) != len(gold_parts) or _letters(answer) != _letters(gold):
+        return False
+    return any(_values_differ(part, gold_part) for part, gold_part in zip(parts, gold_parts, strict=True))
+
+
+def value_of(text: str) -> Decimal | None:
+    r"""The value of an expression where each variable has its own number; None where it cannot be read without doubt.
+
+    >>> value_of(r"\frac{3}{4}-2^{-2}"), value_of("1/2x"), value_of("3(4)"), value_of("5m")
+    (Decimal('0.50'), None, None, None)
+    """
+    text = tight(text)
+    if len(text) > _MAX_CHARS or _UNIT.search(text) or not re.search("[^A-Za-z]", text):
+        return None
+    for pattern, spelling in _SHORT_FRACTION:
+        text = pattern.sub(spelling, text)
+    tokens, end = [], 0
+    while end < len(text):
+        token = _TOKEN.match(text, end)
+        if token is None:
+            return None
+        tokens.append(token.group().strip())
+        end = token.end()
+    with decimal.localcontext(_CONTEXT):
+        try:
+            reader = _Reader(tokens)
+            value = reader.sum()
+            return value if reader.is_at_end else None
+        except (_Unreadable, decimal.DecimalException):
+            return None
+
+
+def _values_differ(answer: str, gold: str) -> bool:
+    value, gold_value = value_of(answer), value_of(gold)
+    return value is not None and gold_value is not None and abs(value - gold_value) > _DIFFERENCE
+
+
+def _letters(text: str) -> set[str]:
+    """The variables; commands aside, and in lower case, as math-verify reads them."""
+    return set(re.findall("[a-z]", re.sub(r"\\[A-Za-z]+", "", text).lower()))
+
+
+def _coordinates(text: str) -> list[str]:
+    """The coordinates of a point; any other text is one part."""
+    text = tight(text)
+    if not (text.startswith("(") and text.endswith(")") and "," in text):
+        return [text]
+    parts, depth = [""], 0
+    for symbol in text[1:-1]:
+        depth += (symbol in "({[") - (symbol in ")}]")
+        if depth < 0:
+            return [text]
+        if symbol == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += symbol
+    return parts
+
+
+class _Reader:
+    """Reads and evaluates tokens from left to right; one method for each level of precedence."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._tokens, self._position = tokens, 0
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._position == len(self._tokens)
+
+    def sum(self) -> Decimal:
+        sign = self._take() if self._next in ("+", "-") else "+"
+        value = self._product() if sign == "+" else -self._product()
+        while self._next in ("+", "-"):
+            value = value + self._product() if self._take() == "+" else value - self._product()
+        return _bounded(value)
+
+    def _product(self) -> Decimal:
+        value, kind = self._power()
+        while True:
+            if self._next in _PRODUCT:
+                self._take()
+                factor, kind = self._power()
+                value *= factor
+            elif self._next == "/":
+                self._take()
+                divisor, kind = self._power()
+                if self._starts_factor:
+                    raise _Unreadable("a/bc: is c above or below?")
+                value = _quotient(value, divisor)
+            elif self._starts_factor:
+                before, kind_before = self._next, kind
+                factor, kind = self._power()
+                if kind == "number" or (kind_before, before) in _AMBIGUOUS:
+                    raise _Unreadable("3(4), f(x), 2 1/3")
+                value *= factor
+            else:
+                return value
+
+    def _power(self) -> tuple[Decimal, str]:
+        """A value and its kind: number (also one in brackets), letter, group (in brackets), fraction or root."""
+        base, kind = self._atom()
+        if self._next != "^":
+            return base, kind
+        self._take()
+        exponent = self._short_argument()
+        if self._next == "^" or abs(exponent) > _LARGEST_EXPONENT or (base <= 0 and exponent != exponent.to_integral_value()):
+            raise _Unreadable
+        if exponent < 0:
+            return _quotient(Decimal(1), _bounded(base**-exponent)), kind
+        return _bounded(base**exponent), kind
+
+    def _atom(self) -> tuple[Decimal, str]:
+        token = self._take()
+        if token.isdigit():
+            return _bounded(Decimal(token)), "number"
+        if token.lower() in _POINT:
+            return _POINT[token.lower()], "letter"
+        if token == "(":
+            start = self._position
+            value = self.sum()
+            self._expect(")")
+            has_name = any(token.isalpha() or token == r"\pi" for token in self._tokens[start : self._position])
+            return value, "group" if has_name else "number"
+        if token == r"\pi":
+            return _PI, "letter"
+        if token == r"\frac":
+            above = self._braces()
+            return _quotient(above, self._braces()), "fraction"
+        if token == r"\sqrt":
+            return self._short_argument().sqrt(), "root"
+        raise _Unreadable(token)
+
+    def _short_argument(self) -> Decimal:
+        r"""Of ``^`` or ``\sqrt``: one digit, one letter, or what is in braces; not the 23 of ``x^23``."""
+        if self._next == "{":
+            return self._braces()
+        if len(self._next) != 1 or self._next == "(":
+            raise _Unreadable(self._next)
+        return self._atom()[0]
+
+    def _braces(self) -> Decimal:
+        self._expect("{")
+        value = self.sum()
+        self._expect("}")
+        return value
+
+    @property
+    def _next(self) -> str:
+        return "" if self.is_at_end else self._tokens[self._position]
+
+    @property
+    def _starts_factor(self) -> bool:
+        return self._next not in ("", "+", "-", "*", "/", "^", ")", "}", *_PRODUCT)
+
+    def _take(self) -> str:
+        if self.is_at_end:
+            raise _Unreadable("ends too early")
+        self._position += 1
+        return self._tokens[self._position - 1]
+
+    def _expect(self, token: str) -> None:
+        if self._take() != token:
+            raise _Unreadable(f"no {token}")
+
+
+def _bounded(value: Decimal) -> Decimal:
+    if abs(value) > _LARGEST:
+        raise _Unreadable("too large")
+    return value
+
+
+def _quotient(above: Decimal, below: Decimal) -> Decimal:
+    if abs(below) < _SMALLEST_DIVISOR:
+        raise _Unreadable("almost 0 below")
+    return _bounded(above / below)
