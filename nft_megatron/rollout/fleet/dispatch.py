@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 
-_MEMORY = 1000  # answers over which the typical length is averaged
+# The length of an answer of which nothing is known, as a share of the longest allowed: at first, and by how much each answer
+# moves it. Slowly, as the first to come are the short ones.
+_FIRST_SHARE, _SHARE_RATE = 0.25, 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,13 @@ class Dispatcher:
         self._num_waiting = 0
         self._sent: dict[int, _Sent] = {}
         self._outstanding: defaultdict[str, int] = defaultdict(int)
-        self._mean_tokens, self._num_answered = 0.0, 0
+        self._share = _FIRST_SHARE
 
     def add(self, call: int, request: int, indices: range, *, prompt_tokens: int, hint: int | None, max_tokens: int) -> None:
         """Ask for answers ``indices``, neighbours by index, of a request.
 
-        ``hint``: expected tokens of one answer, None where nothing is known of it; then the mean length of the answers so far
-        stands in, and before the first one ``max_tokens``.
+        ``hint``: expected tokens of one answer, None where nothing is known of it: then a quarter of ``max_tokens`` at first,
+        and as time goes by the share of it that answers have really used.
         """
         self._wait(_Work(call, request, indices, prompt_tokens, hint, max_tokens))
 
@@ -129,8 +132,7 @@ class Dispatcher:
         sent = self._sent.get(ticket)
         if sent is None or index not in sent.open:
             return False
-        self._num_answered += 1
-        self._mean_tokens += (num_tokens - self._mean_tokens) / min(self._num_answered, _MEMORY)
+        self._share += (num_tokens / sent.work.max_tokens - self._share) * _SHARE_RATE
         sent.open.remove(index)
         self._outstanding[sent.server] -= sent.answer_tokens
         if not sent.open:
@@ -179,9 +181,7 @@ class Dispatcher:
         return self._outstanding[server]
 
     def _expected(self, work: _Work) -> int:
-        if work.hint is not None:
-            return min(work.hint, work.max_tokens)
-        return min(round(self._mean_tokens), work.max_tokens) if self._num_answered else work.max_tokens
+        return min(work.hint, work.max_tokens) if work.hint is not None else math.ceil(self._share * work.max_tokens)
 
     def _choose(self, servers: Sequence[str], work: _Work, num_tokens: int) -> str | None:
         untried = [server for server in servers if server not in work.failed_on]

@@ -147,16 +147,16 @@ def test_budget_is_kept_and_an_idle_server_gets_one_piece_in_any_case():
     assert [piece.request for piece in dispatcher.assign(["a"])] == [2]
 
 
-def test_without_a_hint_the_mean_length_so_far_stands_in():
-    dispatcher = make()
-    add(dispatcher, 0, prompt=0, num=2)
+def test_without_a_hint_a_quarter_of_the_longest_and_then_what_answers_have_used():
+    dispatcher = make(budget=10**9)
+    add(dispatcher, 0, prompt=0, num=8000, max_tokens=1000)
+    (piece,) = dispatcher.assign(["a"])
+    assert dispatcher.outstanding("a") == 8000 * 250
+    for index in piece.indices:
+        dispatcher.answered(piece.ticket, index, 600)
+    add(dispatcher, 1, prompt=0, max_tokens=2000)
     dispatcher.assign(["a"])
-    assert dispatcher.outstanding("a") == 200
-    dispatcher.answered(0, 0, 10)
-    dispatcher.answered(0, 1, 30)
-    add(dispatcher, 1, prompt=0)
-    dispatcher.assign(["a"])
-    assert dispatcher.outstanding("a") == 20
+    assert 1195 <= dispatcher.outstanding("a") <= 1200
 
 
 def test_many_groups_stay_whole_and_the_last_one_is_spread():
