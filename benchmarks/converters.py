@@ -4,17 +4,18 @@ A random model of --shape (bfloat16) is converted in both directions, one proces
 
   cp            `cp` of the model's file and fsync: what the disk and the page cache allow
   safetensors   load every tensor and save them again, fsync: a conversion that changes nothing
+  no proof      `nft-megatron convert --no-proof`: manifest without hashes, fsync, rename
   ours          `nft-megatron convert`: hashes of all tensors, scan for non-finite values, manifest, fsync, rename
   mbridge       mbridge: into a Megatron-Core model, saved as torch_dist by this project's writer; the way back likewise
   bridge        Megatron-Bridge, likewise
 
 The last two run only with --peers-python, an interpreter with torch, megatron-core, transformers, mbridge and megatron-bridge,
 and on the CPU: through the local layer spec, with names of Transformer Engine's spec translated, and Megatron-Bridge with an
-empty package in place of transformer_engine. Imports are not counted, building the model that they need is. Ways take turns
-within each repeat; the table has medians over the repeats, and a ratio is the median of the ratios within a repeat.
+empty package in place of transformer_engine. Imports are not counted, building the model that they need is. Every source is
+read once before, so that all find it in the page cache. Ways take turns within each repeat; the table has medians over the
+repeats, and a ratio is the median of the ratios within a repeat.
 
-Goals at 1.5b: memory <= 0.8 GB; in <= 1.5 x cp and out <= 3 x cp (4 x with the proofs, which are always on);
-peers / ours >= 5 in and >= 2 out.
+--layers converts models that differ in depth only, and prints the peak memory of each.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import tempfile
 import time
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -59,6 +61,14 @@ SHAPES = {
     },
 }  # fmt: skip
 PREDICTED_GB = {"7B": 15.2, "32B": 65.5}
+OURS = ("no proof", "ours")
+PEERS = {"mbridge": "mbridge", "bridge": "megatron.bridge"}  # way: package
+GOALS = [  # of the shape 1.5b: way, compared with, direction, the ratio of seconds that is to be reached
+    ("no proof", "cp", "in", "<=", 1.5), ("no proof", "cp", "out", "<=", 3.0), ("ours", "cp", "in", "<=", 4.0),
+    ("ours", "cp", "out", "<=", 4.0), ("mbridge", "ours", "in", ">=", 5.0), ("mbridge", "ours", "out", ">=", 2.0),
+    ("bridge", "ours", "in", ">=", 5.0), ("bridge", "ours", "out", ">=", 2.0),
+]  # fmt: skip
+MOST_GB = 0.8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="1.5b", help="(%(default)s)")
     add("--repeats", type=int, default=3, help="rounds in which all ways take turns (%(default)s)")
     add("--workers", type=int, help="of ours (one a core)")
-    add("--folder", type=Path, help="on the disk to measure; takes five times the model (a temporary folder)")
+    add("--folder", type=Path, help="on the disk to measure; takes three times the model (a temporary folder)")
+    add("--layers", type=int, nargs="+", help="only the memory of ours, at these numbers of layers (such as 6 12 24)")
     add("--peers-python", type=Path, help="interpreter that has the peers (none: without them)")
     add("--one", nargs=4, metavar=("WAY", "in|out", "SRC", "DST"), help="only this conversion; prints seconds and GB as JSON")
     return parser.parse_args()
@@ -79,27 +90,53 @@ def main() -> None:
         way, direction, source, destination = arguments.one
         WAYS[way](direction, Path(source), Path(destination), arguments.workers)
         return
-    ways = ["cp", "safetensors", "ours"]
-    if arguments.peers_python:
-        ways += [
-            way for way, package in (("mbridge", "mbridge"), ("bridge", "megatron.bridge")) if has(arguments, way, package)
-        ]
+    print("torch and all else that is imported takes a part of the memory: its peak before a conversion is in brackets")
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="converters-") as name:
-        folder = Path(name)
-        # In a process of its own: a process that has been large passes its peak on to those that it starts.
-        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder / "hf", SHAPES[arguments.shape]))
-        maker.start()
-        maker.join()
-        num_bytes = (folder / "hf" / "model.safetensors").stat().st_size
-        print(f"{arguments.shape}: {num_bytes / 1e9:.2f} GB, medians of {arguments.repeats} repeats\n")
-        figures = {(way, direction): [] for way in ways for direction in ("in", "out")}
-        for _ in range(arguments.repeats):
-            for way in ways:
-                for direction in ("in", "out"):
-                    figures[way, direction].append(measure(arguments, way, direction, folder))
-            for way in ways:
-                shutil.rmtree(folder / way, ignore_errors=True)
+        if arguments.layers:
+            compare_depths(arguments, Path(name))
+        else:
+            compare_ways(arguments, Path(name))
+
+
+def compare_ways(arguments: argparse.Namespace, folder: Path) -> None:
+    ways = ["cp", "safetensors", *OURS]
+    if arguments.peers_python:
+        ways += [way for way, package in PEERS.items() if has(arguments, way, package)]
+    num_bytes = make(folder / "hf", SHAPES[arguments.shape])
+    print(f"{arguments.shape}: {num_bytes / 1e9:.2f} GB, medians of {arguments.repeats} repeats\n", flush=True)
+    figures = {(way, direction): [] for way in ways for direction in ("in", "out")}
+    for _ in range(arguments.repeats):
+        for way in ways:
+            for direction in ("in", "out"):
+                figures[way, direction].append(measure(arguments, way, direction, folder))
+            shutil.rmtree(folder / way)
     report(figures, ways, num_bytes)
+
+
+def compare_depths(arguments: argparse.Namespace, folder: Path) -> None:
+    """Peak memory grows with the largest tensor, not with the model."""
+    print(f"\nwidths of {arguments.shape}\n| layers |    GB | largest tensor, GB | peak GB in  | out         |")
+    print("|-------:|------:|-------------------:|------------:|------------:|")
+    for num_layers in arguments.layers:
+        shape = SHAPES[arguments.shape] | {"num_hidden_layers": num_layers}
+        num_bytes = make(folder / "hf", shape)
+        largest = 2 * (QWEN | shape)["vocab_size"] * shape["hidden_size"]
+        peaks = [memory(measure(arguments, "ours", direction, folder)) for direction in ("in", "out")]
+        print(f"| {num_layers:6} | {num_bytes / 1e9:5.2f} | {largest / 1e9:18.2f} | {peaks[0]} | {peaks[1]} |", flush=True)
+        for name in ("ours", "hf"):
+            shutil.rmtree(folder / name)
+
+
+def memory(figure: dict) -> str:
+    return f"{figure['gigabytes']:.2f} ({figure['before']:.2f})"
+
+
+def make(folder: Path, shape: dict) -> int:
+    """A random model, by a process of its own: one that has been large passes its peak on to those that it starts."""
+    maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder, shape))
+    maker.start()
+    maker.join()
+    return (folder / "model.safetensors").stat().st_size
 
 
 def has(arguments: argparse.Namespace, way: str, package: str) -> bool:
@@ -137,14 +174,15 @@ def make_model(folder: Path, shape: dict) -> None:
 
 def measure(arguments: argparse.Namespace, way: str, direction: str, folder: Path) -> dict:
     """One conversion in a process of its own. What is out of cp and safetensors is the same as what goes in."""
-    peers = way in ("mbridge", "bridge")
     (folder / way).mkdir(exist_ok=True)
     source = folder / way / "in" if direction == "out" and way not in ("cp", "safetensors") else folder / "hf"
     workers = ["--workers", str(arguments.workers)] if arguments.workers else []
+    for path in source.iterdir():
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
     os.sync()
     ended = subprocess.run(
         [
-            arguments.peers_python if peers else sys.executable, __file__, *workers,
+            arguments.peers_python if way in PEERS else sys.executable, __file__, *workers,
             "--one", way, direction, source, folder / way / direction,
         ],
         env=environment(), capture_output=True, text=True, timeout=600,
@@ -162,20 +200,29 @@ def report(figures: dict, ways: list[str], num_bytes: int) -> None:
         pairs = zip(figures[way, direction], figures[to, direction], strict=True)
         return statistics.median(one["seconds"] / other["seconds"] for one, other in pairs)
 
-    print("| way         | in, s | x cp | / ours | CPU s | out, s | x cp | / ours | CPU s | peak GB in | out |")
-    print("|-------------|------:|-----:|-------:|------:|-------:|-----:|-------:|------:|-----------:|----:|")
+    print("| way         | in, s | x cp | / ours | CPU s | out, s | x cp | / ours | CPU s | peak GB in  | out         |")
+    print("|-------------|------:|-----:|-------:|------:|-------:|-----:|-------:|------:|------------:|------------:|")
     for way in ways:
         cells = [
             f"{median(way, to, 'seconds'):5.1f} | {ratio(way, 'cp', to):4.1f} | {ratio(way, 'ours', to):6.1f} | "
             f"{median(way, to, 'cpu'):5.1f}"
             for to in ("in", "out")
         ]
-        memory = [f"{median(way, direction, 'gigabytes'):.2f}" for direction in ("in", "out")]
-        print(f"| {way:11} | {cells[0]} |  {cells[1]} | {memory[0]:>10} | {memory[1]} |")
-    for name, size in PREDICTED_GB.items():
-        seconds = [median("ours", direction, "seconds") * size * 1e9 / num_bytes for direction in ("in", "out")]
-        memory = median("ours", "in", "gigabytes")
-        print(f"predicted for {name} ({size} GB): in {seconds[0]:.0f} s, out {seconds[1]:.0f} s, {memory:.2f} GB of memory")
+        peaks = [max(figures[way, to], key=lambda figure: figure["gigabytes"]) for to in ("in", "out")]
+        print(f"| {way:11} | {cells[0]} |  {cells[1]} | {memory(peaks[0])} | {memory(peaks[1])} |")
+    print()
+    for way in OURS:
+        for name, size in PREDICTED_GB.items():
+            seconds = [median(way, direction, "seconds") * size * 1e9 / num_bytes for direction in ("in", "out")]
+            print(f"predicted for {name} ({size} GB), {way}: in {seconds[0]:.0f} s, out {seconds[1]:.0f} s, memory as above")
+    print()
+    for way, to, direction, sign, goal in GOALS:
+        if way in ways:
+            found = ratio(way, to, direction)
+            met = found <= goal if sign == "<=" else found >= goal
+            print(f"goal: {direction}, {way} {sign} {goal} x {to}: {found:.1f}, {'met' if met else 'not met'}")
+    peak = max(figure["gigabytes"] for way in OURS for direction in ("in", "out") for figure in figures[way, direction])
+    print(f"goal: memory of ours <= {MOST_GB} GB: {peak:.2f}, {'met' if peak <= MOST_GB else 'not met'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- one conversion
@@ -183,10 +230,14 @@ def report(figures: dict, ways: list[str], num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def timed() -> Iterator[None]:
-    start, start_cpu = time.perf_counter(), cpu_seconds()
+    start, start_cpu, before = time.perf_counter(), cpu_seconds(), peak_gigabytes()
     yield
     figures = {"seconds": time.perf_counter() - start, "cpu": cpu_seconds() - start_cpu}
-    print(json.dumps({**figures, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+    print(json.dumps({**figures, "gigabytes": peak_gigabytes(), "before": before}))
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def cpu_seconds() -> float:
@@ -218,23 +269,17 @@ def safetensors(direction: str, source: Path, destination: Path, workers: int | 
         flush(destination)
 
 
-def ours(direction: str, source: Path, destination: Path, workers: int | None) -> None:
+def ours(direction: str, source: Path, destination: Path, workers: int | None, *, proof: bool = True) -> None:
     from nft_megatron.convert.commands import to_hf, to_megatron
 
     with timed():
-        (to_megatron if direction == "in" else to_hf)(source, destination, workers=workers)
-
-
-LOCAL_NAMES = {
-    ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
-    ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
-}
+        (to_megatron if direction == "in" else to_hf)(source, destination, workers=workers, proof=proof)
 
 
 def fused(name: str) -> str:
-    for local, translated in LOCAL_NAMES.items():
-        name = name.replace(local, translated)
-    return name
+    from nft_megatron.weights.decoder import fused_name
+
+    return fused_name(name, has_experts=False)
 
 
 def stub() -> None:
@@ -335,6 +380,7 @@ def megatron_bridge_of(hf: Path) -> types.SimpleNamespace:
 WAYS = {
     "cp": copy,
     "safetensors": safetensors,
+    "no proof": partial(ours, proof=False),
     "ours": ours,
     "mbridge": lambda direction, source, destination, workers: peer("mbridge", direction, source, destination),
     "bridge": lambda direction, source, destination, workers: peer("bridge", direction, source, destination),

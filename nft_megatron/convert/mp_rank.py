@@ -16,6 +16,7 @@ from nft_megatron.convert.archive import TensorAt, read_archive
 from nft_megatron.convert.blocks import Block, Box, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
 from nft_megatron.errors import UserError
+from nft_megatron.weights.decoder import fused_name
 from nft_megatron.weights.table import Entry, Layout, WeightTable
 
 _FOLDER = re.compile(r"^mp_rank_(\d{2})(?:_(\d{3}))?$")
@@ -23,13 +24,6 @@ _FILE = "model_optim_rng.pt"
 _CHUNK = re.compile(r"^model(\d*)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _REMEDY = "copy the checkpoint again"
-
-# The local spec has norms as modules of their own. Transformer Engine has them in the linear layer that follows, where there is
-# one (before experts there is not); tables use its names.
-_FUSED_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 
 
 def is_mp_rank(folder: Path) -> bool:
@@ -57,9 +51,10 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
         raise UserError(
             field, folder, f"has {len(ranks)} of the {tensor_size} x {pipeline_size} folders mp_rank_XX_YYY", _REMEDY
         )
-    known = frozenset(entry.name for entry in table.entries)
+    has_experts = any(entry.expert is not None for entry in table.entries)
     shards = [
-        _read_tensor_rank([ranks[rank, stage] for stage in range(pipeline_size)], known, field) for rank in range(tensor_size)
+        _read_tensor_rank([ranks[rank, stage] for stage in range(pipeline_size)], has_experts, field)
+        for rank in range(tensor_size)
     ]
     found: dict[str, StoredTensor] = {}
     problems: list[Problem] = []
@@ -76,7 +71,7 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     return Checkpoint(folder, "mp_rank", tensors, tuple(problems))
 
 
-def _read_tensor_rank(stages: list[Path], known: frozenset[str], field: str) -> dict[str, TensorAt]:
+def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict[str, TensorAt]:
     """The parameters of one tensor rank over all pipeline stages, layers counted over the whole model."""
     by_chunk: dict[tuple[int, int], Mapping[str, Any]] = {}  # in the model's order: interleaved chunk, then stage
     for stage, path in enumerate(stages):
@@ -99,9 +94,7 @@ def _read_tensor_rank(stages: list[Path], known: frozenset[str], field: str) -> 
             if not isinstance(tensor, TensorAt) or name.endswith("_extra_state"):
                 continue
             if of_layer := _LAYER.match(name):
-                layer, rest = f"decoder.layers.{first + int(of_layer[1])}.", of_layer[2]
-                fused = layer + _FUSED_NAMES.get(rest, rest)
-                name = fused if fused in known else layer + rest
+                name = fused_name(f"decoder.layers.{first + int(of_layer[1])}.{of_layer[2]}", has_experts)
                 local = max(local, int(of_layer[1]) + 1)
             parameters.setdefault(name, tensor)  # a tied embedding's second copy is on the last stage
         num_layers += local

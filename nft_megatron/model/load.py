@@ -12,16 +12,9 @@ from nft_megatron.model.policy import policy_model
 from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights import ModelShape, weight_table
+from nft_megatron.weights.decoder import fused_name
 from nft_megatron.weights.hf_reader import HFReader
 from nft_megatron.weights.table import Entry, fill
-
-# The local spec has norms as modules of their own, Transformer Engine fuses them into the linear layer that follows; the second
-# one only where it is an MLP, not a router. Tables use the fused names, as Megatron's checkpoints do
-# (models/gpt/gpt_layer_specs.py, sharded_state_dict_keys_map).
-_FUSED_NAMES = (
-    (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
-    (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
-)
 
 
 def table_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -34,9 +27,7 @@ def table_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
         for name, parameter in model.named_parameters():
             name = _counted_from("decoder.layers.", layer.layer_number - 1, name)
             name = _counted_from(".local_experts.", first_expert, name)
-            for local, fused in _FUSED_NAMES[: 1 if has_experts else 2]:
-                name = name.replace(local, fused)
-            yield name, parameter
+            yield fused_name(name, has_experts), parameter
 
 
 def _counted_from(prefix: str, first: int, name: str) -> str:

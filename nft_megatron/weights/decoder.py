@@ -28,6 +28,27 @@ def decoder_table(shape: ModelShape) -> WeightTable:
     )
 
 
+_FUSED_NAMES = (
+    (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+    (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
+)
+
+
+def fused_name(name: str, has_experts: bool) -> str:
+    """The table's name of a parameter of Megatron's local spec; the table's own names stay as they are.
+
+    The local spec has norms as modules of their own, Transformer Engine fuses them into the linear layer that follows; the
+    second one only where that is an MLP, not a router. Tables use the fused names, as Megatron's checkpoints do
+    (models/gpt/gpt_layer_specs.py, sharded_state_dict_keys_map).
+
+    >>> fused_name("decoder.layers.1.pre_mlp_layernorm.weight", has_experts=False)
+    'decoder.layers.1.mlp.linear_fc1.layer_norm_weight'
+    """
+    for local, fused in _FUSED_NAMES[: 1 if has_experts else 2]:
+        name = name.replace(local, fused)
+    return name
+
+
 def _layer(shape: ModelShape, number: int) -> Iterator[Entry]:
     ours, theirs = f"decoder.layers.{number}.", f"model.layers.{number}."
     yield from _attention(shape, f"{ours}self_attention.", f"{theirs}self_attn.")
