@@ -1,1 +1,1 @@
-"""A fleet of vLLM servers as one engine."""
+"""The fleet: vLLM servers that generate answers, kept alive and on the current weights."""

@@ -1,0 +1,92 @@
+"""A process group of the trainer's rank 0 and the workers of servers, apart from any that the trainer has, and buckets for it.
+
+Used on both sides: by the trainer to send (``transfer.py``) and inside vLLM's workers to receive (``worker_extension.py``).
+gloo on CPUs, NCCL on GPUs. A bucket is one flat byte tensor, so that a broadcast never depends on how many tensors it holds.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_ALIGNMENT = 64
+SENDER = 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies in a bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
+
+
+def fill_buckets(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device: torch.device
+) -> Iterator[tuple[list[Slot], torch.Tensor]]:
+    """Cut a stream into buckets of at most ``max_bytes`` on ``device``: ``(slots, bytes)``, the same buffer every time.
+
+    A larger tensor has a bucket of its own. Beside the stream's current tensor one bucket is held.
+
+    >>> stream = [("a", torch.zeros(20)), ("b", torch.ones(30)), ("c", torch.ones(2))]
+    >>> [[slot.name for slot in slots] for slots, _ in fill_buckets(stream, 256, torch.device("cpu"))]
+    [['a'], ['b', 'c']]
+    """
+    buffer = torch.empty(max_bytes, dtype=torch.uint8, device=device)
+    slots: list[Slot] = []
+    end = 0
+    for name, tensor in tensors:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        if slots and start + tensor.nbytes > max_bytes:
+            yield slots, buffer[:end]
+            slots, start = [], 0
+        slot = Slot(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start)
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if tensor.nbytes > max_bytes:
+            yield [slot], flat.to(device)
+            end = 0
+        else:
+            buffer[start : start + tensor.nbytes].copy_(flat)
+            slots.append(slot)
+            end = start + tensor.nbytes
+    if slots:
+        yield slots, buffer[:end]
+
+
+def open_bucket(slots: Sequence[Slot], flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket, as views of it."""
+    for slot in slots:
+        part = flat[slot.offset : slot.offset + slot.num_bytes]
+        yield slot.name, part.view(getattr(torch, slot.dtype)).view(slot.shape)
+
+
+def join_group(
+    store: dist.Store, rank: int, num_ranks: int, device: torch.device, seconds: float
+) -> Any:  # torch has no public name for the backends' classes
+    """A process group over ``store``; its collectives give up after ``seconds`` with gloo. NCCL's don't: watch them."""
+    timeout = datetime.timedelta(seconds=seconds)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, num_ranks, options)
+    return dist.ProcessGroupGloo(store, rank, num_ranks, timeout)
+
+
+def broadcast(group: Any, flat: torch.Tensor) -> None:
+    """Send ``flat`` from the sender to everybody, or receive it in place; returns when it is there."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = SENDER, 0
+    group.broadcast([flat], options).wait()
+    if flat.is_cuda:
+        torch.cuda.synchronize(flat.device)

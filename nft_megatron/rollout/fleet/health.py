@@ -1,0 +1,112 @@
+"""The health of a server as a pure state machine: events in, a new ``Health`` out.
+
+    STARTING --answered--> STALE --weights_loaded--> HEALTHY <--answered--> SUSPECT
+        ^                    ^                          |  --failed/silent-->  |
+        |                    +------ weights_behind ----+----------------------+
+        +------ started ---- DEAD <--- exited, or too many failures, from anywhere
+
+A server is given work only while HEALTHY and on the current version. From DEAD nothing leads to HEALTHY but a weight refresh: a
+process that was started again has its *first* weights, and one that was merely unreachable may have missed some.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+
+class State(enum.Enum):
+    """STARTING: has not answered yet. STALE: answers, without the current weights. HEALTHY: may serve.
+
+    SUSPECT: failed lately; gets no new work until it answers again. DEAD: gone, or written off.
+    """
+
+    STARTING = "starting"
+    STALE = "stale"
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class Health:
+    """One server's state, the version of its weights with their receipt, and what went wrong in a row.
+
+    ``num_failures`` counts what failed since it last answered; at ``max_failures`` it is DEAD. ``num_refusals`` counts weights
+    that failed to arrive; at ``max_refusals`` it is DEAD, so that it is started again.
+
+    >>> health = Health().answered(None).weights_loaded(3, "5a")
+    >>> health.state, health.serves(3), health.serves(4)
+    (<State.HEALTHY: 'healthy'>, True, False)
+    >>> health.failed("connection reset").state
+    <State.SUSPECT: 'suspect'>
+    >>> health.exited("signal 9").answered(3).state
+    <State.STALE: 'stale'>
+    """
+
+    state: State = State.STARTING
+    version: int | None = None
+    receipt: str | None = None
+    num_failures: int = 0
+    num_refusals: int = 0
+    reason: str = ""
+    max_failures: int = 3
+    max_refusals: int = 2
+
+    def serves(self, version: int) -> bool:
+        """Whether it may be given work for the weights ``version``."""
+        return self.state is State.HEALTHY and self.version == version
+
+    def started(self) -> Health:
+        """A new process is on its way; what the former one held is gone."""
+        return Health(max_failures=self.max_failures, max_refusals=self.max_refusals)
+
+    def answered(self, version: int | None) -> Health:
+        """It answered a health check and says that it holds the weights ``version`` (None: not ours).
+
+        A version other than the one it was given shows that it was started again behind our back.
+        """
+        if self.state in (State.STARTING, State.DEAD) or (self.state is not State.STALE and version != self.version):
+            return replace(self, state=State.STALE, version=None, receipt=None, num_failures=0, num_refusals=0)
+        if self.state is State.SUSPECT:
+            return replace(self, state=State.HEALTHY, num_failures=0, reason="")
+        return replace(self, num_failures=0)
+
+    def failed(self, reason: str) -> Health:
+        """A request or a health check failed. While it starts that is no news."""
+        if self.state in (State.STARTING, State.DEAD):
+            return self
+        num_failures = self.num_failures + 1
+        if num_failures >= self.max_failures:
+            return self.exited(reason)
+        state = State.SUSPECT if self.state is State.HEALTHY else self.state
+        return replace(self, state=state, num_failures=num_failures, reason=reason)
+
+    def silent(self, seconds: float) -> Health:
+        """It gave no answer within ``seconds``."""
+        return self.failed(f"no answer within {seconds:g} s")
+
+    def exited(self, reason: str) -> Health:
+        """Its process is gone, its start took too long, or it left the fleet."""
+        return replace(self, state=State.DEAD, version=None, receipt=None, reason=reason)
+
+    def weights_loaded(self, version: int, receipt: str) -> Health:
+        """It proved that it holds ``version``. A dead or starting server must be heard of first."""
+        if self.state in (State.STARTING, State.DEAD):
+            return self
+        return replace(self, state=State.HEALTHY, version=version, receipt=receipt, num_failures=0, num_refusals=0, reason="")
+
+    def weights_refused(self, reason: str) -> Health:
+        """A load failed or left the wrong receipt: whatever it holds now, it is no published version."""
+        if self.state in (State.STARTING, State.DEAD):
+            return self
+        num_refusals = self.num_refusals + 1
+        if num_refusals >= self.max_refusals:
+            return self.exited(reason)
+        return replace(self, state=State.STALE, version=None, receipt=None, num_refusals=num_refusals, reason=reason)
+
+    def weights_behind(self, version: int) -> Health:
+        """``version`` was published, and this server does not hold it yet."""
+        if self.state in (State.HEALTHY, State.SUSPECT) and self.version != version:
+            return replace(self, state=State.STALE)
+        return self

