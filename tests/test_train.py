@@ -72,7 +72,7 @@ def test_export_loads_in_transformers_and_answers_the_same(run_config, command, 
         answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         right += tokenizer.decode(answer).split()[-1] == f"\\boxed{{{a + b}}}"
     assert metrics_of(tmp_path / "run")[-1]["eval_accuracy"] == pytest.approx(right / len(questions))
-    evaluated = command("eval", folder, config, "--out", tmp_path / "eval.json")
+    evaluated = command("eval", folder, config, "--out", tmp_path / "eval.json", "verify.mode=simplerl")
     assert f"{right / len(questions):.1%}" in evaluated.stdout
 
 
@@ -250,6 +250,7 @@ def corrupt_model(tmp_path: Path, model_folder: Path, what: str) -> Path:
         ("data.plain_format=x", "data.plain_format = 'x': has no {question}"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate = inf: Input should be a finite number"),
         ("train.denominator=-1", "train.denominator = -1: is not allowed; the type is tokens | sequences | number > 0"),
+        ("verify.mode=simplerl", "verify.mode = simplerl: forgives a factor of 100"),
         ("run_dir=/proc/nowhere", "run_dir = /proc/nowhere: cannot be written"),
     ],
 )

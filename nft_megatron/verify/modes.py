@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from nft_megatron.errors import UserError
 from nft_megatron.records import FinishReason, Verdict
 from nft_megatron.verify.grade import DAPO, STRICT, Undecided, cut_off, grade, grade_dapo
 from nft_megatron.verify.reasons import verdict
@@ -18,12 +19,13 @@ JudgeName = Literal["math-verify", "simplerl"]
 class Mode:
     """``decide`` (text, gold, finish reason) is quick; what it leaves undecided goes to the ``judge`` in a worker process.
 
-    ``version`` names the rules in every verdict; the judge adds its own.
+    ``version`` names the rules in every verdict; the judge adds its own. ``forgives`` is what makes it too lenient to train on.
     """
 
     decide: Callable[[str, str, FinishReason], Verdict | Undecided]
     judge: JudgeName | None
     version: str
+    forgives: str = ""
 
 
 def _whole_text(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undecided:
@@ -38,6 +40,28 @@ MODES: dict[str, Mode] = {
     "strict": Mode(grade, judge="math-verify", version=STRICT),
     "math-verify": Mode(_whole_text, judge="math-verify", version=""),
     "dapo": Mode(grade_dapo, judge=None, version=DAPO),
-    "simplerl": Mode(_whole_text_even_cut, judge="simplerl", version=SIMPLERL),
-}
+    "simplerl": Mode(
+        _whole_text_even_cut, judge="simplerl", version=SIMPLERL,
+        forgives="a factor of 100, a relative error of 1e-4, a missing box and being cut off",
+    ),
+}  # fmt: skip
 """By the names that ``verify.mode`` may have."""
+
+
+def check_for_training(mode: str) -> None:
+    """Raise :class:`UserError` for a mode that would reward wrong answers.
+
+    For whoever collects answers to train on, not for the configuration: ``eval`` may measure a model under such a mode with the
+    configuration of a run.
+
+    >>> check_for_training("simplerl")
+    Traceback (most recent call last):
+    nft_megatron.errors.UserError: verify.mode = simplerl: forgives a factor of 100, a relative error of 1e-4, a missing box and \
+being cut off, which training would learn to use; set strict, math-verify or dapo (eval --grader takes any)
+    """
+    if forgiven := MODES[mode].forgives:
+        others = [name for name in MODES if not MODES[name].forgives]
+        raise UserError(
+            "verify.mode", mode, f"forgives {forgiven}, which training would learn to use",
+            f"set {', '.join(others[:-1])} or {others[-1]} (eval --grader takes any)",
+        )  # fmt: skip

@@ -1,12 +1,13 @@
 """The verifier: decides what it can at once and lets killable processes compare the rest.
 
-One thread a worker: it hands its process one task, waits for the answer until the hard limit, and kills and replaces the
-process that has none. That limit (``verify.hard_seconds``) goes by the clock and is for processes that hang; a comparison that
+One thread a worker: it hands its process one task, waits for the answer until shortly before the hard limit, and kills and
+replaces the process that has none, so that whoever asked has a verdict within the limit on a busy machine too. That limit
+(``verify.hard_seconds``) goes by the clock and is for processes that hang; a comparison that
 is merely long ends before it by the soft limit (``verify.soft_seconds``), which counts the worker's processor time. A warm
 spare takes over, so that the next task does not wait for imports. Nothing is started before the first task that needs it: data
 sets with integer answers hardly ever do.
 
-A task whose process died under it (killed from outside, out of memory) is tried once more, within the same hard limit. A
+A task whose process died under it (killed from outside, out of memory) is tried once more, with what is left of the limit. A
 judgement that times out, crashes or dies again is *unknown*, never wrong.
 """
 
@@ -37,6 +38,7 @@ from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
 
 _START_SECONDS = 60.0  # for imports, on a busy machine
+_PATIENCE = 0.9  # of the hard limit; the rest is for the killing, and for this process to get a core
 _AHEAD = 1024  # answers
 _CACHE_SIZE = 65536  # verdicts; their keys are digests, since an answer in math-verify mode is a whole text
 
@@ -244,7 +246,7 @@ class Verifier:
 
     def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
         """The verdict and the worker to go on with. Who dies under a task is replaced once, for the seconds that are left."""
-        seconds = self._settings.hard_seconds
+        seconds = _PATIENCE * self._settings.hard_seconds
         for is_last in (False, True):
             worker = self._usable(worker)
             if worker is None:
