@@ -38,6 +38,7 @@ from nft_megatron.run import Host, Run
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
 from nft_megatron.tokenizer import load_tokenizer
+from nft_megatron.verify.modes import check_for_training
 from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
@@ -153,6 +154,7 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
 def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, stack: contextlib.ExitStack) -> Host:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
     stack.enter_context(folder.open())
+    check_for_training(config.verify.mode)
     _check_same_run(config, folder)
     _check_steps(config, folder)
     tokenizer = load_tokenizer(config.model.path)
