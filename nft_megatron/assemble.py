@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from nft_megatron.algorithms import build_algorithm
 from nft_megatron.answering import num_cores, open_asker, read_prompts, training_sampling
 from nft_megatron.ask import Asker
 from nft_megatron.checkpoints import Checkpoints
@@ -121,10 +120,11 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         shape=shape,
         chunks=chunks,
         optimizer=PolicyOptimizer(chunks, AdamW(**config.optimizer.model_dump())),
-        algorithm=build_algorithm(**config.algorithm.model_dump()),
+        algorithm=config.algorithm,
         layout=layout,
         temperature=config.rollout.temperature,
         importance_cap=config.train.importance_cap,
+        gradient_cosine_every=config.observe.gradient_cosine_every,
     )
 
 
@@ -140,6 +140,8 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
         context_size=topology.context_size,
         count_multiple=topology.pipeline_size if topology.virtual_pipeline > 1 else 1,
         pad_to_budget=config.train.pad_to_budget,
+        keep_groups=config.algorithm.coupling == "group",
+        length_limit=config.rollout.max_answer_tokens,
     )
     if config.max_sequence_tokens > layout.longest_sequence:
         raise UserError(
@@ -160,7 +162,7 @@ def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopR
     tokenizer = load_tokenizer(config.model.path)
     questions = read_prompts(config, tokenizer, "data.train")
     held_out = read_prompts(config, tokenizer, "evaluate.data")
-    progress = open_progress(config.train.num_steps, folder.latest_step() or 0)
+    progress = open_progress(config.train.num_steps)
     asker = open_asker(config, config.model.path, tokenizer, stack, timer, progress)
     metrics = MetricsLog(
         folder.root,

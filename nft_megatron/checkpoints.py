@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 from nft_megatron.collect import CollectorState
 from nft_megatron.errors import UserError
 from nft_megatron.files import make_temporary_folder, publish_folder
+from nft_megatron.model.checksums import DamagedCheckpointError
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.step import Trainer
 from nft_megatron.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 _COLLECTOR = "collector.parquet"
 
@@ -46,23 +50,36 @@ class Checkpoints:
             shutil.rmtree(self.folder.checkpoint(old))
 
     def restore(self) -> tuple[int, CollectorState | None]:
-        """Go back to the newest checkpoint: its step (0 where there is none) and, on rank 0, the collector's state.
+        """Go back to the newest good checkpoint: its step (0 where there is none) and, on rank 0, the collector's state.
 
-        Raises :class:`UserError` when the checkpoint that the pointer names is missing or damaged.
+        That is the one which the pointer names; where it is missing or damaged, loudly the newest good one before it. The steps
+        in between are trained again, from their ledgers. Raises :class:`UserError` when none of them is good.
         """
-        topology = self.trainer.topology
-        step = on_main(topology, self.folder.latest_step)
-        if step is None:
+        newest = on_main(self.trainer.topology, self.folder.latest_step)
+        if newest is None:
             return 0, None
-        path = self.folder.checkpoint(step)
+        older = on_main(self.trainer.topology, self.folder.checkpoint_steps)
+        problem: UserError | None = None
+        for step in [newest, *reversed([step for step in older if step < newest])]:
+            try:
+                return step, self._restore(step)
+            except DamagedCheckpointError as error:
+                problem = problem or error
+                if self.trainer.topology.is_main:
+                    log.error("%s; trying the checkpoint before it", error)
+        assert problem is not None
+        raise problem
+
+    def _restore(self, step: int) -> CollectorState | None:
+        topology, path = self.trainer.topology, self.folder.checkpoint(step)
         together(topology, lambda: self._check_is_there(path))
         saved_step = self.trainer.load(path)
         assert saved_step == step, f"{path} holds step {saved_step}"
-        return step, CollectorState.load(path / _COLLECTOR) if topology.is_main else None
+        return CollectorState.load(path / _COLLECTOR) if topology.is_main else None
 
     def _check_is_there(self, path: Path) -> None:
         if not path.is_dir():
-            raise UserError(
+            raise DamagedCheckpointError(
                 "checkpoints/latest", path.name, "that checkpoint is not there",
                 f"restore it, or write one of {self.folder.checkpoint_steps()} into {self.folder.latest}",
             )  # fmt: skip

@@ -79,6 +79,7 @@ class Run:
         """Resume from the newest checkpoint, give the engine its weights, evaluate the model that nothing has trained yet."""
         self.step, collected = self.checkpoints.restore()
         self.collected = collected or self.collected
+        self.progress.begin(self.step)
         self.publish(self.step)
         on_main(self.topology, self._forget_later_metrics)
         self._evaluates_beside = on_main(self.topology, self._may_evaluate_beside)

@@ -18,6 +18,10 @@ _REMEDY = "continue from an older checkpoint: write its name into checkpoints/la
 _BLOCK = 1 << 22
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not what was written. An older one may serve."""
+
+
 def _crc32(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
@@ -46,18 +50,22 @@ def verify_checksums(folder: Path, topology: Topology) -> None:
     """Read every file once, each rank its share, and compare. A collective.
 
     Raises:
-        UserError: on every rank, when the folder is incomplete or a file is not what was written.
+        DamagedCheckpointError: on every rank, when the folder is incomplete or a file is not what was written.
     """
 
     def verify() -> None:
         path = folder / _FILE
         if not path.is_file():
-            raise UserError("checkpoint", folder, f"is not a complete checkpoint (no {_FILE})", _REMEDY)
-        checksums = json.loads(path.read_text())
+            raise DamagedCheckpointError("checkpoint", folder, f"is not a complete checkpoint (no {_FILE})", _REMEDY)
+        try:
+            checksums = json.loads(path.read_text())
+        except ValueError as error:
+            raise DamagedCheckpointError("checkpoint", folder, f"{_FILE} is damaged: {error}", _REMEDY) from error
         for name in sorted(checksums)[topology.rank :: topology.world_size]:
             if not (folder / name).is_file():
-                raise UserError("checkpoint", folder, f"lacks its file {name}", _REMEDY)
+                raise DamagedCheckpointError("checkpoint", folder, f"lacks its file {name}", _REMEDY)
             if _crc32(folder / name) != checksums[name]:
-                raise UserError("checkpoint", folder, f"{name} is damaged: its checksum is not the recorded one", _REMEDY)
+                problem = f"{name} is damaged: its checksum is not the recorded one"
+                raise DamagedCheckpointError("checkpoint", folder, problem, _REMEDY)
 
     together(topology, verify)

@@ -45,6 +45,9 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """``count`` more parts of the current phase are done."""
 
+    def begin(self, step: int) -> None:
+        """The set-up is done; ``step`` steps were done before this process. The time left is reckoned from here."""
+
     def step_done(self, metrics: Mapping[str, Any]) -> None:
         """A rollout step has ended with this metrics row."""
 
@@ -113,6 +116,9 @@ class LineProgress(Progress):
         self._count += count
         self._print_if_due()
 
+    def begin(self, step: int) -> None:
+        self._done, self._first_step, self._start = step, step, self._clock()
+
     def step_done(self, metrics: Mapping[str, Any]) -> None:
         self._done = metrics["step"]
         took = f"  {format_duration(metrics['time/step'])}" if "time/step" in metrics else ""
@@ -154,6 +160,10 @@ class LiveProgress(Progress):
 
     def advance(self, count: int = 1) -> None:
         self._bars.advance(self._phase, count)
+
+    def begin(self, step: int) -> None:
+        self._first_step, self._start = step, time.monotonic()
+        self._bars.update(self._run, completed=step)
 
     def step_done(self, metrics: Mapping[str, Any]) -> None:
         left = time_left(time.monotonic() - self._start, self._first_step, metrics["step"], self._num_steps)

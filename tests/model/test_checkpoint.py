@@ -44,7 +44,7 @@ def test_before_the_first_update_a_checkpoint_round_trips(messages: dict):
 )
 def test_damage_is_found_before_anything_is_loaded(messages: dict, case: str, text: str):
     kind, message, changed = messages[case]
-    assert kind == "UserError"
+    assert kind == "DamagedCheckpointError"
     assert text in message
     assert "checkpoints/latest" in message
     assert changed == []

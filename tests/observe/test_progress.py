@@ -74,3 +74,14 @@ def test_a_terminal_shows_run_phase_and_last_numbers():
     assert "3/8" in shown
     assert "accuracy 50.0%" in shown
     assert "held-out 62.5%" in shown  # stays until the next evaluation
+
+
+def test_the_time_left_is_reckoned_from_the_step_that_a_run_goes_on_from():
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=120)
+    progress = LineProgress(console, 10, 0, clock=lambda: now[0])
+    now[0] = 100.0  # of set-up
+    progress.begin(6)
+    now[0] = 120.0
+    progress.step_done({**METRICS, "step": 7})
+    assert "step 7/10" in lines_of(console)[-1] and lines_of(console)[-1].endswith("1 min 0 s left")
