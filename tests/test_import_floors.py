@@ -24,7 +24,7 @@ FLOORS = {
         ["tokenizer", "ask", "answering", "collect", "rounds", "ahead", "gate", "publish", "checkpoints", "evaluate"], 3
     ),
     **dict.fromkeys(["run", "assemble", "train", "doctor"], 3),
-    **dict.fromkeys(["cli", "__main__"], 5),
+    **dict.fromkeys(["cli", "commands", "__main__"], 5),
 }
 PEERS = ("model", "rollout", "verify")
 

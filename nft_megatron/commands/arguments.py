@@ -1,0 +1,29 @@
+"""What commands have in common: a description with examples, a configuration with overrides."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+
+def describe(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    description: str,
+    epilog: str | None = None,
+) -> None:
+    """Give ``parser`` its help, whose ``epilog`` is printed as it stands, and the function that its options are for."""
+    parser.description, parser.epilog = textwrap.fill(description, 100), epilog
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(run=run)
+
+
+def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """CONFIG and what replaces its values: ``options.config`` and ``options.overrides``."""
+    if optional:
+        parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    else:
+        parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's value, read as YAML")
