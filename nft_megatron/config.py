@@ -200,6 +200,23 @@ class ParallelSection(Section):
     """Longest wait in a collective before the run stops with an error."""
 
 
+class DeadlinesSection(Section):
+    """Longest silence in each phase of a run. A rank that is silent for longer writes its stacks to RUN/logs and ends with 70."""
+
+    setup_seconds: PositiveFloat = 1800.0
+    """Building the model, loading weights or a checkpoint, starting the engine."""
+    collect_seconds: PositiveFloat = 7200.0
+    """On rank 0 the time without a finished answer; the others wait rollout.step_deadline_seconds for rank 0."""
+    update_seconds: PositiveFloat = 1800.0
+    """One optimizer step, or the old log-probs of a whole step."""
+    publish_seconds: PositiveFloat = 1800.0
+    """Giving the engine new weights."""
+    save_seconds: PositiveFloat = 3600.0
+    """Writing a checkpoint or an export."""
+    evaluate_seconds: PositiveFloat = 7200.0
+    """On rank 0 the time without a finished answer to a held-out question."""
+
+
 class ClusterSection(Section):
     """The machines that a run is meant for. ``plan`` reads it; training takes the processes that it is started with."""
 
@@ -282,7 +299,7 @@ class FleetSection(Section):
     weights_dir: LoosePath | None = None
     """null: RUN/weights. With all servers on the trainer's machine, a folder in /dev/shm is faster."""
     keep_copy: bool = True
-    """With ``transfer``: also write the files, for servers that join or restart later. false: those wait for the next weights."""
+    """With ``transfer``: also write the files, for servers that join or restart later. false: they wait for the next weights."""
     bucket_bytes: PositiveInt = 1 << 30
     """Weights on their way at a time."""
     in_flight: Literal["finish", "continue"] = "finish"
@@ -314,6 +331,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     parallel: ParallelSection = ParallelSection()
+    deadlines: DeadlinesSection = DeadlinesSection()
     cluster: ClusterSection = ClusterSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()

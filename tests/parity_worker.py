@@ -116,6 +116,20 @@ def _measure(run: Run, topology: Topology) -> None:
         (run.out / "stats.json").write_text(json.dumps(stats))
 
 
+def instruments(runs: list[Run]) -> None:
+    """``out/stats.json``: the summary of the first mini-batch's update with every instrument on. All runs have one layout."""
+
+    def all_runs(topology: Topology) -> None:
+        for run in runs:
+            trainer = replace(_trainer(run, topology), gradient_cosine_every=1)
+            summary = trainer.summary([trainer.update(trainer.prepare(run.ledger, step=1).minibatches[0])])
+            if topology.is_main:
+                run.out.mkdir(parents=True)
+                (run.out / "stats.json").write_text(json.dumps(summary))
+
+    _in_topology(runs[0].config, all_runs)
+
+
 # ---------------------------------------------------------------------------------------------- exports and checkpoints
 
 

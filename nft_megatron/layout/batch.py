@@ -60,10 +60,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """One optimizer step: this rank's micro-batches; ``num_tokens`` is of all ranks."""
+    """One optimizer step: this rank's micro-batches; ``num_tokens`` is of all ranks.
+
+    ``measures_cosine``: whether the update is to tell the angle between the gradients of right and of wrong answers.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
     num_tokens: int
+    measures_cosine: bool = False
 
 
 def read_minibatches(

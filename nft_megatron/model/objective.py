@@ -1,7 +1,7 @@
 """The weighted loss of a micro-batch as a function of its log-probs, for every coupling of an algorithm.
 
-    "token":               Σ_n (ω/D)_n · ℓ(logprob_n)                       any part of the tokens alone
-    "sequence", "group":   Σ_r (ω/D)_r · ℓ_r(S),  S_r = Σ_n log R_n          S over all tokens of an answer, on whatever context rank
+    "token":               Σ_n (ω/D)_n · ℓ(logprob_n)                  any part of the tokens alone
+    "sequence", "group":   Σ_r (ω/D)_r · ℓ_r(S),  S_r = Σ_n log R_n     over all tokens of an answer, on whatever context rank
 
 Suffix ``_N``: one entry a loss token of this rank, ``_C``: of a chunk of them; ``_R``: one entry an answer of the micro-batch.
 """
@@ -35,8 +35,8 @@ def token_loss(algorithm: Algorithm, batch: MicroBatch, logprob_C: Tensor, token
     """ω·ℓ/D of ``tokens``, differentiable in their log-probs ``logprob_C``."""
     assert batch.old_logprob_N is not None, "Trainer.prepare fills it on the last stage"
     advantage_C = None if batch.advantage_N is None else batch.advantage_N[tokens]
-    of_each_token = (batch.old_logprob_N, batch.is_correct_N, batch.correct_rate_N)
-    result = algorithm.token_loss(TokenBatch(logprob_C, *(each_N[tokens] for each_N in of_each_token), advantage_C))
+    old_C, is_correct_C, rate_C = batch.old_logprob_N[tokens], batch.is_correct_N[tokens], batch.correct_rate_N[tokens]
+    result = algorithm.token_loss(TokenBatch(logprob_C, old_C, is_correct_C, rate_C, advantage_C))
     return result._replace(loss_N=batch.weight_N[tokens] * result.loss_N)
 
 

@@ -8,6 +8,7 @@ Suffix ``_N``: one entry a loss token of a micro-batch; ``H`` hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -28,6 +29,7 @@ from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
+from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer, Update
 from nft_megatron.model.policy import lm_head_weight
@@ -35,6 +37,7 @@ from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.observe.mismatch import MismatchSums
+from nft_megatron.observe.rate_buckets import RateBuckets, bucket_sums
 from nft_megatron.weights import ModelShape
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
@@ -50,7 +53,10 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one optimizer step did, over all ranks. Sums over tokens, but ``loss_*``, which carry ω/D."""
+    """What one optimizer step did, over all ranks. Sums over tokens, but ``loss_*``, which carry ω/D.
+
+    ``gradient_cosine`` is None where it was not measured.
+    """
 
     loss_positive: float
     loss_negative: float
@@ -59,6 +65,8 @@ class UpdateStats:
     num_wrong_tokens: float
     num_tokens: int
     log_ratio_max: float
+    buckets: RateBuckets
+    gradient_cosine: float | None
     applied: Update
 
 
@@ -67,6 +75,7 @@ class Trainer:
     """The model on this rank and what trains it. Every method is called on all ranks together.
 
     ``importance_cap``: largest importance weight of a token against the engine's own distribution; None: no such weights.
+    ``gradient_cosine_every``: steps between measurements of the angle between gradients of right and wrong answers; 0: none.
     """
 
     topology: Topology
@@ -77,6 +86,7 @@ class Trainer:
     layout: Layout
     temperature: float
     importance_cap: float | None = None
+    gradient_cosine_every: int = 0
 
     # ---------------------------------------------------------------------------------------------- before the updates
 
@@ -102,9 +112,16 @@ class Trainer:
                 self._with_old_policy(micro_batch, logprob_N)
                 for micro_batch, (logprob_N, _) in zip(micro_batches, recomputed, strict=True)
             ]
-        in_order = iter(micro_batches)
+        in_order, every = iter(micro_batches), self.gradient_cosine_every
         return StepBatch(
-            tuple(replace(each, micro_batches=tuple(islice(in_order, len(each.micro_batches)))) for each in minibatches),
+            tuple(
+                replace(
+                    minibatch,
+                    micro_batches=tuple(islice(in_order, len(minibatch.micro_batches))),
+                    measures_cosine=number == 0 and every > 0 and step % every == 0,
+                )
+                for number, minibatch in enumerate(minibatches)
+            ),
             metrics,
         )
 
@@ -146,12 +163,17 @@ class Trainer:
 
     def update(self, minibatch: MiniBatch) -> UpdateStats:
         """One optimizer step on the mini-batch. A gradient that is not finite is counted and not applied."""
+        positive = self._positive_gradient(minibatch) if minibatch.measures_cosine else None
         zero_gradients(self.chunks)
         sums = self._run_schedule(minibatch.micro_batches, self._loss, forward_only=False)
+        cosine = None
+        if positive is not None:
+            cosine = gradient_cosine(positive, gradient_shards(self.optimizer), self.topology)
         applied = self.optimizer.step()
-        totals = torch.stack([total for total, _ in sums]).sum(0).tolist() if sums else [0.0] * 5  # other stages have none
+        totals = torch.stack([total for total, *_ in sums]).sum(0).tolist() if sums else [0.0] * 5  # other stages have none
         loss_positive, loss_negative, kl, clamped, wrong = self._reduce(totals, dist.ReduceOp.SUM)
-        largest = max((float(log_ratio) for _, log_ratio in sums), default=-torch.inf)
+        largest = max((float(log_ratio) for _, log_ratio, _ in sums), default=-torch.inf)
+        buckets = sum((buckets for *_, buckets in sums), start=torch.zeros(len(RateBuckets().sums)))
         return UpdateStats(
             loss_positive=loss_positive,
             loss_negative=loss_negative,
@@ -160,15 +182,30 @@ class Trainer:
             num_wrong_tokens=wrong,
             num_tokens=minibatch.num_tokens,
             log_ratio_max=self._reduce([largest], dist.ReduceOp.MAX)[0],
+            buckets=RateBuckets(tuple(self._reduce(buckets.tolist(), dist.ReduceOp.SUM))),
+            gradient_cosine=cosine,
             applied=applied,
         )
 
-    def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
-        """In one pass through the LM head where the loss is a sum over tokens, else in two."""
+    def _positive_gradient(self, minibatch: MiniBatch) -> list[Tensor]:
+        """This rank's shards of the gradient that right answers alone have."""
+        zero_gradients(self.chunks)
+        right_only = functools.partial(self._loss, right_only=True)
+        self._run_schedule(minibatch.micro_batches, right_only, forward_only=False)
+        return gradient_shards(self.optimizer)
+
+    def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module, *, right_only: bool = False) -> LossFunction:
+        """In one pass through the LM head where the loss is a sum over tokens, else in two.
+
+        ``right_only``: the gradient does not flow through the log-probs of wrong answers.
+        """
         algorithm, context_group = self.algorithm, self.topology.context_group
 
+        def through(logprob_C: Tensor, tokens: slice) -> Tensor:
+            return logprob_C.where(micro_batch.is_correct_N[tokens], logprob_C.detach()) if right_only else logprob_C
+
         def loss_of(logprob_C: Tensor, tokens: slice) -> Tensor:
-            return objective.token_loss(algorithm, micro_batch, logprob_C, tokens).loss_N
+            return objective.token_loss(algorithm, micro_batch, through(logprob_C, tokens), tokens).loss_N
 
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
             weight_VH, targets_N = lm_head_weight(chunk), micro_batch.packed.targets_N
@@ -177,13 +214,14 @@ class Trainer:
                 loss, logprob_N = token_loss_sum(hidden_NH, weight_VH, targets_N, loss_of, **head)
             else:
                 logprob_N = token_logprobs(hidden_NH, weight_VH, targets_N, **head).logprob_N
-                loss = objective.sequence_loss(algorithm, micro_batch, logprob_N, context_group).sum()
+                trained_N = through(logprob_N, slice(None))
+                loss = objective.sequence_loss(algorithm, micro_batch, trained_N, context_group).sum()
             return loss, NO_TOKEN_COUNT, self._sums(micro_batch, logprob_N.detach())
 
         return function
 
-    def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What :class:`UpdateStats` adds up over micro-batches, in its order, and the largest log R."""
+    def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+        """What :class:`UpdateStats` adds up over micro-batches, in its order, the largest log R, and the sums by r̂."""
         measured = objective.measure(self.algorithm, micro_batch, logprob_N, self.topology.context_group)
         assert micro_batch.old_logprob_N is not None
         delta_N = logprob_N - micro_batch.old_logprob_N
@@ -195,7 +233,10 @@ class Trainer:
             measured.clamped_N.float().sum(),
             (~micro_batch.is_correct_N).float().sum(),
         ]
-        return torch.stack(sums), delta_N.max() if len(delta_N) else -torch.inf
+        buckets = bucket_sums(
+            delta_N, micro_batch.is_correct_N, micro_batch.correct_rate_N, measured.clamped_N, measured.gradient_N
+        )
+        return torch.stack(sums), delta_N.max() if len(delta_N) else -torch.inf, buckets
 
     def summary(self, updates: Sequence[UpdateStats]) -> MetricsRow:
         """The metrics of a rollout step's updates."""
@@ -215,7 +256,8 @@ class Trainer:
             "ratio_max": float(np.exp(max(update.log_ratio_max for update in updates))),
             "clamp_rate": sum(update.num_clamped for update in updates) / num_wrong if num_wrong else 0.0,
             "skipped_updates": sum(update.applied.skipped for update in updates),
-        }
+            **sum((update.buckets for update in updates), start=RateBuckets()).metrics(),
+        } | ({} if updates[0].gradient_cosine is None else {"gradient_cosine": updates[0].gradient_cosine})
 
     # ---------------------------------------------------------------------------------------------------- between steps
 

@@ -31,6 +31,10 @@ PHASES = ("generate", "verify", "prepare", "update", "publish", "ledger", "evalu
 WALL_CLOCK_PREFIXES = ("time/", "tokens_per_second/", "ahead/")
 
 
+RATE_BUCKETS = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
+"""Equal ranges of r̂, each without its upper end but the last."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """One name of a metrics row. A ``unit`` of "1" is a plain number; "share" lies in [0, 1]."""
@@ -74,6 +78,21 @@ METRICS: dict[str, Metric] = {
         Metric("mismatch_ess", "share", "effective sample size of importance weights trainer / engine, of the tokens trained"),
         Metric("ratio_max", "1", "largest R_t = π⁺(a_t) / π(a_t) over the step's trained tokens"),
         Metric("clamp_rate", "share", "tokens of wrong answers whose negative ratio (1 - r̂R)/(1 - r̂) was raised to ε"),
+        *(
+            Metric(f"{name}/{bucket}", unit, f"{meaning}, questions with r̂ from {bucket.replace('-', ' to ')}; absent: none")
+            for name, unit, meaning in (
+                ("clamp_rate", "share", "the same"),
+                ("negative_ratio", "1", "mean of (1 - r̂R)/(1 - r̂) over tokens of wrong answers"),
+                ("gradient_share", "share", "part of the sum over tokens of |∂loss/∂log π(a_t)|, over the step's updates"),
+            )
+            for bucket in RATE_BUCKETS
+        ),
+        Metric(
+            "gradient_cosine",
+            "1",
+            "cosine between the gradients of right and of wrong answers, of the step's first update, before it; "
+            "every observe.gradient_cosine_every steps",
+        ),
         Metric("skipped_updates", "count", "updates left out because the gradient was not finite"),
         Metric("accuracy", "share", "right answers among all judged answers, before the prompt filter"),
         Metric("groups_sampled", "count", "questions that were answered"),

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from launcher import Ranks
-from parity_worker import Run, measure
-from recorded_step import LAYOUTS, NUM_UPDATES, write_config
+from literal import literal_loss
+from parity_worker import Run, instruments, measure
+from recorded_step import ALGORITHMS, LAYOUTS, MAX_ANSWER, NUM_UPDATES, members, write_config
 from transformers import Qwen2ForCausalLM
 
+from nft_megatron.algorithms import build_algorithm
 from nft_megatron.data.ledger import read_groups, write_ledger
 from nft_megatron.layout.batch import MicroBatch
 from nft_megatron.model.step import Trainer
@@ -63,3 +65,55 @@ def test_importance_weights_are_truncated_and_leave_older_answers_alone():
     weighted = trainer._with_old_policy(batch, torch.tensor([-1.2, -0.1, -0.1]))
     assert weighted.weight_N.tolist() == pytest.approx([0.5 * np.exp(-0.2), 0.75, 0.5])
     assert weighted.old_logprob_N.tolist() == pytest.approx([-1.2, -0.1, -1.0])
+
+
+def instruments_reference(model_folder, ledger, name) -> dict:
+    """By the definitions, in float64: sums over the tokens of the first mini-batch, and the angle between two gradients."""
+    model = Qwen2ForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    options = build_algorithm(**ALGORITHMS[name].options).model_dump()
+    rows, slopes = [], {True: 0.0, False: 0.0}
+    for group, _ in read_groups(ledger):
+        judged = [a for a in group.answers if group.group_id in members(step=1)[0] and a.verdict.label != "unknown"]
+        if not judged:
+            continue
+        new, old = [], [torch.tensor(a.completion.logprobs).double() for a in judged]
+        for answer in judged:
+            tokens = torch.tensor(answer.completion.tokens).long()
+            ids = torch.cat([torch.tensor(group.prompt.tokens).long(), tokens])
+            logits = model(ids[None]).logits[0, len(group.prompt.tokens) - 1 : -1]
+            new.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        correct, cut = [a.verdict.label == "correct" for a in judged], [a.completion.finish_reason == "length" for a in judged]
+        losses = literal_loss(options["name"], new, old, correct, cut, MAX_ANSWER, options)
+        gradients = torch.autograd.grad(sum(losses), new, retain_graph=True)
+        rate = sum(correct) / len(correct)
+        for k in range(len(judged)):
+            slopes[correct[k]] = slopes[correct[k]] + (gradients[k] * new[k]).sum()
+            x = (1 - rate * (new[k] - old[k]).detach().exp()) / (1 - rate)
+            rows += [(rate, correct[k], *each) for each in zip(x.tolist(), gradients[k].abs().tolist(), strict=True)]
+    total = sum(gradient for *_, gradient in rows)
+    expected = {}
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        inside = [row for row in rows if low <= row[0] < low + 0.2 - 1e-9]
+        wrong = [x for _, is_correct, x, _ in inside if not is_correct]
+        if wrong:
+            expected[f"negative_ratio/{low:.1f}-{low + 0.2:.1f}"] = np.mean(wrong)
+            if options["name"] == "nft":
+                expected[f"clamp_rate/{low:.1f}-{low + 0.2:.1f}"] = np.mean([x < options["epsilon"] for x in wrong])
+        if inside:
+            expected[f"gradient_share/{low:.1f}-{low + 0.2:.1f}"] = sum(gradient for *_, gradient in inside) / total
+    parts = [torch.autograd.grad(slopes[side], list(model.parameters()), retain_graph=True) for side in (True, False)]
+    right, wrong = (torch.cat([gradient.flatten() for gradient in part]) for part in parts)
+    return expected | {"gradient_cosine": float(right @ wrong / right.norm() / wrong.norm())}
+
+
+@pytest.mark.parametrize("layout", ["alone", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"])
+def test_instruments_are_what_their_definitions_say(models, ledger, tmp_path, layout):
+    """By r̂: clamped tokens, mean implicit negative ratio, share of the gradient; and the cosine of its two parts."""
+    names = ["nft", "dapo", "infonca"]
+    runs = [Run(write_config(tmp_path / n, models["tied"], LAYOUTS[layout], n), ledger, tmp_path / n / "out") for n in names]
+    ended = Ranks(instruments, (runs,), LAYOUTS[layout].num_processes, tmp_path).wait()
+    assert ended.returncode == 0, ended.stderr
+    for name, run in zip(names, runs, strict=True):
+        measured = json.loads((run.out / "stats.json").read_text())
+        for metric, value in instruments_reference(models["tied"], ledger, name).items():
+            assert measured[metric] == pytest.approx(value, rel=2e-5, abs=1e-7), (name, metric)

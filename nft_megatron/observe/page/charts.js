@@ -317,6 +317,30 @@ new Chart({
   about: "Wrong answers' tokens raised to ε; about half at ε = 1.",
   series: [column("clamp_rate", "clamped", "var(--blue)")],
 });
+// One series for each range of r̂ that the run has numbers of: hard questions first.
+const byRate = (name) => Object.keys(run.columns).filter((column) => column.startsWith(`${name}/`)).sort().map((key) => {
+  const range = key.slice(name.length + 1);
+  const color = ["var(--violet)", "var(--blue)", "var(--aqua)", "var(--yellow)", "var(--orange)"][Math.round(5 * parseFloat(range))];
+  return column(key, `r̂ ${range.replace("-", "–")}`, color);
+});
+new Chart({
+  section: "optimization", title: "Clamped tokens by r̂", format: percent, zero: true,
+  about: "The same, by the share of right answers to the question.", series: byRate("clamp_rate"),
+});
+new Chart({
+  section: "optimization", title: "Implicit negative ratio by r̂",
+  about: "Mean of (1 − r̂R) / (1 − r̂) over wrong answers' tokens; 1 where nothing has moved.", series: byRate("negative_ratio"),
+});
+new StackedChart({
+  section: "optimization", title: "Gradient by r̂", format: percent,
+  about: "Where |∂loss / ∂log π| of a step's tokens lies.", series: byRate("gradient_share"),
+});
+const cosines = run.steps.map((step, i) => [step, (run.columns.gradient_cosine ?? [])[i]]).filter(([, cosine]) => isNumber(cosine));
+new Chart({
+  section: "optimization", title: "Right against wrong answers", zero: true,
+  about: "Cosine between the gradients of both; −1: they ask for opposite changes.",
+  series: [{ label: "cosine", color: "var(--blue)", sparse: true, x: cosines.map(([step]) => step), y: cosines.map(([, cosine]) => cosine) }],
+});
 new Chart({
   section: "optimization", title: "Learning rate", about: "Of the last update of a step.", zero: true, series: [column("learning_rate", "learning rate", "var(--blue)")],
 });

@@ -1,0 +1,45 @@
+"""The angle between what right and what wrong answers ask of the weights, from gradients that lie sharded over the ranks.
+
+    cos(g₊, g₋) = ⟨g₊, g₋⟩ / (‖g₊‖·‖g₋‖)        g₊ + g₋ = g, the gradient of a mini-batch
+
+g₊ takes a forward and backward pass of its own over the mini-batch, g the one that trains; g₋ is their difference. Each rank
+keeps its shard of g₊, as large as its shard of the optimizer's gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.topology import Topology
+
+
+def gradient_shards(optimizer: PolicyOptimizer) -> list[Tensor]:
+    """This rank's part of the gradient that a schedule has left in the chunks, float32 copies.
+
+    Over all ranks every element of every parameter is there once: what several ranks hold is left out on all but one.
+    """
+    with optimizer.state_on_device():
+        optimizer.megatron.prepare_grads()
+        return [
+            gradient.clone()
+            for megatron in optimizer.megatron.chained_optimizers
+            for gradient in megatron.get_main_grads_for_grad_norm()
+        ]
+
+
+def gradient_cosine(positive: Sequence[Tensor], whole: Sequence[Tensor], topology: Topology) -> float:
+    """cos(g₊, g − g₊) of all ranks' shards of g₊ and g; NaN where one part is zero."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for right, both in zip(positive, whole, strict=True):
+        wrong = both.double() - right.double()
+        sums += torch.stack([(right * wrong).sum(), right.double().square().sum(), wrong.square().sum()]).cpu()
+    dist.all_reduce(sums, group=topology.control_group)
+    product, squared_right, squared_wrong = sums.tolist()
+    length = math.sqrt(squared_right * squared_wrong)
+    return product / length if length else math.nan
