@@ -3,26 +3,64 @@
 import argparse
 import gc
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
 from nft_megatron.model.attention import pack_sequences
-from nft_megatron.model.build import Chunks, build_model
+from nft_megatron.model.build import Chunks, build_model, build_parts
 from nft_megatron.model.checkpoint import save_checkpoint
 from nft_megatron.model.load import load_weights
+from nft_megatron.model.meta import _fake_place
 from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
 from nft_megatron.model.policy import lm_head_weight, policy_model
+from nft_megatron.model.settings import transformer_config
 from nft_megatron.model.topology import Topology, init_topology, shutdown
+from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.weights import ModelShape, read_shape
 
 
-def measure(folders: dict[str, tuple[Path, Path]], out: Path, tensor: int, pipeline: int, expert: int) -> None:
-    """For each (Hugging Face folder, its conversion): load the conversion, write findings to ``out/<name>_<rank>.json``, and
-    save the weights, as read from the Hugging Face folder, in both of Megatron's formats below ``out/<name>``."""
-    topology = init_topology(tensor, pipeline, expert=expert, timeout_seconds=60, threads=1)
-    for name, (folder, converted) in folders.items():
+@dataclass(frozen=True)
+class Layout:
+    """``loads``: names of the models to load; ``saves``: those of them to save again."""
+
+    tensor: int
+    pipeline: int
+    loads: tuple[str, ...]
+    saves: tuple[str, ...] = ()
+    context: int = 1
+    expert: int = 1
+    virtual: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor * self.pipeline * max(self.context, self.expert)
+
+
+def measure(layouts: dict[str, Layout], ports: list[int], folders: dict[str, tuple[Path, Path]], out: Path) -> None:
+    """One layout after another, each on the first ranks of all, so that a process is started once for all of them.
+
+    For each (Hugging Face folder, its conversion): load the conversion and write findings to
+    ``out/<layout>/<name>_<rank>.json``; save the weights, as read from the Hugging Face folder, in both of Megatron's formats
+    below ``out/<layout>/<name>``.
+    """
+    for (name, layout), port in zip(layouts.items(), ports, strict=True):
+        if int(os.environ["RANK"]) < layout.num_ranks:
+            os.environ.update(WORLD_SIZE=str(layout.num_ranks), LOCAL_WORLD_SIZE=str(layout.num_ranks), MASTER_PORT=str(port))
+            _measure(layout, folders, out / name)
+
+
+def _measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) -> None:
+    topology = init_topology(
+        layout.tensor, layout.pipeline, layout.context, virtual_pipeline=layout.virtual, expert=layout.expert,
+        timeout_seconds=60, threads=1,
+    )  # fmt: skip
+    for name in layout.loads:
+        folder, converted = folders[name]
         shape = read_shape(folder)
         expected = build_model(shape, topology)
         load_weights(expected, topology, shape, folder)
@@ -30,8 +68,10 @@ def measure(folders: dict[str, tuple[Path, Path]], out: Path, tensor: int, pipel
         findings = _load(chunks, converted, expected)
         if topology.world_size == 1:
             findings["logits"] = _logits(chunks, topology, shape).tolist()
+        out.mkdir(exist_ok=True)
         (out / f"{name}_{topology.rank}.json").write_text(json.dumps(findings))
-        _save(expected, topology, out / name)
+        if name in layout.saves:
+            _save(expected, topology, out / name)
         del chunks, expected
     del topology
     gc.collect()
@@ -39,15 +79,14 @@ def measure(folders: dict[str, tuple[Path, Path]], out: Path, tensor: int, pipel
 
 
 def _load(chunks: Chunks, converted: Path, expected: Chunks) -> dict:
-    state = {"model": policy_model(chunks[0]).sharded_state_dict()}
+    state = {str(part): policy_model(chunk).sharded_state_dict() for part, chunk in enumerate(chunks)}
     loaded, missing, unexpected = dist_checkpointing.load(state, str(converted), strict="return_all")
-    policy_model(chunks[0]).load_state_dict(loaded["model"])
-    pairs = zip(policy_model(chunks[0]).named_parameters(), policy_model(expected[0]).parameters(), strict=True)
-    return {
-        "different": [name for (name, actual), wanted in pairs if not torch.equal(actual, wanted)],
-        "missing": sorted(missing),
-        "unexpected": sorted(unexpected),
-    }
+    different = []
+    for part, (chunk, right) in enumerate(zip(chunks, expected, strict=True)):
+        policy_model(chunk).load_state_dict(loaded[str(part)])
+        pairs = zip(policy_model(chunk).named_parameters(), policy_model(right).parameters(), strict=True)
+        different += [name for (name, actual), wanted in pairs if not torch.equal(actual, wanted)]
+    return {"different": different, "missing": sorted(missing), "unexpected": sorted(unexpected)}
 
 
 @torch.no_grad()
@@ -68,12 +107,38 @@ def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
     stage = f"_{topology.pipeline_rank:03d}" if topology.pipeline_size > 1 else ""
     own = folder / "mp_rank" / "iter_0000012" / f"mp_rank_{topology.tensor_rank:02d}{stage}"
     own.mkdir(parents=True)
+    states = [policy_model(chunk).state_dict_for_save_checkpoint() for chunk in chunks]
     content = {
         "args": argparse.Namespace(num_layers=2, path=Path("x")),
         "checkpoint_version": 3.0,
         "iteration": 12,
-        "model": policy_model(chunks[0]).state_dict_for_save_checkpoint(),
+        **({"model": states[0]} if len(states) == 1 else {f"model{part}": state for part, state in enumerate(states)}),
         "optimizer": {"exp_avg": torch.randn(1000)},
     }
     torch.save(content, own / "model_optim_rng.pt")
     (folder / "mp_rank" / "latest_checkpointed_iteration.txt").write_text("12")
+
+
+def wanted(folder: Path, tensor: int, pipeline: int) -> None:
+    """Print what the real model of every rank asks a checkpoint for: tensors, and keys of other objects.
+
+    The model is built on the meta device, one rank after the other in this process.
+    """
+    shape = read_shape(folder)
+    layout = ParallelLayout(tensor, pipeline, 1, 1, 1, True, "none", 16384)
+    ranks = []
+    for rank in range(layout.num_gpus):
+        with _fake_place(rank, layout) as topology, torch.device("meta"):
+            config = transformer_config(shape, topology, torch.bfloat16, True, "none", True)
+            (model,) = build_parts(shape, topology, config)
+            tensors, objects = [], []
+            for value in policy_model(model).sharded_state_dict().values():
+                if isinstance(value, ShardedObject):
+                    objects.append(value.unique_key)
+                    continue
+                for one in value.build() if isinstance(value, ShardedTensorFactory) else [value]:
+                    size = [*(1 for _ in range(one.prepend_axis_num)), *one.local_shape]
+                    is_copy = any(one.replica_id)
+                    tensors.append([one.key, one.global_shape, one.global_offset, size, is_copy])
+            ranks.append({"tensors": tensors, "objects": objects})
+    print(json.dumps(ranks))

@@ -1,70 +1,100 @@
-"""The real Megatron-Core loads what is converted, under several layouts, and what it saves is converted back to the bit."""
+"""The real Megatron-Core loads what is converted, under many layouts, and what it saves is converted back to the bit."""
 
+import contextlib
+import copy
 import json
+import socket
 from pathlib import Path
 
 import pytest
 import torch
-from convert_worker import measure
+from convert_worker import Layout, measure
 from launcher import Ranks
 from safetensors.torch import load_file
-from tiny_families import save_tiny, tiny_model
+from tiny_families import FAMILIES, SIZES, save_tiny, tiny_model
 
 from nft_megatron.convert.commands import to_hf, to_megatron
 
-FAMILIES = ["qwen2", "qwen2 tied", "llama 3", "qwen3_moe"]
-LAYOUTS = {"one": (1, 1, 1), "tp4": (4, 1, 1), "pp2": (1, 2, 1), "tp2 pp2": (2, 2, 1), "ep2": (1, 1, 2)}
+ALL, MOE, DEEP = tuple(FAMILIES), ("qwen3_moe",), ("qwen2 deep", "llama 3 tied deep", "qwen3_moe deep")
+SAVED = ("qwen2 tied", "llama 3", "qwen3_moe")
+LAYOUTS = {
+    "one": Layout(1, 1, ALL),
+    "tp2": Layout(2, 1, ALL),
+    "tp4": Layout(4, 1, ALL, SAVED),
+    "pp2": Layout(1, 2, ALL),
+    "tp2 pp2": Layout(2, 2, ALL, SAVED),
+    "tp4 pp2": Layout(4, 2, ALL),
+    "cp2": Layout(1, 1, ALL, context=2),
+    "pp2 vpp2": Layout(1, 2, DEEP, DEEP, virtual=2),
+    "ep2": Layout(1, 1, MOE, MOE, expert=2),
+}
+LOADED = [(layout, name) for layout, what in LAYOUTS.items() for name in what.loads]
+FORMATS = [
+    (layout, name, saved)
+    for layout, what in LAYOUTS.items()
+    for name in what.saves
+    for saved in (("torch_dist", "mp_rank") if what.expert == 1 else ("torch_dist",))
+]
+
+
+def save_deep(name: str, folder: Path) -> Path:
+    """Four layers, for two stages of two parts each."""
+    config_class, model_class, changes = FAMILIES[name.removesuffix(" deep")]
+    torch.manual_seed(0)
+    model = model_class(config_class(**copy.deepcopy({**SIZES, **changes}) | {"num_hidden_layers": 4}))
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """Each family's Hugging Face folder and its conversion."""
+    """Each model's Hugging Face folder and its conversion."""
     folder = tmp_path_factory.mktemp("models")
     pairs = {}
-    for name in FAMILIES:
-        pairs[name] = save_tiny(name, folder / name), folder / f"{name} torch_dist"
+    for name in (*ALL, *DEEP):
+        save = save_deep if name in DEEP else save_tiny
+        pairs[name] = save(name, folder / name), folder / f"{name} torch_dist"
         to_megatron(*pairs[name])
     return pairs
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def out(request, folders, tmp_path_factory) -> Path:
-    """What the ranks of one layout have left."""
-    tensor, pipeline, expert = LAYOUTS[request.param]
+@pytest.fixture(scope="module")
+def out(folders, tmp_path_factory) -> Path:
+    """What the ranks of every layout have left."""
     folder = tmp_path_factory.mktemp("out")
-    loaded = {name: pair for name, pair in folders.items() if expert == 1 or "moe" in name}
-    ended = Ranks(measure, (loaded, folder, tensor, pipeline, expert), tensor * pipeline * expert, folder).wait(200)
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in LAYOUTS]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+    num_ranks = max(layout.num_ranks for layout in LAYOUTS.values())
+    ended = Ranks(measure, (LAYOUTS, ports, folders, folder), num_ranks, folder).wait(300)
     assert ended.returncode == 0, ended.stderr
     return folder
 
 
-def test_every_rank_loads_its_part_and_nothing_is_left_over(out: Path):
-    paths = list(out.glob("*.json"))
-    assert paths
-    for path in paths:
-        findings = json.loads(path.read_text())
-        assert findings["different"] == [], path.name
-        assert findings["unexpected"] == [], path.name  # asked for by the model, not in the checkpoint
+@pytest.mark.parametrize(("layout", "name"), LOADED)
+def test_every_rank_loads_its_part_and_nothing_is_left_over(out: Path, layout: str, name: str):
+    for rank in range(LAYOUTS[layout].num_ranks):
+        findings = json.loads((out / layout / f"{name}_{rank}.json").read_text())
+        assert findings["different"] == []
+        assert findings["unexpected"] == []  # asked for by the model, not in the checkpoint
         # Transformer Engine's norms ask for a state that those of this machine do not have.
-        assert [key for key in findings["missing"] if "layernorm._extra_state" not in key] == [], path.name
+        assert [key for key in findings["missing"] if "layernorm._extra_state" not in key] == []
 
 
-def test_logits_are_those_of_transformers(out: Path):
-    for path in out.glob("*_0.json"):
-        name, findings = path.stem.removesuffix("_0"), json.loads(path.read_text())
-        if "logits" in findings:
-            with torch.no_grad():
-                tokens = (7 * torch.arange(40) + 3) % 131
-                expected = tiny_model(name)(tokens[None]).logits[0]
-            assert (torch.tensor(findings["logits"]) - expected).abs().max() < 1e-4
+@pytest.mark.parametrize("name", ALL)
+def test_logits_are_those_of_transformers(out: Path, name: str):
+    findings = json.loads((out / "one" / f"{name}_0.json").read_text())
+    with torch.no_grad():
+        tokens = (7 * torch.arange(40) + 3) % 131
+        expected = tiny_model(name)(tokens[None]).logits[0]
+    assert (torch.tensor(findings["logits"]) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("saved", ["torch_dist", "mp_rank"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_megatron_saves_comes_back_to_the_bit(folders, out: Path, tmp_path: Path, name: str, saved: str):
-    if not (out / name / saved).exists():
-        pytest.skip("this layout does not save it")
-    to_hf(out / name / saved, tmp_path / "hf", model=folders[name][0], max_shard_bytes=40_000)
+@pytest.mark.parametrize(("layout", "name", "saved"), FORMATS)
+def test_what_megatron_saves_comes_back_to_the_bit(folders, out: Path, tmp_path: Path, layout: str, name: str, saved: str):
+    to_hf(out / layout / name / saved, tmp_path / "hf", model=folders[name][0], max_shard_bytes=40_000)
     expected = load_file(folders[name][0] / "model.safetensors")
     shards = [load_file(path) for path in sorted((tmp_path / "hf").glob("*.safetensors"))]
     actual = {key: tensor for shard in shards for key, tensor in shard.items()}
