@@ -2,9 +2,9 @@ r"""Tells expressions apart by their values: most wrong answers need no computer
 
 Two expressions that differ at one point are different. Both are evaluated at a point where every variable has a number of its
 own; what differs there by more than rounding could is settled, and what agrees is left to computer algebra. Reads integers,
-letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^, brackets, and points such as ``(1, \frac{\pi}{2})``. Refuses, by reading
-nothing, whatever math-verify reads in another way than LaTeX means it or than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``,
-``2\frac13``, ``f(x)``, ``5m`` (a unit?), and the letters d, e and i.
+letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^, brackets; points such as ``(1, \frac{\pi}{2})`` by their
+coordinates; ``y = 2x`` by what ``y`` is. Refuses, by reading nothing, whatever math-verify reads in another way than LaTeX
+means it or than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m`` (a unit?), the letters d, e, i.
 """
 
 from __future__ import annotations
@@ -47,13 +47,17 @@ def differ(answer: str, gold: str) -> bool:
 
     >>> differ("(x-2)^2", "x^2-4"), differ("(x-2)(x+2)", "x^2-4"), differ(r"\frac{\sqrt3}{2}", r"\frac{\sqrt2}{2}")
     (True, False, True)
-    >>> differ("(1, \\pi)", "(1, \\frac{\\pi}{2})"), differ("(1, 2, 3)", "(1, 2)"), differ("0.333", r"\frac13")
-    (True, False, False)
+    >>> differ(r"(1, \pi)", r"(1, \frac{\pi}{2})"), differ("y=2x", "y=3x"), differ("(1, 2)", "[1, 2]"), differ("0.3", "1/3")
+    (True, True, False, False)
     """
-    parts, gold_parts = _coordinates(answer), _coordinates(gold)
-    if len(parts) != len(gold_parts) or _letters(answer) != _letters(gold):
+    if _letters(answer) != _letters(gold):
         return False
-    return any(_values_differ(part, gold_part) for part, gold_part in zip(parts, gold_parts, strict=True))
+    (form, parts), (gold_form, gold_parts) = _parts(tight(answer)), _parts(tight(gold))
+    return (
+        form == gold_form
+        and len(parts) == len(gold_parts)
+        and any(_values_differ(part, gold_part) for part, gold_part in zip(parts, gold_parts, strict=True))
+    )
 
 
 def value_of(text: str) -> Decimal | None:
@@ -93,21 +97,25 @@ def _letters(text: str) -> set[str]:
     return set(re.findall("[a-z]", re.sub(r"\\[A-Za-z]+", "", text).lower()))
 
 
-def _coordinates(text: str) -> list[str]:
-    """The coordinates of a point; any other text is one part."""
-    text = tight(text)
-    if not (text.startswith("(") and text.endswith(")") and "," in text):
-        return [text]
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The coordinates in ``(a,b)`` with "()", the b in ``y=b`` with "y="; any other text is itself, with "".
+
+    ``(a,b]`` is no point: to math-verify all such intervals that are empty are equal.
+    """
+    if re.match("[A-Za-z]=", text):
+        return text[:2].lower(), [text[2:]]
+    if text[:1] + text[-1:] not in ("()", "[]") or "," not in text:
+        return "", [text]
     parts, depth = [""], 0
     for symbol in text[1:-1]:
         depth += (symbol in "({[") - (symbol in ")}]")
-        if depth < 0:
-            return [text]
+        if depth < 0:  # "(1,2)(3,4)"
+            return "", [text]
         if symbol == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += symbol
-    return parts
+    return text[0] + text[-1], parts
 
 
 class _Reader:

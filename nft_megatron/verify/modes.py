@@ -54,10 +54,9 @@ def check_for_training(mode: str) -> None:
     For whoever collects answers to train on, not for the configuration: ``eval`` may measure a model under such a mode with the
     configuration of a run.
 
-    >>> check_for_training("simplerl")
+    >>> check_for_training("simplerl")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    nft_megatron.errors.UserError: verify.mode = simplerl: forgives a factor of 100, a relative error of 1e-4, a missing box and \
-being cut off, which training would learn to use; set strict, math-verify or dapo (eval --grader takes any)
+    nft_megatron.errors.UserError: verify.mode = simplerl: forgives a factor of 100, ...
     """
     if forgiven := MODES[mode].forgives:
         others = [name for name in MODES if not MODES[name].forgives]

@@ -117,14 +117,32 @@ def test_what_could_mean_something_else_is_not_read(text: str) -> None:
     [
         ("x^2-4", "(x-2)(x+2)"), (r"\sqrt{8}", r"2\sqrt2"), ("(1,2)", "(1,2,3)"), ("(2,1)", r"\{1,2\}"), ("[1,2]", "(1,3)"),
         ("n+1", "m+1"), ("x+1", "X+1"), ("2", "2m"), ("0.33", r"\frac13"), ("1, 2", "2, 1"), (r"(1,\frac{2}{4})", "(1, 2/4)"),
-        (r"\frac{m}{2}m", r"\frac{m}{2}"),
+        (r"\frac{m}{2}m", r"\frac{m}{2}"), ("[1,3)", "(1,2)"), ("(3,2]", "(3,1]"), ("y=x", "z=x"), ("2x", "y=3x"),
+        ("x=y=1", "x=y=2"), ("(1,2)(3,4)", "(1,2)(3,5)"), ("(1,2),(3,5)", "(1,2),(3,4)"), ("y=0.5x", "y=x"), ("f(x)=2x", "f(x)=3x"),
     ],
 )  # fmt: skip
 def test_nothing_is_said_of_what_may_be_equal(answer: str, gold: str) -> None:
     assert not differ(answer, gold)
 
 
-def test_what_differs_differs_for_math_verify() -> None:
+def test_what_differs_in_random_answers_differs_for_math_verify() -> None:
+    rng = random.Random(20250519)
+    num_compared = 0
+    while num_compared < NUM_EXPRESSIONS / 4:
+        a, b, c, d = (expression(rng, rng.randint(0, 2)) for _ in range(4))
+        gold, answer = rng.choice(
+            [
+                (a, b), (f"y={a}", f"y={b}"), (f"({a},{b})", f"({b},{a})"), (f"[{a},{b}]", f"[{a},{c}]"),
+                (f"({a},{b},{c})", f"({a},{d},{c})"),
+            ]
+        )  # fmt: skip
+        if differ(answer, gold):
+            with suppress(TooLongError), at_most(0.5):
+                num_compared += 1
+                assert judge_math_verify(gold, rf"\boxed{{{answer}}}")[0] != "equal", (answer, gold)
+
+
+def test_what_differs_in_recorded_answers_differs_for_math_verify() -> None:
     """All boxes of the recorded answers against their golds, and every gold of the benchmarks against its neighbour's."""
     pairs = {
         (unboxed(boxes[-1].content), row["gold"].strip())
