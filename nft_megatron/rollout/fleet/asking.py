@@ -1,0 +1,289 @@
+"""What the event loop of the fleet's engine does: sends pieces of work, takes answers in, checks where they come from.
+
+All methods run in the event loop's thread, so nothing here is locked. A piece's life: assigned → sent → its answers are read
+one by one → ended. What its server fails to finish, or leaves lying in silence, goes back to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import httpx
+
+from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.fleet.client import Generated, Progress, Refused, ServerFault, generate, make_body
+from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
+from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.usage import FleetUsage, Meter
+from nft_megatron.rollout.pool import aborted
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+"""Between two looks at the fleet, and at what a caller has given up."""
+
+_MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
+# Silence is watched for a server as a whole, not for a stream: an answer may wait in its server's queue for long. The server
+# closes connections that are idle for 5 s; one that it closes just then would look like a fault.
+_TIMEOUT = httpx.Timeout(None, connect=10.0, write=30.0)
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+
+
+class Fleet(Protocol):
+    """What is needed of the fleet; ``supervisor.Fleet`` is it."""
+
+    def serving(self) -> list[Member]: ...
+    def report(self, member: Member, ok: bool, error: str | None) -> None: ...
+    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str: ...
+    def wait_for_servers(self, deadline: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class Call:
+    """One call of ``generate``: what is asked, and where the answers go, each with the name of its server."""
+
+    def __init__(self, number: int, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.number, self.sampling = number, sampling
+        self.requests = {request.request_id: request for request in requests}
+        assert len(self.requests) == len(requests), "two requests have the same id"
+        self.answers: queue.SimpleQueue[tuple[Completion, str] | Exception] = queue.SimpleQueue()
+
+
+@dataclass
+class _Asked:
+    """A piece under way. ``left``: its answers that are not finished; ``partial``: their tokens so far."""
+
+    piece: Piece
+    member: Member
+    sent_at: float
+    left: set[int]
+    partial: Counter[int] = field(default_factory=Counter)
+    is_silent: bool = False
+
+
+class Asking:
+    """``silence_seconds``: a server that has work and sends nothing for so long has failed at it."""
+
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, silence_seconds: float) -> None:
+        self._fleet, self._dispatcher, self._silence_seconds = fleet, dispatcher, silence_seconds
+        self._calls: dict[int, Call] = {}
+        self._asked: dict[asyncio.Task[None], _Asked] = {}
+        self._queues: Counter[str] = Counter()  # answers under way at each server
+        self._heard: dict[str, float] = {}  # of each server: its last sign of life, or when it got work after a pause
+        # A client for each server, with its URL: a pool for all would be searched through by every request.
+        self._clients: dict[str, tuple[str, httpx.AsyncClient]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._published: set[int] = set()
+        self._loading: int | None = None
+        self._no_load = asyncio.Event()
+        self._no_load.set()
+        self._ssl = httpx.create_ssl_context()
+        self.meter = Meter(time.monotonic())
+
+    # ---------------------------------------------------------------------------------------------------------- for callers
+
+    def begin(self, call: Call) -> None:
+        self._calls[call.number] = call
+        for request in call.requests.values():
+            for indices in runs_of_seeds(request.seeds):
+                self._dispatcher.add(
+                    call.number, request.request_id, indices, prompt_tokens=len(request.prompt_tokens),
+                    hint=request.expected_tokens, max_tokens=call.sampling.max_tokens,
+                )  # fmt: skip
+        self.send()
+
+    def give_up(self, call: Call, request: int | None = None) -> None:
+        """Abort what is under way for a request, or for the whole call, and send other work instead."""
+        tickets = set(self._dispatcher.give_up(call.number, request))
+        for task, asked in self._asked.items():
+            if asked.piece.ticket in tickets:
+                task.cancel()
+        self.send()
+
+    def end(self, call: Call) -> None:
+        """The caller takes no more answers."""
+        self._calls.pop(call.number, None)
+        self.give_up(call)
+        while not call.answers.empty():
+            item = call.answers.get_nowait()
+            if not isinstance(item, Exception):
+                self.waste(*item)
+
+    def waste(self, completion: Completion, server: str) -> None:
+        """An answer came that nobody wants any more."""
+        self.meter.tally(server).wasted_tokens += len(completion.tokens)
+
+    def begin_load(self, version: int) -> None:
+        self._loading = version
+        self._no_load.clear()
+
+    def end_load(self, version: int, succeeded: bool) -> None:
+        if succeeded:
+            self._published.add(version)
+        self._loading = None
+        self._no_load.set()
+        self._heard = dict.fromkeys(self._heard, time.monotonic())  # nobody had to speak while it took over weights
+        self.send()
+
+    def is_stranded(self) -> bool:
+        """Whether there is work, and no server to give it to or to wait for."""
+        return bool(self._dispatcher.num_waiting) and not self._asked and not self._fleet.serving()
+
+    def take_usage(self) -> FleetUsage:
+        return self.meter.take(time.monotonic(), [member.name for member in self._fleet.serving()])
+
+    async def watch(self) -> None:
+        """Send what can be sent, and abort what has gone silent; never returns."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                self.send()
+                if self._loading is None:
+                    self._abort_silent(time.monotonic())
+            except Exception as error:
+                self._fail(list(self._calls), error)
+
+    async def close(self) -> None:
+        self._fail(list(self._calls), EngineFault("the fleet's engine was closed"))
+        if self._asked:
+            await asyncio.wait(self._asked)
+        await asyncio.gather(*(client.aclose() for _, client in self._clients.values()))
+
+    # ------------------------------------------------------------------------------------------------------------- sending
+
+    def send(self) -> None:
+        """Give servers what they have room for."""
+        if not self._dispatcher.num_waiting:
+            return
+        members = {member.name: member for member in self._fleet.serving()}
+        held = {number for number, call in self._calls.items() if call.answers.qsize() > _MAX_UNREAD}
+        for piece in self._dispatcher.assign(list(members), held):
+            asked = _Asked(piece, members[piece.server], time.monotonic(), set(piece.indices))
+            if not self._queues[piece.server]:
+                self._heard[piece.server] = asked.sent_at
+            self._count(piece.server, len(piece.indices))
+            if piece.num_faults:
+                self.meter.tally(piece.server).num_retries += len(piece.indices)
+            task = asyncio.get_running_loop().create_task(self._ask(asked, self._calls[piece.call]))
+            self._asked[task] = asked
+            task.add_done_callback(self._ended)  # not a `finally`: a task that is cancelled before it has begun has none
+
+    async def _ask(self, asked: _Asked, call: Call) -> None:
+        """Read the answers to a piece, until its end or a fault."""
+        piece, member = asked.piece, asked.member
+        request, tally = call.requests[piece.request], self.meter.tally
+        body = make_body(request.prompt_tokens, request.seeds[piece.indices[0]], len(piece.indices), call.sampling)
+        try:
+            events = generate(self._client(member), member.url, member.headers, body, len(piece.indices))
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    self._heard[member.name] = time.monotonic()
+                    index = piece.indices[event.index]
+                    if isinstance(event, Progress):
+                        asked.partial[index] += event.num_tokens
+                        tally(member.name).tokens += event.num_tokens
+                        continue
+                    version = await self._version(event, member)
+                    if self._dispatcher.answered(piece.ticket, index, len(event.tokens)):
+                        asked.left.remove(index)
+                        del asked.partial[index]
+                        tally(member.name).num_answers += 1
+                        self._count(member.name, -1)
+                        completion = Completion(
+                            piece.request, index, event.tokens, event.logprobs, event.finish_reason, version,
+                            seconds=time.monotonic() - asked.sent_at,
+                        )  # fmt: skip
+                        call.answers.put((completion, member.name))
+                        self.send()
+            self._fleet.report(member, True, None)
+        except asyncio.CancelledError:
+            if asked.is_silent:
+                self._failed(asked, f"sent nothing for {self._silence_seconds:g} s while it had work")
+        except ServerFault as fault:
+            if not fault.is_abort:
+                self._failed(asked, str(fault))
+        except Refused as refusal:
+            self._fail([call.number], EngineFault(f"server {member.name} refuses a request: {refusal}"))
+        except Exception as error:
+            self._fail([call.number], error)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What a piece has left goes back to the dispatcher."""
+        asked = self._asked.pop(task)
+        self._count(asked.member.name, -len(asked.left))
+        self.meter.tally(asked.member.name).wasted_tokens += asked.partial.total()
+        lost = self._dispatcher.failed(asked.piece.ticket)
+        if (call := self._calls.get(asked.piece.call)) is not None:
+            for index in lost:
+                call.answers.put((aborted(asked.piece.request, index, asked.member.weight_version), asked.member.name))
+        self.send()
+
+    async def _version(self, answer: Generated, member: Member) -> int:
+        """The oldest version among the answer's tokens. Raises ``ServerFault`` where one is not what it should be."""
+        try:
+            versions = [int(label) for label in answer.versions]
+        except ValueError:
+            versions = []
+        if self._loading in versions:
+            await self._no_load.wait()  # whether that version counts is not decided yet
+        if not versions or versions[0] < member.weight_version or not self._published.issuperset(versions):
+            labels = ", ".join(answer.versions) or "unknown"
+            raise ServerFault(f"answered with weights of version {labels}; it was believed to have {member.weight_version}")
+        return min(versions)
+
+    # ------------------------------------------------------------------------------------------------------------ servers
+
+    def _failed(self, asked: _Asked, reason: str) -> None:
+        member = asked.member
+        log.warning("server %s %s; %d answers are asked again", member.name, reason, len(asked.left))
+        self._fleet.report(member, False, reason)
+
+    def _fail(self, calls: Iterable[int], error: Exception) -> None:
+        """End calls with an error."""
+        for number in calls:
+            if (call := self._calls.pop(number, None)) is not None:
+                call.answers.put(error)
+                self.give_up(call)
+
+    def _abort_silent(self, now: float) -> None:
+        for task, asked in self._asked.items():
+            if now - self._heard[asked.member.name] > self._silence_seconds:
+                asked.is_silent = True
+                task.cancel()
+
+    def _count(self, server: str, change: int) -> None:
+        self._queues[server] += change
+        self.meter.queue(server, self._queues[server], time.monotonic())
+
+    def _client(self, member: Member) -> httpx.AsyncClient:
+        url, client = self._clients.get(member.name, ("", None))
+        if client is None or url != member.url:
+            if client is not None:  # of a server that was started again
+                task = asyncio.get_running_loop().create_task(client.aclose())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+            client = httpx.AsyncClient(timeout=_TIMEOUT, limits=_LIMITS, verify=self._ssl, trust_env=False)
+            self._clients[member.name] = (member.url, client)
+        return client
+
+
+def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
+    """Indices of ``seeds`` as runs in which each seed is one more than the one before.
+
+    >>> runs_of_seeds((7, 8, 9, 3, 4))
+    [range(0, 3), range(3, 5)]
+    """
+    starts = [i for i in range(len(seeds)) if i == 0 or seeds[i] != seeds[i - 1] + 1]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(seeds)], strict=True)]

@@ -1,0 +1,165 @@
+"""The fleet as one engine: many requests, several callers at once, servers that come and go.
+
+All HTTP and all bookkeeping happen in one event loop in a thread of its own (``asking.py``). ``generate`` hands its requests
+over and reads a queue; what a server fails to finish is asked again elsewhere (``dispatch.py``): faults cost time, not answers.
+
+An answer counts only if the weights of all its tokens are known: published through this engine, and none older than those that
+the server was believed to hold when it was asked. Any other is thrown away and asked again, and the server is reported. While
+new weights are on their way, answers that carry them already wait until the publication has succeeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import queue
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.rollout.engine import EngineFault, check_requests
+from nft_megatron.rollout.fleet.asking import POLL_SECONDS, Asking, Call, Fleet
+from nft_megatron.rollout.fleet.dispatch import Dispatcher
+from nft_megatron.rollout.fleet.usage import FleetUsage
+from nft_megatron.weights import read_shape
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+_LOOP_SECONDS = 30.0  # within which the event loop does what it is told
+
+
+class FleetEngine:
+    """``Engine`` over the servers of ``fleet``, which it closes with itself. ``model_folder``: for the bounds of requests.
+
+    ``budget_tokens``: outstanding tokens, of prompts and expected answers, that a server is given at most. ``max_attempts``:
+    how often an answer is asked before it comes back as ``abort``. ``silence_seconds``: after so long a server that has work
+    and sends nothing has failed at it. ``servers_seconds``: longest wait for a fleet that can serve.
+
+    Answers with neighbouring seeds share one HTTP request. A seed gives the same answer on every server, alone or beside
+    others, unless the rounding of logits moves a draw across the boundary between two tokens.
+    """
+
+    overlaps = True
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        model_folder: Path | str,
+        *,
+        budget_tokens: int = 1_000_000,
+        max_attempts: int = 4,
+        silence_seconds: float = 120.0,
+        servers_seconds: float = 600.0,
+    ) -> None:
+        self._fleet, self._servers_seconds = fleet, servers_seconds
+        self._shape = read_shape(Path(model_folder))
+        self._has_weights = False
+        self._load_lock = threading.Lock()
+        self._numbers = itertools.count()
+        _allow_many_connections()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet engine", daemon=True)
+        self._thread.start()
+        dispatcher = Dispatcher(budget_tokens=budget_tokens, max_attempts=max_attempts)
+        self._asking = self._do(lambda: Asking(fleet, dispatcher, silence_seconds))
+        self._watch = asyncio.run_coroutine_threadsafe(self._asking.watch(), self._loop)
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        with self._load_lock:
+            self._do(lambda: self._asking.begin_load(version))
+            succeeded = False
+            try:
+                receipt = self._fleet.publish(tensors, version)
+                succeeded = True
+                return receipt
+            finally:
+                self._has_weights = succeeded
+                self._do(lambda: self._asking.end_load(version, succeeded))
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
+    ) -> Iterator[Completion]:
+        if not self._has_weights:
+            raise EngineFault("the fleet has no weights: load() them before generate()")
+        check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
+        return self._answers(Call(next(self._numbers), requests, sampling), given_up)
+
+    def take_metrics(self) -> FleetUsage:
+        """What the servers did since the last time this was asked."""
+        return self._do(self._asking.take_usage)
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._watch.cancel()
+        asyncio.run_coroutine_threadsafe(self._asking.close(), self._loop).result(_LOOP_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_LOOP_SECONDS)
+        self._loop.close()
+        self._fleet.close()
+
+    def _answers(self, call: Call, given_up: Container[int]) -> Iterator[Completion]:
+        num_open = Counter({request.request_id: len(request.seeds) for request in call.requests.values() if request.seeds})
+        self._fleet.wait_for_servers(self._servers_seconds)
+        self._tell(lambda: self._asking.begin(call))
+        looked_at = time.monotonic()
+        try:
+            while num_open:
+                if time.monotonic() - looked_at > POLL_SECONDS:
+                    for request_id in [request_id for request_id in num_open if request_id in given_up]:
+                        self._give_up(call, num_open, request_id)
+                    looked_at = time.monotonic()
+                    continue
+                try:
+                    item = call.answers.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    if self._do(self._asking.is_stranded):
+                        self._fleet.wait_for_servers(self._servers_seconds)
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                completion, server = item
+                if completion.request_id in num_open and completion.request_id in given_up:
+                    self._give_up(call, num_open, completion.request_id)
+                if completion.request_id not in num_open:
+                    self._tell(functools.partial(self._asking.waste, completion, server))
+                    continue
+                num_open[completion.request_id] -= 1
+                if num_open[completion.request_id] == 0:
+                    del num_open[completion.request_id]
+                yield completion
+        finally:
+            self._tell(lambda: self._asking.end(call))
+
+    def _give_up(self, call: Call, num_open: Counter[int], request_id: int) -> None:
+        del num_open[request_id]
+        self._tell(lambda: self._asking.give_up(call, request_id))
+
+    def _tell(self, action: Callable[[], None]) -> None:
+        """Have the event loop do something soon."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action)
+
+    def _do(self, action: Callable[[], T]) -> T:
+        """Have the event loop do something now, and return what comes of it."""
+
+        async def run() -> T:
+            return action()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(_LOOP_SECONDS)
+
+
+def _allow_many_connections() -> None:
+    """Every piece under way is a connection; the usual limit of 1,024 open files is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
