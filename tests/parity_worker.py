@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from nft_megatron.assemble import build_trainer
 from nft_megatron.config_load import load_config
 from nft_megatron.layout import context
-from nft_megatron.model import attention, export, objective, step
-from nft_megatron.model.build import Chunks
+from nft_megatron.model import attention, objective, step
+from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, init_topology, shutdown
@@ -33,19 +33,8 @@ class GradientRecorder:
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def step(self) -> Update:
-        topology = self._trainer.topology
-        for chunk in self._trainer.chunks:
-            for buffer in chunk.buffers:  # the distributed optimizer leaves each replica its shard of the sum
-                for bucket in buffer.buckets:
-                    shards = list(bucket.grad_data.chunk(topology.replica_group.size()))
-                    dist.all_gather(shards, shards[topology.replica_group.rank()].clone(), group=topology.replica_group)
-        table_parameters = export.table_parameters
-
-        def gradients(chunks: Chunks) -> Iterator[tuple[str, torch.Tensor]]:
-            return ((name, parameter.main_grad.to(parameter.dtype)) for name, parameter in table_parameters(chunks))
-
-        with mock.patch.object(export, "table_parameters", gradients):
-            self.gradients.append(_export(self._trainer))
+        trainer = self._trainer
+        self.gradients.append({n: g.clone() for n, g in hf_gradients(trainer.chunks, trainer.topology, trainer.shape)})
         return Update(grad_norm=0.0, learning_rate=0.0, skipped=False)
 
 

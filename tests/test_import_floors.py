@@ -17,13 +17,13 @@ FLOORS = {
     ),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
     **dict.fromkeys(["section", "algorithms"], 0),
-    **dict.fromkeys(["layout", "weights", "convert", "observe", "plan"], 1),
+    **dict.fromkeys(["layout", "weights", "convert", "observe", "plan", "watchdog"], 1),
     "rollout.fleet.dispatch": 0,
     **dict.fromkeys(["model", "rollout", "verify"], 2),
     **dict.fromkeys(
         ["tokenizer", "ask", "answering", "collect", "rounds", "ahead", "gate", "publish", "checkpoints", "evaluate"], 3
     ),
-    **dict.fromkeys(["run", "assemble", "train", "doctor"], 3),
+    **dict.fromkeys(["run", "ranks", "assemble", "replay", "train", "doctor"], 3),
     **dict.fromkeys(["cli", "commands", "__main__"], 5),
 }
 PEERS = ("model", "rollout", "verify")

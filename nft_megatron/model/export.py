@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,19 @@ from nft_megatron.weights.table import Entry, Layout, split
 
 
 @torch.no_grad()
-def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(
+    chunks: Sequence[torch.nn.Module],
+    topology: Topology,
+    shape: ModelShape,
+    value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
+) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, full tensor)`` in Hugging Face's order on rank 0; elsewhere yield nothing but take part.
 
     Every rank must run the generator to its end: the shards of one parameter at a time go over the tensor group to its rank 0,
     from there over the expert group and the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors
     are in the model's dtype, on this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face
-    files. Ranks that hold the same weights as one that takes part stay idle.
+    files. Ranks that hold the same weights as one that takes part stay idle. ``value``: what to yield of each parameter, a
+    tensor of its shape, in place of the parameter itself.
     """
     if topology.expert_replica_group.rank() != 0:
         return
@@ -34,9 +40,9 @@ def hf_tensors(chunks: Sequence[torch.nn.Module], topology: Topology, shape: Mod
         stage, holder = _stage(entry, shape, topology), _expert_rank(entry, shape, topology)
         stacked = None
         if (topology.pipeline_rank, topology.expert_rank) == (stage, holder):
-            stacked = _gather(entry, parameters[entry.name].detach(), topology)
+            stacked = _gather(entry, value(parameters[entry.name]), topology)
         if topology.tensor_rank == 0:
-            like = next(chunks[0].parameters())
+            like = value(next(chunks[0].parameters()))
             size = (_num_shards(entry, topology), *entry.local_shape(topology.tensor_size, rows))
             if topology.pipeline_rank == stage:
                 stacked = _to_first(stacked, holder, topology.expert_group, like, size)

@@ -30,6 +30,7 @@ from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
+from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer, Update
 from nft_megatron.model.policy import lm_head_weight
@@ -258,6 +259,12 @@ class Trainer:
             "skipped_updates": sum(update.applied.skipped for update in updates),
             **sum((update.buckets for update in updates), start=RateBuckets()).metrics(),
         } | ({} if updates[0].gradient_cosine is None else {"gradient_cosine": updates[0].gradient_cosine})
+
+    def gradients(self, minibatch: MiniBatch) -> Iterator[tuple[str, Tensor]]:
+        """The gradient of the mini-batch's loss at the current weights, as :func:`.hf_gradients` yields it; no update."""
+        zero_gradients(self.chunks)
+        self._run_schedule(minibatch.micro_batches, self._loss, forward_only=False)
+        return hf_gradients(self.chunks, self.topology, self.shape)
 
     # ---------------------------------------------------------------------------------------------------- between steps
 
