@@ -1,9 +1,10 @@
-"""What each rank does in tests/convert/test_megatron.py: the real Megatron-Core loads what was converted and saves its own."""
+"""What the processes of tests/convert do: load with the real Megatron-Core what was converted and save it, be killed."""
 
 import argparse
 import gc
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
+from nft_megatron.convert import engine
+from nft_megatron.convert.commands import to_hf, to_megatron
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import Chunks, build_model, build_parts
 from nft_megatron.model.checkpoint import save_checkpoint
@@ -117,6 +120,19 @@ def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
     }
     torch.save(content, own / "model_optim_rng.pt")
     (folder / "mp_rank" / "latest_checkpointed_iteration.txt").write_text("12")
+
+
+def convert_slowly(direction: str, source: Path, final: Path, begun: Path) -> None:
+    """A conversion that takes long enough to be killed in it. ``begun`` appears when it begins."""
+    write_rows = engine.Files.write_rows
+
+    def write(*arguments: object) -> None:
+        time.sleep(0.003)
+        write_rows(*arguments)
+
+    engine.Files.write_rows = write
+    begun.touch()
+    {"to-megatron": to_megatron, "to-hf": to_hf}[direction](source, final, workers=1)
 
 
 def wanted(folder: Path, tensor: int, pipeline: int) -> None:

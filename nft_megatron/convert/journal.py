@@ -25,7 +25,8 @@ _JOURNAL = "journal.jsonl"
 class PartialFolder:
     """A context manager that holds the folder for one process.
 
-    ``done`` is what was recorded by an earlier process of the same ``identity``: tensor name → record.
+    ``done`` is what was recorded by an earlier process of the same ``identity``: tensor name → record. Of what such a process
+    has left, only ``identity["files"]`` are taken up, those with tensors.
 
     Raises:
         UserError: when the final name is taken or another process is at work.
@@ -77,13 +78,12 @@ class PartialFolder:
                 lines.append(json.loads(line))
             except ValueError:
                 break  # the process died while it wrote this one
-        if lines and lines[0] == self._identity:
-            good = lines
-        else:
-            good = [self._identity]
-            for path in self.path.iterdir():
-                if path.name != _JOURNAL:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        is_same = bool(lines) and lines[0] == self._identity
+        good = lines if is_same else [self._identity]
+        kept = {_JOURNAL, *(self._identity["files"] if is_same else ())}
+        for path in self.path.iterdir():
+            if path.name not in kept:  # another conversion's, or what an earlier process wrote in its last moments
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._journal.truncate(0)
         self._journal.writelines(json.dumps(line) + "\n" for line in good)
         self._journal.flush()

@@ -18,7 +18,7 @@ from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
 from nft_megatron.convert.plan import Target
 from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file, remove_leftovers
+from nft_megatron.files import atomic_file
 from nft_megatron.weights.hf_writer import copy_model_files, state_dtype
 from nft_megatron.weights.receipt import begin_digest
 
@@ -59,11 +59,16 @@ def transfer(
         "proof": proof,
     }
     with PartialFolder(final, identity, target.num_bytes) as folder, Files("SRC") as files:
-        _write_around_tensors(target, files, model_folder)
+        for file, size in target.files.items():
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+            os.ftruncate(files.descriptor(file, os.O_RDWR), size)
         job = _Job(files, source, target, folder, expected, advance, strict, proof)
         records = dict(pair for pairs in run_all(job.units(), workers, files.stop) for pair in pairs)
         if _fingerprint(source, model_folder) != before:
             raise UserError("SRC", source.path, "has changed while it was read", "start again once it is complete")
+        flush = [partial(os.fsync, files.descriptor(file, os.O_RDWR)) for file in target.files]
+        run_all(flush, workers, files.stop)
+        _write_around_tensors(target, files, model_folder)
         manifest = Manifest(
             tensors={name: records[name] for name in target.tensors},
             files=_hashes_around_tensors(target),
@@ -75,7 +80,6 @@ def transfer(
         )
         with atomic_file(folder.path / NAME) as temporary:
             temporary.write_text(manifest.to_json())
-        run_all([partial(os.fsync, files.descriptor(file, os.O_RDWR)) for file in target.files], workers, files.stop)
         folder.publish()
     return manifest
 
@@ -87,11 +91,7 @@ def _fingerprint(source: Checkpoint, model_folder: Path) -> dict[str, Any]:
 
 
 def _write_around_tensors(target: Target, files: Files, model_folder: Path) -> None:
-    remove_leftovers(target.folder)  # of a process that was killed in its last moments
-    (target.folder / NAME).unlink(missing_ok=True)
-    for file, size in target.files.items():
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
-        os.ftruncate(files.descriptor(file, os.O_RDWR), size)
+    """Headers, metadata, configuration: without them nobody takes the folder for a checkpoint. So they come last."""
     for file, offset, data in target.parts:
         files.write(file, offset, memoryview(data))
     for name, content in target.small.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def target(source: Path, tmp_path_factory) -> Path:
     """What a conversion of it writes around the tensors, and holes in their place."""
     folder = tmp_path_factory.mktemp("32B-megatron")
     table = weight_table(read_shape(source))
+    plan = plan_torch_dist(folder, table, dict.fromkeys(table.shapes, torch.bfloat16))
+    for file, size in plan.files.items():
+        file.touch()
+        os.truncate(file, size)
     with Files("SRC") as files:
-        _write_around_tensors(plan_torch_dist(folder, table, dict.fromkeys(table.shapes, torch.bfloat16)), files, source)
+        _write_around_tensors(plan, files, source)
     assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 30e6
     return folder
 

@@ -6,10 +6,7 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,8 @@ from convert.conftest import tensors_of
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, save_tiny
 
-from nft_megatron.convert import torch_dist_plan, transfer
+from nft_megatron.convert import torch_dist_plan
 from nft_megatron.convert.commands import check, to_hf, to_megatron
-from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import Manifest, read_manifest
 from nft_megatron.errors import UserError
 from nft_megatron.weights import read_shape, weight_table
@@ -105,18 +101,6 @@ def test_without_proof_the_bytes_are_the_same_and_the_manifest_says_so(sources, 
     to_hf(tmp_path / "megatron", tmp_path / "hf")  # what is unproven is proven from here on
     after, before = tensors_of(tmp_path / "hf"), tensors_of(source)
     assert read_manifest(tmp_path / "hf", "").receipt == weights_receipt(before.items()) == weights_receipt(after.items())
-
-
-def test_without_proof_an_interrupted_conversion_begins_anew(sources, tmp_path: Path, monkeypatch):
-    copied = []
-    copy = transfer._Job._copy
-    monkeypatch.setattr(transfer._Job, "_copy", lambda job, name: copied.append(name) or copy(job, name))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(transfer, "_hashes_around_tensors", interrupt)
-        to_megatron(sources["tied"], tmp_path / "out", proof=False)
-    to_megatron(sources["tied"], tmp_path / "out", proof=False)
-    assert len(copied) == 2 * len(tensors_of(sources["tied"]))
-    check(sources["tied"], tmp_path / "out")
 
 
 def test_a_dry_run_prints_the_mapping_and_writes_nothing(sources, tmp_path: Path, capsys):
@@ -348,83 +332,7 @@ def test_log_probs_of_a_prompt(model_folder, tmp_path: Path, capsys):
     assert "log-probs of" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------- interruptions and exit codes
-
-SLOW = """
-import sys, time
-from nft_megatron.convert import engine
-from nft_megatron.cli import main
-write = engine.Files.write_rows
-def slow(*arguments):
-    time.sleep(0.03)
-    write(*arguments)
-engine.Files.write_rows = slow
-main(["convert", *sys.argv[1:], "--workers", "1"])
-"""
-
-
-@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
-def test_killed_in_the_middle_it_goes_on_and_ends_the_same(sources, tmp_path: Path, monkeypatch, direction: str):
-    source, convert = sources["untied"], to_megatron if direction == "to-megatron" else to_hf
-    if direction == "to-hf":
-        to_megatron(source, source := tmp_path / "megatron")
-    final, partial = tmp_path / "killed", tmp_path / "killed.partial"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, direction, str(source), str(final)])
-    journal = partial / "journal.jsonl"
-    deadline = time.monotonic() + 60
-    while not (journal.is_file() and journal.read_text().count("\n") >= 8):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(10)
-    assert not final.exists()
-    before = journal.read_text().splitlines()
-    (victim,) = list(partial.glob("*.distcp")) or list(partial.glob("*.safetensors"))
-    written = json.loads(before[3])["tensor"]
-    journal.write_text(journal.read_text() + '{"tensor": "mod')  # killed within a line
-
-    copied = []
-    copy = transfer._Job._copy
-    monkeypatch.setattr(transfer._Job, "_copy", lambda job, name: copied.append(name) or copy(job, name))
-    if direction == "to-hf":  # a tensor that did not reach the disk is written again, as its hash tells
-        header_bytes = int.from_bytes(victim.read_bytes()[:8], "little")
-        begin, _ = json.loads(victim.read_bytes()[8 : 8 + header_bytes])[written]["data_offsets"]
-        flip(victim, 8 + header_bytes + begin)
-    convert(source, final)
-    skipped = len(before) - 1 - (direction == "to-hf")
-    assert len(copied) == len(tensors_of(sources["untied"])) - skipped
-    assert (written in copied) == (direction == "to-hf")
-
-    convert(source, tmp_path / "at once")
-    for path in final.iterdir():
-        assert path.read_bytes() == (tmp_path / "at once" / path.name).read_bytes(), path.name
-    assert not partial.exists()
-
-
-def interrupt(*arguments):
-    raise KeyboardInterrupt
-
-
-def test_another_source_begins_anew(sources, tmp_path: Path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(transfer, "_hashes_around_tensors", interrupt)
-        to_megatron(sources["tied"], tmp_path / "out")
-    (tmp_path / "out.partial" / "strange.distcp").write_bytes(b"x")
-    to_megatron(sources["untied"], tmp_path / "out")
-    assert not (tmp_path / "out" / "strange.distcp").exists()
-    check(sources["untied"], tmp_path / "out")
-
-
-def test_interrupted_in_its_last_moments_it_leaves_nothing_of_them(sources, tmp_path: Path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PartialFolder, "publish", interrupt)
-        to_megatron(sources["untied"], tmp_path / "out")
-    (tmp_path / "out.partial" / ".tmp-1-conversion.json").write_text("{")
-    to_megatron(sources["untied"], tmp_path / "out")
-    to_megatron(sources["untied"], tmp_path / "at once")
-    for folder, other in (("out", "at once"), ("at once", "out")):
-        for path in (tmp_path / folder).iterdir():
-            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), path.name
+# ------------------------------------------------------------------------------------------------------------- exit codes
 
 
 def test_an_existing_name_and_a_second_process_are_refused(sources, converted: Path, tmp_path: Path):
