@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The quick ones first.
+BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup quickstart test check format bench clean
@@ -39,8 +41,11 @@ format: $(READY)  ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## The figures that the README quotes
-	$(BIN)/python benchmarks/embedded_engine.py
+bench: $(READY)  ## All benchmarks that need no GPU, about an hour and 10 GB of disk; one alone: make bench-verifiers
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-%: $(READY)
+	$(BIN)/python benchmarks/$*.py
 
 clean:  ## Remove .venv and runs/
 	rm -rf $(VENV) runs
