@@ -1,0 +1,205 @@
+"""A server that speaks vLLM's ``/inference/v1/generate`` without a model: quick, and faulty on demand.
+
+``python fake_vllm.py`` prints its port and serves until it is killed. What an answer is depends on its seed alone
+(:func:`expected_answer`). ``POST /behave`` changes ``Behaviour``; ``GET /seen`` tells what happened.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import httpx
+
+VOCABULARY = 50  # tokens 0 … 48 and the stop token 49
+STOP = VOCABULARY - 1
+_POOL = 4099  # prime: an answer is a stretch of this circle, which begins where its seed says
+_TOKENS = [(i * i * 7 + i) % (VOCABULARY - 1) for i in range(_POOL)]
+_LOGPROBS = [-((i * 37) % 1000) / 250 for i in range(_POOL)]
+
+
+def _entry(token, logprob):
+    top = f'{{"token_id":{token},"logprob":{logprob},"rank":1}}'
+    return f'{{"token_id":{token},"logprob":{logprob},"rank":1,"top_logprobs":[{top}]}}'
+
+
+_ENTRIES = [_entry(token, logprob) for token, logprob in zip(_TOKENS, _LOGPROBS, strict=True)] * 2
+
+
+@dataclass
+class Behaviour:
+    """``fault`` strikes from the next event on: "drop" closes the connection, "stall" sends nothing more, "error" and
+    "garbage" send what they say, "abort" ends answers so, "refuse" and "fail" answer 400 and 500, "hide" leaves the weights'
+    versions out, "nan" has no log-prob, "repeat" sends a finished answer again. ``only_seed``: for pieces with this seed alone.
+    """
+
+    version: str = "0"
+    token_seconds: float = 0.0
+    fault: str = ""
+    only_seed: int = -1
+    reordered: bool = False  # the same JSON with other spaces and order
+
+
+def expected_length(seed, max_tokens):
+    """Tokens of the answer; the eleventh of all seeds are cut."""
+    return max_tokens if seed % 11 == 0 else 1 + (seed * 2654435761 >> 7) % max_tokens
+
+
+def expected_answer(seed, max_tokens):
+    """Tokens, log-probs and finish reason of the answer with this seed."""
+    length, start = expected_length(seed, max_tokens), seed % _POOL
+    at = [(start + i) % _POOL for i in range(length)]
+    tokens, logprobs = [_TOKENS[i] for i in at], [_LOGPROBS[i] for i in at]
+    if seed % 11 == 0:
+        return tokens, logprobs, "length"
+    return [*tokens[:-1], STOP], logprobs, "stop"
+
+
+class FakeServer:
+    def __init__(self):
+        self.behaviour, self.seen = Behaviour(), Counter()
+
+    async def serve(self, reader, writer):
+        """One connection, kept alive."""
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.decode().lower().split("\r\n")
+                size = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
+                body = await reader.readexactly(size)
+                await self.respond(lines[0].split()[1], body, writer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def respond(self, path, body, writer):
+        if path == "/behave":
+            self.behaviour = Behaviour(**json.loads(body))
+            return self.reply(writer, "200 OK", b"{}")
+        if path == "/seen":
+            return self.reply(writer, "200 OK", json.dumps(self.seen).encode())
+        asked = json.loads(body)
+        self.seen["requests"] += 1
+        self.seen["answers"] += asked["sampling_params"]["n"]
+        self.seen["open"] += 1
+        self.seen["most_open"] = max(self.seen["most_open"], self.seen["open"])
+        try:
+            if self.fault(asked) == "refuse":
+                return self.reply(writer, "400 Bad Request", b'{"error":"too long"}')
+            if self.fault(asked) == "fail":
+                return self.reply(writer, "500 Internal Server Error", b'{"error":"dead"}')
+            return await self.stream(asked, writer)
+        except ConnectionError:
+            self.seen["broken_off"] += 1
+            raise
+        finally:
+            self.seen["open"] -= 1
+
+    def reply(self, writer, status, body):
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    def fault(self, asked):
+        concerned = self.behaviour.only_seed in (-1, asked["sampling_params"]["seed"])
+        return self.behaviour.fault if concerned else ""
+
+    async def stream(self, asked, writer):
+        """All answers advance together: a token at first, then ``stream_interval`` at a time."""
+        parameters = asked["sampling_params"]
+        answers = [expected_answer(parameters["seed"] + i, parameters["max_tokens"]) for i in range(parameters["n"])]
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        begin, end = 0, 1
+        first_version = self.behaviour.version
+        while any(begin < len(tokens) for tokens, *_ in answers):
+            await asyncio.sleep((end - begin) * self.behaviour.token_seconds)
+            for index, (tokens, _, reason) in enumerate(answers):
+                if begin >= len(tokens):
+                    continue
+                fault = self.fault(asked)
+                if fault == "stall":
+                    await asyncio.sleep(3600)
+                if fault in ("drop", "error", "garbage"):
+                    if fault != "drop":
+                        send(writer, '{"error":{"message":"dead"}}' if fault == "error" else '{"choices":[{"ind')
+                    raise ConnectionError
+                is_last = end >= len(tokens)
+                start = (parameters["seed"] + index) % _POOL + begin
+                entries = _ENTRIES[start % _POOL : start % _POOL + min(end, len(tokens)) - begin]
+                if is_last and reason == "stop":
+                    entries[-1] = entries[-1].replace(
+                        f'"token_id":{_TOKENS[(start + len(entries) - 1) % _POOL]},', f'"token_id":{STOP},'
+                    )
+                if fault == "nan":
+                    entries[-1] = _entry(tokens[-1], -9999.0)
+                ending = ("abort" if fault == "abort" else reason) if is_last else None
+                spans = self.spans(first_version, len(tokens)) if is_last and fault != "hide" else None
+                event = (
+                    f'{{"request_id":"r","usage":null,"choices":[{{"index":{index},"finish_reason":{json.dumps(ending)},'
+                    f'"stop_reason":null,"token_ids":{json.dumps(tokens[begin:end])},"weight_versions":{json.dumps(spans)},'
+                    f'"logprobs":{{"content":[{",".join(entries)}]}}}}]}}'
+                )
+                if self.behaviour.reordered:
+                    event = json.dumps(dict(reversed(json.loads(event).items())))
+                send(writer, event)
+                if fault == "repeat" and is_last:
+                    send(writer, event)
+            await writer.drain()
+            begin, end = end, end + parameters["stream_interval"]
+        send(writer, "[DONE]")
+        writer.write(b"0\r\n\r\n")
+
+    def spans(self, first_version, num_tokens):
+        """A version that changes while an answer is generated holds from its last token on."""
+        last = self.behaviour.version
+        if last == first_version or num_tokens < 2:
+            return [{"version": last, "start": 0, "end": num_tokens}]
+        return [
+            {"version": first_version, "start": 0, "end": num_tokens - 1},
+            {"version": last, "start": num_tokens - 1, "end": num_tokens},
+        ]
+
+
+def send(writer, data):
+    event = f"data: {data}\n\n".encode()
+    if writer.is_closing():
+        raise ConnectionError
+    writer.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
+
+
+async def main():
+    server = await asyncio.start_server(FakeServer().serve, "127.0.0.1", 0, limit=1 << 24, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+class Process:
+    """The server as a process of its own, to be stopped and killed."""
+
+    def __init__(self, **behaviour):
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__))], stdout=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        self.headers = {}
+        self.behaviour = Behaviour()
+        self.behave(**behaviour)
+
+    def behave(self, **changes):
+        for name, value in changes.items():
+            assert name in {field.name for field in fields(Behaviour)}
+            setattr(self.behaviour, name, value)
+        httpx.post(f"{self.url}/behave", json=asdict(self.behaviour), timeout=10, trust_env=False)
+
+    @property
+    def seen(self):
+        return Counter(httpx.get(f"{self.url}/seen", timeout=10, trust_env=False).json())
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,136 @@
+"""One request to a server: what is sent, what is read, and every way in which a server can fail at it."""
+
+import asyncio
+import json
+
+import httpx
+import numpy as np
+import pytest
+from fake_vllm import STOP, Process, expected_answer
+
+from nft_megatron.records import Sampling
+from nft_megatron.rollout.fleet import client
+from nft_megatron.rollout.fleet.client import Generated, Progress, Refused, ServerFault, make_body
+
+PROMPT = np.array([1, 2, 3], dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def server():
+    process = Process()
+    yield process
+    process.kill()
+
+
+@pytest.fixture(autouse=True)
+def healthy(server):
+    server.behave(version="0", token_seconds=0.0, fault="", only_seed=-1, reordered=False)
+
+
+def ask(server, *, seed=5, num_answers=4, max_tokens=600):
+    """All events of one request."""
+
+    async def run():
+        async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+            body = make_body(PROMPT, seed, num_answers, Sampling(max_tokens=max_tokens))
+            return [event async for event in client.generate(http, server.url, server.headers, body, num_answers)]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("reordered", [False, True], ids=["as vLLM 0.32.0 writes it", "any other JSON"])
+def test_answers_are_those_of_their_seeds(server, reordered):
+    server.behave(reordered=reordered, version="7")
+    events = ask(server, seed=8, num_answers=6)
+    answers = {event.index: event for event in events if isinstance(event, Generated)}
+    assert sorted(answers) == list(range(6))
+    for index, answer in answers.items():
+        tokens, logprobs, reason = expected_answer(8 + index, 600)
+        assert answer.tokens.tolist() == tokens and answer.tokens.dtype == np.int32
+        np.testing.assert_array_equal(answer.logprobs, np.array(logprobs, dtype=np.float32))
+        assert (answer.finish_reason, answer.versions) == (reason, ("7",))
+        progress = [event.num_tokens for event in events if isinstance(event, Progress) and event.index == index]
+        assert sum(progress) == len(tokens) and max(progress) <= client.STREAM_INTERVAL
+    assert {answer.finish_reason for answer in answers.values()} == {"stop", "length"}
+    assert all(answer.tokens[-1] == STOP for answer in answers.values() if answer.finish_reason == "stop")
+
+
+def test_an_answer_is_there_when_it_ends_and_not_with_the_last(server):
+    events = ask(server, seed=11, num_answers=3, max_tokens=2000)
+    finished_at = [number for number, event in enumerate(events) if isinstance(event, Generated)]
+    assert finished_at[0] < len(events) - 3
+
+
+def test_nothing_is_left_to_a_servers_defaults():
+    sampling = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, stop_token_ids=(4, 6), stop=("\\boxed",))
+    body = json.loads(make_body(PROMPT, 2**62, 3, sampling))
+    assert body["token_ids"] == [1, 2, 3] and body["stream"] is True
+    assert body["sampling_params"].items() >= {
+        "n": 3, "seed": 2**62, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 9, "min_tokens": 0, "ignore_eos": True, "logprobs": 0,
+        "detokenize": True, "skip_special_tokens": False,
+    }.items()  # fmt: skip
+    assert body["sampling_params"]["stop_token_ids"] == [4, 6] and body["sampling_params"]["stop"] == ["\\boxed"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("drop", "RemoteProtocolError"),
+        ("error", "dead"),
+        ("garbage", "not an answer"),
+        ("fail", "500"),
+        ("nan", "log-prob"),
+        ("repeat", "had ended"),
+    ],
+)
+def test_a_server_that_fails(server, fault, message):
+    server.behave(fault=fault)
+    with pytest.raises(ServerFault, match=message) as raised:
+        ask(server)
+    assert not raised.value.is_abort
+
+
+def test_an_aborted_answer_is_nobodys_fault(server):
+    server.behave(fault="abort")
+    with pytest.raises(ServerFault) as raised:
+        ask(server)
+    assert raised.value.is_abort
+
+
+def test_a_request_that_is_wrong_is_refused(server):
+    server.behave(fault="refuse")
+    with pytest.raises(Refused, match="too long"):
+        ask(server)
+
+
+def test_nobody_is_there():
+    class Nowhere:
+        url, headers = "http://127.0.0.1:9", {}
+
+    with pytest.raises(ServerFault, match="ConnectError"):
+        ask(Nowhere)
+
+
+def test_an_answer_whose_weights_are_not_named_has_no_versions(server):
+    server.behave(fault="hide")
+    assert {event.versions for event in ask(server) if isinstance(event, Generated)} == {()}
+
+
+@pytest.mark.parametrize(
+    ("spans", "versions"),
+    [
+        ([("3", 0, 4), ("4", 4, 6)], ("3", "4")),
+        ([("3", 0, 4)], ()),  # the last two tokens are anybody's
+        ([("3", 0, 4), ("4", 5, 6)], ()),
+        ([("3", 1, 6)], ()),
+        ([], ()),
+    ],
+)
+def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
+    choice = {
+        "finish_reason": "stop",
+        "weight_versions": [{"version": version, "start": start, "end": end} for version, start, end in spans],
+    }
+    part = client._Unfinished([np.zeros(6, dtype=np.int32)], [np.zeros(6, dtype=np.float32)])
+    assert client._finished(0, part, choice).versions == versions
