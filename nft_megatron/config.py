@@ -201,7 +201,7 @@ class ParallelSection(Section):
 
 
 class DeadlinesSection(Section):
-    """Longest silence in each phase of a run. A rank that is silent for longer writes its stacks to RUN/logs and ends with 70."""
+    """Longest silence in each phase of a run. A rank silent for longer leaves its stacks in RUN/logs and ends with 70."""
 
     setup_seconds: PositiveFloat = 1800.0
     """Building the model, loading weights or a checkpoint, starting the engine."""
@@ -215,6 +215,8 @@ class DeadlinesSection(Section):
     """Writing a checkpoint or an export."""
     evaluate_seconds: PositiveFloat = 7200.0
     """On rank 0 the time without a finished answer to a held-out question."""
+    other_seconds: PositiveFloat = 1800.0
+    """Everything else, such as what ranks tell each other between phases."""
 
 
 class ClusterSection(Section):

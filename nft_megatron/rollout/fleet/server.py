@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,7 @@ class Server:
     """
 
     def __init__(self, settings: ServerSettings, name: str, seed: int, devices: str | None = None) -> None:
+        self._stopping = threading.Lock()
         self.name, self.seed, self.api_key = name, seed, settings.api_key
         port = _free_port(settings.host)
         self.url = f"http://{_reachable(settings.host)}:{port}"
@@ -156,9 +158,10 @@ class Server:
     def is_up(self, timeout_seconds: float = 5.0) -> bool:
         """Whether it answers."""
         try:
-            return httpx.get(f"{self.url}/health", headers=self.headers, timeout=timeout_seconds).status_code == 200
+            reply = httpx.get(f"{self.url}/health", headers=self.headers, timeout=timeout_seconds, trust_env=False)
         except httpx.HTTPError:
             return False
+        return reply.status_code == 200
 
     def wait_until_up(self, seconds: float) -> None:
         """Return once it answers; raise ``EngineFault`` with the end of its log if it ends or takes longer."""
@@ -176,18 +179,19 @@ class Server:
 
     def stop(self, seconds: float = 5.0) -> None:
         """End all of its processes, by force after ``seconds`` (0: at once). Idempotent."""
-        if self._alive < 0:
-            return
-        if seconds:
+        with self._stopping:
+            if self._alive < 0:
+                return
+            if seconds:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self._alive)
-        self._alive = -1
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            os.close(self._alive)
+            self._alive = -1
 
 
 def check_installed(python: str) -> None:

@@ -5,7 +5,8 @@ transfer. Its life is vLLM's own (start, update for each piece, finish); a piece
 broadcast. Every tensor is hashed as it is handed to the model, so that the receipt says what the model consumed.
 
 Works around vLLM 0.32.0: a failed update leaves layers half-loaded, and what they had collected would count for the next one;
-loaded tensors are kept until their layer is complete, so a bucket's memory is never used again.
+loaded tensors are kept until their layer is complete, so a bucket's memory is never used again; on a CPU a tied LM head goes on
+with the old weights, which its kernel object has packed.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
     update_info_cls = PieceInfo
     supports_draft_weight_update = False
 
+    model: Any  # vLLM's class of the model
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.digests: dict[str, str] = {}
@@ -81,9 +84,13 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except BaseException:
-            with contextlib.suppress(Exception):  # the layers' books are closed; their contents are void until the next update
-                finalize_layerwise_reload(self.model, self.model_config)
+            self.close_books()
             raise
+
+    def close_books(self) -> None:
+        """After a failure: layers forget what they have collected. What they hold is void until the next update."""
+        with contextlib.suppress(Exception):
+            finalize_layerwise_reload(self.model, self.model_config)
 
     def receive_weights(self, update_info: PieceInfo) -> None:
         if update_info.folder is not None:
@@ -96,6 +103,9 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        head = getattr(self.model, "lm_head", None)
+        if self.device.type == "cpu" and self.model.config.tie_word_embeddings and head is not None:
+            head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         self._group = None
@@ -135,8 +145,62 @@ class WeightKeeper:
     """Methods that ``/collective_rpc`` finds on every vLLM worker."""
 
     weight_transfer_engine: Receiver
+    _weight_update_active: bool  # of vLLM's worker
+
+    def nft_abandon(self) -> dict[str, Any]:
+        """End an update that never finished: its sender died, or stopped waiting."""
+        if self._weight_update_active:
+            self._weight_update_active = False
+            self.weight_transfer_engine.close_books()
+        return {}
 
     def nft_receipt(self) -> dict[str, Any]:
         """What the last update brought: ``{"receipt": …, "num_tensors": …}``."""
         digests = self.weight_transfer_engine.digests
         return {"receipt": combine_digests(digests.values()), "num_tensors": len(digests)}
+
+    @torch.no_grad()
+    def nft_check_held(self) -> dict[str, Any]:
+        """Compare the model's parameters, taken apart into Hugging Face's tensors, with what the last update brought.
+
+        ``{"wrong": names, "num_proven": n}``. Shards of a tensor cannot be compared: on several GPUs nothing is proven.
+        """
+        engine = self.weight_transfer_engine
+        if engine.parallel_config.world_size > 1:
+            return {"wrong": [], "num_proven": 0}
+        wrong, num_proven = [], 0
+        for name, tensor in held_tensors(engine.model):
+            if name in engine.digests:
+                num_proven += 1
+                if tensor_digest(name, tensor) != engine.digests[name]:
+                    wrong.append(name)
+        return {"wrong": wrong, "num_proven": num_proven}
+
+
+def held_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What an unsharded vLLM model computes with, under Hugging Face's names; a tied LM head under the embedding's."""
+    parts_of = getattr(model, "packed_modules_mapping", {})
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for path, layer in model.named_modules():
+        parent, _, kind = path.rpartition(".")
+        for field_name in ("weight", "bias"):
+            tensor = _in_use(layer, field_name)
+            if tensor is None:
+                continue
+            names = [f"{parent}.{part}.{field_name}" for part in parts_of.get(kind, [])] or [f"{path}.{field_name}"]
+            sizes = list(getattr(layer, "output_sizes", [])) if len(names) > 1 else [len(tensor)]
+            if hasattr(layer, "org_vocab_size"):
+                sizes = [layer.org_vocab_size, len(tensor) - layer.org_vocab_size]  # rows of padding
+            if tied and names == ["lm_head.weight"]:
+                names = ["model.embed_tokens.weight"]
+            yield from zip(names, tensor.split(sizes), strict=False)
+
+
+def _in_use(layer: Any, field_name: str) -> torch.Tensor | None:
+    """A parameter of this very layer. On a CPU the matrix is inside a kernel object: its rows come out by asking for them."""
+    parameter = layer._parameters.get(field_name)
+    if parameter is None or field_name != "weight" or not hasattr(layer, "cpu_linear"):
+        return parameter
+    num_inputs = getattr(layer, "input_size", None) or layer.embedding_dim
+    identity = torch.eye(num_inputs, dtype=parameter.dtype)
+    return layer.cpu_linear(identity, parameter, None).T.contiguous()

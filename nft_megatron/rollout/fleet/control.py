@@ -1,0 +1,121 @@
+"""The control routes of one vLLM server. Every call has a deadline; what goes wrong is a ``ControlError`` that says where."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any, Literal
+
+import httpx
+
+from nft_megatron.rollout.fleet.server import MODEL_NAME
+
+InFlight = Literal["finish", "continue"]
+
+_PAUSE_MODES: dict[InFlight, str] = {"finish": "wait", "continue": "keep"}
+_CANARY_TOKENS = 8
+_TLS = ssl.create_default_context()  # once: making it takes longer than most calls
+
+
+class ControlError(RuntimeError):
+    """A server did not do what it was told. ``silent``: it gave no answer in time, or none at all."""
+
+    def __init__(self, message: str, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
+
+
+class Control:
+    """Blocking calls to one server, from any thread, one connection a call: a broken one never outlives its call.
+
+    ``seconds`` bounds short calls; those that move weights or wait for answers name their own.
+    """
+
+    def __init__(self, url: str, api_key: str, seconds: float = 10.0) -> None:
+        self.url, self._seconds = url, seconds
+        self._headers = {"Authorization": f"Bearer {api_key}"}
+
+    def version(self, seconds: float | None = None) -> int | None:
+        """The version of its weights by its own account; None: none of ours. Also proof that its engine process answers."""
+        label = str(self._call("GET", "/weight_info", seconds=seconds)["weight_version"])
+        return int(label) if label.isdecimal() else None
+
+    def num_workers(self) -> int:
+        """Worker processes that each hold, or share, the weights."""
+        return int(self._call("GET", "/get_world_size")["world_size"])
+
+    def pause(self, in_flight: InFlight, seconds: float) -> None:
+        """Stop generating: after the requests under way (``finish``), or between two of their tokens (``continue``)."""
+        self._call("POST", "/pause", params={"mode": _PAUSE_MODES[in_flight]}, seconds=seconds)
+
+    def resume(self) -> None:
+        self._call("POST", "/resume")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every key and value of older weights; requests under way compute theirs again."""
+        reply = self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
+        if not reply["success"]:
+            raise ControlError(f"{self.url} did not reset its prefix cache")
+
+    def join(self, host: str, port: int, first_rank: int, num_ranks: int, seconds: float) -> None:
+        """Make its workers join the trainer's group; returns when the group is whole."""
+        info = {"host": host, "port": port, "first_rank": first_rank, "num_ranks": num_ranks, "seconds": seconds}
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": info}, seconds=seconds)
+
+    def start_update(self, seconds: float) -> None:
+        """Begin to take over weights; what an update that failed half-way has left is cleared away."""
+        self._rpc("nft_abandon", seconds)
+        self._call("POST", "/start_weight_update", seconds=seconds)
+
+    def update(self, piece: dict[str, Any], seconds: float) -> None:
+        """Take one piece over; see ``worker_extension.PieceInfo``."""
+        self._call("POST", "/update_weights", {"update_info": piece}, seconds=seconds)
+
+    def finish_update(self, version: int, seconds: float) -> None:
+        self._call("POST", "/finish_weight_update", {"weight_version": str(version)}, seconds=seconds)
+
+    def receipts(self, seconds: float) -> list[str]:
+        """What each of its workers took over in the last update."""
+        return [str(result["receipt"]) for result in self._rpc("nft_receipt", seconds)]
+
+    def wrongly_held(self, seconds: float) -> list[str]:
+        """Names of the tensors whose values in the model are not those of the last update."""
+        return sorted({name for result in self._rpc("nft_check_held", seconds) for name in result["wrong"]})
+
+    def canary(self, vocab_size: int, seconds: float) -> list[float]:
+        """Log-probs of a fixed short text of token ids, given its beginning: how the weights work, not only what they are."""
+        tokens = [(7 * position + 1) % vocab_size for position in range(_CANARY_TOKENS)]
+        body = {
+            "model": MODEL_NAME, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0,
+            "detokenize": False,
+        }  # fmt: skip
+        (choice,) = self._call("POST", "/v1/completions", body, seconds=seconds)["choices"]
+        pairs = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
+        return [float(logprobs[str(token)]["logprob"]) for token, logprobs in pairs]
+
+    def _rpc(self, method: str, seconds: float) -> list[dict[str, Any]]:
+        """What each worker answers."""
+        reply = self._call("POST", "/collective_rpc", {"method": method, "timeout": seconds}, seconds=seconds)
+        return list(reply["results"])
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        params: dict[str, str] | None = None,
+        seconds: float | None = None,
+    ) -> dict[str, Any]:
+        patience = self._seconds if seconds is None else seconds
+        try:
+            reply = httpx.request(
+                method, f"{self.url}{path}", json=body, params=params, headers=self._headers,
+                timeout=httpx.Timeout(patience, connect=min(patience, self._seconds)), trust_env=False, verify=_TLS,
+            )  # fmt: skip
+        except httpx.TimeoutException as error:
+            raise ControlError(f"{self.url}{path} gave no answer within {patience:g} s", silent=True) from error
+        except httpx.HTTPError as error:
+            raise ControlError(f"{self.url}{path}: {error}", silent=True) from error
+        if reply.status_code != 200:
+            raise ControlError(f"{self.url}{path} answered {reply.status_code}: {reply.text[:500]}")
+        return dict(reply.json())

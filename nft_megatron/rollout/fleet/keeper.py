@@ -1,0 +1,300 @@
+"""What keeps one server going: a thread that starts it, checks it, gives it the current weights, and starts it again.
+
+The thread alone changes the server; other threads read its health and report what they saw, under one lock. Every step of the
+thread has a deadline, so a server that hangs delays nobody but itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
+from nft_megatron.rollout.fleet.health import Health, State
+from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.refresh import Patience, WrongWeights, compare_canaries, load_folder, verify_and_resume
+from nft_megatron.rollout.fleet.server import Server
+from nft_megatron.rollout.fleet.versions import Published
+
+log = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 1.0
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
+_STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds: a start, the taking over of weights, and a health check."""
+
+    start: float
+    sync: float
+    silence: float
+
+
+@dataclass(frozen=True)
+class ServerStats:
+    """One server in the metrics. ``sync_*`` are of the last version it took over; ``num_restarts`` since the fleet began."""
+
+    name: str
+    state: str
+    version: int
+    num_restarts: int
+    sync_seconds: float
+    sync_bytes: int
+    reason: str
+
+
+@dataclass
+class Target:
+    """What all servers are to hold, shared by the keepers of a fleet under ``changed``.
+
+    ``canary`` is the first one of the current version: the others must agree with it.
+    """
+
+    changed: threading.Condition = field(default_factory=lambda: threading.Condition(threading.RLock()))
+    published: Published | None = None
+    canary: list[float] | None = None
+    closed: bool = False
+
+
+class Keeper:
+    """``launch`` starts the server; None: somebody else runs it at ``url``.
+
+    ``claim`` is held while its weights are worked on, by this thread or by a broadcast.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        target: Target,
+        deadlines: Deadlines,
+        in_flight: InFlight,
+        vocab_size: int,
+        api_key: str,
+        url: str = "",
+        launch: Callable[[], Server] | None = None,
+    ) -> None:
+        self.name, self.api_key, self.url = name, api_key, url
+        self.claim = threading.Lock()
+        self.reading: int | None = None  # version whose files it reads
+        self._target, self._deadlines, self._in_flight, self._vocab_size = target, deadlines, in_flight, vocab_size
+        self._launch = launch
+        self._server: Server | None = None
+        self._started = time.monotonic()
+        self._health, self._incarnation = Health(), 0
+        self._vouched = False  # the model of this process was compared with what arrived
+        self._delay, self._not_before = _FIRST_DELAY, 0.0
+        self._sync_seconds, self._sync_bytes = 0.0, 0
+        self._left = False
+        self._thread = threading.Thread(target=self._keep, name=f"fleet-{name}", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------------- for other threads
+
+    def member(self) -> Member:
+        """What others may know of it."""
+        with self._target.changed:
+            version = self._health.version
+            return Member(
+                self.name, self.url, self.api_key, self._health, -1 if version is None else version, self._incarnation
+            )
+
+    def stats(self) -> ServerStats:
+        with self._target.changed:
+            version = self._health.version
+            return ServerStats(
+                self.name, self._health.state.value, -1 if version is None else version, max(0, self._incarnation - 1),
+                self._sync_seconds, self._sync_bytes, self._health.reason,
+            )  # fmt: skip
+
+    def serves(self) -> bool:
+        """Whether it may be given work now."""
+        with self._target.changed:
+            published = self._target.published
+            return published is not None and self._health.serves(published.version)
+
+    def is_reachable(self) -> bool:
+        """Whether it answered when it was asked last."""
+        with self._target.changed:
+            return self._health.state in (State.HEALTHY, State.STALE)
+
+    def report(self, incarnation: int, ok: bool, error: str | None) -> None:
+        """A client's request ended. What concerns an earlier process of this server is no news."""
+        with self._target.changed:
+            if incarnation != self._incarnation or self._health.state not in (State.HEALTHY, State.SUSPECT):
+                return
+            self._become(self._health.answered(self._health.version) if ok else self._health.failed(error or "request failed"))
+
+    def is_behind(self, version: int) -> None:
+        """``version`` was published; it gets no more work until it holds it."""
+        self._event(lambda health: health.weights_behind(version))
+
+    def moved(self, url: str) -> None:
+        """Another process serves under this name now."""
+        with self._target.changed:
+            if url != self.url:
+                self.url = url
+                self._incarnation += 1
+                self._vouched = False
+                self._become(self._health.started())
+
+    def leave(self) -> None:
+        """It has left the fleet."""
+        with self._target.changed:
+            self._left = True
+            self._become(self._health.exited("left the fleet"))
+
+    def close(self, seconds: float) -> None:
+        """End the thread, and the server with it if it is ours."""
+        with self._target.changed:
+            self._left = True
+            self._target.changed.notify_all()
+        server = self._server
+        if server is not None:
+            server.stop(min(seconds, _STOP_SECONDS))  # calls under way fail at once
+        self._thread.join(seconds)
+
+    def control(self) -> Control:
+        return Control(self.url, self.api_key, self._deadlines.silence)
+
+    # ------------------------------------------------------------------------------------------------------- its thread
+
+    def _keep(self) -> None:
+        while not self._is_over():
+            try:
+                self._attend()
+            except Exception:  # a keeper that ends would leave its server unattended without a word
+                log.exception("fleet: keeper of %s", self.name)
+                self._event(lambda health: health.failed("fault of the fleet itself, see the log"))
+            self._rest()
+        if self._server is not None:
+            self._server.stop(0)
+
+    def _is_over(self) -> bool:
+        with self._target.changed:
+            return self._left or self._target.closed
+
+    def _rest(self) -> None:
+        """Until the next check, or until there is something to do."""
+        with self._target.changed:
+            if not (self._is_over() or self._wants_refresh()):
+                self._target.changed.wait(_CHECK_SECONDS)
+
+    def _wants_refresh(self) -> bool:
+        return self._health.state is State.STALE and self._source() is not None and time.monotonic() >= self._not_before
+
+    def _source(self) -> Published | None:
+        """What it can take over by itself: a version with files."""
+        published = self._target.published
+        return published if published is not None and published.folder is not None else None
+
+    def _attend(self) -> None:
+        """One round: see that it runs, see that it answers, see to its weights."""
+        if self._launch is not None and not self._is_running():
+            return
+        if self.claim.acquire(timeout=_CHECK_SECONDS):  # else a broadcast has it: its own deadlines hold
+            try:
+                self._check()
+                with self._target.changed:
+                    source = self._source() if self._wants_refresh() else None
+                if source is not None:
+                    self.refresh(lambda control, patience: load_folder(control, source, self._in_flight, patience), source)
+            finally:
+                self.claim.release()
+
+    def _is_running(self) -> bool:
+        """Start it, or start it again; False while it has to wait for that."""
+        assert self._launch is not None
+        if self._server is not None and not self._server.is_alive():
+            self._event(lambda health: health.exited("its processes ended"))
+        if self._server is None or self._health.state is State.DEAD:
+            if self._server is not None:
+                log.warning("fleet: %s is dead (%s); starting it again", self.name, self._health.reason)
+                self._server.stop(0)
+                self._server = None
+                self._put_off()
+            if time.monotonic() < self._not_before or self._is_over():
+                return False
+            server = self._launch()
+            with self._target.changed:
+                self._server, self.url = server, server.url
+                self._incarnation += 1
+                self._started, self._vouched = time.monotonic(), False
+                self._become(self._health.started())
+        return True
+
+    def _check(self) -> None:
+        """Ask for its version: that its API and its engine both answer, and that it is the process we know."""
+        try:
+            version = self.control().version()
+        except ControlError as error:
+            if self._health.state is State.STARTING and self._launch and self._age() > self._deadlines.start:
+                self._event(lambda health: health.exited(f"not up after {self._deadlines.start:g} s"))
+            text = str(error)
+            self._event(lambda health: health.failed(text))
+            return
+        self._event(lambda health: health.answered(version))
+
+    def _put_off(self) -> None:
+        """No further attempt before a while, which doubles until it serves."""
+        self._not_before = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, _LONGEST_DELAY)
+
+    def _age(self) -> float:
+        return time.monotonic() - self._started
+
+    def refresh(self, load: Callable[[Control, Patience], None], published: Published, started: float | None = None) -> bool:
+        """Give the server ``published`` by ``load``, and let it serve if it proves that it holds it. ``claim`` is held.
+
+        ``started``: when this began, where it was before now.
+        """
+        control, patience = self.control(), Patience.of(self._deadlines.sync)
+        started = time.monotonic() if started is None else started
+        incarnation, self.reading = self._incarnation, published.version
+        try:
+            load(control, patience)
+            canary = verify_and_resume(control, published, self._vocab_size, not self._vouched, patience)
+            self._agree(published, canary)
+        except (ControlError, WrongWeights) as error:
+            log.warning("fleet: %s did not take over version %d: %s", self.name, published.version, error)
+            text = str(error)
+            self._event(lambda health: health.weights_refused(text))
+            self._put_off()
+            return False
+        finally:
+            self.reading = None
+        with self._target.changed:
+            if incarnation != self._incarnation:
+                return False
+            self._vouched, self._delay = True, _FIRST_DELAY
+            self._sync_seconds, self._sync_bytes = time.monotonic() - started, published.num_bytes
+            current = self._target.published
+            health = self._health.weights_loaded(published.version, published.receipt)
+            self._become(health.weights_behind(current.version) if current is not None else health)
+        return True
+
+    def _agree(self, published: Published, canary: list[float]) -> None:
+        """Compare the canary with the first one of this version."""
+        with self._target.changed:
+            if self._target.published is not published:
+                return
+            if self._target.canary is None:
+                self._target.canary = canary
+            expected = self._target.canary
+        compare_canaries(self.url, canary, expected)
+
+    def _event(self, change: Callable[[Health], Health]) -> None:
+        with self._target.changed:
+            self._become(change(self._health))
+
+    def _become(self, health: Health) -> None:
+        """Take the new health, and wake whoever waits for it. The lock is held."""
+        if health.state is not self._health.state:
+            log.info("fleet: %s is %s%s", self.name, health.state.value, f" ({health.reason})" if health.reason else "")
+        if health != self._health:
+            self._health = health
+            self._target.changed.notify_all()

@@ -1,0 +1,278 @@
+"""The fleet as a whole: which servers there are, what they are to hold, and how weights reach them.
+
+Each server has a thread of its own (``keeper.py``); here is what concerns all of them. A version is published by naming it:
+from then on no server serves until it has proved that it holds it, whether it was there at the time, joined later, or was
+started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nft_megatron.config import FleetSection
+from nft_megatron.errors import StoppedEarly, UserError
+from nft_megatron.files import remove_leftovers
+from nft_megatron.rollout.fleet import transfer
+from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, ServerStats, Target
+from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.registry import discover, read_key, run_key
+from nft_megatron.rollout.fleet.server import Server, ServerSettings
+from nft_megatron.rollout.fleet.versions import CheckedStream, Published, VersionWriter, remove_versions
+from nft_megatron.weights import read_shape, weight_table
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_DISCOVER_SECONDS = 1.0
+_CLOSE_SECONDS = 10.0
+_MAX_SHARD_BYTES = 1 << 30
+_NUM_KEPT = 2
+
+
+class Fleet:
+    """Servers and their weights. Every method may be called from any thread; ``start`` comes first, ``close`` last.
+
+    ``settings`` says how servers are started and ``settings.folder`` where they register; ``seed`` is the run's.
+    """
+
+    def __init__(self, config: FleetSection, settings: ServerSettings, weights_dir: Path, seed: int = 0) -> None:
+        self._config, self._settings, self._weights_dir, self._seed = config, settings, weights_dir, seed
+        shape = read_shape(settings.model_folder)
+        self._vocab_size, self._shapes = shape.vocab_size, weight_table(shape).shapes
+        self._deadlines = Deadlines(config.start_seconds, config.sync_seconds, config.silence_seconds)
+        self._target = Target()
+        self._keepers: dict[str, Keeper] = {}
+        self._registered: set[str] = set()
+        self._publishing = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
+
+    def start(self) -> None:
+        """Start the servers of ``fleet.servers``, take those of ``fleet.urls``, and begin to look for others. Returns at once.
+
+        Raises ``UserError`` where ``devices`` or the key don't fit.
+        """
+        config = self._config
+        if config.devices and len(config.devices) != config.servers:
+            raise UserError(
+                "fleet.devices", config.devices,
+                f"are those of {len(config.devices)} servers, not of fleet.servers = {config.servers}",
+                "name the GPUs of every server, or leave it empty",
+            )  # fmt: skip
+        self._settings.folder.mkdir(parents=True, exist_ok=True)
+        remove_versions(self._weights_dir, keep=set())  # of an earlier process of this run
+        remove_leftovers(self._weights_dir)
+        for index in range(config.servers):
+            self._add(f"local-{index}", self._settings.api_key, launch=self._launcher(index))
+        key = read_key(config.key_file) if config.key_file is not None else self._settings.api_key
+        for index, url in enumerate(config.urls):
+            self._add(f"url-{index}", key, url=url.rstrip("/"))
+        self._watcher.start()
+
+    def serving(self) -> list[Member]:
+        """The servers that may be given work: healthy and on the version that was published last."""
+        with self._target.changed:
+            return [keeper.member() for keeper in self._keepers.values() if keeper.serves()]
+
+    def report(self, member: Member, ok: bool, error: str | None = None) -> None:
+        """Tell how a request to ``member`` ended, ``error`` being what went wrong with the server."""
+        with self._target.changed:
+            keeper = self._keepers.get(member.name)
+        if keeper is not None:
+            keeper.report(member.incarnation, ok, error)
+
+    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        """Give all servers the stream as ``version``, and return its receipt.
+
+        Waits for: ``fleet.min_servers`` servers that proved to hold it; the others follow by themselves. Unblocks: requests to
+        them, whose answers carry ``version``.
+
+        Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape (no server holds it then, those
+        that had begun are paused), ``StoppedEarly`` when too few servers have it after ``fleet.wait_seconds``.
+        """
+        with self._publishing:
+            stream = CheckedStream(tensors, self._shapes)
+            if self._config.weights == "folder":
+                folder = self._writer(version).write(stream)
+                self._set(Published(version, stream.receipt, stream.num_bytes, folder))
+            else:
+                self._transfer(stream, version)
+            self._remove_old(version)
+        self.wait_for_servers(self._config.wait_seconds)
+        return stream.receipt
+
+    def wait_for_servers(self, seconds: float) -> None:
+        """Return once ``fleet.min_servers`` serve; raise ``StoppedEarly`` (exit code 75) when they don't within ``seconds``."""
+        deadline = time.monotonic() + seconds
+        with self._target.changed:
+            while len(self.serving()) < self._config.min_servers:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._target.closed:
+                    text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
+                    raise StoppedEarly(
+                        f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers serve after "
+                        f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
+                    )
+                self._target.changed.wait(left)
+
+    def stats(self) -> list[ServerStats]:
+        """Of every server that the fleet knows."""
+        return [keeper.stats() for keeper in self._all()]
+
+    def close(self) -> None:
+        """End the servers that were started here and all threads; other servers stay as they are."""
+        with self._target.changed:
+            self._target.closed = True
+            self._target.changed.notify_all()
+        _all_at_once([partial(keeper.close, _CLOSE_SECONDS) for keeper in self._all()])
+        if self._watcher.is_alive():
+            self._watcher.join(_CLOSE_SECONDS)
+        remove_versions(self._weights_dir, keep=set())
+
+    # --------------------------------------------------------------------------------------------------------- servers
+
+    def _all(self) -> list[Keeper]:
+        with self._target.changed:
+            return list(self._keepers.values())
+
+    def _add(self, name: str, api_key: str, url: str = "", launch: Callable[[], Server] | None = None) -> None:
+        keeper = Keeper(
+            name, self._target, self._deadlines, self._config.in_flight, self._vocab_size, api_key, url, launch
+        )  # fmt: skip
+        with self._target.changed:
+            self._keepers[name] = keeper
+
+    def _launcher(self, index: int) -> Callable[[], Server]:
+        devices = self._config.devices[index] if self._config.devices else None
+        return lambda: Server(self._settings, f"local-{index}", seed=server_seed(self._seed, f"local-{index}"), devices=devices)
+
+    def _watch(self) -> None:
+        """Look for servers that register, move or leave."""
+        while True:
+            found = discover(self._settings.folder)
+            for name in self._registered - found.keys():
+                with self._target.changed:
+                    keeper = self._keepers.pop(name)
+                log.info("fleet: %s left", name)
+                keeper.leave()
+            for name, registration in found.items():
+                if name in self._registered:
+                    self._keepers[name].moved(registration.url)
+                else:
+                    log.info("fleet: %s joined at %s", name, registration.url)
+                    self._add(name, run_key(self._settings.folder), url=registration.url)
+            self._registered = set(found)
+            with self._target.changed:
+                if self._target.changed.wait_for(lambda: self._target.closed, _DISCOVER_SECONDS):
+                    return
+
+    # --------------------------------------------------------------------------------------------------------- weights
+
+    def _set(self, published: Published) -> None:
+        """From here on this is what servers are to hold."""
+        with self._target.changed:
+            self._target.published, self._target.canary = published, None
+            for keeper in self._keepers.values():
+                keeper.is_behind(published.version)
+            self._target.changed.notify_all()
+
+    def _writer(self, version: int) -> VersionWriter:
+        return VersionWriter(self._weights_dir, version, min(self._config.bucket_bytes, _MAX_SHARD_BYTES))
+
+    def _transfer(self, stream: CheckedStream, version: int) -> None:
+        """Broadcast to all servers that answer; whoever is not reached reads the files, if there are any."""
+        config = self._config
+        started = time.monotonic()
+        keepers = self._claim_idle()
+        for keeper in keepers:
+            keeper.is_behind(version)
+        writer = self._writer(version) if config.keep_copy or not keepers else None
+        shard: list[tuple[str, torch.Tensor]] = []
+
+        def copied() -> Iterator[tuple[str, torch.Tensor]]:
+            """The stream, of which the files are written on the way."""
+            num_bytes = 0
+            for name, tensor in stream:
+                if writer is not None:
+                    shard.append((name, tensor))
+                    num_bytes += tensor.nbytes
+                    if num_bytes >= min(config.bucket_bytes, _MAX_SHARD_BYTES):
+                        writer.add(shard)
+                        num_bytes = 0
+                yield name, tensor
+            if writer is not None and shard:
+                writer.add(shard)
+
+        rest = copied()
+        try:
+            reached = self._broadcast(keepers, rest, version)
+            for _ in rest:  # a broadcast that failed leaves the stream half read
+                pass
+            folder = writer.publish() if writer is not None else None
+            published = Published(version, stream.receipt, stream.num_bytes, folder)
+            self._set(published)
+            _all_at_once([partial(keeper.refresh, _nothing, published, started) for keeper in reached])
+        except BaseException:
+            if writer is not None:
+                writer.discard()
+            raise
+        finally:
+            for keeper in keepers:
+                keeper.claim.release()
+
+    def _broadcast(self, keepers: list[Keeper], tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> list[Keeper]:
+        """Send to all of them; returns those that have it: all, or none."""
+        if not keepers:
+            return []
+        try:
+            transfer.send(
+                [keeper.control() for keeper in keepers], tensors, version=version, in_flight=self._config.in_flight,
+                bucket_bytes=self._config.bucket_bytes, seconds=self._config.sync_seconds,
+            )  # fmt: skip
+        except transfer.BroadcastFailed as error:
+            log.warning("fleet: the broadcast of version %d failed: %s", version, error)
+            return []
+        return keepers
+
+    def _claim_idle(self) -> list[Keeper]:
+        """The servers that answer, each with its ``claim`` held."""
+        claimed = []
+        for keeper in self._all():
+            if keeper.is_reachable() and keeper.claim.acquire(timeout=self._config.silence_seconds):
+                claimed.append(keeper)
+        return claimed
+
+    def _remove_old(self, version: int) -> None:
+        """Keep the newest files, those that a server is reading, and those of the version before."""
+        keep = {version - number for number in range(_NUM_KEPT)} | {keeper.reading for keeper in self._all()}
+        remove_versions(self._weights_dir, {number for number in keep if number is not None})
+
+
+def server_seed(seed: int, name: str) -> int:
+    """A seed of its own for every server, whose default would be the same for all.
+
+    >>> server_seed(0, "local-0") != server_seed(0, "local-1")
+    True
+    """
+    return zlib.crc32(f"{seed} {name}".encode()) & 0x7FFF_FFFF
+
+
+def _all_at_once(calls: list[Callable[[], object]]) -> None:
+    """Each on a thread of its own; all have deadlines."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _nothing(control: object, patience: object) -> None:
+    """The weights are there already."""

@@ -1,0 +1,124 @@
+"""Weights by broadcast: from the trainer's stream into the workers of all servers at once, a bucket at a time.
+
+For every version a new process group is made of those servers that take part, so one that died since stands in nobody's way.
+Inside vLLM the pieces go through its weight-transfer routes (``worker_extension.py``). If any server fails, the
+group is broken and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nft_megatron.rollout.fleet.broadcast import SENDER, broadcast, fill_buckets, join_group
+from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
+from nft_megatron.rollout.fleet.refresh import Patience
+
+T = TypeVar("T")
+
+
+class BroadcastFailed(RuntimeError):
+    """The broadcast ended before all servers had everything."""
+
+
+def send(
+    controls: Sequence[Control],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    version: int,
+    in_flight: InFlight,
+    bucket_bytes: int,
+    seconds: float,
+) -> None:
+    """Broadcast the stream to all servers and give them its version number. They are paused before and afterwards.
+
+    Raises ``BroadcastFailed`` when a server or the network fails, or ``seconds`` are over; the stream may then be half read.
+    What the stream raises passes through.
+    """
+    patience = Patience.of(seconds)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        _on_all(controls, lambda control: control.pause(in_flight, patience.left), patience)
+        _on_all(controls, lambda control: control.start_update(patience.left), patience)
+        group = _make_group(controls, device, patience)
+    except (ControlError, RuntimeError) as error:
+        raise BroadcastFailed(str(error)) from error
+    for slots, flat in fill_buckets(tensors, bucket_bytes, device):
+        piece = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
+        try:
+            receiving = [_start(partial(control.update, piece, patience.left)) for control in controls]
+            sending = _start(partial(broadcast, group, flat))  # NCCL may hang in it: this thread holds the deadline
+            _await([*receiving, sending], patience)
+        except (ControlError, RuntimeError) as error:
+            if device.type == "cuda":
+                group.abort()
+            raise BroadcastFailed(str(error)) from error
+    try:
+        _on_all(controls, lambda control: control.finish_update(version, patience.left), patience)
+    except ControlError as error:
+        raise BroadcastFailed(str(error)) from error
+
+
+def _make_group(controls: Sequence[Control], device: torch.device, patience: Patience) -> Any:
+    """The process group of this process and all workers of the servers."""
+    sizes = [future.result() for future in _on_all(controls, lambda control: control.num_workers(), patience)]
+    host = _own_address(controls)
+    timeout = datetime.timedelta(seconds=patience.left)
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    num_ranks = 1 + sum(sizes)
+    joining, first_rank = [], SENDER + 1
+    for control, size in zip(controls, sizes, strict=True):
+        joining.append(_start(partial(control.join, host, store.port, first_rank, num_ranks, patience.left)))
+        first_rank += size
+    mine = _start(lambda: join_group(store, SENDER, num_ranks, device, patience.left))
+    _await([*joining, mine], patience)
+    return mine.result()
+
+
+def _own_address(controls: Sequence[Control]) -> str:
+    """Where servers reach this process: on the loopback device if that is where they all are."""
+    local = all("//127.0.0.1:" in control.url or "//localhost:" in control.url for control in controls)
+    return "127.0.0.1" if local else socket.gethostname()
+
+
+def _on_all(controls: Sequence[Control], work: Callable[[Control], T], patience: Patience) -> list[Future[T]]:
+    """Do something with all servers at once; the first failure is raised when all have ended."""
+    futures = [_start(partial(work, control)) for control in controls]
+    _await(futures, patience)
+    return futures
+
+
+def _start(work: Callable[[], T]) -> Future[T]:
+    """Run ``work`` on a thread of its own, which is not waited for at exit: a collective may hang for ever."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="fleet-transfer").start()
+    return future
+
+
+def _await(futures: Sequence[Future[Any]], patience: Patience) -> None:
+    """Wait for all; raise the first failure at once, or ``ControlError`` at the deadline."""
+    done = threading.Semaphore(0)
+    for future in futures:
+        future.add_done_callback(lambda _: done.release())
+    for _ in futures:
+        if not done.acquire(timeout=patience.left):
+            raise ControlError("the broadcast of the weights took too long", silent=True)
+        for future in futures:
+            if future.done() and (error := future.exception()) is not None:
+                raise error
