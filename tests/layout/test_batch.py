@@ -1,5 +1,6 @@
 """What all ranks together read from a ledger is what the ledger's groups say, under any layout."""
 
+import dataclasses
 import itertools
 import tempfile
 from collections import Counter
@@ -23,8 +24,9 @@ CPU = torch.device("cpu")
 ALGORITHMS = {
     "nft": build_algorithm(name="nft", epsilon=1.0, prompt_weight="one_minus_rate", negative_weight=1.0),
     "rft": build_algorithm(name="rft"),
+    "dr_grpo": build_algorithm(name="dr_grpo"),
 }
-OMEGA = {"nft": lambda rate: 1 - rate, "rft": lambda rate: 1.0}  # of a question's share of right answers
+OMEGA = {"nft": lambda rate: 1 - rate, "rft": lambda rate: 1.0, "dr_grpo": lambda rate: 1.0}  # of a question's share of right
 
 
 def make_group(number, prompt_length, answers, fresh) -> Group:
@@ -65,7 +67,7 @@ def cases(draw):
     drawn = draw(st.lists(st.tuples(st.integers(1, 6), answers), min_size=1, max_size=6))
     groups = [make_group(number, *each, fresh) for number, each in enumerate(drawn)]
     fates = draw(st.lists(st.sampled_from(["train", "train", "surplus"]), min_size=len(groups), max_size=len(groups)))
-    return groups, fates, layout, draw(st.sampled_from(["nft", "rft"]))
+    return groups, fates, layout, draw(st.sampled_from(sorted(ALGORITHMS)))
 
 
 def judged(group):
@@ -74,8 +76,13 @@ def judged(group):
 
 
 def forwarded(groups, name):
-    """The answers that are trained on, each with its group."""
-    return [(g, a) for g in groups for a in judged(g) if name == "nft" or a.verdict.label == "correct"]
+    """The answers that are trained on, each with its group: under RFT right ones, under Dr. GRPO those of mixed groups."""
+    kept = {
+        "nft": lambda group, answer: True,
+        "rft": lambda group, answer: answer.verdict.label == "correct",
+        "dr_grpo": lambda group, answer: group.is_mixed,
+    }[name]
+    return [(g, a) for g in groups for a in judged(g) if kept(g, a)]
 
 
 def expected_tokens(groups, denominator, name):
@@ -96,6 +103,7 @@ def expected_tokens(groups, denominator, name):
                 "is_correct": answer.verdict.label == "correct",
                 "correct_rate": float(np.float32(rate)),
                 "engine_logprob": -sequence[t] / 1024,
+                "advantage": float(np.float32((answer.verdict.label == "correct") - rate)) if name == "dr_grpo" else None,
                 "is_stale": answer.completion.weight_version < STEP - 1,  # a step starts from the version before it
             }
 
@@ -110,9 +118,11 @@ def read_tokens_of(micro_batch):
         "is_correct": micro_batch.is_correct_N,
         "correct_rate": micro_batch.correct_rate_N,
         "engine_logprob": micro_batch.engine_logprob_N,
+        "advantage": micro_batch.advantage_N,
         "is_stale": micro_batch.is_stale_N,
     }
-    for row in zip(*(column.tolist() for column in columns.values()), strict=True):
+    num = len(packed.targets_N)
+    for row in zip(*([None] * num if column is None else column.tolist() for column in columns.values()), strict=True):
         yield dict(zip(columns, row, strict=True))
 
 
@@ -180,3 +190,56 @@ def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 96: .* have 100 tokens; raise it to at least 100"):
         read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], layout, 0, 0, CPU)
+
+
+def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp_path):
+    """And says of every answer what its tokens say; answers of one question have one number, in every pack from 0."""
+    fresh = itertools.count(1)
+    verdicts = ["correct", "wrong", "unknown", "wrong", "correct"]
+    groups = [make_group(n, 3, [(2 + n + k, verdicts[(n + k) % 5], 2) for k in range(4)], fresh) for n in range(5)]
+    ledger = tmp_path / "ledger.parquet"
+    write_ledger(ledger, groups, fates=["train"] * 5, meta={})
+    layout = Layout(
+        num_updates=2, num_ranks=1, token_budget=128, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
+        context_size=2, count_multiple=1, pad_to_budget=False, keep_groups=True,
+    )  # fmt: skip
+    group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
+    first, second = (
+        read_minibatches(ledger, STEP, build_algorithm("infonca"), layout, 0, context_rank, CPU) for context_rank in range(2)
+    )
+    seen = 0
+    for pack, other in (
+        (m, o) for a, b in zip(first, second, strict=True) for m, o in zip(a.micro_batches, b.micro_batches, strict=True)
+    ):
+        for mine, theirs in zip(pack.answers, other.answers, strict=True):
+            assert mine is theirs is None or torch.equal(mine, theirs)
+        row_N = torch.cat([pack.packed.row_N, other.packed.row_N])
+        target_N = torch.cat([pack.packed.targets_N, other.packed.targets_N]).tolist()
+        assert torch.equal(torch.bincount(row_N), pack.answers.length_R)
+        assert torch.equal(pack.answers.weight_R[row_N], torch.cat([pack.weight_N, other.weight_N]))
+        assert torch.equal(pack.answers.is_correct_R[row_N], torch.cat([pack.is_correct_N, other.is_correct_N]))
+        numbers = {
+            (group_of[target], number) for target, number in zip(target_N, pack.answers.group_R[row_N].tolist(), strict=True)
+        }
+        assert len(numbers) == len({group for group, _ in numbers}) == len({number for _, number in numbers})
+        assert {number for _, number in numbers} == set(range(len(numbers)))
+        seen += len(target_N)
+    assert seen == sum(len(answer.completion.tokens) for group in groups for answer in judged(group))
+
+
+def test_length_and_truncation_reach_the_advantage(tmp_path):
+    """DAPO: one right, one wrong answer, and one that is wrong and cut. s = 1, −1 and −2."""
+    group = make_group(0, 2, [(3, "correct", 2), (4, "wrong", 2), (5, "wrong", 2)], itertools.count(1))
+    cut = dataclasses.replace(group.answers[2].completion, finish_reason="length")
+    answers = (*group.answers[:2], dataclasses.replace(group.answers[2], completion=cut))
+    write_ledger(tmp_path / "ledger.parquet", [dataclasses.replace(group, answers=answers)], fates=["train"], meta={})
+    layout = Layout(
+        num_updates=1, num_ranks=1, token_budget=32, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
+        context_size=1, count_multiple=1, pad_to_budget=False, length_limit=100,
+    )  # fmt: skip
+    (minibatch,) = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("dapo"), layout, 0, 0, CPU)
+    reward = np.array([1.0, -1.0, -2.0])
+    expected = (reward - reward.mean()) / reward.std()
+    (micro_batch,) = minibatch.micro_batches
+    advantage = {n: micro_batch.advantage_N[micro_batch.packed.row_N == n].unique().tolist() for n in range(3)}
+    assert advantage == {n: pytest.approx([expected[n]], rel=1e-6) for n in range(3)}
