@@ -8,11 +8,16 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import httpx
+
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.fleet.health import Health
+from nft_megatron.rollout.fleet.member import Member
 
 VOCABULARY = 50  # tokens 0 … 48 and the stop token 49
 STOP = VOCABULARY - 1
@@ -199,6 +204,46 @@ class Process:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+class StaticFleet:
+    """The fleet's interface over given servers. One that is reported gets no work for ``rest_seconds``; publishing is a label."""
+
+    def __init__(self, servers, rest_seconds=0.3):
+        self.servers = {f"s{index}": server for index, server in enumerate(servers)}
+        self.reports, self.version, self.rest_seconds = [], -1, rest_seconds
+        self._rests_until = Counter()
+
+    def serving(self):
+        now = time.monotonic()
+        return [
+            Member(name, server.url, "key", Health(), self.version, 1)
+            for name, server in self.servers.items()
+            if now >= self._rests_until[name]
+        ]
+
+    def report(self, member, ok, error=None):
+        if not ok:
+            self.reports.append((member.name, error))
+            self._rests_until[member.name] = time.monotonic() + self.rest_seconds
+
+    def publish(self, tensors, version):
+        for _ in tensors:
+            pass
+        for server in self.servers.values():
+            server.behave(version=str(version))
+        self.version = version
+        return f"receipt {version}"
+
+    def wait_for_servers(self, seconds):
+        end = time.monotonic() + seconds
+        while not self.serving():
+            if time.monotonic() > end:
+                raise EngineFault("no servers")
+            time.sleep(0.01)
+
+    def close(self):
+        self.servers = {}
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class FleetEngine:
         self._fleet, self._servers_seconds = fleet, servers_seconds
         self._shape = read_shape(Path(model_folder))
         self._has_weights = False
-        self._load_lock = threading.Lock()
+        self._load_lock, self._close_lock = threading.Lock(), threading.Lock()
         self._numbers = itertools.count()
         _allow_many_connections()
         self._loop = asyncio.new_event_loop()
@@ -98,14 +98,15 @@ class FleetEngine:
         return self._do(self._asking.take_usage)
 
     def close(self) -> None:
-        if self._loop.is_closed():
-            return
-        self._watch.cancel()
-        asyncio.run_coroutine_threadsafe(self._asking.close(), self._loop).result(_LOOP_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_LOOP_SECONDS)
-        self._loop.close()
-        self._fleet.close()
+        with self._close_lock:
+            if self._loop.is_closed():
+                return
+            self._watch.cancel()
+            asyncio.run_coroutine_threadsafe(self._asking.close(), self._loop).result(_LOOP_SECONDS)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_LOOP_SECONDS)
+            self._loop.close()
+            self._fleet.close()
 
     def _answers(self, call: Call, given_up: Container[int]) -> Iterator[Completion]:
         num_open = Counter({request.request_id: len(request.seeds) for request in call.requests.values() if request.seeds})

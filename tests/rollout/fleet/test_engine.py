@@ -1,0 +1,322 @@
+"""The engine over servers without a model, which answer by seed and fail on demand: every answer once, and the right one."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
+from transformers import Qwen2Config
+
+from nft_megatron.errors import UserError
+from nft_megatron.records import Request, Sampling
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.fleet import asking
+from nft_megatron.rollout.fleet.engine import FleetEngine
+
+MAX_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def processes():
+    servers = [Process(), Process()]
+    yield servers
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def servers(processes):
+    for server in processes:
+        server.behave(version="0", token_seconds=0.0, fault="", only_seed=-1)
+    return processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=100_000, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+@contextmanager
+def opened(folder, servers, version=3, **options):
+    fleet = StaticFleet(servers)
+    engine = FleetEngine(fleet, folder, **{"silence_seconds": 5.0, "servers_seconds": 5.0, **options})
+    try:
+        if version is not None:
+            assert engine.load([], version) == f"receipt {version}"
+        yield engine, fleet
+    finally:
+        engine.close()
+
+
+def make_requests(num=20, answers=8, first=0):
+    """Half of them with neighbouring seeds, half with seeds that are not."""
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    step = [1, 13]
+    return [
+        Request(first + i, prompt, tuple(10_000 * (first + i) + step[i % 2] * k for k in range(answers))) for i in range(num)
+    ]
+
+
+def check(completions, requests, max_tokens=MAX_TOKENS, version=3):
+    """Each answer of each request exactly once, and what its seed gives."""
+    got = sorted((c.request_id, c.index) for c in completions)
+    assert got == sorted((r.request_id, k) for r in requests for k in range(len(r.seeds)))
+    seeds = {request.request_id: request.seeds for request in requests}
+    for c in completions:
+        tokens, logprobs, reason = expected_answer(seeds[c.request_id][c.index], max_tokens)
+        assert (c.tokens.tolist(), c.finish_reason, c.weight_version) == (tokens, reason, version)
+        np.testing.assert_array_equal(c.logprobs, np.array(logprobs, dtype=np.float32))
+
+
+def test_every_answer_once_and_from_both_servers(folder, servers):
+    requests = make_requests()
+    with opened(folder, servers) as (engine, fleet):
+        completions = list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        check(completions, requests)
+        usage = engine.take_metrics()
+    assert fleet.reports == []
+    assert usage.total.num_answers == 160 and usage.total.wasted_tokens == usage.total.num_retries == 0
+    assert usage.total.tokens == sum(len(c.tokens) for c in completions)
+    assert min(server.num_answers for server in usage.servers.values()) > 40
+    assert 0 < usage.servers["s0"].busy_seconds <= usage.seconds and usage.servers["s1"].mean_queue > 0
+
+
+def test_two_calls_at_once(folder, servers):
+    first, second = make_requests(), make_requests(first=5, answers=3)  # ids overlap: each call has its own
+    with opened(folder, servers) as (engine, _):
+        got = []
+        thread = threading.Thread(target=lambda: got.extend(engine.generate(second, Sampling(max_tokens=77))))
+        thread.start()
+        check(list(engine.generate(first, Sampling(max_tokens=MAX_TOKENS))), first)
+        thread.join(30)
+        check(got, second, max_tokens=77)
+
+
+def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers):
+    for server in servers:
+        server.behave(token_seconds=0.001)
+    requests = make_requests(num=6, answers=8)
+    broken_off = sum(server.seen["broken_off"] for server in servers)
+    given_up: set[int] = set()
+    with opened(folder, servers) as (engine, _):
+        after = []
+        for completion in engine.generate(requests, Sampling(max_tokens=4000), given_up):
+            if given_up:
+                after.append(completion)
+            else:
+                given_up |= {completion.request_id, (completion.request_id + 1) % 6}
+        assert {c.request_id for c in after} == set(range(6)) - given_up
+        usage = engine.take_metrics().total
+    assert usage.wasted_tokens > 0
+    assert usage.tokens >= usage.wasted_tokens + sum(len(c.tokens) for c in after)
+    assert_idle(servers)
+    assert sum(server.seen["broken_off"] for server in servers) > broken_off
+
+
+def assert_idle(servers):
+    """Soon no server is generating anything."""
+    deadline = time.monotonic() + 10
+    while any(server.seen["open"] for server in servers):
+        assert time.monotonic() < deadline, "a server goes on with what nobody wants"
+        time.sleep(0.05)
+
+
+def test_giving_up_early_aborts_the_rest(folder, servers):
+    for server in servers:
+        server.behave(token_seconds=0.001)
+    requests = make_requests()
+    with opened(folder, servers) as (engine, _):
+        answers = engine.generate(requests, Sampling(max_tokens=4000))
+        kept = [next(answers), next(answers)]
+        answers.close()
+        assert_idle(servers)
+        time.sleep(0.1)
+        usage = engine.take_metrics().total
+        assert usage.wasted_tokens == usage.tokens - sum(len(c.tokens) for c in kept) > 0
+        for server in servers:
+            server.behave(token_seconds=0.0)
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+
+
+@pytest.mark.parametrize("fault", ["drop", "error", "garbage", "fail", "nan", "hide", "abort"])
+def test_what_one_server_fails_the_other_answers(folder, servers, fault):
+    servers[0].behave(fault=fault)
+    requests = make_requests(num=8)
+    with opened(folder, servers) as (engine, fleet):
+        servers[0].behave(fault=fault)
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        assert engine.take_metrics().total.num_retries > 0
+    assert {name for name, _ in fleet.reports} == ({"s0"} if fault != "abort" else set())
+
+
+def test_silence(folder, servers):
+    requests = make_requests(num=8)
+    with opened(folder, servers, silence_seconds=1.0) as (engine, fleet):
+        servers[0].behave(fault="stall")
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+    assert {name for name, _ in fleet.reports} == {"s0"} and "sent nothing for 1 s" in fleet.reports[0][1]
+
+
+@pytest.mark.parametrize("label", ["2", "9", "default"], ids=["older", "never published", "not ours"])
+def test_an_answer_with_other_weights_is_thrown_away(folder, servers, label):
+    requests = make_requests(num=8)
+    with opened(folder, servers) as (engine, fleet):
+        engine.load([], 2)
+        engine.load([], 3)  # so that 2 was published, and yet is not what the server is believed to hold
+        servers[1].behave(version=label)
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        usage = engine.take_metrics()
+    assert {name for name, _ in fleet.reports} == {"s1"} and f"version {label}" in fleet.reports[0][1]
+    assert usage.servers["s1"].wasted_tokens == usage.servers["s1"].tokens > 0
+
+
+def test_an_answer_continued_on_new_weights_has_the_older_version(folder, servers):
+    for server in servers:
+        server.behave(token_seconds=0.002)
+    request = Request(0, np.array([1], dtype=np.int32), tuple(range(0, 110, 11)))  # all of full length
+    with opened(folder, servers) as (engine, _):
+        loader = threading.Timer(0.3, engine.load, ([], 4))
+        loader.start()
+        old = list(engine.generate([request], Sampling(max_tokens=1000)))
+        loader.join()
+        new = list(engine.generate([request], Sampling(max_tokens=20)))
+    assert {c.weight_version for c in old} == {3} and {len(c.tokens) for c in old} == {1000}
+    assert {c.weight_version for c in new} == {4}
+
+
+def test_a_publication_that_fails_counts_for_nothing(folder, servers):
+    """Answers that carry its version already wait for its end, and are then asked again."""
+    requests = make_requests(num=4)
+
+    class Failing(StaticFleet):
+        def publish(self, tensors, version):
+            if version == 4:
+                for server in self.servers.values():
+                    server.behave(version="4")
+                time.sleep(0.8)
+                for server in self.servers.values():
+                    server.behave(version="3")
+                raise UserError("weights", "lm_head", "is missing", "send it")
+            return super().publish(tensors, version)
+
+    fleet = Failing(servers)
+    engine = FleetEngine(fleet, folder, silence_seconds=5.0, max_attempts=20)
+    try:
+        engine.load([], 3)
+        answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
+
+        def load():
+            with pytest.raises(UserError):
+                engine.load([], 4)
+
+        loader = threading.Thread(target=load)
+        loader.start()
+        time.sleep(0.3)  # the servers say 4 by now
+        check(list(answers), requests)
+        loader.join()
+        with pytest.raises(EngineFault, match="no weights"):
+            engine.generate(requests, Sampling())
+    finally:
+        engine.close()
+
+
+def test_an_answer_that_no_server_manages_comes_back_aborted(folder, servers):
+    requests = [Request(i, np.array([1], dtype=np.int32), (100 * i,)) for i in range(5)]
+    with opened(folder, servers, max_attempts=3) as (engine, fleet):
+        for server in servers:
+            server.behave(fault="drop", only_seed=200)
+        completions = list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        assert engine.take_metrics().total.num_retries == 2
+    lost = [c for c in completions if c.finish_reason == "abort"]
+    assert [(c.request_id, c.index, len(c.tokens)) for c in lost] == [(2, 0, 0)]
+    check([c for c in completions if c not in lost], [r for r in requests if r.request_id != 2])
+    assert len(fleet.reports) == 3
+
+
+def test_a_request_that_a_server_refuses_ends_the_call(folder, servers):
+    with opened(folder, servers) as (engine, _):
+        for server in servers:
+            server.behave(fault="refuse")
+        with pytest.raises(EngineFault, match="too long"):
+            list(engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS)))
+        for server in servers:
+            server.behave(fault="")
+        requests = make_requests(num=3)
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+
+
+def test_waits_for_a_server_and_not_for_ever(folder, servers):
+    with opened(folder, servers, servers_seconds=0.5) as (engine, fleet):
+        servers_then, fleet.servers = fleet.servers, {}
+        threading.Timer(0.2, lambda: setattr(fleet, "servers", servers_then)).start()
+        requests = make_requests(num=2)
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
+        fleet.servers = {}
+        with pytest.raises(EngineFault, match="no servers"):
+            next(answers)
+
+
+def test_servers_that_vanish_while_there_is_work_are_waited_for(folder, servers):
+    with opened(folder, servers, servers_seconds=0.5, max_attempts=100) as (engine, fleet):
+        for server in servers:
+            server.behave(fault="drop")
+        fleet.rest_seconds = 3600.0
+        with pytest.raises(EngineFault, match="no servers"):
+            list(engine.generate(make_requests(num=2), Sampling(max_tokens=MAX_TOKENS)))
+
+
+def test_no_server_gets_more_than_its_budget(folder, processes):
+    server = Process(token_seconds=0.0005)
+    try:
+        requests = [
+            Request(i, np.array([1], dtype=np.int32), (11 * i,), expected_tokens=100) for i in range(40)
+        ]  # 101 tokens each
+        with opened(folder, [server], budget_tokens=510) as (engine, _):
+            check(list(engine.generate(requests, Sampling(max_tokens=100))), requests, max_tokens=100)
+        assert server.seen["most_open"] == 5
+    finally:
+        server.kill()
+
+
+def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
+    monkeypatch.setattr(asking, "_MAX_UNREAD", 10)
+    requests = make_requests(num=200, answers=4)
+    begun = sum(server.seen["answers"] for server in servers)
+    with opened(folder, servers, budget_tokens=2000) as (engine, _):
+        answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
+        first = next(answers)
+        time.sleep(0.5)
+        assert sum(server.seen["answers"] for server in servers) - begun < 100
+        other = make_requests(num=2)
+        check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # nobody else is held up
+        check([first, *answers], requests)
+
+
+def test_closing_ends_a_call_under_way(folder, servers):
+    for server in servers:
+        server.behave(token_seconds=0.01)
+    with opened(folder, servers) as (engine, _):
+        answers = engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS))
+        threading.Timer(0.5, engine.close).start()
+        with pytest.raises(EngineFault, match="closed"):
+            list(answers)
+
+
+def test_refuses_what_cannot_be_answered(folder, servers):
+    with opened(folder, servers, version=None) as (engine, _):
+        with pytest.raises(EngineFault, match="no weights"):
+            engine.generate(make_requests(), Sampling())
+        engine.load([], 0)
+        with pytest.raises(UserError, match="vocabulary"):
+            engine.generate([Request(0, np.array([VOCABULARY]), (1,))], Sampling())
+        assert list(engine.generate([], Sampling())) == []
