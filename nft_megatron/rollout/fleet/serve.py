@@ -1,0 +1,134 @@
+"""A rollout node's process: one vLLM server that registers with a run, and is started again when it dies.
+
+    python -m nft_megatron.rollout.fleet.serve CONFIG [--name NAME] [--devices 0,1] [section.key=value …]
+
+The trainer finds it in RUN/fleet and gives it weights; it may join at any time. TERM makes it leave: it is withdrawn first, so
+that it gets no more work, then its server ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from nft_megatron.config import Config
+from nft_megatron.config_load import load_config
+from nft_megatron.errors import UserError
+from nft_megatron.rollout.fleet.control import Control, ControlError
+from nft_megatron.rollout.fleet.health import Health, State
+from nft_megatron.rollout.fleet.registry import Registration, register, withdraw
+from nft_megatron.rollout.fleet.server import Server, check_installed
+from nft_megatron.rollout.fleet.settings import server_settings
+from nft_megatron.rollout.fleet.supervisor import server_seed
+
+log = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 2.0
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
+
+
+class Node:
+    """One server and its registration. :meth:`run` returns after :meth:`leave`, which a signal handler may call."""
+
+    def __init__(self, config: Config, name: str, devices: str | None) -> None:
+        self._config, self._name, self._devices = config, name, devices
+        self._settings = server_settings(config)
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """Withdraw, end the server, and let :meth:`run` return."""
+        self._leaving.set()
+
+    def run(self) -> None:
+        """Keep a server going until told to leave."""
+        delay = _FIRST_DELAY
+        while not self._leaving.is_set():
+            seed = server_seed(self._config.seed, self._name)
+            server = Server(self._settings, self._name, seed, self._devices)
+            try:
+                if self._watch(server):
+                    delay = _FIRST_DELAY
+            finally:
+                withdraw(self._settings.folder, self._name)
+                server.stop()
+            if self._leaving.wait(delay):
+                return
+            log.warning("%s: starting its server again", self._name)
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _watch(self, server: Server) -> bool:
+        """Register it once it is up; return when it is dead or is to leave. True: it was up."""
+        control = Control(server.url, server.api_key, self._config.fleet.silence_seconds)
+        started, health = time.monotonic(), Health()
+        registration = Registration(
+            self._name, server.url, socket.gethostname(), os.getpid(), started=time.time(), heartbeat=time.time()
+        )  # fmt: skip
+        while server.is_alive() and health.state is not State.DEAD and not self._leaving.is_set():
+            try:
+                health = health.answered(control.version())
+            except ControlError as error:
+                health = health.failed(str(error))
+            if health.state is State.STARTING:
+                if time.monotonic() - started > self._config.fleet.start_seconds:
+                    log.warning("%s: its server is not up after %g s", self._name, self._config.fleet.start_seconds)
+                    return False
+            elif health.num_failures == 0:
+                register(self._settings.folder, replace(registration, heartbeat=time.time()))
+            self._leaving.wait(_CHECK_SECONDS)
+        if not self._leaving.is_set():
+            log.warning("%s: its server died (%s)", self._name, health.reason or "its processes ended")
+        return health.state is not State.STARTING
+
+
+def find_config(path: Path, overrides: list[str], seconds: float) -> Config:
+    """The configuration in a file, or of the run in a folder, which the trainer may only be about to write."""
+    deadline = time.monotonic() + seconds
+    if path.suffix not in (".yaml", ".yml"):
+        path = path / "config.yaml"
+        while not path.is_file():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "CONFIG", path, f"has not appeared for {seconds:g} s", "start the trainer, or give its config file"
+                )
+            time.sleep(_CHECK_SECONDS)
+    return load_config(path, overrides)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.add_argument("config", type=Path, help="the run's configuration, or its folder")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="name of the server in the fleet")
+    parser.add_argument("--devices", help="CUDA_VISIBLE_DEVICES of the server")
+    parser.add_argument("--wait", type=float, default=900.0, help="longest wait for the folder's config.yaml, in seconds")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until TERM or Ctrl-C."""
+    config = find_config(options.config, options.overrides, options.wait)
+    check_installed(str(config.fleet.python or sys.executable))
+    node = Node(config, options.name, options.devices)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.leave())
+    node.run()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    parser = argparse.ArgumentParser(prog="nft-megatron serve", description="Run a vLLM server for a run's fleet.")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"nft-megatron: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

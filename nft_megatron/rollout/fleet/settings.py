@@ -1,0 +1,46 @@
+"""From the configuration of a run to its servers and its fleet."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from nft_megatron.config import Config
+from nft_megatron.rollout.fleet.registry import run_key
+from nft_megatron.rollout.fleet.server import ServerSettings, check_installed
+from nft_megatron.rollout.fleet.supervisor import Fleet
+from nft_megatron.weights import read_shape
+
+
+def server_settings(config: Config) -> ServerSettings:
+    """How every server of the run is started, on this machine or another. Makes the run's key."""
+    fleet, folder = config.fleet, config.run_dir.resolve() / "fleet"
+    return ServerSettings(
+        model_folder=config.model.path.resolve(),
+        folder=folder,
+        log_folder=config.run_dir.resolve() / "logs" / "fleet",
+        api_key=run_key(folder),
+        dtype=config.model.dtype,
+        python=str(fleet.python or sys.executable),
+        host=fleet.host,
+        max_model_len=min(config.max_sequence_tokens, read_shape(config.model.path).max_positions),
+        tensor_parallel=fleet.tensor_parallel,
+        threads=fleet.threads,
+        kv_cache_gib=fleet.kv_cache_gib,
+        on_gpu=torch.cuda.is_available(),
+        arguments=fleet.arguments,
+    )
+
+
+def open_fleet(config: Config) -> Fleet:
+    """The run's fleet, started: its own servers are on their way, others are looked for.
+
+    Raises ``UserError`` where there is no vLLM for servers that are to be started, or the fleet's fields don't fit.
+    """
+    if config.fleet.servers:
+        check_installed(str(config.fleet.python or sys.executable))
+    weights_dir = (config.fleet.weights_dir or config.run_dir / "weights").resolve()
+    fleet = Fleet(config.fleet, server_settings(config), weights_dir, seed=config.seed)
+    fleet.start()
+    return fleet
