@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import tiny_model
 
+from nft_megatron.convert.commands import to_megatron
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -21,20 +23,35 @@ def sources(tmp_path_factory) -> dict[str, Path]:
         tiny_model(family, torch.bfloat16).save_pretrained(folder / name)
         (folder / name / "tokenizer.json").write_text('{"a": 1}\n')
         (folder / name / "chat_template.jinja").write_text("{{ messages }}")
-    shutil.copytree(folder / "untied", folder / "sharded")
-    tensors = list(load_file(folder / "untied" / "model.safetensors").items())
+    cut_into_eight(folder / "untied", folder / "sharded")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def cut_into_eight(folder: Path, target: Path) -> None:
+    """The same model with its tensors in eight files."""
+    shutil.copytree(folder, target)
+    (target / "model.safetensors").unlink()
+    tensors = list(load_file(folder / "model.safetensors").items())
     weight_map = {}
     for number in range(8):
         shard = f"model-{number + 1:05d}-of-00008.safetensors"
-        save_file(dict(tensors[number::8]), folder / "sharded" / shard)
+        save_file(dict(tensors[number::8]), target / shard)
         weight_map |= dict.fromkeys(dict(tensors[number::8]), shard)
-    (folder / "sharded" / "model.safetensors").unlink()
-    (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return {path.name: path for path in folder.iterdir()}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def tensors_of(folder: Path) -> Tensors:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def add_nan(tensors: Tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 17] = float("nan")
+
+
+@pytest.fixture
+def converted(sources, tmp_path: Path) -> Path:
+    to_megatron(sources["untied"], tmp_path / "converted")
+    return tmp_path / "converted"
 
 
 @pytest.fixture

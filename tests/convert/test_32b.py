@@ -1,8 +1,10 @@
 """Qwen2.5-32B in its real shape: files without content, and the real Megatron-Core model of every rank on the meta device."""
 
+import itertools
 import json
 import math
 import os
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nft_megatron.convert.commands import to_hf, to_megatron
 from nft_megatron.convert.engine import Files
-from nft_megatron.convert.torch_dist_plan import plan_torch_dist
+from nft_megatron.convert.torch_dist_plan import MAX_FILE_BYTES, plan_torch_dist
 from nft_megatron.convert.transfer import _write_around_tensors
 from nft_megatron.weights import read_shape, weight_table
 
@@ -93,6 +95,24 @@ def test_a_dry_run_maps_every_tensor_once_in_both_directions(shapes, source: Pat
     key = "decoder.layers.self_attention.linear_qkv.weight"
     assert there["model.layers.63.self_attn.v_proj.weight"] == ([1024, 5120], f"{key}[63], qkv part 3 of 3")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_is_small_and_leaves_no_gap(source: Path, tmp_path: Path):
+    """Memory grows with the number of tensors, not with their bytes."""
+    table = weight_table(read_shape(source))
+    tracemalloc.start()
+    target = plan_torch_dist(tmp_path, table, dict.fromkeys(table.shapes, torch.bfloat16))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40e6
+    assert sum(tensor.num_bytes for tensor in target.tensors.values()) == NUM_BYTES
+    assert 0 < target.num_bytes - NUM_BYTES < 10e6
+    assert max(target.files.values()) <= MAX_FILE_BYTES
+    blocks = [block for tensor in target.tensors.values() for block in tensor.blocks]
+    pieces = [(block.file, block.offset, block.num_rows * block.width) for block in blocks]
+    pieces += [(file, offset, len(data)) for file, offset, data in target.parts]
+    for (file, offset, length), (next_file, next_offset, _) in itertools.pairwise(sorted(pieces)):
+        assert next_offset == (offset + length if next_file == file else 0)
 
 
 def test_every_parameter_of_every_rank_is_stored_once(source: Path, target: Path, tmp_path: Path):
