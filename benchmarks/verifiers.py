@@ -175,7 +175,7 @@ def rollout(rng: random.Random, one_expression_in: int, repeats: int = 3) -> Non
         f"2. {len(answers)} answers, {kind}, CPU seconds, medians of {repeats} turns ({num_compared} comparisons in the last)"
     )
     print(f"   math-verify on each whole text, serial  {median(naive):7.2f}")
-    print(f"   the service                             {median(ours):7.2f}   1/{ratio:.0f} (goal <= 1/8)")
+    print(f"   the service                             {median(ours):7.2f}   1/{ratio:.1f} (goal <= 1/8)")
     print(f"   the start of its graders, once a run    {median(starts):7.2f}")
     print(f"   verdicts that differ: {num_differ}", flush=True)
 

@@ -6,6 +6,7 @@ constructed; ``qwen_recorded``, ``mathcoder_recorded`` model outputs with anothe
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,24 +21,34 @@ from nft_megatron.verify.numbers import read_bare_number
 from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.simplerl import unverifiable
 
-UNHURRIED = {"workers": 2, "soft_seconds": 20.0, "hard_seconds": 60.0}
+UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 60.0}  # the start of a grader costs more than its work here
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva_math")
 
 
-def verdicts_of(mode: str, rows: list[dict[str, Any]]) -> list[Verdict]:
-    with Verifier(VerifySection.model_validate({"mode": mode, **UNHURRIED})) as verifier:
-        return list(verifier.verify_many((row["pred_text"], row["gold"], "stop") for row in rows))
+def open_verifier(mode: str) -> Verifier:
+    return Verifier(VerifySection.model_validate({"mode": mode, **UNHURRIED}))
+
+
+def verdicts_of(verifier: Verifier, rows: list[dict[str, Any]]) -> list[Verdict]:
+    return list(verifier.verify_many((row["pred_text"], row["gold"], "stop") for row in rows))
 
 
 @pytest.fixture(scope="module")
-def by_math_verify() -> list[Verdict]:
+def math_verify() -> Iterator[Verifier]:
+    with open_verifier("math-verify") as verifier:
+        yield verifier
+
+
+@pytest.fixture(scope="module")
+def by_math_verify(math_verify: Verifier) -> list[Verdict]:
     """On the whole text, as the reference implementation does."""
-    return verdicts_of("math-verify", bench_rows("verifier_cases.jsonl"))
+    return verdicts_of(math_verify, bench_rows("verifier_cases.jsonl"))
 
 
 @pytest.fixture(scope="module")
 def by_strict() -> list[Verdict]:
-    return verdicts_of("strict", bench_rows("verifier_cases.jsonl"))
+    with open_verifier("strict") as verifier:
+        return verdicts_of(verifier, bench_rows("verifier_cases.jsonl"))
 
 
 def has_integer_gold(row: dict[str, Any]) -> bool:
@@ -84,16 +95,15 @@ def test_integer_golds() -> None:
 
 
 def test_strict_differs_from_math_verify_only_in_the_classes_of_the_docs(
-    by_strict: list[Verdict], by_math_verify: list[Verdict]
+    by_strict: list[Verdict], by_math_verify: list[Verdict], math_verify: Verifier
 ) -> None:
     """The classes are those of docs/verification.md, and no case is in none of them."""
     rows = bench_rows("verifier_cases.jsonl")
-    with Verifier(VerifySection.model_validate({"mode": "math-verify", **UNHURRIED})) as verifier:
-        classes = Counter(
-            class_of(row, strict, verifier)
-            for row, strict, whole in zip(rows, by_strict, by_math_verify, strict=True)
-            if strict.label != whole.label
-        )
+    classes = Counter(
+        class_of(row, strict, math_verify)
+        for row, strict, whole in zip(rows, by_strict, by_math_verify, strict=True)
+        if strict.label != whole.label
+    )
     assert classes == {
         "no box": 104,  # math-verify takes the last number of the text
         "nearby boxes": 11,  # math-verify merges them
@@ -128,13 +138,12 @@ def test_human_solutions(by_strict: list[Verdict]) -> None:
 
 def test_simplerl_agrees_with_math_verify(by_math_verify: list[Verdict]) -> None:
     """On recorded answers and human solutions; its tolerance of 1e-4 takes 9999 for 10000."""
-    rows = bench_rows("verifier_cases.jsonl")
     kinds = ("aime_human", "math500_pos", "math500_neg", "qwen_recorded")
-    agreement = [
-        verdict.label == other.label
-        for row, verdict, other in zip(rows, verdicts_of("simplerl", rows), by_math_verify, strict=True)
-        if row["kind"] in kinds
-    ]
+    pairs = zip(bench_rows("verifier_cases.jsonl"), by_math_verify, strict=True)
+    chosen = [(row, other) for row, other in pairs if row["kind"] in kinds]
+    with open_verifier("simplerl") as verifier:
+        verdicts = verdicts_of(verifier, [row for row, _ in chosen])
+    agreement = [verdict.label == other.label for verdict, (_, other) in zip(verdicts, chosen, strict=True)]
     assert len(agreement) == 1824
     assert sum(agreement) / len(agreement) >= 0.998
 
@@ -160,12 +169,13 @@ def test_math_verify_mode_agrees_with_the_reference_implementation(by_math_verif
 
 @pytest.mark.parametrize("mode", MODES)
 def test_pathological_answers(mode: Any) -> None:
-    """Each is answered within its deadline, none is right but one, and the pool survives."""
-    rows = bench_rows("patho_cases.jsonl")[:: 1 if mode == "strict" else 3]
-    with Verifier(VerifySection(mode=mode, workers=2, soft_seconds=0.2, hard_seconds=0.6)) as verifier:
+    """Each is answered, none is right but two, and the pool survives. All of them in the mode of training, some in others."""
+    rows = bench_rows("patho_cases.jsonl")[:: 1 if mode in ("strict", "dapo") else 8]
+    with Verifier(VerifySection(mode=mode, workers=1, soft_seconds=0.2, hard_seconds=0.6)) as verifier:
         futures = [verifier.submit(row["pred_text"], row["gold"], "stop") for row in rows]
         verdicts = [future.result(120) for future in futures]
-        after = [verifier.submit(rf"\boxed{{\frac{{{2 * n}}}{{2}}}}", str(n), "stop").result(60).label for n in range(2, 8)]
+        power = r"\boxed{2^{%d}}" if MODES[mode].judge else r"\boxed{%d}"  # in a grader, where the mode has any
+        after = [verifier.submit(power % n, str(2**n if MODES[mode].judge else n), "stop").result(60) for n in range(2, 8)]
     right = [row["name"] for row, verdict in zip(rows, verdicts, strict=True) if verdict.label == "correct"]
     assert set(right) <= {"mod2", "deep parens 300"}, "2^{10^6} mod 7 is 2, and 34 in 300 brackets is 34"
-    assert "correct" in after, "the pool survives"
+    assert "correct" in [verdict.label for verdict in after], "the pool survives"
