@@ -38,13 +38,14 @@ from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
 from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.verify.modes import check_for_training
+from nft_megatron.watchdog import LifeSigns, Watchdog
 from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
     "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget", "optimizer.cpu_offload",
-    "parallel", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes", "rollout.batch_size",
-    "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds", "rollout.save_seconds",
-    "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
+    "parallel", "deadlines", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
+    "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
+    "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
 )  # fmt: skip
 """What may differ between two starts of one run. All else decides what the run computes."""
 
@@ -73,18 +74,24 @@ def assemble(config: Config) -> Iterator[Run]:
         contextlib.ExitStack() as stack,
         stop.watching(),
     ):
-        run = _build(config, topology, stop, stack)
+        deadlines = {name.removesuffix("_seconds"): seconds for name, seconds in config.deadlines.model_dump().items()}
+        watchdog = Watchdog(RunFolder(config.run_dir).stall(here.rank), here.rank, deadlines)
+        stack.callback(watchdog.close)
+        with watchdog.phase("setup"):
+            run = _build(config, topology, stop, watchdog, stack)
         with run.progress:
-            run.start()
-            yield run
+            with watchdog.phase("setup"):
+                run.start()
+            with watchdog.phase("other"):
+                yield run
 
 
-def _build(config: Config, topology: Topology, stop: StopRequests, stack: contextlib.ExitStack) -> Run:
+def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
     folder, timer = RunFolder(config.run_dir), PhaseTimer()
     shape = together(topology, lambda: read_shape(config.model.path))
     _check_context(config, shape)
     hosts: list[Host] = []
-    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stop, stack)))
+    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stop, watchdog, stack)))
     host = hosts[0] if hosts else None
     trainer = together(topology, lambda: build_trainer(config, topology, shape))
     run = Run(
@@ -95,7 +102,8 @@ def _build(config: Config, topology: Topology, stop: StopRequests, stack: contex
         publisher=Publisher(trainer, host.collector.asker.engine if host else None, config.model.path),
         checkpoints=Checkpoints(folder, trainer, config.checkpoint.keep),
         timer=timer,
-        progress=host.collector.asker.progress if host else Progress(),
+        progress=host.collector.asker.progress if host else LifeSigns(Progress(), watchdog),
+        watchdog=watchdog,
         stop=stop,
         host=host,
     )
@@ -153,7 +161,9 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
     return layout
 
 
-def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, stack: contextlib.ExitStack) -> Host:
+def _open_host(
+    config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
+) -> Host:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
     stack.enter_context(folder.open())
     check_for_training(config.verify.mode)
@@ -162,7 +172,7 @@ def _open_host(config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopR
     tokenizer = load_tokenizer(config.model.path)
     questions = read_prompts(config, tokenizer, "data.train")
     held_out = read_prompts(config, tokenizer, "evaluate.data")
-    progress = open_progress(config.train.num_steps)
+    progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
     asker = open_asker(config, config.model.path, tokenizer, stack, timer, progress)
     metrics = MetricsLog(
         folder.root,

@@ -1,13 +1,15 @@
-"""The two ways in which a run ends early on purpose, each with its exit code.
+"""The ways in which a run ends early, each with its exit code.
 
 Everything a user can cause is a ``UserError``: the command prints its one message, without a traceback, and exits with 2.
 ``StoppedEarly`` means that all that was finished is saved and the same command goes on from there: exit code 75.
-Any other exception is a fault of the program or the machine and keeps its traceback.
+A rank whose work stands still is ended by its watchdog with 70. Any other exception is a fault of the program or the machine
+and keeps its traceback.
 """
 
 from __future__ import annotations
 
 EXIT_USER_ERROR = 2
+EXIT_STALLED = 70
 EXIT_STOPPED_EARLY = 75
 
 

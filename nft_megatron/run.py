@@ -23,6 +23,12 @@ from nft_megatron.observe.progress import Progress
 from nft_megatron.publish import Publisher
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
+from nft_megatron.watchdog import Watchdog
+
+WATCHED_AS = {"prepare": "update"}
+"""Phases under the deadline of another one."""
+UNWATCHED = "wait"
+"""Waiting for rank 0, or for what goes on in its background: within rollout.step_deadline_seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Run:
     checkpoints: Checkpoints
     timer: PhaseTimer
     progress: Progress
+    watchdog: Watchdog
     stop: StopRequests
     host: Host | None
     step: int = 0
@@ -70,9 +77,9 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Show the phase and count its time."""
+        """Show the phase, count its time and watch it."""
         self.progress.phase(name, total)
-        with self.timer.phase(name):
+        with self.timer.phase(name), self.watchdog.phase(WATCHED_AS.get(name, name)):
             yield
 
     def start(self) -> None:
@@ -120,6 +127,8 @@ class Run:
         Raises :class:`StoppedEarly` after a stop request meanwhile, with the finished steps and groups saved.
         """
 
+        self.watchdog.note = f"of step {step}"
+
         def action() -> Dataset:
             assert self.host is not None
             if self._ahead is None:
@@ -131,7 +140,8 @@ class Run:
             return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
 
         try:
-            return on_main(self.topology, action)
+            with self.watchdog.phase("collect" if self.host is not None and self._ahead is None else UNWATCHED):
+                return on_main(self.topology, action)
         except StoppedEarly:
             if on_main(self.topology, self.folder.latest_step) != self.step > 0:
                 with self.phase("save"):
@@ -207,7 +217,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure the current weights on held-out questions, if there are any, for the next row."""
-        with self.timer.phase("evaluate"):
+        with self.timer.phase("evaluate"), self.watchdog.phase("evaluate" if self.host is not None else UNWATCHED):
             self._notes |= on_main(self.topology, lambda: self._measure(self.step, self.progress))
 
     def _measure(self, step: int, progress: Progress) -> MetricsRow:
@@ -237,7 +247,7 @@ class Run:
             evaluation, self._evaluation = self._evaluation, None
             return evaluation.result(self.config.rollout.step_deadline_seconds) if evaluation is not None else {}
 
-        with self.timer.phase("evaluate"):
+        with self.timer.phase("evaluate"), self.watchdog.phase(UNWATCHED):
             self._notes |= on_main(self.topology, result)
 
     def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> None:

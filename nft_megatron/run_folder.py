@@ -56,6 +56,10 @@ class RunFolder:
         """One finished round of a step that is still being collected."""
         return self.ledgers / "rounds" / f"step_{step:06d}_round_{round_index:02d}.parquet"
 
+    def stall(self, rank: int) -> Path:
+        """What the watchdog of a rank leaves: the phase that stood still, and where."""
+        return self.root / "logs" / f"stall_rank{rank}.txt"
+
     @property
     def gate(self) -> Path:
         """The engine's last answers to the fixed questions."""

@@ -1,0 +1,98 @@
+"""A rank that stands still ends within its deadline and says where."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nft_megatron.watchdog import LifeSigns, Watchdog
+
+
+class Recorder:
+    """Takes the place of progress display and of the process's end."""
+
+    def __init__(self) -> None:
+        self.codes, self.advanced = [], 0
+
+    def end(self, code: int) -> None:
+        self.codes.append(code)
+
+    def advance(self, count: int) -> None:
+        self.advanced += count
+
+
+@pytest.fixture
+def watch(tmp_path):
+    dogs = []
+
+    def build(**deadlines):
+        recorder = Recorder()
+        dogs.append(Watchdog(tmp_path / "logs" / "stall_rank3.txt", 3, deadlines, end=recorder.end))
+        return dogs[-1], recorder
+
+    yield build
+    for dog in dogs:
+        dog.close()
+
+
+def wait_for(condition) -> bool:
+    limit = time.monotonic() + 10
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_path, capsys):
+    dog, recorder = watch(update=0.2)
+    dog.note = "of step 12"
+
+    def the_thread_that_hangs() -> None:
+        with dog.phase("update"):
+            wait_for(lambda: recorder.codes)
+
+    thread = threading.Thread(target=the_thread_that_hangs)
+    thread.start()
+    thread.join(20)
+    assert recorder.codes[0] == 70
+    report = (tmp_path / "logs" / "stall_rank3.txt").read_text()
+    first, _, stacks = report.partition("\n\n")
+    assert first == "rank 3 has been silent for 0 s in phase update (deadlines.update_seconds = 0.2) of step 12"
+    assert "the_thread_that_hangs" in stacks and "_watch" in stacks
+    assert first in capsys.readouterr().err
+
+
+def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
+    dog, recorder = watch(collect=0.3)
+    shown = LifeSigns(recorder, dog)
+    begin = time.monotonic()
+    with dog.phase("collect"):
+        while time.monotonic() - begin < 1.0:
+            shown.advance(2)
+            time.sleep(0.05)
+        with dog.phase("something else"):
+            time.sleep(0.5)
+        time.sleep(0.1)  # the time inside the other phase does not count
+    time.sleep(0.5)
+    assert recorder.codes == []
+    assert recorder.advanced >= 20
+
+
+def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, metrics_of, tmp_path):
+    """Rank 1 is stopped (SIGSTOP) in the middle of training: rank 0 waits for it in a collective and says so."""
+    config = run_config(
+        train={"num_steps": 500}, checkpoint={"every": 1000}, parallel={"timeout_seconds": 600.0},
+        deadlines=dict.fromkeys([f"{name}_seconds" for name in ("update", "publish", "save", "collect", "other")], 3.0),
+        rollout={"step_deadline_seconds": 600.0}, evaluate={"data": []},
+    )  # fmt: skip
+    process, run = start("train", config, ranks=2), tmp_path / "run"
+    assert wait_for(lambda: (run / "metrics.jsonl").exists() and metrics_of(run))
+    process.processes[1].join(0.37)
+    os.kill(process.processes[1].pid, signal.SIGSTOP)
+    process.processes[0].join(60)
+    assert process.processes[0].exitcode == 70
+    report = Path(run / "logs" / "stall_rank0.txt").read_text()
+    assert report.startswith("rank 0 has been silent for 3 s in phase ")
+    assert "nft_megatron/run.py" in report or "nft_megatron/train.py" in report
