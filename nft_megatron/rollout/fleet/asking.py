@@ -97,7 +97,10 @@ class Asking:
     def begin(self, call: Call) -> None:
         self._calls[call.number] = call
         for request in call.requests.values():
-            for indices in runs_of_seeds(request.seeds):
+            # vLLM refuses to answer greedily more than once in a request.
+            together = call.sampling.temperature > 0
+            runs = runs_of_seeds(request.seeds) if together else [range(i, i + 1) for i in range(len(request.seeds))]
+            for indices in runs:
                 self._dispatcher.add(
                     call.number, request.request_id, indices, prompt_tokens=len(request.prompt_tokens),
                     hint=request.expected_tokens, max_tokens=call.sampling.max_tokens,

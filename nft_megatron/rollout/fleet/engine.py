@@ -26,6 +26,7 @@ from nft_megatron.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault, check_requests
 from nft_megatron.rollout.fleet.asking import POLL_SECONDS, Asking, Call, Fleet
 from nft_megatron.rollout.fleet.dispatch import Dispatcher
+from nft_megatron.rollout.fleet.metrics import fleet_metrics
 from nft_megatron.rollout.fleet.usage import FleetUsage
 from nft_megatron.weights import read_shape
 
@@ -96,6 +97,10 @@ class FleetEngine:
     def take_metrics(self) -> FleetUsage:
         """What the servers did since the last time this was asked."""
         return self._do(self._asking.take_usage)
+
+    def metrics(self) -> dict[str, float | int | list[int]]:
+        """:func:`~nft_megatron.rollout.fleet.metrics.fleet_metrics` since the last time that this or ``take_metrics`` was asked."""
+        return fleet_metrics(self.take_metrics(), self._fleet.stats())
 
     def close(self) -> None:
         with self._close_lock:

@@ -1,0 +1,97 @@
+"""A server that speaks vLLM's control routes, holds receipts instead of weights, and fails on demand."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from nft_megatron.weights.hf_reader import HFReader
+from nft_megatron.weights.receipt import weights_receipt
+
+
+class FakeServer:
+    """In this process. ``status`` and ``delay`` map a route to what is wrong with it; ``calls`` lists the routes called."""
+
+    def __init__(self, key="secret"):
+        self.key, self.label, self.receipt = key, "default", "none"
+        self.paused, self.cache_is_old = False, False
+        self.status, self.delay, self.calls = {}, {}, []
+        self.tampered = self.misheld = self.broken = False
+        self.logprob = -1.0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                outer.answer(self)
+
+            do_POST = do_GET
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()
+
+    def restart(self):
+        """As a process does that died and was started again: the first weights, nothing else."""
+        self.label, self.receipt, self.paused = "default", "none", False
+
+    def answer(self, request):
+        route = urlsplit(request.path).path
+        body = json.loads(request.rfile.read(int(request.headers.get("content-length", 0))) or b"null")
+        name = body["method"] if route == "/collective_rpc" else route
+        time.sleep(self.delay.get(name, 0.0))
+        status = self.status.get(name, 200)
+        if request.headers.get("authorization") != f"Bearer {self.key}":
+            status = 401
+        self.calls.append(name)
+        try:
+            reply = self.act(name, body) if status == 200 else {"error": "on demand"}
+            text = json.dumps(reply).encode()
+            request.send_response(status)
+            request.send_header("content-length", str(len(text)))
+            request.end_headers()
+            request.wfile.write(text)
+        except OSError:
+            pass  # the caller has given up
+
+    def act(self, name, body):
+        if name == "/pause":
+            self.paused = True
+        elif name == "/resume":
+            assert not self.cache_is_old
+            self.paused = False
+        elif name == "/update_weights":
+            assert self.paused
+            folder = Path(body["update_info"]["folder"])
+            with HFReader(folder) as reader:
+                tensors = [(name, reader.read(name, 0, 0, reader.shape(name)[0])) for name in sorted(reader.names)]
+            if self.tampered:
+                tensors[0][1].view(-1)[0] += 1e-3
+            self.receipt, self.cache_is_old = weights_receipt(tensors), True
+        elif name == "/finish_weight_update":
+            self.label = body["weight_version"]
+        elif name == "/reset_prefix_cache":
+            self.cache_is_old = False
+            return {"success": True}
+        elif name == "/weight_info":
+            return {"weight_version": self.label}
+        elif name == "nft_receipt":
+            return {"results": [{"receipt": self.receipt}]}
+        elif name == "nft_check_held":
+            return {"results": [{"wrong": ["lm_head.weight"] if self.misheld else []}]}
+        elif name == "nft_abandon":
+            return {"results": [{}]}
+        elif name == "/v1/completions":
+            assert not self.paused
+            entries = [{str(token): {"logprob": self.logprob}} for token in body["prompt"]]
+            return {"choices": [{"prompt_logprobs": [None, *entries[1:]]}]}
+        return {}

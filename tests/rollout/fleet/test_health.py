@@ -1,0 +1,106 @@
+"""The state machine alone: every transition by table, and what no sequence of events can do."""
+
+import pytest
+
+from nft_megatron.rollout.fleet.health import Health, State
+
+EVENTS = {
+    "started": lambda health: health.started(),
+    "answered none": lambda health: health.answered(None),
+    "answered 1": lambda health: health.answered(1),
+    "answered 2": lambda health: health.answered(2),
+    "failed": lambda health: health.failed("reset"),
+    "silent": lambda health: health.silent(10.0),
+    "exited": lambda health: health.exited("signal 9"),
+    "loaded 1": lambda health: health.weights_loaded(1, "receipt 1"),
+    "loaded 2": lambda health: health.weights_loaded(2, "receipt 2"),
+    "refused": lambda health: health.weights_refused("wrong receipt"),
+    "behind 2": lambda health: health.weights_behind(2),
+}
+EXAMPLES = {
+    State.STARTING: Health(),
+    State.STALE: Health().answered(None),
+    State.HEALTHY: Health().answered(None).weights_loaded(1, "receipt 1"),
+    State.SUSPECT: Health().answered(None).weights_loaded(1, "receipt 1").failed("reset"),
+    State.DEAD: Health().exited("signal 9"),
+}
+TABLE = {
+    # event: state afterwards, from STARTING, STALE, HEALTHY on 1, SUSPECT on 1, DEAD
+    "started": "starting starting starting starting starting",
+    "answered none": "stale stale stale stale stale",
+    "answered 1": "stale stale healthy healthy stale",
+    "answered 2": "stale stale stale stale stale",
+    "failed": "starting stale suspect suspect dead",
+    "silent": "starting stale suspect suspect dead",
+    "exited": "dead dead dead dead dead",
+    "loaded 1": "starting healthy healthy healthy dead",
+    "loaded 2": "starting healthy healthy healthy dead",
+    "refused": "starting stale stale stale dead",
+    "behind 2": "starting stale stale stale dead",
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_every_transition(event):
+    assert [health.state.value for health in map(EVENTS[event], EXAMPLES.values())] == TABLE[event].split()
+    assert [health.state for health in EXAMPLES.values()] == list(EXAMPLES)
+
+
+def reachable() -> dict[Health, list[tuple[str, Health]]]:
+    """Every ``Health`` that events can lead to, with what each event makes of it. Reasons are left out: they decide nothing."""
+    graph, todo = {}, [Health()]
+    while todo:
+        health = todo.pop()
+        if health not in graph:
+            graph[health] = [(name, strip(event(health))) for name, event in EVENTS.items()]
+            todo += [after for _, after in graph[health]]
+    return graph
+
+
+def strip(health: Health) -> Health:
+    """Without its reason; of its failures only what still counts."""
+    return Health(health.state, health.version, health.receipt, health.num_failures % 4, health.num_refusals % 3)
+
+
+GRAPH = reachable()
+
+
+def test_no_path_from_dead_or_starting_to_healthy_without_a_refresh():
+    seen = {health for health in GRAPH if health.state in (State.DEAD, State.STARTING)}
+    assert len(seen) > 2
+    todo = list(seen)
+    while todo:
+        for name, after in GRAPH[todo.pop()]:
+            if not name.startswith("loaded") and after not in seen:
+                assert after.state is not State.HEALTHY
+                assert not after.serves(1) and not after.serves(2)
+                seen.add(after)
+                todo.append(after)
+
+
+def test_it_serves_exactly_while_healthy_on_the_version_that_it_proved():
+    assert len(GRAPH) > 20
+    for health in GRAPH:
+        for version in (1, 2):
+            assert health.serves(version) == (health.state is State.HEALTHY and health.receipt == f"receipt {version}")
+
+
+def test_what_it_holds_is_forgotten_with_the_process():
+    for health in GRAPH:
+        if health.state in (State.STARTING, State.DEAD):
+            assert health.version is None and health.receipt is None
+
+
+def test_dead_after_three_failures_in_a_row_and_not_before():
+    health = EXAMPLES[State.HEALTHY]
+    for state in (State.SUSPECT, State.SUSPECT, State.DEAD):
+        health = health.failed("reset")
+        assert health.state is state
+    health = EXAMPLES[State.HEALTHY].failed("a").failed("b").answered(1).failed("c").failed("d")
+    assert health.state is State.SUSPECT and health.reason == "d"
+
+
+def test_dead_after_two_refusals_with_no_load_in_between():
+    stale = EXAMPLES[State.STALE]
+    assert stale.weights_refused("x").weights_refused("y").state is State.DEAD
+    assert stale.weights_refused("x").weights_loaded(1, "r").weights_behind(2).weights_refused("y").state is State.STALE

@@ -1,0 +1,228 @@
+"""The fleet's timing, faults and refusals, with servers that fail on demand; real ones are in test_weights and test_faults."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_control import FakeServer
+from safetensors.torch import load_file
+
+from nft_megatron.config import FleetSection
+from nft_megatron.errors import StoppedEarly, UserError
+from nft_megatron.rollout.fleet.registry import Registration, register, run_key, withdraw
+from nft_megatron.rollout.fleet.server import ServerSettings
+from nft_megatron.rollout.fleet.supervisor import Fleet
+from nft_megatron.weights.receipt import weights_receipt
+
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def fakes():
+    servers = [FakeServer(), FakeServer()]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def open_fleet(tmp_path, model_folder):
+    """Opens a fleet over the given URLs; keyword arguments are fields of the section."""
+    fleets = []
+
+    def begin(urls=(), **fields):
+        (tmp_path / "key").write_text("secret")
+        fields = {"sync_seconds": 5.0, "silence_seconds": 0.5, "wait_seconds": 1.0, **fields}
+        section = FleetSection(urls=tuple(urls), key_file=tmp_path / "key", **fields)
+        settings = ServerSettings(model_folder, tmp_path / "fleet", tmp_path / "logs", "secret")
+        fleets.append(Fleet(section, settings, tmp_path / "weights"))
+        fleets[-1].start()
+        return fleets[-1]
+
+    yield begin
+    for fleet in fleets:
+        fleet.close()
+
+
+@pytest.fixture(scope="session")
+def tensors(model_folder):
+    return load_file(model_folder / "model.safetensors")
+
+
+def until(condition, seconds=PATIENCE):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def names(fleet):
+    return {member.name for member in fleet.serving()}
+
+
+def state(fleet, name):
+    return next((stats.state for stats in fleet.stats() if stats.name == name), None)
+
+
+def test_all_servers_get_a_version_in_the_order_that_works(fakes, open_fleet, tensors, tmp_path):
+    fleet = open_fleet([server.url for server in fakes], min_servers=2, wait_seconds=PATIENCE)
+    assert fleet.serving() == []
+    assert fleet.publish(tensors.items(), 3) == weights_receipt(tensors.items())
+    assert [(member.weight_version, member.headers["Authorization"]) for member in fleet.serving()] == [
+        (3, "Bearer secret")
+    ] * 2
+    for server in fakes:
+        calls = [call for call in server.calls if call != "/weight_info"]
+        assert calls == [
+            "/pause", "nft_abandon", "/start_weight_update", "/update_weights", "/finish_weight_update", "nft_receipt",
+            "nft_check_held", "/reset_prefix_cache", "/resume", "/v1/completions",
+        ]  # fmt: skip
+    assert [stats.sync_bytes for stats in fleet.stats()] == [sum(tensor.nbytes for tensor in tensors.values())] * 2
+    for version in (4, 5, 6):
+        fleet.publish(tensors.items(), version)
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["version_000005", "version_000006"]
+    saved = load_file(tmp_path / "weights" / "version_000006" / "model-00001.safetensors")
+    assert weights_receipt(saved.items()) == weights_receipt(tensors.items())
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_a_stream_that_is_no_model_reaches_no_server(fakes, open_fleet, tensors, tmp_path, change):
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    wrong = dict(tensors)
+    norm = wrong.pop("model.norm.weight")
+    if change != "missing":
+        wrong["model.norm.weigth" if change == "unexpected" else "model.norm.weight"] = norm[:-1]
+    with pytest.raises(UserError, match=r"model\.norm\.wei"):
+        fleet.publish(wrong.items(), 2)
+    assert fakes[0].label == "1" and [member.weight_version for member in fleet.serving()] == [1]
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version_000001"]
+
+
+@pytest.mark.parametrize("fault", ["tampered", "misheld"])
+def test_wrong_weights_are_refused_and_retried(fakes, open_fleet, tensors, fault):
+    setattr(fakes[0], fault, True)
+    fleet = open_fleet([server.url for server in fakes], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    until(lambda: fakes[0].calls.count("/update_weights") >= 2)  # the two refusals that write a server off
+    assert names(fleet) == {"url-1"}
+    assert "/resume" not in fakes[0].calls and fakes[0].paused
+    setattr(fakes[0], fault, False)
+    until(lambda: names(fleet) == {"url-0", "url-1"})
+
+
+def test_a_server_whose_weights_work_otherwise_is_refused(fakes, open_fleet, tensors):
+    fleet = open_fleet([fakes[0].url, fakes[1].url], wait_seconds=PATIENCE)
+    fakes[1].logprob, fakes[1].delay["/v1/completions"] = -3.0, 0.3
+    fleet.publish(tensors.items(), 1)
+    until(lambda: any("log-probs differ by 2.00 nats" in stats.reason for stats in fleet.stats()))
+    assert names(fleet) == {"url-0"}
+
+
+@pytest.mark.parametrize("route", ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/v1/completions"])
+def test_a_sync_that_fails_half_way_is_done_again(fakes, open_fleet, tensors, route):
+    fakes[0].status[route] = 500
+    fleet = open_fleet([server.url for server in fakes], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    until(lambda: route in fakes[0].calls)
+    until(lambda: names(fleet) == {"url-1"})
+    del fakes[0].status[route]
+    until(lambda: names(fleet) == {"url-0", "url-1"})
+    assert fakes[0].label == "1" and not fakes[0].paused
+
+
+def test_one_that_is_silent_in_a_sync_delays_nobody_and_gets_no_work_until_refreshed(fakes, open_fleet, tensors):
+    fleet = open_fleet([server.url for server in fakes], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    until(lambda: names(fleet) == {"url-0", "url-1"})
+    fakes[0].delay = dict.fromkeys(["/weight_info", "/pause"], 2.0)  # longer than silence_seconds
+    started = time.monotonic()
+    fleet.publish(tensors.items(), 2)
+    assert time.monotonic() - started < 2.0
+    assert names(fleet) == {"url-1"}
+    fakes[0].delay = {}
+    until(lambda: names(fleet) == {"url-0", "url-1"})
+    assert fakes[0].label == "2"
+
+
+def test_a_restarted_server_is_found_out_by_its_version(fakes, open_fleet, tensors):
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    fakes[0].restart()
+    until(lambda: fakes[0].calls.count("/update_weights") == 2)
+    until(lambda: names(fleet) == {"url-0"})
+    assert fakes[0].receipt == weights_receipt(tensors.items())
+
+
+def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes, open_fleet, tensors):
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    (member,) = fleet.serving()
+    fakes[0].delay["/weight_info"] = 0.3
+    fleet.report(member, ok=False, error="connection reset")
+    assert fleet.serving() == [] and fleet.stats()[0].reason == "connection reset"
+    until(lambda: names(fleet) == {"url-0"})
+    for _ in range(3):
+        fleet.report(member, ok=False, error="connection reset")
+    assert state(fleet, "url-0") == "dead"
+    fleet.report(member, ok=True)  # of a request that was under way: it proves nothing about the weights
+    assert state(fleet, "url-0") != "healthy"
+    until(lambda: names(fleet) == {"url-0"})
+    assert fakes[0].calls.count("/update_weights") == 2
+
+
+def test_too_few_servers_stop_the_run_with_75(fakes, open_fleet, tensors):
+    fakes[0].status["/weight_info"] = 503
+    fleet = open_fleet([server.url for server in fakes], min_servers=2)
+    with pytest.raises(StoppedEarly, match=r"1 of fleet\.min_servers = 2 servers serve after 1 s: url-0 starting") as caught:
+        fleet.publish(tensors.items(), 1)
+    assert caught.value.exit_code == 75
+    del fakes[0].status["/weight_info"]
+    fleet.wait_for_servers(PATIENCE)
+    assert names(fleet) == {"url-0", "url-1"}
+
+
+def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fleet, tensors, tmp_path):
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    folder, now = tmp_path / "fleet", time.time()
+    fakes[1].key = run_key(folder)
+    assert (folder / "key").stat().st_mode & 0o777 == 0o600
+    node = Registration("node", fakes[1].url, "here", 1, started=now, heartbeat=now)
+    (folder / "other.json").write_text(json.dumps({"name": "other"}))
+    register(folder, Registration("old", fakes[1].url, "here", 1, started=now - 9999, heartbeat=now - 9999))
+    register(folder, node)
+    until(lambda: "node" in names(fleet))
+    assert fakes[1].label == "1"
+    assert {stats.name for stats in fleet.stats()} == {"url-0", "node"}
+
+    third = FakeServer(fakes[1].key)
+    register(folder, Registration("node", third.url, "here", 2, started=now + 1, heartbeat=now))
+    until(lambda: any(member.url == third.url for member in fleet.serving()))
+    assert third.label == "1"
+    withdraw(folder, "node")
+    until(lambda: names(fleet) == {"url-0"})
+    third.close()
+
+
+def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path):
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE, bucket_bytes=10_000)
+    fleet.publish(tensors.items(), 1)
+    paths = sorted((tmp_path / "weights" / "version_000001").glob("*.safetensors"))
+    assert len(paths) > 1
+    together = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    assert all(torch.equal(together[name], tensor) for name, tensor in tensors.items()) and len(together) == len(tensors)
+    assert fakes[0].receipt == weights_receipt(tensors.items())
+
+
+def test_devices_must_be_those_of_the_servers(open_fleet):
+    with pytest.raises(UserError, match=r"not of fleet\.servers = 0"):
+        open_fleet(devices=("0",))
+
+
+def test_a_missing_key_file_is_told(tmp_path, model_folder):
+    section = FleetSection(urls=("http://127.0.0.1:1",), key_file=Path(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"fleet\.key_file"):
+        Fleet(section, ServerSettings(model_folder, tmp_path / "f", tmp_path, "k"), tmp_path / "w").start()
