@@ -191,9 +191,24 @@ def _answer(
         }
         for part in done:
             check_part(part, settings[part.task.benchmark.name])
+        if len(done) < len(everything):
+            _check_golds([own[0].task for own in parts], asker, config.verify.mode)
         for number, part in enumerate((part for part in everything if part not in done), start=len(done) + 1):
             result = answer_part(part, asker, sampling, settings[part.task.benchmark.name])
             asker.progress.step_done({"step": number, "eval_accuracy": result.accuracy})
+
+
+def _check_golds(tasks: Sequence[Task], asker: Asker, grader: str) -> None:
+    """Warn of questions that no answer can get right: their gold, in a box, is not correct to the grader."""
+    for task in tasks:
+        golds = [prompt.gold for prompt in task.prompts]
+        verdicts = asker.verifier.verify_many((rf"\boxed{{{gold}}}", gold, "stop") for gold in golds)
+        missed = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.label != "correct"]
+        if missed:
+            log.warning(
+                "%s: %d of %d golds are not correct to the grader %s themselves, such as %s",
+                task.benchmark.title, len(missed), len(golds), grader, ", ".join(missed[:3]),
+            )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -169,6 +169,14 @@ def test_mistakes(model, sums, command, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_golds_that_nobody_can_answer_are_named(model, command, tmp_path):
+    path = tmp_path / "math500.jsonl"
+    path.write_text("".join(json.dumps({"id": g, "question": "1", "answer": g}) + "\n" for g in ("3", r"\boxed{x", "4")))
+    done = command("eval", model, "--benchmarks", path, *OPTIONS, "--grader", "dapo", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert r"MATH500: 1 of 3 golds are not correct to the grader dapo themselves, such as \boxed{x" in done.stderr
+
+
 def prompts(*lengths: int) -> tuple[Prompt, ...]:
     return tuple(Prompt(f"q{i}", "?", "1", np.zeros(length, np.int32)) for i, length in enumerate(lengths))
 
