@@ -28,11 +28,13 @@ from nft_megatron.model.load import load_weights
 from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, distributed
-from nft_megatron.observe.metrics import MetricsLog, PhaseTimer
+from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress, open_progress
 from nft_megatron.place import place
 from nft_megatron.publish import Publisher
 from nft_megatron.records import Prompt, Sampling
+from nft_megatron.rollout.engine import Engine
+from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.run import Host, Run
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
@@ -43,7 +45,7 @@ from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
     "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget", "optimizer.cpu_offload",
-    "parallel", "deadlines", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
+    "fleet", "parallel", "deadlines", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
     "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
     "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
 )  # fmt: skip
@@ -191,6 +193,7 @@ def _open_host(
             asker,
             sampling,
             config.rollout,
+            filters_prompts=config.filters_prompts,
             left_out=questions.left_out,
             interrupted=stop.reason,
         ),
@@ -200,6 +203,7 @@ def _open_host(
             else None
         ),
         gate=_gate(config, folder, asker, questions.prompts, sampling),
+        fleet=_fleet_metrics(asker.engine),
         metrics=metrics,
     )
 
@@ -212,6 +216,10 @@ def _gate(
         number = 16 if config.rollout.engine == "vllm" else 0
     gate = Gate(asker.engine, prompts[:number], sampling, config.rollout.gate_tokens, folder.gate, config.seed)
     return gate.ask if number else None
+
+
+def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
+    return engine.metrics if isinstance(engine, FleetEngine) else dict
 
 
 def _check_context(config: Config, shape: ModelShape) -> None:

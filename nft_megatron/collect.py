@@ -76,6 +76,7 @@ class Collector:
     """Fills ledgers. Waits for engine and verifier, each within a deadline; lives on rank 0.
 
     ``left_out`` are metrics of the data set, how many of its questions are never asked; every ledger repeats them.
+    ``filters_prompts``: only mixed groups are trained on; False: all that have a judged answer.
     ``interrupted`` gives a reason to leave in the middle of a step, None while there is none.
     """
 
@@ -84,6 +85,7 @@ class Collector:
     asker: Asker
     sampling: Sampling
     settings: RolloutSection
+    filters_prompts: bool = True
     left_out: Mapping[str, int] = field(default_factory=dict)
     interrupted: Callable[[], str | None] = lambda: None
 
@@ -130,7 +132,7 @@ class Collector:
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         quota = self.settings.questions_per_step
         oldest = step - 1 - self.settings.max_staleness
-        mixed = mixed_within(state.surplus, oldest)
+        mixed = self._trainable(state.surplus, oldest)
         sampled: list[Group] = []
         cursor, mixed_rate, num_rounds, generated_tokens = state.cursor, state.mixed_rate, 0, 0
         while len(mixed) < quota and num_rounds < self.settings.max_rounds:
@@ -141,7 +143,7 @@ class Collector:
             num_rounds += 1
             generated_tokens += asked.new_tokens
             sampled += asked.groups
-            mixed += mixed_within(asked.groups, oldest)
+            mixed += self._trainable(asked.groups, oldest)
             mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled) if sampled else mixed_rate
         if not mixed:
             answers = [answer for group in sampled for answer in group.answers]
@@ -171,12 +173,19 @@ class Collector:
             write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
         return generated_tokens
 
+    def _trainable(self, groups: Iterable[Group], oldest: int) -> list[Group]:
+        """Those of ``groups`` that may be trained on, with their answers of version ``oldest`` and later alone."""
+        recent = [without_older(group, oldest) for group in groups]
+        return [group for group in recent if group.is_mixed or (group.num_judged and not self.filters_prompts)]
+
     def _round_size(self, missing: int, mixed_rate: float | None) -> int:
         """Questions to ask for ``missing`` mixed ones: enough in five rounds of six, at most ``oversample`` times as many.
 
         n questions of which a share p is mixed give np ± sqrt(np(1−p)); n is chosen so that one standard deviation below the
         mean still suffices.
         """
+        if not self.filters_prompts:
+            return missing
         most = math.ceil(missing * self.settings.oversample)
         if mixed_rate is None:
             return most
@@ -187,8 +196,3 @@ class Collector:
 def without_older(group: Group, oldest: int) -> Group:
     """``group`` without its answers of weights before version ``oldest``; r̂ is then over those that are left."""
     return replace(group, answers=tuple(answer for answer in group.answers if answer.completion.weight_version >= oldest))
-
-
-def mixed_within(groups: Iterable[Group], oldest: int) -> list[Group]:
-    """Those of ``groups`` that are mixed in their answers of version ``oldest`` and later, with these alone."""
-    return [group for group in (without_older(group, oldest) for group in groups) if group.is_mixed]

@@ -81,6 +81,9 @@ class RolloutSection(Section):
     oversample: Annotated[float, Field(ge=1)] = 3.0
     """Most questions asked in a round, as a multiple of the groups still missing. Fewer are asked once the share of questions
     that turn out mixed is known from earlier rounds."""
+    prompt_filter: bool | None = None
+    """Train on questions with right and wrong answers alone (DAPO's dynamic sampling). null: as in the paper, for all
+    algorithms but GRPO and Dr. GRPO, whose steps then have questions_per_step questions of any kind."""
     max_rounds: PositiveInt = 10
     """Rounds of questions in a step; after that it trains on the groups it has, with a warning."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
@@ -315,6 +318,10 @@ class FleetSection(Section):
     """A server that does not answer a health check for so long gets no new work; after three it is written off and replaced."""
     wait_seconds: PositiveFloat = 1800.0
     """Longest wait for min_servers."""
+    answer_seconds: PositiveFloat = 300.0
+    """A server that has answers to generate and sends no token for so long has failed at them; another is asked."""
+    outstanding_tokens: PositiveInt = 1_000_000
+    """Tokens of prompts and expected answers that one server is given at a time; the rest waits for the next free one."""
 
 
 class Config(Section):
@@ -373,6 +380,23 @@ class Config(Section):
                 f"weights tokens one by one, and the loss of {self.algorithm.name} is of whole answers",
                 "leave it at null",
             )  # fmt: skip
+        fleet = self.fleet
+        if rollout.engine == "embedded" and (fleet.servers or fleet.urls):
+            raise UserError(
+                "rollout.engine", rollout.engine, "asks no servers, and section fleet names some",
+                "set rollout.engine=vllm, or leave fleet.servers and fleet.urls empty",
+            )  # fmt: skip
+        if not self.filters_prompts and self.algorithm.needs_mixed_groups:
+            raise UserError(
+                "rollout.prompt_filter", rollout.prompt_filter,
+                f"{self.algorithm.name} needs it: where all answers agree its loss is zero or not defined", "leave it at null",
+            )  # fmt: skip
+        if not self.filters_prompts and (rollout.give_up_after is not None or rollout.stop_at_quota):
+            field = "stop_at_quota" if rollout.stop_at_quota else "give_up_after"
+            raise UserError(
+                f"rollout.{field}", getattr(rollout, field), "looks for mixed questions, and all questions are trained on",
+                "leave it out, or set rollout.prompt_filter=true",
+            )  # fmt: skip
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise UserError(
                 "parallel.virtual_pipeline", self.parallel.virtual_pipeline, "interleaves pipeline stages, and there is one",
@@ -394,6 +418,12 @@ class Config(Section):
                 "a grader must be able to give up by itself before it is killed",
             )  # fmt: skip
         return self
+
+    @property
+    def filters_prompts(self) -> bool:
+        """Whether questions on which all answers agree are left out: ``rollout.prompt_filter``, or the algorithm's wish."""
+        choice = self.rollout.prompt_filter
+        return self.algorithm.needs_mixed_groups if choice is None else choice
 
     @property
     def max_sequence_tokens(self) -> int:
