@@ -1,6 +1,8 @@
 """Conversions there and back: every bit, every family, every option."""
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from convert.conftest import add_nan, cut_into_eight, tensors_of
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, save_tiny
 
-from nft_megatron.convert import torch_dist_plan
+from nft_megatron.convert import engine, torch_dist_plan
 from nft_megatron.convert.commands import check, to_hf, to_megatron
 from nft_megatron.convert.manifest import Manifest, read_manifest
 from nft_megatron.errors import UserError
@@ -63,6 +65,24 @@ def test_workers_do_not_change_a_byte(sources, tmp_path: Path):
         to_megatron(sources["tied"], tmp_path / str(workers), workers=workers)
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "3" / path.name).read_bytes(), path.name
+
+
+def test_what_is_written_is_sent_to_the_disk_at_once_and_its_pages_given_back(sources, tmp_path: Path, monkeypatch):
+    """Each range is advised when it is written, and once more when sixteen others have been."""
+    advised = []
+    advise = os.posix_fadvise
+    to_megatron(sources["untied"], tmp_path / "expected")
+    monkeypatch.setattr(engine, "_WRITEBACK_BYTES", 1)
+    monkeypatch.setattr(engine.os, "posix_fadvise", lambda *arguments: advised.append(arguments) or advise(*arguments))
+    to_megatron(sources["untied"], tmp_path / "megatron", workers=1)
+    (file,) = (tmp_path / "megatron").glob("*.distcp")
+    assert file.read_bytes() == (tmp_path / "expected" / file.name).read_bytes()
+    assert {advice for *_, advice in advised} == {os.POSIX_FADV_DONTNEED}
+    times = Counter((offset, num_bytes) for _, offset, num_bytes, _ in advised)
+    assert sum(num_bytes for _, num_bytes in times) == file.stat().st_size
+    first, last = list(times)[:-16], list(times)[-16:]
+    assert {times[place] for place in first} == {2}
+    assert {times[place] for place in last} == {1}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
