@@ -1,0 +1,239 @@
+"""Weights of real vLLM servers after a sync, against transformers' model with the same weights."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM
+
+from nft_megatron.config import FleetSection
+from nft_megatron.errors import StoppedEarly
+from nft_megatron.rollout.fleet import versions
+from nft_megatron.rollout.fleet.control import Control
+from nft_megatron.rollout.fleet.refresh import Patience, WrongWeights, load_folder, verify_and_resume
+from nft_megatron.rollout.fleet.supervisor import Fleet
+from nft_megatron.rollout.fleet.versions import Published
+from nft_megatron.weights.receipt import weights_receipt
+
+pytestmark = pytest.mark.xdist_group("vllm")
+
+PATIENCE = 60.0
+PROMPT = [2, 3, 5, 4, 6, *[7, 8, 9, 5] * 40]  # longer than a block of the prefix cache
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="session")
+def first_weights(fleet_model):
+    return load_file(fleet_model / "model.safetensors")
+
+
+def other_weights(first_weights, seed):
+    """Far enough away that other tokens are the likeliest."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in first_weights.items()}
+
+
+@pytest.fixture
+def open_fleet(vllm_servers, server_settings, tmp_path):
+    """Opens a fleet over the two servers, which are known by their URLs."""
+    fleets = []
+
+    def begin(**fields):
+        (tmp_path / "key").write_text(server_settings.api_key)
+        fields = {"min_servers": 2, "sync_seconds": PATIENCE, "wait_seconds": PATIENCE, **fields}
+        section = FleetSection(urls=tuple(server.url for server in vllm_servers), key_file=tmp_path / "key", **fields)
+        settings = server_settings.__class__(**{**vars(server_settings), "folder": tmp_path / "fleet"})
+        fleets.append(Fleet(section, settings, tmp_path / "weights"))
+        fleets[-1].start()
+        return fleets[-1]
+
+    yield begin
+    for fleet in fleets:
+        fleet.close()
+
+
+def transformers_model(folder, weights):
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy_tokens(model):
+    tokens = list(PROMPT)
+    for _ in range(NUM_TOKENS):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
+
+
+@torch.no_grad()
+def logprobs_of(model, prompt, answer):
+    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def greedy_answer(member):
+    body = {
+        "model": "policy", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True,
+        "return_token_ids": True,
+    }  # fmt: skip
+    reply = httpx.post(f"{member.url}/v1/completions", json=body, headers=member.headers, timeout=PATIENCE)
+    return reply.json()["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize("way", ["folder", "transfer"])
+def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
+    fleet_model, first_weights, open_fleet, tmp_path, way
+):
+    fleet = open_fleet(weights=way, bucket_bytes=100_000)
+    answers = []
+    for version in (1, 2):
+        weights = other_weights(first_weights, seed=version)
+        assert fleet.publish(weights.items(), version) == weights_receipt(weights.items())
+        members = fleet.serving()
+        assert [member.weight_version for member in members] == [version] * 2
+        expected = greedy_tokens(transformers_model(fleet_model, weights))
+        assert [greedy_answer(member) for member in members] == [expected] * 2
+        answers.append(expected)
+    assert answers[0] != answers[1]
+    num_bytes = sum(tensor.nbytes for tensor in first_weights.values())
+    assert [(stats.sync_bytes, stats.sync_seconds > 0) for stats in fleet.stats()] == [(num_bytes, True)] * 2
+
+
+def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_fleet, tmp_path):
+    fleet = open_fleet(weights="transfer", keep_copy=False)
+    wait_until_reachable(fleet)
+    weights = other_weights(first_weights, seed=3)
+    fleet.publish(weights.items(), 1)
+    assert list((tmp_path / "weights").glob("version_*")) == []
+    expected = greedy_tokens(transformers_model(fleet_model, weights))
+    assert [greedy_answer(member) for member in fleet.serving()] == [expected] * 2
+
+
+def wait_for_both(fleet):
+    deadline = time.monotonic() + PATIENCE
+    while len(fleet.serving()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_until_reachable(fleet):
+    deadline = time.monotonic() + PATIENCE
+    while any(stats.state == "starting" for stats in fleet.stats()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet, monkeypatch):
+    fleet = open_fleet(wait_seconds=5.0)
+    publish = versions.VersionWriter.publish
+
+    def tampered(writer):
+        folder = publish(writer)
+        (path,) = folder.glob("*.safetensors")
+        with path.open("r+b") as file:  # one bit of the last number
+            file.seek(-1, os.SEEK_END)
+            (byte,) = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+        return folder
+
+    monkeypatch.setattr(versions.VersionWriter, "publish", tampered)
+    with pytest.raises(StoppedEarly, match="took over weights"):
+        fleet.publish(first_weights.items(), 1)
+    assert fleet.serving() == []
+    monkeypatch.undo()
+    fleet.publish(first_weights.items(), 2)
+    assert len(fleet.serving()) == 2
+
+
+def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_weights_come(
+    vllm_servers, fleet_model, first_weights, tmp_path
+):
+    server = vllm_servers[0]
+    control = Control(server.url, server.api_key)
+    incomplete = {name: tensor for name, tensor in first_weights.items() if name != "model.layers.1.self_attn.k_proj.weight"}
+    good = Published(7, weights_receipt(first_weights.items()), 0, tmp_path / "good")
+    for path, weights in (("good", first_weights), ("incomplete", incomplete), ("truncated", first_weights)):
+        (tmp_path / path).mkdir()
+        save_file(weights, tmp_path / path / "model.safetensors", metadata={"format": "pt"})
+    with (tmp_path / "truncated" / "model.safetensors").open("r+b") as file:
+        file.truncate(300_000)
+
+    bad = Published(6, good.receipt, 0, tmp_path / "incomplete")
+    load_folder(control, bad, "finish", Patience.of(PATIENCE))  # vLLM finds nothing wrong with it
+    with pytest.raises(WrongWeights, match="took over weights"):
+        verify_and_resume(control, bad, 15, True, Patience.of(PATIENCE))
+    with pytest.raises(RuntimeError, match="500"):
+        load_folder(control, Published(6, good.receipt, 0, tmp_path / "truncated"), "finish", Patience.of(PATIENCE))
+    assert httpx.get(f"{server.url}/is_paused", headers=server.headers).json()["is_paused"]
+
+    load_folder(control, good, "finish", Patience.of(PATIENCE))
+    verify_and_resume(control, good, 15, True, Patience.of(PATIENCE))
+    assert greedy_answer(server) == greedy_tokens(transformers_model(fleet_model, first_weights))
+
+
+def test_a_stopped_server_gets_no_work_until_it_is_refreshed(vllm_servers, fleet_model, first_weights, open_fleet):
+    fleet = open_fleet(min_servers=1, silence_seconds=1.0)
+    fleet.publish(first_weights.items(), 1)
+    wait_for_both(fleet)
+    stopped = vllm_servers[0]
+    os.killpg(stopped.process.pid, signal.SIGSTOP)
+    try:
+        weights = other_weights(first_weights, seed=4)
+        fleet.publish(weights.items(), 2)
+        assert [(member.url, member.weight_version) for member in fleet.serving()] == [(vllm_servers[1].url, 2)]
+    finally:
+        os.killpg(stopped.process.pid, signal.SIGCONT)
+    wait_for_both(fleet)
+    expected = greedy_tokens(transformers_model(fleet_model, weights))
+    assert [(member.weight_version, greedy_answer(member)) for member in fleet.serving()] == [(2, expected)] * 2
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "continue"])
+def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
+    vllm_servers, fleet_model, first_weights, open_fleet, in_flight
+):
+    """Log-probs of every span are those of that version's weights given all tokens before, whoever computed them first."""
+    fleet = open_fleet(in_flight=in_flight)
+    weights = {version: other_weights(first_weights, seed=version) for version in (1, 2)}
+    fleet.publish(weights[1].items(), 1)
+    member, choices, begun = fleet.serving()[0], [], threading.Event()
+
+    def ask():
+        parameters = {
+            "n": 4, "max_tokens": 200, "temperature": 1.0, "logprobs": 0, "ignore_eos": True, "seed": 5, "stream_interval": 10,
+        }  # fmt: skip
+        body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
+        url = f"{member.url}/inference/v1/generate"
+        with httpx.stream("POST", url, json=body, headers=member.headers, timeout=PATIENCE) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    begun.set()
+                    choices.extend(json.loads(line.removeprefix("data: "))["choices"])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    fleet.publish(weights[2].items(), 2)
+    thread.join(PATIENCE)
+    models = {version: transformers_model(fleet_model, weights[version]) for version in weights}
+    num_mixed = 0
+    for index in range(4):
+        parts = [choice for choice in choices if choice["index"] == index]
+        tokens = [token for part in parts for token in part["token_ids"]]
+        logprobs = [entry["logprob"] for part in parts for entry in part["logprobs"]["content"]]
+        spans = parts[-1]["weight_versions"]
+        assert (spans[0]["start"], spans[-1]["end"], len(tokens)) == (0, 200, 200)
+        num_mixed += len(spans) > 1
+        for span in spans:
+            expected = logprobs_of(models[int(span["version"])], PROMPT[:40], tokens)[span["start"] : span["end"]]
+            assert torch.tensor(logprobs[span["start"] : span["end"]]).sub(expected).abs().max() < 1e-3
+    assert num_mixed == (4 if in_flight == "continue" else 0)
