@@ -186,7 +186,7 @@ class Process:
     def __init__(self, **behaviour):
         self.process = subprocess.Popen([sys.executable, str(Path(__file__))], stdout=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
-        self.headers = {}
+        self.api_key, self.headers = "key", {}
         self.behaviour = Behaviour()
         self.behave(**behaviour)
 
@@ -195,6 +195,9 @@ class Process:
             assert name in {field.name for field in fields(Behaviour)}
             setattr(self.behaviour, name, value)
         httpx.post(f"{self.url}/behave", json=asdict(self.behaviour), timeout=10, trust_env=False)
+
+    def label(self, version):
+        self.behave(version=str(version))
 
     @property
     def seen(self):
@@ -207,7 +210,10 @@ class Process:
 
 
 class StaticFleet:
-    """The fleet's interface over given servers. One that is reported gets no work for ``rest_seconds``; publishing is a label."""
+    """The fleet's interface over given servers, which have ``url``, ``api_key`` and ``label(version)``.
+
+    Publishing changes the label alone. A server that is reported gets no work for ``rest_seconds``.
+    """
 
     def __init__(self, servers, rest_seconds=0.3):
         self.servers = {f"s{index}": server for index, server in enumerate(servers)}
@@ -217,7 +223,7 @@ class StaticFleet:
     def serving(self):
         now = time.monotonic()
         return [
-            Member(name, server.url, "key", Health(), self.version, 1)
+            Member(name, server.url, server.api_key, Health(), self.version, 1)
             for name, server in self.servers.items()
             if now >= self._rests_until[name]
         ]
@@ -231,7 +237,7 @@ class StaticFleet:
         for _ in tensors:
             pass
         for server in self.servers.values():
-            server.behave(version=str(version))
+            server.label(version)
         self.version = version
         return f"receipt {version}"
 

@@ -1,0 +1,165 @@
+"""The engine over two real vLLM servers, against transformers' forward pass on the same weights."""
+
+import time
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+from fake_vllm import StaticFleet
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nft_megatron.records import Request, Sampling
+from nft_megatron.rollout.fleet.engine import FleetEngine
+from nft_megatron.rollout.stopping import StopRule
+
+pytestmark = pytest.mark.xdist_group("vllm")
+
+
+def labelled(server):
+    """A server whose weights get a label and stay what they are."""
+
+    def label(version):
+        url = f"{server.url}/update_weight_version"
+        httpx.post(url, json={"new_version": str(version)}, headers=server.headers, timeout=30).raise_for_status()
+
+    return SimpleNamespace(url=server.url, api_key=server.api_key, headers=server.headers, label=label)
+
+
+@pytest.fixture(scope="module")
+def fleet(vllm_servers):
+    servers = [labelled(server) for server in vllm_servers]
+    yield StaticFleet(servers)
+    for server in servers:
+        server.label("default")
+
+
+@pytest.fixture(scope="module")
+def engine(fleet, fleet_model):
+    static = StaticFleet(list(fleet.servers.values()))
+    engine = FleetEngine(static, fleet_model, silence_seconds=60.0)
+    engine.load([], 5)
+    yield engine
+    engine.close()
+    assert static.reports == []
+
+
+@pytest.fixture(scope="module")
+def model(fleet_model):
+    return AutoModelForCausalLM.from_pretrained(fleet_model, dtype=torch.float32).eval()
+
+
+def make_requests(num=6, answers=16, seed=0):
+    """Prompts of 1 to 12 tokens."""
+    rng = np.random.default_rng(seed)
+    return [
+        Request(i, rng.integers(2, len(WORDS), length).astype(np.int32), tuple(range(1000 * i + 7, 1000 * i + 7 + answers)))
+        for i, length in enumerate([1, 12, *rng.integers(2, 12, num - 2)])
+    ]
+
+
+def reference(model, prompt, tokens, temperature):
+    """Log-probs of ``tokens`` by one forward pass without a cache, the softmax in float64."""
+    row = torch.tensor([[*prompt.tolist(), *tokens.tolist()]])
+    with torch.no_grad():
+        logits = model(row).logits[0, len(prompt) - 1 : -1].double()
+    return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_and_logprobs_are_those_of_the_forward_pass(engine, model, temperature):
+    requests = {request.request_id: request for request in make_requests()}
+    stops = (1, WORDS.index("\\boxed{3}"))
+    sampling = Sampling(temperature=temperature, max_tokens=24, stop_token_ids=stops)
+    completions = list(engine.generate(list(requests.values()), sampling))
+    assert sorted((c.request_id, c.index) for c in completions) == [(i, k) for i in range(6) for k in range(16)]
+    worst = 0.0
+    for c in completions:
+        expected = reference(model, requests[c.request_id].prompt_tokens, c.tokens, temperature)
+        taken = expected[torch.arange(len(c.tokens)), torch.from_numpy(c.tokens).long()].numpy()
+        worst = max(worst, float(np.abs(taken - c.logprobs).max()))
+        is_stop = np.isin(c.tokens, stops)
+        assert not is_stop[:-1].any()  # it ends with the first stop token, which is kept
+        assert c.finish_reason == ("stop" if is_stop[-1] else "length") and (is_stop[-1] or len(c.tokens) == 24)
+        assert c.weight_version == 5
+    assert worst < 1e-3
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    assert len({(c.request_id, tuple(c.tokens.tolist())) for c in completions}) > 80  # answers to a prompt differ
+
+
+def test_answers_are_drawn_from_the_model(engine, model):
+    """First tokens of 512 answers against the model's probabilities, by a chi-square bound that holds but once in 10,000."""
+    prompt = np.array([2, 3, 6], dtype=np.int32)
+    requests = [Request(i, prompt, tuple(range(100_000 * i, 100_000 * i + 16))) for i in range(32)]
+    first = np.array([c.tokens[0] for c in engine.generate(requests, Sampling(max_tokens=1))])
+    probabilities = reference(model, prompt, np.array([0]), 1.0)[0].exp().numpy()[: len(WORDS)]
+    expected = 512 * probabilities
+    chi_square = ((np.bincount(first, minlength=len(WORDS)) - expected) ** 2 / expected).sum()
+    assert chi_square < 42.6  # 14 degrees of freedom
+
+
+def test_a_seed_is_an_answer_on_every_server_alone_and_in_company(engine, fleet, fleet_model):
+    requests, sampling = make_requests(num=4), Sampling(max_tokens=20)
+    together = {(c.request_id, c.index): c.tokens.tolist() for c in engine.generate(requests, sampling)}
+    shuffled = [Request(r.request_id, r.prompt_tokens, r.seeds[::-1]) for r in requests]  # no two neighbours: one by one
+    for server in fleet.servers.values():
+        alone = FleetEngine(StaticFleet([server]), fleet_model)
+        try:
+            alone.load([], 5)
+            for c in alone.generate(shuffled, sampling):
+                assert c.tokens.tolist() == together[c.request_id, 15 - c.index]
+        finally:
+            alone.close()
+
+
+def test_greedy_is_the_most_likely_token(engine, model):
+    requests = make_requests(answers=2)
+    for c in engine.generate(requests, Sampling(temperature=0.0, max_tokens=20)):
+        expected = reference(model, requests[c.request_id].prompt_tokens, c.tokens, 0.0)
+        assert c.tokens.tolist() == expected.argmax(dim=-1).tolist()
+        np.testing.assert_allclose(c.logprobs, expected.max(dim=-1).values.numpy(), atol=1e-3)
+
+
+def test_a_stop_text_ends_an_answer_as_in_the_embedded_engine(engine, fleet_model):
+    requests, stop = make_requests(), ("\\boxed{2}", "+0")
+    plain = {(c.request_id, c.index): c.tokens for c in engine.generate(requests, Sampling(max_tokens=20))}
+    sampling = Sampling(max_tokens=20, stop=stop)
+    rule = StopRule(sampling, len(WORDS), fleet_model)
+    tokenizer = AutoTokenizer.from_pretrained(fleet_model)
+    reasons = set()
+    for c in engine.generate(requests, sampling):
+        unstopped = plain[c.request_id, c.index]
+        found = [bool(rule.find(unstopped[None], np.array([count]))[0]) for count in range(1, len(unstopped) + 1)]
+        length = found.index(True) + 1 if True in found else 20
+        assert c.tokens.tolist() == unstopped[:length].tolist()
+        assert c.finish_reason == ("stop" if True in found else "length")
+        assert any(text in tokenizer.decode(c.tokens) for text in stop) == (True in found)
+        reasons.add(c.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_what_is_given_up_is_no_longer_generated(engine, fleet):
+    given_up: set[int] = set()
+    requests = make_requests()
+    answers = engine.generate(requests, Sampling(max_tokens=240), given_up)
+    next(answers)
+    given_up.update(range(1, 6))
+    rest = [c.request_id for c in answers]
+    assert set(rest) <= {0} and len(rest) >= 15
+    answers = engine.generate(requests, Sampling(max_tokens=240))
+    next(answers)
+    answers.close()
+    deadline = time.monotonic() + 10
+    while sum(num_running(server) for server in fleet.servers.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def num_running(server):
+    """By the server's own account."""
+    text = httpx.get(f"{server.url}/metrics", headers=server.headers, timeout=10).text
+    lines = [line for line in text.splitlines() if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))]
+    assert lines
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
