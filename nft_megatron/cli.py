@@ -28,6 +28,7 @@ COMMANDS = {
     "overlap": "find evaluation questions that are in the training data",
     "verify": "grade a file of answers",
     "report": "write the page of a run",
+    "replay": "a recorded step once more, under another layout or algorithm",
     "convert": "Hugging Face folders to Megatron checkpoints and back, proven complete",
 }
 """Name, which is also that of its file, and what it is for."""
