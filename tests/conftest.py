@@ -16,7 +16,7 @@ import yaml
 from launcher import Ranks
 
 from nft_megatron.cli import main
-from nft_megatron.observe.metrics import METRICS
+from nft_megatron.observe.metrics import is_wall_clock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +33,15 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and all that share the vLLM servers do too."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            shares_servers = "vllm_servers" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("vllm" if shares_servers else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +140,6 @@ def metrics_of():
 
     def read(run_dir: Path) -> list[dict]:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if not METRICS[k].is_wall_clock} for row in rows]
+        return [{k: v for k, v in row.items() if not is_wall_clock(k)} for row in rows]
 
     return read
