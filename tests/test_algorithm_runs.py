@@ -36,3 +36,16 @@ def test_all_questions_where_nothing_is_filtered(run_config, command, metrics_of
     again = command("train", run_config("filtered", algorithm={"name": name}, **BUDGET, rollout={"prompt_filter": True}))
     assert again.returncode == 0, again.stderr
     assert all(group.is_mixed for groups in trained_groups(tmp_path / "filtered") for group in groups)
+
+
+def test_a_step_whose_questions_teach_nothing_is_survived(run_config, command, metrics_of, tmp_path):
+    """One question a step: where its answers all agree, no token is forwarded, and the weights move by decay alone."""
+    sections = {
+        "rollout": {"questions_per_step": 1, "answers_per_question": 2},
+        "train": {"num_steps": 6, "updates_per_step": 1}, "evaluate": {"data": []}, "checkpoint": {"every": 100},
+    }  # fmt: skip
+    done = command("train", run_config(algorithm={"name": "dr_grpo"}, **sections))
+    assert done.returncode == 0, done.stderr
+    empty = [row for row in metrics_of(tmp_path / "run") if row["trained_tokens"] == 0]
+    assert 0 < len(empty) < 6
+    assert all(row["loss"] == row["grad_norm"] == row["entropy"] == row["kl_old"] == 0 for row in empty)

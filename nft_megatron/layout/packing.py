@@ -132,10 +132,10 @@ def plan_micro_batches(
     """Which sequences each rank packs together: ``plan[rank][micro_batch]`` are ascending indices into ``lengths``.
 
     Every sequence is in exactly one micro-batch, those with the same number in ``groups`` in the same one. Every rank has as
-    many micro-batches (some may be empty): the smallest multiple of ``count_multiple`` that the budget allows for the rank
-    that needs most, with as equal token counts as that number allows, costliest first. Ranks have equal :func:`sequence_cost`
-    as nearly as costliest-first assignment makes it. Sequences count with their padding to ``sequence_multiple``, and a
-    micro-batch padded to ``multiple`` stays within ``token_budget``.
+    many micro-batches, at least one (some may be empty): the smallest multiple of ``count_multiple`` that the budget allows
+    for the rank that needs most, with as equal token counts as that number allows, costliest first. Ranks have equal
+    :func:`sequence_cost` as nearly as costliest-first assignment makes it. Sequences count with their padding to
+    ``sequence_multiple``, and a micro-batch padded to ``multiple`` stays within ``token_budget``.
 
     Why costliest first: pipeline stages wait for each other where neighbours differ, and sorted ones hardly do; the passes that
     drain the pipeline are then the shortest; and a pack too large for the memory fails at once (`benchmarks/packing.py`).
@@ -162,7 +162,7 @@ def plan_micro_batches(
 
     # As few micro-batches as the budget allows; then the smallest capacity that needs no more of them evens them out
     # (MULTIFIT: Coffman, Garey and Johnson 1978).
-    num_micro_batches = _round_up(max(len(bins) for bins in bins_of_all_ranks(most_units)), count_multiple)
+    num_micro_batches = _round_up(max(1, *(len(bins) for bins in bins_of_all_ranks(most_units))), count_multiple)
     candidates = range(-(-int(tokens_I.max(initial=0)) // multiple), most_units)
     smallest = bisect_left(candidates, True, key=lambda u: max(map(len, bins_of_all_ranks(u))) <= num_micro_batches)
     members_I = np.split(np.argsort(item_S, kind="stable"), np.cumsum(np.bincount(item_S))[:-1])

@@ -74,7 +74,7 @@ def test_no_more_micro_batches_than_twice_the_tokens_need(case):
     budget = options["token_budget"] // options["multiple"] * options["multiple"]
     padded = [round_up(length, options["sequence_multiple"]) for length in lengths]
     most = max(sum(padded[i] for members in rank for i in members) for rank in plan)
-    assert len(plan[0]) <= round_up(int(np.ceil(2 * most / budget)), options["count_multiple"])
+    assert len(plan[0]) <= round_up(max(1, int(np.ceil(2 * most / budget))), options["count_multiple"])
 
 
 def test_plan_spreads_sequences_that_would_fit_in_one_micro_batch():
