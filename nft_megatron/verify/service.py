@@ -38,7 +38,7 @@ from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
 
 _START_SECONDS = 60.0  # for imports, on a busy machine
-_PATIENCE = 0.9  # of the hard limit; the rest is for the killing, and for this process to get a core
+_PATIENCE = 0.8  # of the hard limit; the rest is for the killing, and for this process to get a core
 _AHEAD = 1024  # answers
 _CACHE_SIZE = 65536  # verdicts; their keys are digests, since an answer in math-verify mode is a whole text
 
