@@ -1,0 +1,22 @@
+"""The comparison's starting point: the quickstart's task with four to eight numbers, and a colder start.
+
+    python examples/paper/prepare.py --out DIR --seed N
+
+DIR is what the quickstart's prepare.py makes, with other settings of that file's constants.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+import arithmetic
+import prepare
+
+arithmetic.NUM_NUMBERS = (4, 4, 5, 5, 6, 6, 7, 8)
+prepare.NUM_HELD_OUT = 500
+prepare.CARELESS_SHARE = 0.8
+
+if __name__ == "__main__":
+    prepare.main()
