@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nft_megatron.answering import num_cores, open_asker, read_prompts, training_sampling
+from nft_megatron.answering import open_asker, read_prompts, training_sampling
 from nft_megatron.ask import Asker
 from nft_megatron.checkpoints import Checkpoints
 from nft_megatron.collect import Collector
@@ -27,11 +27,12 @@ from nft_megatron.model.control import on_main, together
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
 from nft_megatron.model.step import Trainer
-from nft_megatron.model.topology import Topology, distributed
+from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress, open_progress
 from nft_megatron.place import place
 from nft_megatron.publish import Publisher
+from nft_megatron.ranks import join_ranks
 from nft_megatron.records import Prompt, Sampling
 from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.fleet.engine import FleetEngine
@@ -59,20 +60,9 @@ def assemble(config: Config) -> Iterator[Run]:
     Everything that a user can get wrong is checked before the model is built.
     """
     here = place()
-    threads = config.parallel.threads or max(1, num_cores() // here.local_size)
     stop = StopRequests(RunFolder(config.run_dir).stop if here.rank == 0 else None)
     with (
-        distributed(
-            config.parallel.tensor,
-            config.parallel.pipeline,
-            config.parallel.context,
-            virtual_pipeline=config.parallel.virtual_pipeline,
-            expert=config.parallel.expert,
-            timeout_seconds=config.parallel.timeout_seconds,
-            control_timeout_seconds=config.rollout.step_deadline_seconds,
-            threads=threads,
-            seed=config.seed + 1,
-        ) as topology,
+        join_ranks(config) as topology,
         contextlib.ExitStack() as stack,
         stop.watching(),
     ):
