@@ -31,8 +31,9 @@ STREAM_INTERVAL = 256
 """Tokens of an answer between two signs of life."""
 
 _ROUTE = "/inference/v1/generate"
-_LOGPROB = re.compile(rb'"logprob":([^,]+),"rank":[^,]+,"top_logprobs"')  # of the sampled token; those in the list lack the end
-_CONTENT, _CONTENT_END = b'"content":[', b"]}}]"
+# The log-prob of the sampled token; the list of others, in which it stands once more, is skipped.
+_LOGPROB = re.compile(r',"logprob":([^,]+),"rank":[^,]+,"top_logprobs":\[[^]]*')
+_CONTENT, _CONTENT_END = '"content":[', "]}}]"
 _NO_LOGPROB = -9999.0  # what vLLM sends for a log-prob that it does not have, or that is NaN or -inf
 
 
@@ -147,17 +148,17 @@ def _finished(index: int, answer: _Unfinished, choice: dict[str, Any]) -> Genera
     return Generated(index, tokens, logprobs, cast('Literal["stop", "length"]', reason), versions)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _events(response: httpx.Response) -> AsyncIterator[str]:
     """The ``data`` of each server-sent event but the closing one."""
     rest = b""
     async for received in response.aiter_raw():
         *lines, rest = (rest + received).split(b"\n\n")
         for line in lines:
             if line != b"data: [DONE]":
-                yield line.removeprefix(b"data: ")
+                yield line.removeprefix(b"data: ").decode(errors="replace")
 
 
-def _parse(event: bytes) -> tuple[dict[str, Any], np.ndarray]:
+def _parse(event: str) -> tuple[dict[str, Any], np.ndarray]:
     """An event's choice, one answer's news, without its log-probs, and these (float32)."""
     try:
         start, end = event.find(_CONTENT) + len(_CONTENT), event.rfind(_CONTENT_END)
@@ -166,10 +167,10 @@ def _parse(event: bytes) -> tuple[dict[str, Any], np.ndarray]:
         if "error" in tree:
             raise ServerFault(f"reports {tree['error']}")
         (choice,) = tree["choices"]
-        logprobs = [float(number) for number in _LOGPROB.findall(event, start, end)] if has_known_form else []
+        logprobs = list(map(float, _LOGPROB.findall(event, start, end))) if has_known_form else []
         if len(logprobs) != len(choice["token_ids"]):
             (choice,) = json.loads(event)["choices"]
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
         return choice, np.array(logprobs, dtype=np.float32)
     except (ValueError, KeyError, TypeError) as error:
-        raise ServerFault(f"sent what is not an answer: {event[:200].decode(errors='replace')}") from error
+        raise ServerFault(f"sent what is not an answer: {event[:200]}") from error
