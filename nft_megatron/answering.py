@@ -60,17 +60,33 @@ def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sam
     return Sampling(rollout.temperature, rollout.top_p, rollout.max_answer_tokens, end, rollout.stop)
 
 
-def open_asker(
-    config: Config, model_folder: Path, tokenizer: Any, stack: contextlib.ExitStack, timer: PhaseTimer, progress: Progress
-) -> Asker:
-    """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
-    engine: Engine = EmbeddedEngine(
+def open_engine(config: Config, model_folder: Path) -> Engine:
+    """The engine that ``rollout.engine`` names, for the model of ``model_folder``; without weights yet."""
+    if config.rollout.engine == "vllm":
+        from nft_megatron.rollout.fleet.engine import FleetEngine
+        from nft_megatron.rollout.fleet.settings import open_fleet
+
+        return FleetEngine(
+            open_fleet(config),
+            model_folder,
+            budget_tokens=config.fleet.outstanding_tokens,
+            silence_seconds=config.fleet.answer_seconds,
+            servers_seconds=config.fleet.wait_seconds,
+        )
+    return EmbeddedEngine(
         model_folder,
         num_processes=config.rollout.processes if config.rollout.processes is not None else num_cores(),
         batch_size=config.rollout.batch_size,
         dtype=getattr(torch, config.model.dtype),
         answer_seconds=config.rollout.deadline_seconds,
     )
+
+
+def open_asker(
+    config: Config, model_folder: Path, tokenizer: Any, stack: contextlib.ExitStack, timer: PhaseTimer, progress: Progress
+) -> Asker:
+    """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
+    engine = open_engine(config, model_folder)
     stack.callback(engine.close)
     if config.rollout.max_staleness and not engine.overlaps:
         engine = ExclusiveEngine(engine, config.rollout.step_deadline_seconds)

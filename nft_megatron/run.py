@@ -34,12 +34,14 @@ UNWATCHED = "wait"
 @dataclass(frozen=True)
 class Host:
     """What rank 0 has besides its part of the model. ``evaluate`` is None without held-out questions, ``gate`` without a gate;
-    ``gate(version)`` asks the engine fixed questions and returns a ledger of its answers.
+    ``gate(version)`` asks the engine fixed questions and returns a ledger of its answers. ``fleet`` gives the metrics of the
+    servers since the last call, nothing for the embedded engine.
     """
 
     collector: Collector
     evaluate: Callable[[Progress], Evaluation] | None
     gate: Callable[[int], Path] | None
+    fleet: Callable[[], MetricsRow]
     metrics: MetricsLog
 
 
@@ -256,7 +258,7 @@ class Run:
         timings: MetricsRow = dict(
             self.timer.finish_step(generated_tokens=num_tokens["generate"], trained_tokens=num_tokens["update"])
         )
-        row = row | self._notes | timings
+        row = row | self._notes | timings | self.host.fleet()
         self.host.metrics.write(row)
         self.progress.step_done(row)
         self._notes = {}

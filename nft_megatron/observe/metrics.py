@@ -1,8 +1,8 @@
 """The numbers of a rollout step: their names, where they are written, and the clock behind the timings.
 
 A step's metrics are one flat dict. ``METRICS`` is the single source of the names, units and meanings; the report and the
-documentation print it. All under ``time/``, ``ahead/`` and ``tokens_per_second/`` are wall-clock facts; everything else repeats
-to the bit when a run is killed and resumed on one layout.
+documentation print it. All under ``time/``, ``ahead/``, ``tokens_per_second/``, ``fleet/`` and ``server/`` depends on the clock;
+everything else repeats to the bit when a run is killed and resumed on one layout.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ MetricsRow = dict[str, MetricValue]
 PHASES = ("generate", "verify", "prepare", "update", "publish", "ledger", "evaluate", "save", "other")
 """Every second of a rollout step belongs to exactly one of these; ``other`` is what no phase claimed."""
 
-WALL_CLOCK_PREFIXES = ("time/", "tokens_per_second/", "ahead/")
+WALL_CLOCK_PREFIXES = ("time/", "tokens_per_second/", "ahead/", "fleet/", "server/")
 
 
 RATE_BUCKETS = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
 """Equal ranges of r̂, each without its upper end but the last."""
+
+
+def is_wall_clock(name: str) -> bool:
+    """Whether a metric depends on the machine's speed, so that it differs between two otherwise equal runs."""
+    return name.startswith(WALL_CLOCK_PREFIXES)
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Metric:
 
     @property
     def is_wall_clock(self) -> bool:
-        """Whether it depends on the machine's speed, so that it differs between two otherwise equal runs."""
-        return self.name.startswith(WALL_CLOCK_PREFIXES)
+        """:func:`is_wall_clock` of its name."""
+        return is_wall_clock(self.name)
 
 
 METRICS: dict[str, Metric] = {
@@ -145,6 +150,14 @@ METRICS: dict[str, Metric] = {
         Metric("time/step", "s", "the whole step: the sum of the phases"),
         Metric("ahead/collect", "s", "collecting this step while others trained (rollout.max_staleness > 0)"),
         Metric("ahead/wait", "s", "the collector's wait for weights that are not too old, before it began"),
+        Metric("fleet/healthy", "count", "servers that can serve at the end of the step"),
+        Metric("fleet/tokens_per_second", "tokens/s", "tokens of all servers by the whole step; server/<name>/… of one"),
+        Metric("fleet/idle_share", "share", "of the servers' time in the step, without anything to generate"),
+        Metric("fleet/wasted_tokens", "tokens", "generated for nobody: broken off at the quota, given up, asked again"),
+        Metric("fleet/retries", "count", "answers that had to be asked again"),
+        Metric("fleet/restarts", "count", "servers started again since the run's start"),
+        Metric("fleet/sync_seconds", "s", "the slowest server's last taking over of weights"),
+        Metric("fleet/sync_bytes", "bytes", "of one version of the weights"),
         Metric("tokens_per_second/generate", "tokens/s", "generated tokens by time/generate"),
         Metric("tokens_per_second/update", "tokens/s", "trained tokens by time/update"),
     )
@@ -152,12 +165,12 @@ METRICS: dict[str, Metric] = {
 
 
 def is_known(name: str) -> bool:
-    """Whether ``name`` may stand in a row: it is in ``METRICS`` or one of an evaluation's own (``eval_…``).
+    """Whether ``name`` may stand in a row: it is in ``METRICS``, an evaluation's own (``eval_…``) or a server's.
 
-    >>> is_known("entropy"), is_known("eval_accuracy/math500"), is_known("entrophy")
-    (True, True, False)
+    >>> is_known("entropy"), is_known("eval_accuracy/math500"), is_known("server/node-3/queue"), is_known("entrophy")
+    (True, True, True, False)
     """
-    return name in METRICS or name.startswith("eval_")
+    return name in METRICS or name.startswith(("eval_", "server/"))
 
 
 def read_metrics(run_dir: Path | str) -> list[MetricsRow]:

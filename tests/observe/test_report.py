@@ -15,6 +15,9 @@ from nft_megatron.observe.metrics import METRICS, MetricsLog
 from nft_megatron.observe.plots import write_overview_png
 from nft_megatron.observe.report import write_report
 from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.rollout.fleet.keeper import ServerStats
+from nft_megatron.rollout.fleet.metrics import fleet_metrics
+from nft_megatron.rollout.fleet.usage import FleetUsage, ServerUsage
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & \u2028 &lt; {{ 7*7 }} \x00 ]]>"
 SECONDS = {
@@ -113,6 +116,24 @@ def test_charts_draw_metrics_that_exist(run_dir):
     assert set(drawn) <= METRICS.keys() | {"time/rest"}
     assert {"entropy", "entropy_sampled", "mismatch_mean", "mismatch_max"} <= set(drawn)
     assert len(drawn) == len(set(drawn))
+
+
+def test_a_fleet_has_its_page(run_dir):
+    """Each server's columns and the charts that read them; a run without a fleet draws none of them."""
+    with MetricsLog(run_dir, tensorboard=False, wandb_project=None, config=CONFIG) as log:
+        log.write(
+            row(5) | {"fleet/healthy": 2, "server/local-0/tokens_per_second": 10.0, "server/node-7/tokens_per_second": 20.0}
+        )
+    page = read_page(write_report(run_dir))
+    assert page.data["columns"]["server/node-7/tokens_per_second"] == [None, None, None, None, 20.0]
+    assert ("section", {"data-section": "fleet"}) in page.tags
+    fields = re.findall(r'ofServers\("([^"]+)"\)', page.scripts["program"])
+    usage = FleetUsage(1.0, {"a": ServerUsage()})
+    written = fleet_metrics(usage, [ServerStats("a", "healthy", 1, 0, 0.0, 0, "")])
+    assert {f"server/a/{field}" for field in fields} == {name for name in written if name.startswith("server/")} - {
+        "server/a/restarts"  # drawn for the whole fleet alone
+    }
+    assert {name for name in written if name.startswith("fleet/")} <= METRICS.keys()
 
 
 def test_header_and_table_of_time(run_dir):

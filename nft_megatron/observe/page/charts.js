@@ -360,4 +360,47 @@ new Chart({
   section: "time", title: "Updating", about: "Trained tokens a second.", zero: true,
   series: [column("tokens_per_second/update", "tokens/s", "var(--orange)")],
 });
+new Chart({
+  section: "time", title: "Collecting ahead", about: "Seconds that a step's answers took while others trained, and the wait for new weights before.",
+  zero: true, format: seconds,
+  series: [column("ahead/collect", "collecting", "var(--blue)"), column("ahead/wait", "waiting", "var(--gray)")],
+});
+// Of the fleet: the whole, and a line for each server, as far as they can be told apart.
+const serverNames = [...new Set(Object.keys(run.columns).filter((name) => name.startsWith("server/")).map((name) => name.split("/")[1]))].sort();
+const ofServers = (field) => serverNames.slice(0, 8).map((name, k) => column(
+  `server/${name}/${field}`, name, ["var(--blue)", "var(--orange)", "var(--aqua)", "var(--violet)", "var(--yellow)", "var(--red)", "var(--gray)", "var(--ink-2)"][k],
+));
+new Chart({
+  section: "fleet", title: "Tokens by server", about: "Tokens a second of the whole step; with more than eight servers the first eight.",
+  wide: true, height: 240, zero: true, series: ofServers("tokens_per_second"),
+});
+new Chart({
+  section: "fleet", title: "Whole fleet", about: "Tokens a second of the whole step.", zero: true,
+  series: [column("fleet/tokens_per_second", "tokens/s", "var(--blue)")],
+});
+new Chart({
+  section: "fleet", title: "Idle", about: "Share of the step in which a server had nothing to generate.", format: percent, zero: true,
+  series: [...ofServers("idle_share"), column("fleet/idle_share", "all", "var(--ink)")],
+});
+new Chart({
+  section: "fleet", title: "Queue", about: "Answers that a server had to generate, averaged over the step.", zero: true, series: ofServers("queue"),
+});
+new Chart({
+  section: "fleet", title: "Waste", about: "Tokens generated for nobody.", zero: true,
+  series: [...ofServers("wasted_tokens"), column("fleet/wasted_tokens", "all", "var(--ink)")],
+});
+new Chart({
+  section: "fleet", title: "Servers", about: "That can serve at the end of a step; started again and answers asked again until then.", zero: true,
+  series: [
+    column("fleet/healthy", "healthy", "var(--blue)"), column("fleet/restarts", "restarts", "var(--orange)"), column("fleet/retries", "retries", "var(--red)"),
+  ],
+});
+new Chart({
+  section: "fleet", title: "Taking over weights", about: "Seconds.", format: seconds, zero: true,
+  series: [...ofServers("sync_seconds"), column("fleet/sync_seconds", "slowest", "var(--ink)")],
+});
+new Chart({
+  section: "fleet", title: "Gate", about: "|Δ log-prob| on fixed questions after each sync, nats.", zero: true,
+  series: [column("gate_mean", "mean", "var(--blue)"), column("gate_max", "largest", "var(--orange)")],
+});
 for (const section of document.querySelectorAll("[data-section]")) section.hidden = !section.querySelector(".chart");

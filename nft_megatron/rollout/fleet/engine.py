@@ -99,7 +99,7 @@ class FleetEngine:
         return self._do(self._asking.take_usage)
 
     def metrics(self) -> dict[str, float | int | list[int]]:
-        """:func:`~nft_megatron.rollout.fleet.metrics.fleet_metrics` since the last time that this or ``take_metrics`` was asked."""
+        """:func:`~nft_megatron.rollout.fleet.metrics.fleet_metrics` since this or ``take_metrics`` was last asked."""
         return fleet_metrics(self.take_metrics(), self._fleet.stats())
 
     def close(self) -> None:
