@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     ``overlaps`` says what may go on at once. False: nothing, one caller has one ``load`` or one ``generate`` at a time. True:
     several ``generate`` run beside each other from different threads, and ``load`` may be called while they do; an answer in
-    progress is then continued on the new weights and carries the oldest version among its tokens.
+    progress is then finished first, or continued on the new weights: it carries the oldest version among its tokens.
     """
 
     @property
