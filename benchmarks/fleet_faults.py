@@ -3,9 +3,10 @@
 Two servers of a tiny random model run behind proxies on this machine, supervised by the fleet and asked by its engine. In
 each of --faults calls one of them is struck at a random moment: `kill -9` of all its processes (a successor starts in its
 place, with the model folder's weights, not those last published), SIGSTOP for --pause seconds, or a network that delivers
-nothing for as long. A call asks --questions x 16 answers. After each call: every answer is there exactly once, none was broken off, all carry
-the published version, and their log-probs are those of transformers' forward pass under the published weights, which are not
-the folder's. Prints a line a call and fails at the first where that is not so. Needs vLLM (`make vllm`).
+nothing for as long. A call asks --questions x 16 answers. After each call: every answer is there exactly once, none was
+broken off, all carry the published version, and their log-probs are those of transformers' forward pass under the published
+weights, which are not the folder's. Prints a line a call and fails at the first where that is not so. Needs vLLM (`make
+vllm`).
 """
 
 from __future__ import annotations
