@@ -41,7 +41,7 @@ def fill_buckets(
 
     >>> stream = [("a", torch.zeros(20)), ("b", torch.ones(30)), ("c", torch.ones(2))]
     >>> [[slot.name for slot in slots] for slots, _ in fill_buckets(stream, 256, torch.device("cpu"))]
-    [['a'], ['b', 'c']]
+    [['a', 'b'], ['c']]
     """
     buffer = torch.empty(max_bytes, dtype=torch.uint8, device=device)
     slots: list[Slot] = []

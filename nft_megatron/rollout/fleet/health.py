@@ -1,9 +1,9 @@
 """The health of a server as a pure state machine: events in, a new ``Health`` out.
 
-    STARTING --answered--> STALE --weights_loaded--> HEALTHY <--answered--> SUSPECT
-        ^                    ^                          |  --failed/silent-->  |
-        |                    +------ weights_behind ----+----------------------+
-        +------ started ---- DEAD <--- exited, or too many failures, from anywhere
+    STARTING --answered--> STALE --weights_loaded--> HEALTHY <------- answered ------- SUSPECT
+        ^                    ^                          | --failed, silent, doubted-->    |
+        |                    +------ weights_behind ----+---------------------------------+
+        +------ started ---- DEAD <--- exited, or too much of the others, from anywhere
 
 A server is given work only while HEALTHY and on the current version. From DEAD nothing leads to HEALTHY but a weight refresh: a
 process that was started again has its *first* weights, and one that was merely unreachable may have missed some.
@@ -32,8 +32,9 @@ class State(enum.Enum):
 class Health:
     """One server's state, the version of its weights with their receipt, and what went wrong in a row.
 
-    ``num_failures`` counts what failed since it last answered; at ``max_failures`` it is DEAD. ``num_refusals`` counts weights
-    that failed to arrive; at ``max_refusals`` it is DEAD, so that it is started again.
+    ``num_failures`` counts checks that failed since it last answered one, ``num_refusals`` weights that failed to arrive, and
+    ``num_doubts`` how often requests failed although checks went well; with too many in a row of either it is DEAD, and started
+    again.
 
     >>> health = Health().answered(None).weights_loaded(3, "5a")
     >>> health.state, health.serves(3), health.serves(4)
@@ -49,9 +50,11 @@ class Health:
     receipt: str | None = None
     num_failures: int = 0
     num_refusals: int = 0
+    num_doubts: int = 0
     reason: str = ""
     max_failures: int = 3
     max_refusals: int = 2
+    max_doubts: int = 5
 
     def serves(self, version: int) -> bool:
         """Whether it may be given work for the weights ``version``."""
@@ -59,7 +62,7 @@ class Health:
 
     def started(self) -> Health:
         """A new process is on its way; what the former one held is gone."""
-        return Health(max_failures=self.max_failures, max_refusals=self.max_refusals)
+        return Health(max_failures=self.max_failures, max_refusals=self.max_refusals, max_doubts=self.max_doubts)
 
     def answered(self, version: int | None) -> Health:
         """It answered a health check and says that it holds the weights ``version`` (None: not ours).
@@ -67,13 +70,13 @@ class Health:
         A version other than the one it was given shows that it was started again behind our back.
         """
         if self.state in (State.STARTING, State.DEAD) or (self.state is not State.STALE and version != self.version):
-            return replace(self, state=State.STALE, version=None, receipt=None, num_failures=0, num_refusals=0)
+            return replace(self, state=State.STALE, version=None, receipt=None, num_failures=0, num_refusals=0, num_doubts=0)
         if self.state is State.SUSPECT:
             return replace(self, state=State.HEALTHY, num_failures=0, reason="")
         return replace(self, num_failures=0)
 
     def failed(self, reason: str) -> Health:
-        """A request or a health check failed. While it starts that is no news."""
+        """A health check failed. While it starts that is no news."""
         if self.state in (State.STARTING, State.DEAD):
             return self
         num_failures = self.num_failures + 1
@@ -85,6 +88,19 @@ class Health:
     def silent(self, seconds: float) -> Health:
         """It gave no answer within ``seconds``."""
         return self.failed(f"no answer within {seconds:g} s")
+
+    def doubted(self, reason: str) -> Health:
+        """A client's request failed. Many may at once, for one cause: only the first counts until a check went well again."""
+        if self.state is not State.HEALTHY:
+            return self
+        num_doubts = self.num_doubts + 1
+        if num_doubts >= self.max_doubts:
+            return self.exited(reason)
+        return replace(self, state=State.SUSPECT, num_doubts=num_doubts, reason=reason)
+
+    def worked(self) -> Health:
+        """A client's request went well."""
+        return replace(self, num_doubts=0)
 
     def exited(self, reason: str) -> Health:
         """Its process is gone, its start took too long, or it left the fleet."""

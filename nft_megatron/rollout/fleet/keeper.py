@@ -127,7 +127,7 @@ class Keeper:
         with self._target.changed:
             if incarnation != self._incarnation or self._health.state not in (State.HEALTHY, State.SUSPECT):
                 return
-            self._become(self._health.answered(self._health.version) if ok else self._health.failed(error or "request failed"))
+            self._become(self._health.worked() if ok else self._health.doubted(error or "a request failed"))
 
     def is_behind(self, version: int) -> None:
         """``version`` was published; it gets no more work until it holds it."""
@@ -181,8 +181,7 @@ class Keeper:
     def _rest(self) -> None:
         """Until the next check, or until there is something to do."""
         with self._target.changed:
-            if not (self._is_over() or self._wants_refresh()):
-                self._target.changed.wait(_CHECK_SECONDS)
+            self._target.changed.wait_for(lambda: self._is_over() or self._wants_refresh(), _CHECK_SECONDS)
 
     def _wants_refresh(self) -> bool:
         return self._health.state is State.STALE and self._source() is not None and time.monotonic() >= self._not_before

@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = argparse.ArgumentParser(prog="nft-megatron serve", description="Run a vLLM server for a run's fleet.")
     add_arguments(parser)
     arguments = parser.parse_args()

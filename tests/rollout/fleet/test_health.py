@@ -11,6 +11,8 @@ EVENTS = {
     "answered 2": lambda health: health.answered(2),
     "failed": lambda health: health.failed("reset"),
     "silent": lambda health: health.silent(10.0),
+    "doubted": lambda health: health.doubted("stream broke off"),
+    "worked": lambda health: health.worked(),
     "exited": lambda health: health.exited("signal 9"),
     "loaded 1": lambda health: health.weights_loaded(1, "receipt 1"),
     "loaded 2": lambda health: health.weights_loaded(2, "receipt 2"),
@@ -32,6 +34,8 @@ TABLE = {
     "answered 2": "stale stale stale stale stale",
     "failed": "starting stale suspect suspect dead",
     "silent": "starting stale suspect suspect dead",
+    "doubted": "starting stale suspect suspect dead",
+    "worked": "starting stale healthy suspect dead",
     "exited": "dead dead dead dead dead",
     "loaded 1": "starting healthy healthy healthy dead",
     "loaded 2": "starting healthy healthy healthy dead",
@@ -59,7 +63,7 @@ def reachable() -> dict[Health, list[tuple[str, Health]]]:
 
 def strip(health: Health) -> Health:
     """Without its reason; of its failures only what still counts."""
-    return Health(health.state, health.version, health.receipt, health.num_failures % 4, health.num_refusals % 3)
+    return Health(health.state, health.version, health.receipt, health.num_failures, health.num_refusals, health.num_doubts)
 
 
 GRAPH = reachable()
@@ -98,6 +102,18 @@ def test_dead_after_three_failures_in_a_row_and_not_before():
         assert health.state is state
     health = EXAMPLES[State.HEALTHY].failed("a").failed("b").answered(1).failed("c").failed("d")
     assert health.state is State.SUSPECT and health.reason == "d"
+
+
+def test_requests_that_fail_although_checks_go_well_end_it_and_many_at_once_count_once():
+    health = EXAMPLES[State.HEALTHY]
+    for _ in range(50):
+        health = health.doubted("one cause")
+    assert health.state is State.SUSPECT and health.num_doubts == 1
+    for _ in range(4):
+        assert health.state is State.SUSPECT
+        health = health.answered(1).doubted("again")
+    assert health.state is State.DEAD
+    assert EXAMPLES[State.SUSPECT].answered(1).doubted("x").answered(1).worked().num_doubts == 0
 
 
 def test_dead_after_two_refusals_with_no_load_in_between():
