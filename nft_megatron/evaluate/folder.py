@@ -29,7 +29,7 @@ from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.records import Sampling
 from nft_megatron.tokenizer import load_tokenizer
-from nft_megatron.weights import read_shape, weight_table
+from nft_megatron.weights import ModelShape, read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 
 log = logging.getLogger(__name__)
@@ -216,14 +216,27 @@ def _open_model(
     config: Config, model_folder: Path, tokenizer: Any, *, num_steps: int, first_step: int = 0
 ) -> Iterator[tuple[Asker, str]]:
     """Engine and verifier with the weights of ``model_folder``, and their receipt."""
-    table = weight_table(read_shape(model_folder, "MODEL"))
+    shape = read_shape(model_folder, "MODEL")
+    table = weight_table(shape)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(HFReader(model_folder, "MODEL"))
         reader.check(table)
         progress = stack.enter_context(open_progress(num_steps, first_step))
-        asker = open_asker(config, model_folder, tokenizer, stack, PhaseTimer(), progress)
+        asker = open_asker(_apart(config, model_folder, shape), model_folder, tokenizer, stack, PhaseTimer(), progress)
         tensors = ((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items())
         yield asker, asker.engine.load(tensors, version=0)
+
+
+def _apart(config: Config, model_folder: Path, shape: ModelShape) -> Config:
+    """``config`` with a run folder of its own, so that servers of an evaluation and of a training do not meet, and servers that
+    take what the model has room for."""
+    longest = max(shape.max_positions - config.data.max_prompt_tokens, config.rollout.max_answer_tokens)
+    update = {
+        "run_dir": config.run_dir / "evaluate",
+        "model": config.model.model_copy(update={"path": model_folder}),
+        "rollout": config.rollout.model_copy(update={"max_answer_tokens": longest, "max_staleness": 0}),
+    }
+    return config.model_copy(update=update)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
