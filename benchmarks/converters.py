@@ -189,7 +189,9 @@ def measure(arguments: argparse.Namespace, way: str, direction: str, folder: Pat
     )  # fmt: skip
     if ended.returncode:
         sys.exit(f"{way} {direction} failed:\n{ended.stderr[-3000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    figure = json.loads(ended.stdout.splitlines()[-1])
+    print(f"{way} {direction}: {figure['seconds']:.1f} s, processor {figure['cpu']:.1f} s", file=sys.stderr, flush=True)
+    return figure
 
 
 def report(figures: dict, ways: list[str], num_bytes: int) -> None:

@@ -65,7 +65,7 @@ class PartialFolder:
 
     def publish(self) -> None:
         """Flush all and give it its final name."""
-        for path in self.path.iterdir():
+        for path in self.path.iterdir():  # before the journal goes: without it all would be done again
             fsync_path(path)
         (self.path / _JOURNAL).unlink()
         publish_folder(self.path, self._final)
