@@ -15,10 +15,10 @@ FLOORS = {
     **dict.fromkeys(
         [f"verify.{name}" for name in ("boxes", "expressions", "grade", "modes", "numbers", "reasons", "simplerl")], 0
     ),
+    **dict.fromkeys([f"rollout.fleet.{name}" for name in ("dispatch", "health", "member", "guard", "access")], 0),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
     **dict.fromkeys(["section", "algorithms"], 0),
     **dict.fromkeys(["layout", "weights", "convert", "observe", "plan", "watchdog"], 1),
-    "rollout.fleet.dispatch": 0,
     **dict.fromkeys(["model", "rollout", "verify"], 2),
     **dict.fromkeys(
         ["tokenizer", "ask", "answering", "collect", "rounds", "ahead", "gate", "publish", "checkpoints", "evaluate"], 3
