@@ -105,6 +105,19 @@ def _measure(run: Run, topology: Topology) -> None:
         (run.out / "stats.json").write_text(json.dumps(stats))
 
 
+def mismatches(runs: list[Run]) -> None:
+    """``out/stats.json``: the mismatch of the ledger's answers, as the gate measures it. All runs have one layout."""
+
+    def all_runs(topology: Topology) -> None:
+        for run in runs:
+            measured = _trainer(run, topology).mismatch(run.ledger, step=1)
+            if topology.is_main:
+                run.out.mkdir(parents=True)
+                (run.out / "stats.json").write_text(json.dumps(measured))
+
+    _in_topology(runs[0].config, all_runs)
+
+
 def instruments(runs: list[Run]) -> None:
     """``out/stats.json``: the summary of the first mini-batch's update with every instrument on. All runs have one layout."""
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nft_megatron.algorithms import Algorithm
+from nft_megatron.algorithms import Algorithm, build_algorithm
 from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model import objective
@@ -148,9 +148,11 @@ class Trainer:
     def mismatch(self, ledger: Path, step: int) -> MetricsRow:
         """How far the log-probs of ``ledger``'s answers are from this model's, in the metrics of the step after ``step`` − 1.
 
-        For answers of the current weights, version ``step`` − 1; see :class:`MismatchSums` for the metrics.
+        For answers of the current weights, version ``step`` − 1, that are judged right: any loss will do, but one that leaves
+        none of them out, whatever the others to its question are. See :class:`MismatchSums` for the metrics.
         """
-        return replace(self, layout=replace(self.layout, num_updates=1)).prepare(ledger, step).metrics
+        of_every_answer = replace(self, algorithm=build_algorithm("rft"), layout=replace(self.layout, num_updates=1))
+        return of_every_answer.prepare(ledger, step).metrics
 
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launcher import Ranks
 from literal import literal_loss
-from parity_worker import Run, instruments, measure
+from parity_worker import Run, instruments, measure, mismatches
 from recorded_step import ALGORITHMS, LAYOUTS, MAX_ANSWER, NUM_UPDATES, members, write_config
 from transformers import Qwen2ForCausalLM
 
@@ -65,6 +65,26 @@ def test_importance_weights_are_truncated_and_leave_older_answers_alone():
     weighted = trainer._with_old_policy(batch, torch.tensor([-1.2, -0.1, -0.1]))
     assert weighted.weight_N.tolist() == pytest.approx([0.5 * np.exp(-0.2), 0.75, 0.5])
     assert weighted.old_logprob_N.tolist() == pytest.approx([-1.2, -0.1, -1.0])
+
+
+def test_the_gate_counts_every_answer_whatever_the_algorithm(models, ledger, tmp_path):
+    """One answer a question, all called right, as the gate writes them: under GRPO they have no advantage."""
+    alone = []
+    for group, _ in read_groups(ledger):
+        answer = next(answer for answer in group.answers if answer.verdict.label == "correct")
+        answer = replace(answer, completion=replace(answer.completion, weight_version=0))
+        alone.append(replace(group, answers=(answer,)))
+    write_ledger(tmp_path / "gate.parquet", alone, fates=["train"] * len(alone), meta={})
+    names = ["nft", "grpo", "infonca"]
+    configs = [write_config(tmp_path / name, models["tied"], LAYOUTS["alone"], name) for name in names]
+    runs = [Run(config, tmp_path / "gate.parquet", config.parent / "out") for config in configs]
+    ended = Ranks(mismatches, (runs,), 1, tmp_path).wait()
+    assert ended.returncode == 0, ended.stderr
+    measured = [json.loads((run.out / "stats.json").read_text()) for run in runs]
+    num_tokens = sum(len(group.answers[0].completion.tokens) for group in alone)
+    assert [each["trained_tokens"] for each in measured] == [num_tokens] * 3
+    assert all(each["mismatch_mean"] == pytest.approx(measured[0]["mismatch_mean"], rel=1e-6) for each in measured)
+    assert measured[0]["mismatch_mean"] > 0.1  # the recorded log-probs are another policy's
 
 
 def instruments_reference(model_folder, ledger, name) -> dict:
