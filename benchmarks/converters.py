@@ -188,7 +188,7 @@ def measure(arguments: argparse.Namespace, way: str, direction: str, folder: Pat
         env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if ended.returncode:
-        sys.exit(f"{way} {direction} failed:\n{ended.stderr[-3000:]}")
+        sys.exit(f"{way} {direction} ended with {ended.returncode} (-9: no memory left?):\n{ended.stderr[-3000:]}")
     figure = json.loads(ended.stdout.splitlines()[-1])
     print(f"{way} {direction}: {figure['seconds']:.1f} s, processor {figure['cpu']:.1f} s", file=sys.stderr, flush=True)
     return figure
