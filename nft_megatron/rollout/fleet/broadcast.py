@@ -74,13 +74,15 @@ def open_bucket(slots: Sequence[Slot], flat: torch.Tensor) -> Iterator[tuple[str
 def join_group(
     store: dist.Store, rank: int, num_ranks: int, device: torch.device, seconds: float
 ) -> Any:  # torch has no public name for the backends' classes
-    """A process group over ``store``; its collectives give up after ``seconds`` with gloo. NCCL's don't: watch them."""
-    timeout = datetime.timedelta(seconds=seconds)
+    """A process group over ``store``. gloo's collectives give up after ``seconds``.
+
+    NCCL's don't: torch's watchdog ends the whole process instead, so it is given twice as long, and the caller watches.
+    """
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        options._timeout = datetime.timedelta(seconds=2 * seconds)
         return dist.ProcessGroupNCCL(store, rank, num_ranks, options)
-    return dist.ProcessGroupGloo(store, rank, num_ranks, timeout)
+    return dist.ProcessGroupGloo(store, rank, num_ranks, datetime.timedelta(seconds=seconds))
 
 
 def broadcast(group: Any, flat: torch.Tensor) -> None:

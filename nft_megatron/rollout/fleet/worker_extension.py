@@ -102,6 +102,7 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
         self._load(open_bucket(slots, flat))
 
     def finish_weight_update(self) -> None:
+        self._group = None  # the next version has a group of its own
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and self.model.config.tie_word_embeddings and head is not None:
