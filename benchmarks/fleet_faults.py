@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--faults", type=int, default=20, help="(%(default)s)")
     add("--pause", type=float, default=30.0, help="seconds of a stop or a cut (%(default)s)")
     add("--silence", type=float, default=10.0, help="seconds after which a silent server has failed (%(default)s)")
-    add("--questions", type=int, default=24, help="of a call, 16 answers each (%(default)s)")
+    add("--questions", type=int, default=16, help="of a call, 16 answers each (%(default)s)")
     add("--seed", type=int, default=0, help="of the faults and their moments (%(default)s)")
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ import httpx
 
 from nft_megatron.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
-from nft_megatron.rollout.fleet.client import Generated, Progress, Refused, ServerFault, generate, make_body
+from nft_megatron.rollout.fleet.client import STREAM_INTERVAL, Generated, Progress, Refused, ServerFault, generate, make_body
 from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
 from nft_megatron.rollout.fleet.keeper import ServerStats
 from nft_megatron.rollout.fleet.member import Member
@@ -35,10 +35,11 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 """Between two looks at the fleet, and at what a caller has given up."""
 
+_SLOWEST = 5.0
 _MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
 # Silence is watched for a server as a whole, not for a stream: an answer may wait in its server's queue for long. The server
 # closes connections that are idle for 5 s; one that it closes just then would look like a fault.
-_TIMEOUT = httpx.Timeout(None, connect=10.0, write=30.0)
+_TIMEOUT = httpx.Timeout(None, connect=30.0, write=30.0)
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
 
 
@@ -76,10 +77,15 @@ class _Asked:
 
 
 class Asking:
-    """``silence_seconds``: a server that has work and sends nothing for so long has failed at it."""
+    """``silence_seconds``: a server that has work and sends nothing for so long has failed at it.
+
+    All answers of a server may be between two signs of life, so these come often enough for a server that makes
+    ``_SLOWEST`` tokens a second of each.
+    """
 
     def __init__(self, fleet: Fleet, dispatcher: Dispatcher, silence_seconds: float) -> None:
         self._fleet, self._dispatcher, self._silence_seconds = fleet, dispatcher, silence_seconds
+        self._stream_interval = max(1, min(STREAM_INTERVAL, int(_SLOWEST * silence_seconds)))
         self._calls: dict[int, Call] = {}
         self._asked: dict[asyncio.Task[None], _Asked] = {}
         self._queues: Counter[str] = Counter()  # answers under way at each server
@@ -189,9 +195,10 @@ class Asking:
         """Read the answers to a piece, until its end or a fault."""
         piece, member = asked.piece, asked.member
         request, tally = call.requests[piece.request], self.meter.tally
-        body = make_body(request.prompt_tokens, request.seeds[piece.indices[0]], len(piece.indices), call.sampling)
+        seed, num_answers = request.seeds[piece.indices[0]], len(piece.indices)
+        body = make_body(request.prompt_tokens, seed, num_answers, call.sampling, self._stream_interval)
         try:
-            events = generate(self._client(member), member.url, member.headers, body, len(piece.indices))
+            events = generate(self._client(member), member.url, member.headers, body, num_answers)
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._heard[member.name] = time.monotonic()

@@ -52,10 +52,10 @@ def model(fleet_model):
 
 
 def make_requests(num=6, answers=16, seed=0):
-    """Prompts of 1 to 12 tokens."""
-    rng = np.random.default_rng(seed)
+    """Prompts of 1 to 12 tokens; seeds of 63 bits, as those of a run are."""
+    rng, first = np.random.default_rng(seed), 2**63 - 10**6
     return [
-        Request(i, rng.integers(2, len(WORDS), length).astype(np.int32), tuple(range(1000 * i + 7, 1000 * i + 7 + answers)))
+        Request(i, rng.integers(2, len(WORDS), length).astype(np.int32), tuple(first + 1000 * i + k for k in range(answers)))
         for i, length in enumerate([1, 12, *rng.integers(2, 12, num - 2)])
     ]
 
