@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="cast; otherwise dtypes are kept")
         command.add_argument("--dry-run", action="store_true", help="print the mapping table and write nothing")
         command.add_argument("--strict", action="store_true", help="refuse NaN and infinity; otherwise they are reported")
+        command.add_argument(
+            "--no-proof", dest="proof", action="store_false", help="neither hash nor look for NaN; the manifest then says so"
+        )
 
 
 def _to_megatron(options: argparse.Namespace) -> None:
@@ -49,7 +52,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
 
     to_megatron(
         options.first, options.second, dtype=options.dtype, workers=options.workers,
-        dry_run=options.dry_run, strict=options.strict,
+        dry_run=options.dry_run, strict=options.strict, proof=options.proof,
     )  # fmt: skip
 
 
@@ -58,7 +61,7 @@ def _to_hf(options: argparse.Namespace) -> None:
 
     to_hf(
         options.first, options.second, model=options.model, dtype=options.dtype, workers=options.workers,
-        max_shard_bytes=int(options.max_shard_bytes), dry_run=options.dry_run, strict=options.strict,
+        max_shard_bytes=int(options.max_shard_bytes), dry_run=options.dry_run, strict=options.strict, proof=options.proof,
     )  # fmt: skip
 
 
