@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pause", type=float, default=30.0, help="seconds of a stop or a cut (%(default)s)")
     add("--silence", type=float, default=10.0, help="seconds after which a silent server has failed (%(default)s)")
     add("--questions", type=int, default=16, help="of a call, 16 answers each (%(default)s)")
+    add("--tokens", type=int, default=300, help="of the longest answer (%(default)s)")
     add("--seed", type=int, default=0, help="of the faults and their moments (%(default)s)")
     return parser.parse_args()
 
@@ -132,6 +133,7 @@ def main() -> None:
     engine = FleetEngine(
         fleet, folder / "model", silence_seconds=arguments.silence, max_attempts=10, servers_seconds=START_SECONDS
     )
+    sampling = Sampling(max_tokens=arguments.tokens, stop_token_ids=(1,))
     prompts = np.random.default_rng(0).integers(0, 64, (arguments.questions, 12)).astype(np.int32)
     print(f"# python benchmarks/fleet_faults.py · {os.cpu_count()} cores, two vLLM servers")
     try:
@@ -140,7 +142,7 @@ def main() -> None:
         wait_for_both(fleet)
         requests = make_requests(prompts, 0)
         started = time.monotonic()
-        check(list(engine.generate(requests, Sampling(max_tokens=300))), requests, model)
+        check(list(engine.generate(requests, sampling)), requests, model)
         usual = time.monotonic() - started
         print(f"without a fault: {usual:.1f} s for {16 * len(requests)} answers", flush=True)
         print("| fault        |  after |   call | asked again | wasted tokens | log-prob differs by |")
@@ -155,7 +157,7 @@ def main() -> None:
             striker = threading.Timer(moment, place.strike, (fault, arguments.pause))
             started = time.monotonic()
             striker.start()
-            completions = list(engine.generate(requests, Sampling(max_tokens=300)))
+            completions = list(engine.generate(requests, sampling))
             seconds = time.monotonic() - started
             striker.join()
             usage = engine.take_metrics().total
