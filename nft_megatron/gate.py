@@ -15,7 +15,7 @@ from nft_megatron.data.ledger import write_ledger
 from nft_megatron.records import Answer, Group, Prompt, Request, Sampling, Verdict
 from nft_megatron.rollout.engine import Engine
 
-_ANY = Verdict("correct", reason="gate", verifier="none")  # every algorithm forwards right answers
+_ANY = Verdict("correct", reason="gate", verifier="none")  # as which Trainer.mismatch counts all of them
 
 
 @dataclass(frozen=True)
