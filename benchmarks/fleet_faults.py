@@ -140,10 +140,12 @@ def main() -> None:
         wait_for_both(fleet, first=True)
         engine.load(((name, tensor) for name, tensor in model.state_dict().items() if name != "lm_head.weight"), VERSION)
         wait_for_both(fleet)
-        requests = make_requests(prompts, 0)
-        started = time.monotonic()
-        check(list(engine.generate(requests, sampling)), requests, model)
-        usual = time.monotonic() - started
+        for _ in range(2):  # the first call is slower than those that follow
+            requests = make_requests(prompts, 0)
+            started = time.monotonic()
+            completions = list(engine.generate(requests, sampling))
+            usual = time.monotonic() - started
+            check(completions, requests, model)
         print(f"without a fault: {usual:.1f} s for {16 * len(requests)} answers", flush=True)
         print("| fault        |  after |   call | asked again | wasted tokens | log-prob differs by |")
         print("|--------------|-------:|-------:|------------:|--------------:|--------------------:|")
