@@ -71,24 +71,32 @@ def open_bucket(slots: Sequence[Slot], flat: torch.Tensor) -> Iterator[tuple[str
         yield slot.name, part.view(getattr(torch, slot.dtype)).view(slot.shape)
 
 
-def join_group(
-    store: dist.Store, rank: int, num_ranks: int, device: torch.device, seconds: float
-) -> Any:  # torch has no public name for the backends' classes
-    """A process group over ``store``. gloo's collectives give up after ``seconds``.
+class Group:
+    """One rank of the process group that meets at ``store``. ``seconds`` bounds the meeting and each broadcast.
 
-    NCCL's don't: torch's watchdog ends the whole process instead, so it is given twice as long, and the caller watches.
+    NCCL has no such bound: torch's watchdog ends the whole process instead. It is given twice as long, and the sender watches.
     """
-    if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = datetime.timedelta(seconds=2 * seconds)
-        return dist.ProcessGroupNCCL(store, rank, num_ranks, options)
-    return dist.ProcessGroupGloo(store, rank, num_ranks, datetime.timedelta(seconds=seconds))
 
+    def __init__(self, store: dist.Store, rank: int, num_ranks: int, device: torch.device, seconds: float) -> None:
+        self._group: Any  # torch has no public name for what these two have in common
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = datetime.timedelta(seconds=2 * seconds)
+            self._group = dist.ProcessGroupNCCL(store, rank, num_ranks, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, num_ranks, datetime.timedelta(seconds=seconds))
 
-def broadcast(group: Any, flat: torch.Tensor) -> None:
-    """Send ``flat`` from the sender to everybody, or receive it in place; returns when it is there."""
-    options = dist.BroadcastOptions()
-    options.rootRank, options.rootTensor = SENDER, 0
-    group.broadcast([flat], options).wait()
-    if flat.is_cuda:
-        torch.cuda.synchronize(flat.device)
+    def broadcast(self, flat: torch.Tensor) -> None:
+        """Send ``flat`` from the sender to everybody, or receive it in place; returns when it is there."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = SENDER, 0
+        self._group.broadcast([flat], options).wait()
+        if flat.is_cuda:
+            torch.cuda.synchronize(flat.device)
+
+    def close(self) -> None:
+        """Leave. With gloo, whose connections end when it is freed, others that wait in a broadcast fail at once."""
+        if self._on_gpu:
+            self._group.abort()
+        self._group = None

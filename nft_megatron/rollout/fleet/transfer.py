@@ -1,8 +1,8 @@
 """Weights by broadcast: from the trainer's stream into the workers of all servers at once, a bucket at a time.
 
 For every version a new process group is made of those servers that take part, so one that died since stands in nobody's way.
-Inside vLLM the pieces go through its weight-transfer routes (``worker_extension.py``). If any server fails, the
-group is broken and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
+Inside vLLM the pieces go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is broken
+and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nft_megatron.rollout.fleet.broadcast import SENDER, broadcast, fill_buckets, join_group
+from nft_megatron.rollout.fleet.broadcast import SENDER, Group, Slot, fill_buckets
 from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
 from nft_megatron.rollout.fleet.refresh import Patience
 
 T = TypeVar("T")
+
+_CALL_SECONDS, _SLOWEST = 15.0, 50e6
+"""A bucket that takes longer than this, with so many bytes a second, stands still."""
 
 
 class BroadcastFailed(RuntimeError):
@@ -49,37 +52,43 @@ def send(
     try:
         _on_all(controls, lambda control: control.pause(in_flight, patience.left), patience)
         _on_all(controls, lambda control: control.start_update(patience.left), patience)
-        group = _make_group(controls, device, patience)
+        bucket_seconds = _CALL_SECONDS + bucket_bytes / _SLOWEST
+        group = _make_group(controls, device, min(patience.left, bucket_seconds))
     except (ControlError, RuntimeError) as error:
         raise BroadcastFailed(str(error)) from error
-    for slots, flat in fill_buckets(tensors, bucket_bytes, device):
-        piece = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
-        try:
-            receiving = [_start(partial(control.update, piece, patience.left)) for control in controls]
-            sending = _start(partial(broadcast, group, flat))  # NCCL may hang in it: this thread holds the deadline
-            _await([*receiving, sending], patience)
-        except (ControlError, RuntimeError) as error:
-            if device.type == "cuda":
-                group.abort()
-            raise BroadcastFailed(str(error)) from error
     try:
+        for slots, flat in fill_buckets(tensors, bucket_bytes, device):
+            _send_bucket(controls, group, slots, flat, min(patience.left, bucket_seconds))
         _on_all(controls, lambda control: control.finish_update(version, patience.left), patience)
     except ControlError as error:
         raise BroadcastFailed(str(error)) from error
+    finally:
+        group.close()  # whoever still waits for the rest learns that it does not come
 
 
-def _make_group(controls: Sequence[Control], device: torch.device, patience: Patience) -> Any:
-    """The process group of this process and all workers of the servers."""
+def _send_bucket(controls: Sequence[Control], group: Group, slots: Sequence[Slot], flat: torch.Tensor, seconds: float) -> None:
+    """Broadcast one bucket, on a thread: one that hangs does not take the deadline of this thread with it."""
+    piece = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
+    try:
+        receiving = [_start(partial(control.update, piece, seconds)) for control in controls]
+        _await([*receiving, _start(partial(group.broadcast, flat))], Patience.of(seconds))
+    except (ControlError, RuntimeError) as error:
+        raise BroadcastFailed(str(error)) from error
+
+
+def _make_group(controls: Sequence[Control], device: torch.device, seconds: float) -> Group:
+    """The group of this process and all workers of the servers."""
+    patience = Patience.of(seconds)
     sizes = [future.result() for future in _on_all(controls, lambda control: control.num_workers(), patience)]
     host = _own_address(controls)
-    timeout = datetime.timedelta(seconds=patience.left)
+    timeout = datetime.timedelta(seconds=seconds)
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
     num_ranks = 1 + sum(sizes)
     joining, first_rank = [], SENDER + 1
     for control, size in zip(controls, sizes, strict=True):
-        joining.append(_start(partial(control.join, host, store.port, first_rank, num_ranks, patience.left)))
+        joining.append(_start(partial(control.join, host, store.port, first_rank, num_ranks, seconds)))
         first_rank += size
-    mine = _start(lambda: join_group(store, SENDER, num_ranks, device, patience.left))
+    mine = _start(partial(Group, store, SENDER, num_ranks, device, seconds))
     _await([*joining, mine], patience)
     return mine.result()
 

@@ -48,6 +48,7 @@ class CheckedStream:
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._tensors, self._missing = tensors, dict(shapes)
         self._digests: list[Future[str]] = []
+        self._is_whole = False
         self.num_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -68,10 +69,12 @@ class CheckedStream:
             self._digests += under_way
         if self._missing:
             raise UserError("weights", ", ".join(sorted(self._missing)), "missing from the stream", _REMEDY)
+        self._is_whole = True
 
     @property
     def receipt(self) -> str:
-        """Of all that has passed."""
+        """Of the whole stream."""
+        assert self._is_whole, "a stream that broke off has no receipt"
         return combine_digests(digest.result() for digest in self._digests)
 
 

@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from nft_megatron.rollout.fleet.broadcast import Slot, broadcast, join_group, open_bucket
+from nft_megatron.rollout.fleet.broadcast import Group, Slot, open_bucket
 from nft_megatron.weights.hf_reader import HFReader
 from nft_megatron.weights.receipt import combine_digests, tensor_digest
 
@@ -65,14 +65,14 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.digests: dict[str, str] = {}
-        self._group: Any = None
+        self._group: Group | None = None
         self._hashers = ThreadPoolExecutor(_HASH_THREADS)
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         rank = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         patience = timedelta(seconds=init_info.seconds)
         store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=patience)
-        self._group = join_group(store, init_info.first_rank + rank, init_info.num_ranks, self.device, init_info.seconds)
+        self._group = Group(store, init_info.first_rank + rank, init_info.num_ranks, self.device, init_info.seconds)
 
     def start_weight_update(self) -> None:
         self.digests = {}
@@ -84,6 +84,7 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except BaseException:
+            self.shutdown()
             self.close_books()
             raise
 
@@ -97,19 +98,22 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
             self._load(self._read(Path(update_info.folder)))
             return
         flat = torch.empty(update_info.num_bytes, dtype=torch.uint8, device=self.device)
-        broadcast(self._group, flat)
+        assert self._group is not None, "a bucket before its group"
+        self._group.broadcast(flat)
         slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in update_info.slots]
         self._load(open_bucket(slots, flat))
 
     def finish_weight_update(self) -> None:
-        self._group = None  # the next version has a group of its own
+        self.shutdown()  # the next version has a group of its own
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and self.model.config.tie_word_embeddings and head is not None:
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        self._group = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand tensors to the model; they are hashed on other threads meanwhile."""

@@ -14,7 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 from nft_megatron.config import FleetSection
 from nft_megatron.errors import StoppedEarly
-from nft_megatron.rollout.fleet import versions
+from nft_megatron.rollout.fleet import broadcast, versions
 from nft_megatron.rollout.fleet.control import Control
 from nft_megatron.rollout.fleet.refresh import Patience, WrongWeights, load_folder, verify_and_resume
 from nft_megatron.rollout.fleet.supervisor import Fleet
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.xdist_group("vllm")
 PATIENCE = 60.0
 PROMPT = [2, 3, 5, 4, 6, *[7, 8, 9, 5] * 40]  # longer than a block of the prefix cache
 NUM_TOKENS = 24
+NUM_ANSWERS = 16
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +114,48 @@ def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_f
     weights = other_weights(first_weights, seed=3)
     fleet.publish(weights.items(), 1)
     assert list((tmp_path / "weights").glob("version_*")) == []
+    expected = greedy_tokens(transformers_model(fleet_model, weights))
+    assert [greedy_answer(member) for member in fleet.serving()] == [expected] * 2
+
+
+def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, first_weights, open_fleet, tmp_path):
+    fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
+    wait_until_reachable(fleet)
+    fleet.publish(first_weights.items(), 1)
+
+    def stream():
+        yield from list(other_weights(first_weights, seed=5).items())[:-1]
+        raise RuntimeError("a rank is gone")
+
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        fleet.publish(stream(), 2)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version_000001"]
+    wait_for_both(fleet)  # on the last good version, from its files
+    expected = greedy_tokens(transformers_model(fleet_model, first_weights))
+    assert [(member.weight_version, greedy_answer(member)) for member in fleet.serving()] == [(1, expected)] * 2
+
+
+@pytest.mark.parametrize("fault", ["broken off", "tampered"])
+def test_what_a_broadcast_fails_to_bring_comes_from_the_files(fleet_model, first_weights, open_fleet, monkeypatch, fault):
+    fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
+    wait_until_reachable(fleet)
+    num_buckets, send_bucket = 0, broadcast.Group.broadcast
+
+    def faulty(group, flat):
+        nonlocal num_buckets
+        num_buckets += 1
+        if num_buckets == 3 and fault == "broken off":
+            raise RuntimeError("connection closed by peer")
+        if num_buckets == 3:
+            flat = flat.clone()
+            flat[-1] ^= 1
+        send_bucket(group, flat)
+
+    monkeypatch.setattr(broadcast.Group, "broadcast", faulty)
+    weights = other_weights(first_weights, seed=6)
+    receipt = fleet.publish(weights.items(), 1)
+    assert num_buckets == 3 if fault == "broken off" else num_buckets > 3
+    assert {member.health.receipt for member in fleet.serving()} == {receipt}
     expected = greedy_tokens(transformers_model(fleet_model, weights))
     assert [greedy_answer(member) for member in fleet.serving()] == [expected] * 2
 
@@ -209,7 +252,8 @@ def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
 
     def ask():
         parameters = {
-            "n": 4, "max_tokens": 200, "temperature": 1.0, "logprobs": 0, "ignore_eos": True, "seed": 5, "stream_interval": 10,
+            "n": NUM_ANSWERS, "max_tokens": 200, "temperature": 1.0, "logprobs": 0, "ignore_eos": True, "seed": 5,
+            "stream_interval": 10,
         }  # fmt: skip
         body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
         url = f"{member.url}/inference/v1/generate"
@@ -220,13 +264,18 @@ def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
                     choices.extend(json.loads(line.removeprefix("data: "))["choices"])
 
     thread = threading.Thread(target=ask)
-    thread.start()
-    assert begun.wait(PATIENCE)
-    fleet.publish(weights[2].items(), 2)
+
+    def stream():
+        """Answers begin when the weights are all but there."""
+        yield from weights[2].items()
+        thread.start()
+        assert begun.wait(PATIENCE)
+
+    fleet.publish(stream(), 2)
     thread.join(PATIENCE)
     models = {version: transformers_model(fleet_model, weights[version]) for version in weights}
     num_mixed = 0
-    for index in range(4):
+    for index in range(NUM_ANSWERS):
         parts = [choice for choice in choices if choice["index"] == index]
         tokens = [token for part in parts for token in part["token_ids"]]
         logprobs = [entry["logprob"] for part in parts for entry in part["logprobs"]["content"]]
@@ -236,4 +285,4 @@ def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
         for span in spans:
             expected = logprobs_of(models[int(span["version"])], PROMPT[:40], tokens)[span["start"] : span["end"]]
             assert torch.tensor(logprobs[span["start"] : span["end"]]).sub(expected).abs().max() < 1e-3
-    assert num_mixed == (4 if in_flight == "continue" else 0)
+    assert num_mixed == (NUM_ANSWERS if in_flight == "continue" else 0)

@@ -1,0 +1,93 @@
+"""The stream's check, the files of a version, and the buckets of a broadcast."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nft_megatron.errors import UserError
+from nft_megatron.rollout.fleet.broadcast import fill_buckets, open_bucket
+from nft_megatron.rollout.fleet.versions import CheckedStream, VersionWriter, remove_versions
+from nft_megatron.weights.hf_reader import HFReader
+from nft_megatron.weights.receipt import weights_receipt
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(40, 7, generator=generator),
+        "b": torch.randn(3, generator=generator).bfloat16(),
+        "c": torch.randn(300, generator=generator).half(),
+        "d": torch.randn(8, 30, generator=generator).T,
+        "e": torch.arange(6).view(2, 3),
+    }
+
+
+def shapes(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def test_files_are_read_by_safetensors_and_by_our_reader(tensors, tmp_path):
+    stream = CheckedStream(tensors.items(), shapes(tensors))
+    folder = VersionWriter(tmp_path, 12, shard_bytes=1500).write(stream)
+    assert folder == tmp_path / "version_000012"
+    paths = sorted(folder.glob("*.safetensors"))
+    assert len(paths) == 3
+    read = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    with HFReader(folder) as reader:
+        assert {name: reader.shape(name) for name in reader.names} == shapes(tensors)
+        assert torch.equal(reader.read("d", 0, 0, 30), tensors["d"])
+    with safe_open(paths[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert stream.receipt == weights_receipt(tensors.items())
+    assert stream.num_bytes == 40 * 7 * 4 + 3 * 2 + 300 * 2 + 8 * 30 * 4 + 6 * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda items: items[:-1], "e: missing"),
+        (lambda items: [*items, items[0]], "a: this tensor is repeated"),
+        (lambda items: [("x", items[0][1]), *items[1:]], "x: this tensor is repeated or the model has none"),
+        (lambda items: [("a", items[0][1].T), *items[1:]], r"a: has shape \(7, 40\), not \(40, 7\)"),
+    ],
+)
+def test_a_stream_that_is_no_model_leaves_no_files(tensors, tmp_path, change, problem):
+    stream = CheckedStream(change(list(tensors.items())), shapes(tensors))
+    with pytest.raises(UserError, match=f"weights = {problem}"):
+        VersionWriter(tmp_path, 1, shard_bytes=100).write(stream)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_files_and_is_told(tensors, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("nft_megatron.rollout.fleet.versions.fsync_path", full)
+    with pytest.raises(OSError, match="No space left"):
+        VersionWriter(tmp_path, 1, shard_bytes=100).write(tensors.items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_versions_go_and_other_folders_stay(tmp_path):
+    for name in ("version_000001", "version_000002", "version_000003", "version_x", "mine"):
+        (tmp_path / name).mkdir()
+    remove_versions(tmp_path, keep={2, 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "version_000002", "version_000003", "version_x"]
+
+
+@pytest.mark.parametrize("max_bytes", [64, 700, 1 << 20])
+def test_buckets_hold_the_stream_within_their_budget(tensors, max_bytes):
+    received, sizes = {}, []
+    for slots, flat in fill_buckets(tensors.items(), max_bytes, torch.device("cpu")):
+        sizes.append((flat.numel(), len(slots)))
+        received |= {name: tensor.clone() for name, tensor in open_bucket(slots, flat.clone())}
+    assert list(received) == list(tensors)
+    for name, tensor in tensors.items():
+        assert received[name].dtype == tensor.dtype and torch.equal(received[name], tensor)
+    assert all(size <= max_bytes or num_tensors == 1 for size, num_tensors in sizes)
+    assert len(sizes) == {64: 5, 700: 4, 1 << 20: 1}[max_bytes]
