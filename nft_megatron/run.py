@@ -104,7 +104,8 @@ class Run:
         return self.host is not None and self.host.evaluate is not None and self.host.collector.asker.engine.overlaps
 
     def _is_due_beside(self, step: int) -> bool:
-        is_due = step % self.config.evaluate.every == 0 and step != self.config.train.num_steps
+        """Not in the last step, whose row comes too early, nor in the one before, as the last row has its own evaluation."""
+        is_due = step % self.config.evaluate.every == 0 and step < self.config.train.num_steps - 1
         return is_due and self._evaluates_beside
 
     def _start_collecting(self) -> None:
@@ -195,7 +196,7 @@ class Run:
         """
         self.step = step
         is_last = step == self.config.train.num_steps
-        if is_last or (step % self.config.evaluate.every == 0 and not self._evaluates_beside):
+        if is_last or (step % self.config.evaluate.every == 0 and not self._is_due_beside(step)):
             self._evaluate()
         row = {"step": step} | dataset.metrics | batch.metrics | self.trainer.summary(updates)
         num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
