@@ -162,6 +162,7 @@ def main() -> None:
             completions = list(engine.generate(requests, sampling))
             seconds = time.monotonic() - started
             striker.join()
+            usual = min(usual, seconds)  # so that faults don't come when it is over
             usage = engine.take_metrics().total
             worst = check(completions, requests, model)
             print(
