@@ -27,7 +27,7 @@ def make_model(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(WORDS), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
         pad_token_id=0, initializer_range=0.1,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)

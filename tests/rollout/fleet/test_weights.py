@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("vllm")
 PATIENCE = 60.0
 PROMPT = [2, 3, 5, 4, 6, *[7, 8, 9, 5] * 40]  # longer than a block of the prefix cache
 NUM_TOKENS = 24
-NUM_ANSWERS = 16
+NUM_ANSWERS, ANSWER_TOKENS = 4, 1000  # long enough to be under way when weights arrive
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +252,7 @@ def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
 
     def ask():
         parameters = {
-            "n": NUM_ANSWERS, "max_tokens": 200, "temperature": 1.0, "logprobs": 0, "ignore_eos": True, "seed": 5,
+            "n": NUM_ANSWERS, "max_tokens": ANSWER_TOKENS, "temperature": 1.0, "logprobs": 0, "ignore_eos": True, "seed": 5,
             "stream_interval": 10,
         }  # fmt: skip
         body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
@@ -280,7 +280,7 @@ def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
         tokens = [token for part in parts for token in part["token_ids"]]
         logprobs = [entry["logprob"] for part in parts for entry in part["logprobs"]["content"]]
         spans = parts[-1]["weight_versions"]
-        assert (spans[0]["start"], spans[-1]["end"], len(tokens)) == (0, 200, 200)
+        assert (spans[0]["start"], spans[-1]["end"], len(tokens)) == (0, ANSWER_TOKENS, ANSWER_TOKENS)
         num_mixed += len(spans) > 1
         for span in spans:
             expected = logprobs_of(models[int(span["version"])], PROMPT[:40], tokens)[span["start"] : span["end"]]
