@@ -9,6 +9,8 @@ What the flags are for, found by running vLLM 0.32.0:
   request silently. Its end-of-text tokens are not read either then: a client sends them as ``stop_token_ids``.
 * ``--seed``: with vLLM's default every server draws the same answers.
 * ``VLLM_SERVER_DEV_MODE``: the weight routes. They know no authentication, so every route gets ours (``access.py``).
+* ``--no-enable-chunked-prefill``, on a CPU: a seeded request whose prompt is read in two parts ends the engine there (``CPU
+  Generator does not use offset``). That is every request that is read again after a pause, as soon as there are enough of them.
 * ``--enable-scale-out``: the route that says which weights each token came from.
 """
 
@@ -38,6 +40,7 @@ from nft_megatron.rollout.fleet.access import KEY_VARIABLE
 MODEL_NAME = "policy"
 """The name under which every server knows the model."""
 
+_CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _POLL_SECONDS = 0.25
 _PORTS, _PORT_ATTEMPTS = range(15_000, 32_000), 100
 _LOG_TAIL = 15  # lines of the log that a failed start shows
@@ -87,7 +90,7 @@ class ServerSettings:
         words = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
         words += [str(word) for flag in flags.items() for word in flag]
         words += ["--enable-prefix-caching", "--enable-scale-out", "--disable-uvicorn-access-log"]
-        return [*words, *([] if self.on_gpu else ["--enforce-eager"]), *self.arguments]
+        return [*words, *([] if self.on_gpu else _CPU_FLAGS), *self.arguments]
 
     def environment(self, devices: str | None) -> dict[str, str]:
         """The environment of a server; ``devices`` are the GPUs that it sees (None: those of this process)."""
