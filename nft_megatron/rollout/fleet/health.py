@@ -121,8 +121,8 @@ class Health:
             return self.exited(reason)
         return replace(self, state=State.STALE, version=None, receipt=None, num_refusals=num_refusals, reason=reason)
 
-    def weights_behind(self, version: int) -> Health:
-        """``version`` was published, and this server does not hold it yet."""
-        if self.state in (State.HEALTHY, State.SUSPECT) and self.version != version:
+    def weights_behind(self, version: int, receipt: str) -> Health:
+        """``version`` was published, perhaps anew with other weights, and this server does not hold it yet."""
+        if self.state in (State.HEALTHY, State.SUSPECT) and (self.version, self.receipt) != (version, receipt):
             return replace(self, state=State.STALE)
         return self

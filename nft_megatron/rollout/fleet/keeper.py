@@ -129,9 +129,9 @@ class Keeper:
                 return
             self._become(self._health.worked() if ok else self._health.doubted(error or "a request failed"))
 
-    def is_behind(self, version: int) -> None:
+    def is_behind(self, version: int, receipt: str) -> None:
         """``version`` was published; it gets no more work until it holds it."""
-        self._event(lambda health: health.weights_behind(version))
+        self._event(lambda health: health.weights_behind(version, receipt))
 
     def moved(self, url: str) -> None:
         """Another process serves under this name now."""
@@ -273,7 +273,7 @@ class Keeper:
             self._sync_seconds, self._sync_bytes = time.monotonic() - started, published.num_bytes
             current = self._target.published
             health = self._health.weights_loaded(published.version, published.receipt)
-            self._become(health.weights_behind(current.version) if current is not None else health)
+            self._become(health.weights_behind(current.version, current.receipt) if current is not None else health)
         return True
 
     def _agree(self, published: Published, canary: list[float]) -> None:

@@ -181,7 +181,7 @@ class Fleet:
         with self._target.changed:
             self._target.published, self._target.canary = published, None
             for keeper in self._keepers.values():
-                keeper.is_behind(published.version)
+                keeper.is_behind(published.version, published.receipt)
             self._target.changed.notify_all()
 
     def _writer(self, version: int) -> VersionWriter:
@@ -193,7 +193,7 @@ class Fleet:
         started = time.monotonic()
         keepers = self._claim_idle()
         for keeper in keepers:
-            keeper.is_behind(version)
+            keeper.is_behind(version, receipt="not known yet")
         writer = self._writer(version) if config.keep_copy or not keepers else None
         shard: list[tuple[str, torch.Tensor]] = []
 

@@ -17,7 +17,9 @@ EVENTS = {
     "loaded 1": lambda health: health.weights_loaded(1, "receipt 1"),
     "loaded 2": lambda health: health.weights_loaded(2, "receipt 2"),
     "refused": lambda health: health.weights_refused("wrong receipt"),
-    "behind 2": lambda health: health.weights_behind(2),
+    "behind 2": lambda health: health.weights_behind(2, "receipt 2"),
+    "behind 1": lambda health: health.weights_behind(1, "receipt 1"),
+    "behind another 1": lambda health: health.weights_behind(1, "receipt 1b"),
 }
 EXAMPLES = {
     State.STARTING: Health(),
@@ -41,6 +43,8 @@ TABLE = {
     "loaded 2": "starting healthy healthy healthy dead",
     "refused": "starting stale stale stale dead",
     "behind 2": "starting stale stale stale dead",
+    "behind 1": "starting stale healthy suspect dead",
+    "behind another 1": "starting stale stale stale dead",
 }
 
 
@@ -119,4 +123,4 @@ def test_requests_that_fail_although_checks_go_well_end_it_and_many_at_once_coun
 def test_dead_after_two_refusals_with_no_load_in_between():
     stale = EXAMPLES[State.STALE]
     assert stale.weights_refused("x").weights_refused("y").state is State.DEAD
-    assert stale.weights_refused("x").weights_loaded(1, "r").weights_behind(2).weights_refused("y").state is State.STALE
+    assert stale.weights_refused("x").weights_loaded(1, "r").weights_behind(2, "s").weights_refused("y").state is State.STALE

@@ -228,6 +228,15 @@ def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path)
     assert fakes[0].receipt == weights_receipt(tensors.items())
 
 
+def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet, tensors):
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    other = {name: tensor + 1 for name, tensor in tensors.items()}
+    receipt = fleet.publish(other.items(), 1)
+    assert [member.health.receipt for member in fleet.serving()] == [receipt] != [weights_receipt(tensors.items())]
+    assert fakes[0].receipt == receipt
+
+
 def test_devices_must_be_those_of_the_servers(open_fleet):
     with pytest.raises(UserError, match=r"not of fleet\.servers = 0"):
         open_fleet(devices=("0",))
