@@ -304,7 +304,7 @@ class FleetSection(Section):
     weights_dir: LoosePath | None = None
     """null: RUN/weights. With all servers on the trainer's machine, a folder in /dev/shm is faster."""
     keep_copy: bool = True
-    """With ``transfer``: also write the files, for servers that join or restart later. false: they wait for the next weights."""
+    """With ``transfer``: write the files too, for servers that join or restart later. false: they wait for the next weights."""
     bucket_bytes: PositiveInt = 1 << 30
     """Weights on their way at a time."""
     in_flight: Literal["finish", "continue"] = "finish"

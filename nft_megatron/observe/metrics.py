@@ -1,8 +1,8 @@
 """The numbers of a rollout step: their names, where they are written, and the clock behind the timings.
 
 A step's metrics are one flat dict. ``METRICS`` is the single source of the names, units and meanings; the report and the
-documentation print it. All under ``time/``, ``ahead/``, ``tokens_per_second/``, ``fleet/`` and ``server/`` depends on the clock;
-everything else repeats to the bit when a run is killed and resumed on one layout.
+documentation print it. What begins with ``time/``, ``ahead/``, ``tokens_per_second/``, ``fleet/`` or ``server/`` depends on the
+clock; everything else repeats to the bit when a run is killed and resumed on one layout.
 """
 
 from __future__ import annotations
