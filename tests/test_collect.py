@@ -131,20 +131,21 @@ def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
 
 
 def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
-    whole = collector(tmp_path / "whole").collect(1, CollectorState())
+    settings = {"questions_per_step": 12}  # in rounds of those that are missing
+    whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     assert whole.metrics["rounds"] >= 3
-    broken = collector(tmp_path / "broken", fails_in=2)
+    broken = collector(tmp_path / "broken", fails_in=2, **settings)
     with pytest.raises(ConnectionError):
         broken.collect(1, CollectorState())
     assert not RunFolder(tmp_path / "broken").ledger(1).exists()
-    resumed = collector(tmp_path / "broken")
+    resumed = collector(tmp_path / "broken", **settings)
     collected = resumed.collect(1, CollectorState())
     assert resumed.asker.engine.rounds[0] == broken.asker.engine.rounds[2]
     assert len(resumed.asker.engine.rounds) == whole.metrics["rounds"] - 2
     assert content(collected.ledger) == content(whole.ledger)
     assert collected.metrics == whole.metrics
     assert not RunFolder(tmp_path / "broken").rounds(1)
-    again = collector(tmp_path / "broken")
+    again = collector(tmp_path / "broken", **settings)
     assert again.collect(1, CollectorState()).metrics == whole.metrics
     assert again.asker.engine.rounds == []
 
@@ -236,10 +237,10 @@ class Reversed:
     """The engine under another order of answers."""
 
     def __init__(self, engine) -> None:
-        self.engine = engine
+        self.engine, self.hints = engine, []
 
     def generate(self, requests, sampling, given_up=frozenset()):
-        self.hints = [request.expected_tokens for request in requests]
+        self.hints.append([request.expected_tokens for request in requests])
         yield from reversed(list(self.engine.generate(requests, sampling)))
 
 
@@ -255,17 +256,19 @@ def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
 def test_lengths_of_earlier_answers_are_a_hint_to_the_engine(collector, tmp_path):
     built = collector(tmp_path / "run", oversample=4.0, questions_per_step=8)
     engine = Reversed(built.asker.engine)
-    other = replace(built, asker=replace(built.asker, engine=engine))
+    recording = Recording(replace(built.asker, engine=engine))
+    other = replace(built, asker=recording)
     first = other.collect(1, CollectorState())
     built.asker.engine.version = 1
-    lengths = {group.prompt.question_id: group for group, _ in read_groups(first.ledger)}
+    last_answers = {prompt.question_id: answers for prompt, answers in recording.asked}
+    num_rounds = len(engine.hints)
     other.collect(2, first.state)
-    asked = built.order.take(first.state.cursor, len(engine.hints))
-    known = [(lengths[p.question_id], hint) for p, hint in zip(asked, engine.hints, strict=True) if p.question_id in lengths]
+    hints = engine.hints[num_rounds]
+    asked = built.order.take(first.state.cursor, len(hints))
+    known = [(last_answers[p.question_id], hint) for p, hint in zip(asked, hints, strict=True) if p.question_id in last_answers]
     assert known
-    for group, hint in known:
-        mean = np.mean([len(answer.completion.tokens) for answer in group.answers])
-        assert abs(hint - mean) <= 0.5
+    for answers, hint in known:
+        assert abs(hint - np.mean([len(answer.completion.tokens) for answer in answers])) <= 0.5
 
 
 def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):

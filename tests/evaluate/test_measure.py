@@ -62,7 +62,7 @@ def test_the_table_is_that_of_the_answers(model, sums, command, tmp_path):
     overlap = tmp_path / "overlap.jsonl"
     overlap.write_text('{"bench_id": "0+0", "overlap": 1.0}\n{"bench_id": "1+1", "overlap": 0.5}\n')
     paper = tmp_path / "paper.json"
-    paper.write_text(json.dumps([{"name": "published", "scores": {benchmark.name: 12.5 for benchmark in BENCHMARKS}}]))
+    paper.write_text(json.dumps([{"name": "published", "scores": {benchmark.name: 12.3 for benchmark in BENCHMARKS}}]))
     out = tmp_path / "out"
     done = command("eval", model, "--benchmarks", sums, *OPTIONS, "--out", out, "--overlap", overlap, "--beside", paper,
                    "--grader", "strict")  # fmt: skip
@@ -98,7 +98,7 @@ def test_the_table_is_that_of_the_answers(model, sums, command, tmp_path):
     assert summary["scores"]["aime24"] == pytest.approx(100 * shares.mean())
     mean = (summary["scores"]["aime24"] + summary["scores"]["math500"]) / 2
     assert rows["mean of 2"][0] == f"{mean:.1f}"
-    assert done.stdout.count("12.5") == 7  # six benchmarks and their mean
+    assert rows["published"].count("12.3") == 7  # six benchmarks and their mean
     # AIME is asked in the training wording, MATH500 as it stands.
     assert "\\boxed{$Answer}" in groups[0].prompt.question and "0 + 0" in groups[0].prompt.question
     ((_, math_question),) = [
