@@ -212,7 +212,8 @@ class Keeper:
             self._event(lambda health: health.exited("its processes ended"))
         if self._server is None or self._health.state is State.DEAD:
             if self._server is not None:
-                log.warning("fleet: %s is dead (%s); starting it again", self.name, self._health.reason)
+                text = "fleet: %s is dead (%s) and is started again; the end of %s:\n%s"
+                log.warning(text, self.name, self._health.reason, self._server.log, self._server.log_tail())
                 self._server.stop(0)
                 self._server = None
                 self._put_off()

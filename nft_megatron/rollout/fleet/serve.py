@@ -84,7 +84,8 @@ class Node:
                 register(self._settings.folder, replace(registration, heartbeat=time.time()))
             self._leaving.wait(_CHECK_SECONDS)
         if not self._leaving.is_set():
-            log.warning("%s: its server died (%s)", self._name, health.reason or "its processes ended")
+            cause = health.reason or "its processes ended"
+            log.warning("%s: its server died (%s); the end of %s:\n%s", self._name, cause, server.log, server.log_tail())
         return health.state is not State.STARTING
 
 

@@ -52,10 +52,9 @@ def processes(server):
     }
 
 
-def server_of(parent):
-    """The session that a process has started."""
-    (server,) = [pid for pid, _, its_parent, group in living() if its_parent == parent and pid == group]
-    return server
+def servers_of(parent):
+    """The sessions that a process has started."""
+    return {pid for pid, _, its_parent, group in living() if its_parent == parent and pid == group}
 
 
 def kill(group, kind):
@@ -105,6 +104,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
     node = subprocess.Popen(
         [sys.executable, "-m", "nft_megatron.rollout.fleet.serve", str(tmp_path / "config.yaml"), "--name", "node"]
     )
+    others = servers_of(os.getpid())  # of other tests
     fleet = open_fleet(load_config(tmp_path / "config.yaml", ["fleet.servers=1", f"fleet.wait_seconds={PATIENCE}"]))
     try:
         receipt = fleet.publish(weights.items(), 1)
@@ -113,7 +113,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
         incarnations = {member.name: member.incarnation for member in fleet.serving()}
         urls = {member.name: member.url for member in fleet.serving()}
 
-        local, remote = server_of(os.getpid()), server_of(node.pid)
+        (local,), (remote,) = servers_of(os.getpid()) - others, servers_of(node.pid)
         assert processes(local).keys() >= {"guard", "API", "engine", "worker"} <= processes(remote).keys()
         kill(local, "engine")
         kill(remote, "worker")
@@ -129,7 +129,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
         until(lambda: discover(run / "fleet") == {}, 10.0)
         until(lambda: {member.name for member in fleet.serving()} == {"local-0"}, 10.0)
         assert node.wait(20.0) == 0
-        last = server_of(os.getpid())
+        (last,) = servers_of(os.getpid()) - others
     finally:
         node.kill()
         fleet.close()
