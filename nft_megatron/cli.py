@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "grade a file of answers",
     "report": "write the page of a run",
     "replay": "a recorded step once more, under another layout or algorithm",
+    "serve": "a vLLM server on another machine for a run's fleet",
     "convert": "Hugging Face folders to Megatron checkpoints and back, proven complete",
 }
 """Name, which is also that of its file, and what it is for."""

@@ -121,6 +121,8 @@ def batch_layout(config: Config, layout: ParallelLayout, hidden_size: int) -> La
         context_size=layout.context,
         count_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         pad_to_budget=config.train.pad_to_budget,
+        keep_groups=config.algorithm.coupling == "group",
+        length_limit=config.rollout.max_answer_tokens,
     )
 
 
