@@ -19,6 +19,8 @@ TEACHES = {
     "overlap": ("13-grams", "--against EVAL"),
     "verify": ("strict, math-verify, dapo or simplerl", "--gold-field"),
     "report": ("--png",),
+    "replay": ("--step", "--against", "section.key=value"),
+    "serve": ("--name", "--devices"),
     "convert": ("to-megatron", "to-hf", "check"),
     "convert to-hf": ("mp_rank_XX_YYY", "--max-shard-bytes"),
 }

@@ -1,5 +1,32 @@
 """``nft-megatron serve``: a server on another machine for a run's fleet."""
 
-from nft_megatron.rollout.fleet.serve import add_arguments
+from __future__ import annotations
 
-__all__ = ["add_arguments"]
+import argparse
+import os
+import socket
+from pathlib import Path
+
+from nft_megatron.commands.arguments import describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Help and arguments of this command."""
+    describe(
+        parser, _run,
+        "Run a vLLM server for the fleet of a run whose folder this machine sees. It registers there, gets the weights from "
+        "the trainer, is started again when it dies, and may join at any time; TERM makes it leave. docs/fleet.md tells more.",
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG|RUN", type=Path, help="the run's configuration, or its folder")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="in place of the file's value")
+    parser.add_argument(
+        "--name", default=f"{socket.gethostname()}-{os.getpid()}", help="of the server (default: host and process)"
+    )
+    parser.add_argument("--devices", help="CUDA_VISIBLE_DEVICES of the server")
+    parser.add_argument("--wait", type=float, default=900.0, help="longest wait for RUN/config.yaml in seconds (%(default)s)")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from nft_megatron.rollout.fleet.serve import run
+
+    run(options)

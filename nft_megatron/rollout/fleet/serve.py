@@ -1,6 +1,6 @@
 """A rollout node's process: one vLLM server that registers with a run, and is started again when it dies.
 
-    python -m nft_megatron.rollout.fleet.serve CONFIG [--name NAME] [--devices 0,1] [section.key=value …]
+    nft-megatron serve CONFIG [--name NAME] [--devices 0,1] [section.key=value …]
 
 The trainer finds it in RUN/fleet and gives it weights; it may join at any time. TERM makes it leave: it is withdrawn first, so
 that it gets no more work, then its server ends.
@@ -103,16 +103,6 @@ def find_config(path: Path, overrides: list[str], seconds: float) -> Config:
     return load_config(path, overrides)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
-    parser.add_argument("config", type=Path, help="the run's configuration, or its folder")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
-    parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="name of the server in the fleet")
-    parser.add_argument("--devices", help="CUDA_VISIBLE_DEVICES of the server")
-    parser.add_argument("--wait", type=float, default=900.0, help="longest wait for the folder's config.yaml, in seconds")
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> None:
     """Serve until TERM or Ctrl-C."""
     config = find_config(options.config, options.overrides, options.wait)
@@ -121,15 +111,3 @@ def run(options: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.leave())
     node.run()
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = argparse.ArgumentParser(prog="nft-megatron serve", description="Run a vLLM server for a run's fleet.")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        print(f"nft-megatron: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

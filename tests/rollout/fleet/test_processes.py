@@ -101,9 +101,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
         "train": {"num_steps": 1}, "fleet": {"silence_seconds": 5.0, "start_seconds": PATIENCE},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    node = subprocess.Popen(
-        [sys.executable, "-m", "nft_megatron.rollout.fleet.serve", str(tmp_path / "config.yaml"), "--name", "node"]
-    )
+    node = subprocess.Popen([sys.executable, "-m", "nft_megatron", "serve", str(tmp_path / "config.yaml"), "--name", "node"])
     others = servers_of(os.getpid())  # of other tests
     fleet = open_fleet(load_config(tmp_path / "config.yaml", ["fleet.servers=1", f"fleet.wait_seconds={PATIENCE}"]))
     try:
