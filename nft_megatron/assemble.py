@@ -81,7 +81,7 @@ def assemble(config: Config) -> Iterator[Run]:
 def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
     folder, timer = RunFolder(config.run_dir), PhaseTimer()
     shape = together(topology, lambda: read_shape(config.model.path))
-    _check_context(config, shape)
+    config.check_context(shape.max_positions)
     hosts: list[Host] = []
     on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stop, watchdog, stack)))
     host = hosts[0] if hosts else None
@@ -129,19 +129,15 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
 
 
 def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
-    layout = Layout(
-        num_updates=config.train.updates_per_step,
-        num_ranks=topology.data_size,
+    layout = Layout.of(
+        config,
+        shape.hidden_size,
+        data=topology.data_size,
+        tensor=topology.tensor_size,
+        context=topology.context_size,
+        pipeline=topology.pipeline_size,
+        virtual_pipeline=topology.virtual_pipeline,
         token_budget=config.train.micro_batch_tokens,
-        hidden_size=shape.hidden_size,
-        denominator=config.train.denominator,
-        seed=config.seed,
-        tensor_size=topology.tensor_size,
-        context_size=topology.context_size,
-        count_multiple=topology.pipeline_size if topology.virtual_pipeline > 1 else 1,
-        pad_to_budget=config.train.pad_to_budget,
-        keep_groups=config.algorithm.coupling == "group",
-        length_limit=config.rollout.max_answer_tokens,
     )
     if config.max_sequence_tokens > layout.longest_sequence:
         raise UserError(
@@ -210,15 +206,6 @@ def _gate(
 
 def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
     return engine.metrics if isinstance(engine, FleetEngine) else dict
-
-
-def _check_context(config: Config, shape: ModelShape) -> None:
-    if config.max_sequence_tokens > shape.max_positions:
-        raise UserError(
-            "rollout.max_answer_tokens", config.rollout.max_answer_tokens,
-            f"with data.max_prompt_tokens = {config.data.max_prompt_tokens} it exceeds the model's context",
-            f"lower their sum to {shape.max_positions}",
-        )  # fmt: skip
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:

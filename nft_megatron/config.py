@@ -429,3 +429,12 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Longest prompt plus longest answer, in tokens."""
         return self.data.max_prompt_tokens + self.rollout.max_answer_tokens
+
+    def check_context(self, max_positions: int) -> None:
+        """Raise ``UserError`` where a sequence may be longer than a model's context of ``max_positions`` tokens."""
+        if self.max_sequence_tokens > max_positions:
+            raise UserError(
+                "rollout.max_answer_tokens", self.rollout.max_answer_tokens,
+                f"with data.max_prompt_tokens = {self.data.max_prompt_tokens} it exceeds the model's context",
+                f"lower their sum to {max_positions}",
+            )  # fmt: skip

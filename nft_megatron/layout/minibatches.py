@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nft_megatron.config import Config
 from nft_megatron.errors import UserError
 from nft_megatron.layout.denominator import Denominator, loss_denominator
 from nft_megatron.layout.packing import plan_micro_batches
@@ -40,6 +41,35 @@ class Layout:
     pad_to_budget: bool
     keep_groups: bool = False
     length_limit: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        hidden_size: int,
+        *,
+        data: int,
+        tensor: int,
+        context: int,
+        pipeline: int,
+        virtual_pipeline: int,
+        token_budget: int,
+    ) -> Layout:
+        """What ``config`` says, on so many ranks of each kind: for training, and for a plan that tries other numbers."""
+        return cls(
+            num_updates=config.train.updates_per_step,
+            num_ranks=data,
+            token_budget=token_budget,
+            hidden_size=hidden_size,
+            denominator=config.train.denominator,
+            seed=config.seed,
+            tensor_size=tensor,
+            context_size=context,
+            count_multiple=pipeline if virtual_pipeline > 1 else 1,
+            pad_to_budget=config.train.pad_to_budget,
+            keep_groups=config.algorithm.coupling == "group",
+            length_limit=config.rollout.max_answer_tokens,
+        )
 
     def __post_init__(self) -> None:
         if self.pad_to_budget and self.token_budget % self.multiple:

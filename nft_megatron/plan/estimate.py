@@ -129,12 +129,7 @@ def check_model(config: Config, shape: ModelShape) -> None:
     if shape.experts is not None:
         raise UserError("model.path", config.model.path, "has experts, and plans are made for dense models only",
             "train it without a plan, on the layout of a similar one")  # fmt: skip
-    if config.max_sequence_tokens > shape.max_positions:
-        raise UserError(
-            "rollout.max_answer_tokens", config.rollout.max_answer_tokens,
-            f"with data.max_prompt_tokens = {config.data.max_prompt_tokens} it exceeds the model's context",
-            f"lower their sum to {shape.max_positions}",
-        )  # fmt: skip
+    config.check_context(shape.max_positions)
 
 
 def publish_seconds(shape: ModelShape, cluster: Cluster) -> float:

@@ -110,19 +110,15 @@ def batch_layout(config: Config, layout: ParallelLayout, hidden_size: int) -> La
     Raises:
         UserError: when packs cannot have ``train.micro_batch_tokens``.
     """
-    return Layout(
-        num_updates=config.train.updates_per_step,
-        num_ranks=layout.data,
+    return Layout.of(
+        config,
+        hidden_size,
+        data=layout.data,
+        tensor=layout.tensor,
+        context=layout.context,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
         token_budget=layout.micro_batch_tokens,
-        hidden_size=hidden_size,
-        denominator=config.train.denominator,
-        seed=config.seed,
-        tensor_size=layout.tensor,
-        context_size=layout.context,
-        count_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
-        pad_to_budget=config.train.pad_to_budget,
-        keep_groups=config.algorithm.coupling == "group",
-        length_limit=config.rollout.max_answer_tokens,
     )
 
 
