@@ -17,6 +17,7 @@ from nft_megatron.collect import Collector
 from nft_megatron.config import Config
 from nft_megatron.config_load import dump_config, flatten, load_config
 from nft_megatron.data.prompts import PromptOrder
+from nft_megatron.ending import forget_ending
 from nft_megatron.errors import UserError
 from nft_megatron.evaluate.run import evaluate
 from nft_megatron.files import atomic_file
@@ -30,7 +31,7 @@ from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress, open_progress
-from nft_megatron.place import place
+from nft_megatron.place import is_attempt, place
 from nft_megatron.publish import Publisher
 from nft_megatron.ranks import join_ranks
 from nft_megatron.records import Prompt, Sampling
@@ -51,6 +52,8 @@ CHANGEABLE = (
     "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
 )  # fmt: skip
 """What may differ between two starts of one run. All else decides what the run computes."""
+LOCK_SECONDS = 60.0
+"""Longest wait of an attempt for the lock: the process of the one before may still be dying on another machine."""
 
 
 @contextlib.contextmanager
@@ -60,6 +63,7 @@ def assemble(config: Config) -> Iterator[Run]:
     Everything that a user can get wrong is checked before the model is built.
     """
     here = place()
+    forget_ending(config.run_dir, here.rank)
     stop = StopRequests(RunFolder(config.run_dir).stop if here.rank == 0 else None)
     with (
         join_ranks(config) as topology,
@@ -67,7 +71,7 @@ def assemble(config: Config) -> Iterator[Run]:
         stop.watching(),
     ):
         deadlines = {name.removesuffix("_seconds"): seconds for name, seconds in config.deadlines.model_dump().items()}
-        watchdog = Watchdog(RunFolder(config.run_dir).stall(here.rank), here.rank, deadlines)
+        watchdog = Watchdog(config.run_dir, here.rank, deadlines)
         stack.callback(watchdog.close)
         with watchdog.phase("setup"):
             run = _build(config, topology, stop, watchdog, stack)
@@ -153,7 +157,7 @@ def _open_host(
     config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
 ) -> Host:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
-    stack.enter_context(folder.open())
+    stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
     check_for_training(config.verify.mode)
     _check_same_run(config, folder)
     _check_steps(config, folder)

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nft_megatron import __version__
-from nft_megatron.errors import EXIT_STOPPED_EARLY, StoppedEarly, UserError
-from nft_megatron.place import place
+from nft_megatron.ending import Ending, if_it_answers, phase_of, write_ending
+from nft_megatron.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
+from nft_megatron.place import is_attempt, place
+from nft_megatron.run_folder import RunFolder, RunFolderTakenError
 
 COMMANDS = {
     "train": "train, or go on with a run",
@@ -86,26 +88,25 @@ def _run(options: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], None] = options.run
     try:
         run(options)
-    except (UserError, StoppedEarly) as ending:
-        _say(ending)
-        return ending.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last checkpoint")
-        return 128 + signal.SIGINT
+    except (UserError, StoppedEarly) as error:
+        return _end(options, error.exit_code, str(error), error)
+    except KeyboardInterrupt as error:
+        return _end(options, 128 + signal.SIGINT, "interrupted; the same command goes on from the last checkpoint", error)
     except Exception as error:
-        full = _disk_full(error)
-        if full is not None:
-            _say(f"{full.filename or 'run_dir'}: {full.strerror}; free some space and run the same command again")
-            return EXIT_STOPPED_EARLY
-        _write_fault(options)
+        if (full := _disk_full(error)) is not None:
+            message = f"{full.filename or 'run_dir'}: {full.strerror}; free some space and run the same command again"
+            return _end(options, EXIT_STOPPED_EARLY, message, error)
+        _leave_fault(options, error)
         raise
     return 0
 
 
-def _say(message: object) -> None:
-    """To standard error, once: of all ranks only the first speaks."""
+def _end(options: argparse.Namespace, code: int, message: str, error: BaseException) -> int:
+    """Say how the command ended, to standard error (of all ranks only the first) and in the run folder; return ``code``."""
     if place().rank == 0:
         print(f"nft-megatron: {message}", file=sys.stderr)
+    _leave_ending(options, code, message, error)
+    return code
 
 
 def _disk_full(error: BaseException | None) -> OSError | None:
@@ -117,9 +118,22 @@ def _disk_full(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _write_fault(options: argparse.Namespace) -> None:
-    """Leave the cause of a fault in the run folder, one file a rank."""
+def _leave_fault(options: argparse.Namespace, error: Exception) -> None:
+    """The cause of a fault in the run folder, one file a rank."""
     run_dir: Path | None = getattr(options, "run_dir", None)
-    if run_dir is not None and run_dir.is_dir():
-        (run_dir / "logs").mkdir(exist_ok=True)
-        (run_dir / "logs" / f"fault_rank{place().rank}.txt").write_text(traceback.format_exc())
+    if run_dir is not None:
+        path, text = RunFolder(run_dir).fault(place().rank), traceback.format_exc()
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+        if_it_answers(write)
+    _leave_ending(options, EXIT_FAULT, f"{type(error).__name__}: {error}", error)
+
+
+def _leave_ending(options: argparse.Namespace, code: int, message: str, error: BaseException) -> None:
+    """For whoever started this rank of a run, unless the folder is another process's."""
+    run_dir: Path | None = getattr(options, "run_dir", None)
+    if run_dir is not None and (is_attempt() or not isinstance(error, RunFolderTakenError)):
+        write_ending(run_dir, Ending.here(code, message, phase_of(error)))

@@ -8,6 +8,7 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
 EXIT_STALLED = 70
 EXIT_STOPPED_EARLY = 75

@@ -17,6 +17,11 @@ class Place:
     local_size: int = 1
 
 
+def is_attempt() -> bool:
+    """Whether Slurm's agent started this process: one of the attempts of a run, which may follow each other closely."""
+    return "NFT_MEGATRON_ATTEMPT" in os.environ
+
+
 def place() -> Place:
     """From torchrun's variables, else Slurm's, else a single process.
 

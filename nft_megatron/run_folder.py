@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -11,7 +12,12 @@ from typing import IO
 from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file, remove_leftovers
 
+_LOCK_POLL_SECONDS = 0.5
 _STEP = re.compile(r"step_\d{6,}")
+
+
+class RunFolderTakenError(UserError):
+    """Another process trains in the folder."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class RunFolder:
         return self.root / "stop"
 
     @property
+    def save_request(self) -> Path:
+        """Written by a person or the scheduler: save after this step and go on; it disappears once that is done."""
+        return self.root / "save"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -56,9 +67,21 @@ class RunFolder:
         """One finished round of a step that is still being collected."""
         return self.ledgers / "rounds" / f"step_{step:06d}_round_{round_index:02d}.parquet"
 
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def end(self, rank: int) -> Path:
+        """The code with which a rank ended, and the cause; see :mod:`nft_megatron.ending`."""
+        return self.logs / f"end_rank{rank}.json"
+
+    def fault(self, rank: int) -> Path:
+        """The traceback of a fault."""
+        return self.logs / f"fault_rank{rank}.txt"
+
     def stall(self, rank: int) -> Path:
         """What the watchdog of a rank leaves: the phase that stood still, and where."""
-        return self.root / "logs" / f"stall_rank{rank}.txt"
+        return self.logs / f"stall_rank{rank}.txt"
 
     @property
     def gate(self) -> Path:
@@ -111,23 +134,30 @@ class RunFolder:
         names = (folder.name for folder in self.checkpoints.glob("step_*"))
         return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
 
-    def open(self) -> IO[str]:
+    def open(self, wait_seconds: float = 0.0) -> IO[str]:
         """Make the folder, take its lock and clear what a killed process left. Keep the returned file open.
 
-        Raises :class:`UserError` when another process trains in this folder.
+        Raises :class:`RunFolderTakenError` when another process still trains in this folder after ``wait_seconds``.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / "lock").open("w")
         except OSError as error:
             raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise UserError(
-                "run_dir", self.root, "another process is training in it", "wait for it, stop it, or choose another folder"
-            ) from error
+        self._take(lock, time.monotonic() + wait_seconds)
         for folder in (self.root, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"):
             remove_leftovers(folder)
         return lock
+
+    def _take(self, lock: IO[str], deadline: float) -> None:
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    lock.close()
+                    raise RunFolderTakenError(
+                        "run_dir", self.root, "another process is training in it",
+                        "wait for it, stop it, or choose another folder",
+                    ) from error  # fmt: skip
+            time.sleep(_LOCK_POLL_SECONDS)

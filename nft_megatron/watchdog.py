@@ -3,7 +3,8 @@
 A rank that waits for another in a collective, a file system that has gone away, an engine that says nothing: none of these ends
 a process by itself, and a cluster goes on billing it. Each phase of a run has a deadline of silence. A thread looks at the
 clock; when a phase is silent past its deadline it writes the stacks of all threads of this process to
-RUN/logs/stall_rank<r>.txt and ends the process, which ends the job and lets the scheduler start it again.
+RUN/logs/stall_rank<r>.txt, notes its end for machines (:mod:`nft_megatron.ending`) and ends the process, which ends the job and
+lets the scheduler start it again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nft_megatron.ending import Ending, if_it_answers, note_phase, write_ending
 from nft_megatron.errors import EXIT_STALLED
 from nft_megatron.observe.progress import Progress
+from nft_megatron.run_folder import RunFolder
 
 _LOOKS_A_DEADLINE = 20
 _LONGEST_NAP = 1.0
@@ -43,13 +46,14 @@ class Watchdog:
 
     def __init__(
         self,
-        path: Path,
+        run_dir: Path,
         rank: int,
         deadlines: Mapping[str, float],
         *,
         end: Callable[[int], NoReturn] = os._exit,
     ) -> None:
-        self._path, self._rank, self._deadlines, self._end = path, rank, deadlines, end
+        self._run_dir, self._path = run_dir, RunFolder(run_dir).stall(rank)
+        self._rank, self._deadlines, self._end = rank, deadlines, end
         self._open: list[_Watched] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -65,6 +69,9 @@ class Watchdog:
             self._open.append(watched)
         try:
             yield
+        except BaseException as error:
+            note_phase(error, name)
+            raise
         finally:
             with self._lock:
                 self._open.remove(watched)
@@ -92,13 +99,17 @@ class Watchdog:
     def _report(self, watched: _Watched, silent: float) -> None:
         line = f"rank {self._rank} has been silent for {silent:.0f} s in phase {watched.phase}"
         line += f" (deadlines.{watched.phase}_seconds = {watched.limit:g}) {self.note}".rstrip()
-        print(f"nft-megatron: {line}; the stacks of its threads are in {self._path}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # the folder may be what has gone away
+
+        def write() -> None:
+            print(f"nft-megatron: {line}; the stacks of its threads are in {self._path}", file=sys.stderr, flush=True)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w") as report:
                 report.write(f"{line}\n\n")
                 report.flush()
                 faulthandler.dump_traceback(report, all_threads=True)
+
+        if_it_answers(write)  # the folder may be what has gone away
+        write_ending(self._run_dir, Ending.here(EXIT_STALLED, line, watched.phase))
 
 
 class LifeSigns(Progress):

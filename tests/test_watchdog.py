@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nft_megatron.ending import read_endings
+from nft_megatron.place import place
 from nft_megatron.watchdog import LifeSigns, Watchdog
 
 
@@ -30,7 +32,7 @@ def watch(tmp_path):
 
     def build(**deadlines):
         recorder = Recorder()
-        dogs.append(Watchdog(tmp_path / "logs" / "stall_rank3.txt", 3, deadlines, end=recorder.end))
+        dogs.append(Watchdog(tmp_path, 3, deadlines, end=recorder.end))
         return dogs[-1], recorder
 
     yield build
@@ -62,6 +64,9 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     assert first == "rank 3 has been silent for 0 s in phase update (deadlines.update_seconds = 0.2) of step 12"
     assert "the_thread_that_hangs" in stacks and "_watch" in stacks
     assert first in capsys.readouterr().err
+    (ending,) = read_endings(tmp_path)
+    assert (ending.rank, ending.code, ending.phase) == (place().rank, 70, "update")
+    assert ending.message == first
 
 
 def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
@@ -95,4 +100,6 @@ def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, met
     assert process.processes[0].exitcode == 70
     report = Path(run / "logs" / "stall_rank0.txt").read_text()
     assert report.startswith("rank 0 has been silent for 3 s in phase ")
+    (ending,) = read_endings(run)
+    assert (ending.rank, ending.code) == (0, 70) and f"in phase {ending.phase} " in report
     assert "nft_megatron/run.py" in report or "nft_megatron/train.py" in report

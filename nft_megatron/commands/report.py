@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, _run,
         "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
     )  # fmt: skip
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("reported", metavar="RUN", type=Path, help="run folder")  # not run_dir: see replay
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
     parser.add_argument("--png", type=Path, help="also write an overview picture to this file")
 
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from nft_megatron.observe.report import write_report
 
-    print(write_report(options.run_dir, options.out))
+    print(write_report(options.reported, options.out))
     if options.png:
         from nft_megatron.observe.plots import write_overview_png
 
-        print(write_overview_png(options.run_dir, options.png))
+        print(write_overview_png(options.reported, options.png))
