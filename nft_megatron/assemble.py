@@ -47,7 +47,8 @@ from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
     "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget", "optimizer.cpu_offload",
-    "fleet", "parallel", "deadlines", "cluster", "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
+    "fleet", "parallel", "deadlines", "cluster", "slurm",
+    "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
     "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
     "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
 )  # fmt: skip

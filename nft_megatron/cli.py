@@ -32,6 +32,7 @@ COMMANDS = {
     "report": "write the page of a run",
     "replay": "a recorded step once more, under another layout or algorithm",
     "serve": "a vLLM server on another machine for a run's fleet",
+    "slurm": "train as a batch job that goes on by itself: render, submit, status, logs, stop, …",
     "convert": "Hugging Face folders to Megatron checkpoints and back, proven complete",
 }
 """Name, which is also that of its file, and what it is for."""

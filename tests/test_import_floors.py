@@ -15,10 +15,11 @@ FLOORS = {
     **dict.fromkeys(
         [f"verify.{name}" for name in ("boxes", "expressions", "grade", "modes", "numbers", "reasons", "simplerl")], 0
     ),
-    **dict.fromkeys([f"rollout.fleet.{name}" for name in ("dispatch", "health", "member", "guard", "access")], 0),
+    **dict.fromkeys([f"rollout.fleet.{name}" for name in ("dispatch", "health", "member", "guard", "access", "section")], 0),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
     **dict.fromkeys(["section", "algorithms"], 0),
-    **dict.fromkeys(["layout", "weights", "convert", "observe", "plan", "watchdog"], 1),
+    **dict.fromkeys([f"slurm.{name}" for name in ("section", "job_folder", "decide", "cause", "tools", "steps", "render")], 0),
+    **dict.fromkeys(["layout", "slurm", "weights", "convert", "observe", "plan", "watchdog"], 1),
     **dict.fromkeys(["model", "rollout", "verify"], 2),
     **dict.fromkeys(
         ["tokenizer", "ask", "answering", "collect", "rounds", "ahead", "gate", "publish", "checkpoints", "evaluate"], 3

@@ -20,10 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG|RUN", type=Path, help="the run's configuration, or its folder")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="in place of the file's value")
     parser.add_argument(
-        "--name", default=f"{socket.gethostname()}-{os.getpid()}", help="of the server (default: host and process)"
+        "--name",
+        default=default_name(),
+        help="of the server (default: the node and its task under Slurm, else host and process)",
     )
-    parser.add_argument("--devices", help="CUDA_VISIBLE_DEVICES of the server")
+    parser.add_argument(
+        "--devices", help="CUDA_VISIBLE_DEVICES of the server; auto: this Slurm task's share of the node's GPUs"
+    )
     parser.add_argument("--wait", type=float, default=900.0, help="longest wait for RUN/config.yaml in seconds (%(default)s)")
+
+
+def default_name() -> str:
+    """Different for all servers of a run; under Slurm the same for the one that comes back."""
+    node, task = os.environ.get("SLURMD_NODENAME"), os.environ.get("SLURM_LOCALID")
+    return f"{node}-{task}" if node and task else f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _run(options: argparse.Namespace) -> None:

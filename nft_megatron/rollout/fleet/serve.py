@@ -19,6 +19,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from nft_megatron.config import Config
 from nft_megatron.config_load import load_config
 from nft_megatron.errors import UserError
@@ -103,11 +105,30 @@ def find_config(path: Path, overrides: list[str], seconds: float) -> Config:
     return load_config(path, overrides)
 
 
+def task_devices(tensor_parallel: int) -> str | None:
+    """The GPUs of this task's server, where a node has a task for each; None without GPUs.
+
+    Those that Slurm gave to the node's step (CUDA_VISIBLE_DEVICES), else of all.
+    """
+    if not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    first = int(os.environ.get("SLURM_LOCALID", 0)) * tensor_parallel
+    if first + tensor_parallel > len(devices):
+        raise UserError(
+            "--devices", "auto", f"task {os.environ.get('SLURM_LOCALID')} has no {tensor_parallel} of {len(devices)} GPUs left",
+            "start as many tasks on a node as GPUs / fleet.tensor_parallel",
+        )  # fmt: skip
+    return ",".join(devices[first : first + tensor_parallel])
+
+
 def run(options: argparse.Namespace) -> None:
     """Serve until TERM or Ctrl-C."""
     config = find_config(options.config, options.overrides, options.wait)
     check_installed(str(config.fleet.python or sys.executable))
-    node = Node(config, options.name, options.devices)
+    devices = task_devices(config.fleet.tensor_parallel) if options.devices == "auto" else options.devices
+    node = Node(config, options.name, devices)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.leave())
     node.run()

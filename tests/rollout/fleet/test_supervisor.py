@@ -9,9 +9,9 @@ import torch
 from fake_control import FakeServer
 from safetensors.torch import load_file
 
-from nft_megatron.config import FleetSection
 from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.rollout.fleet.registry import Registration, register, run_key, withdraw
+from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.server import ServerSettings
 from nft_megatron.rollout.fleet.supervisor import Fleet
 from nft_megatron.weights.receipt import weights_receipt

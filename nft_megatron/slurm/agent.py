@@ -1,0 +1,280 @@
+"""What a job runs on its first node: looks at the nodes, starts trainers and servers, and decides what follows their end.
+
+    preflight on all nodes ──▶ servers on the last cluster.rollout_nodes nodes, each in a restart loop
+                          └──▶ trainers on the others, until they end ──▶ finished: the job ends
+                                                                     ├──▶ a person said stop, or it cannot go on: the job ends
+                                                                     └──▶ else the job is requeued, without nodes to blame
+
+Signals: USR1 (before the time limit, or `scancel --signal=USR1 --batch`) becomes the file RUN/stop, which the trainers look
+for: they save and leave, and the job is requeued. TERM (preemption, `scancel`) reaches the ranks by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nft_megatron.config import Config
+from nft_megatron.ending import read_endings
+from nft_megatron.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
+from nft_megatron.run_folder import RunFolder
+from nft_megatron.slurm.cause import Cause, find_cause, read_tail
+from nft_megatron.slurm.decide import Decision, decide
+from nft_megatron.slurm.job_folder import Attempt, JobFolder
+from nft_megatron.slurm.preflight import read_preflight
+from nft_megatron.slurm.rollout_nodes import RolloutNodes, end_step
+from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
+from nft_megatron.slurm.tools import SlurmError, address, host_names, insist, show_job
+
+log = logging.getLogger(__name__)
+
+_PAUSE = 0.5
+_RESERVE_SECONDS = 45.0
+"""Before the time limit: what the agent itself needs to requeue the job."""
+_REQUEUE_SECONDS = 180.0
+_FOLDER_SECONDS = 600.0
+_ENDED = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that this process is in. ``nodes`` are in Slurm's order; this is the first. ``end`` is the time limit."""
+
+    id: str
+    nodes: tuple[str, ...]
+    cpus_per_node: int
+    end: float
+
+    @classmethod
+    def here(cls) -> Job:
+        """From the environment of the batch script."""
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UserError(
+                "SLURM_JOB_ID", "not set", "the agent runs inside of a job", "use `nft-megatron slurm submit CONFIG`"
+            )
+        env, job_id = os.environ, os.environ["SLURM_JOB_ID"]
+        answer = show_job(job_id)
+        end = answer.get("EndTime", "Unknown")
+        limit = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) if end[0].isdigit() else float("inf")
+        return cls(
+            job_id,
+            tuple(host_names(env["SLURM_JOB_NODELIST"])),
+            int(env.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1)),
+            limit,
+        )
+
+
+class Agent:
+    """One attempt of a run. ``config_path`` is what trainers and servers read."""
+
+    def __init__(self, config: Config, config_path: Path, job: Job) -> None:
+        self._config, self._config_path, self._job = config, config_path, job
+        self._run = RunFolder(config.run_dir.resolve())
+        self._folder = JobFolder(self._run)
+        self._asked: str | None = None
+        self._terminated = threading.Event()
+        number = 1 + max((attempt.number for attempt in self._folder.attempts()), default=0)
+        self._attempt = Attempt(number, job.id, job.nodes, time.time())
+        self._logs = self._folder.logs(number)
+
+    def conduct(self) -> None:
+        """Run until the trainers have ended, then finish, requeue the job or give up.
+
+        Raises:
+            StoppedEarly: the run is to go on and another job of the chain does it.
+            UserError: it cannot go on.
+        """
+        if (end := self._folder.end()) is not None:
+            log.warning("the run is %s already: %s", *end)
+            return
+        signal.signal(signal.SIGUSR1, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        self._begin()
+        kind, cause = self._try()
+        self._wait_for_folder()
+        self._keep_logs()
+        self._attempt = replace(
+            self._attempt, ended=time.time(), kind=kind, cause=cause.text, blamed=cause.blamed,
+            progress=self._folder.progress(),
+        )  # fmt: skip
+        self._folder.save_attempt(self._attempt)
+        settings, stopped = self._config.slurm, self._folder.stopping.exists()
+        self._act(
+            decide(
+                self._folder.attempts_since_submit(), stopped=stopped, excluded=self._folder.excluded(),
+                max_failures=settings.max_failures, max_excluded=settings.max_excluded,
+            )
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------ the attempt
+
+    def _begin(self) -> None:
+        """Close the attempt that never wrote how it ended, and open this one."""
+        for earlier in self._folder.attempts():
+            if earlier.kind is None:
+                self._folder.save_attempt(
+                    replace(
+                        earlier, ended=time.time(), kind="lost", progress=self._folder.progress(),
+                        cause=f"the agent on {earlier.nodes[0]} ended without a word: node lost, job killed or preempted",
+                    )
+                )  # fmt: skip
+                self._keep_logs(self._folder.logs(earlier.number))
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._folder.set_job_id(self._job.id)
+        self._folder.save_attempt(self._attempt)
+        log.warning("attempt %d on %s", self._attempt.number, " ".join(self._job.nodes))
+
+    def _try(self) -> tuple[str, Cause]:
+        """The kind of :class:`Attempt` and the cause of its end."""
+        environment = step_environment(
+            {
+                "MASTER_ADDR": address(self._job.nodes[0]),
+                "NFT_MEGATRON_ATTEMPT": str(self._attempt.number),
+                "NFT_MEGATRON_END_TIME": str(self._job.end - _RESERVE_SECONDS),
+            }
+        )
+        if self._config.slurm.preflight and (found := self._preflight(environment)) is not None:
+            return found
+        trainers = self._job.nodes[: self._config.cluster.trainer_nodes]
+        others = self._job.nodes[len(trainers) :]
+        rollouts = RolloutNodes(
+            others,
+            lambda node: rollout_step(
+                self._config, self._config_path, node, self._job.cpus_per_node, self._logs / f"rollout_{node}.log"
+            ),
+            environment,
+        )
+        try:
+            return self._train(trainers, environment)
+        finally:
+            rollouts.close()
+
+    def _preflight(self, environment: dict[str, str]) -> tuple[str, Cause] | None:
+        """None when all is well."""
+        folder = self._logs / "preflight"
+        folder.mkdir()
+        command = preflight_step(self._config, self._job.nodes, self._job.cpus_per_node, folder)
+        step = subprocess.Popen(command, env=environment | {"MASTER_PORT": str(free_port())}, stdin=subprocess.DEVNULL)
+        with suppress(subprocess.TimeoutExpired):
+            step.wait(self._config.slurm.preflight_seconds + 30)
+        end_step(step, 10)
+        found = read_preflight(folder, self._job.nodes)
+        if found.bad:
+            text = "; ".join(f"{node}: {reason}" for node, reason in found.bad.items())
+            return "bad nodes", Cause(1, text, tuple(found.bad))
+        if self._asked:
+            return "left", Cause(EXIT_STOPPED_EARLY, f"{self._asked} during the preflight")
+        return ("failed", Cause(1, f"preflight: {found.problem}")) if found.problem else None
+
+    def _train(self, nodes: Sequence[str], environment: dict[str, str]) -> tuple[str, Cause]:
+        output = self._logs / "trainer.log"
+        command = trainer_step(self._config, self._config_path, nodes, self._job.cpus_per_node, output)
+        srun_log = self._logs / "srun.log"
+        with srun_log.open("w") as errors:
+            step = subprocess.Popen(
+                command, env=environment | {"MASTER_PORT": str(free_port())}, stdin=subprocess.DEVNULL, stderr=errors
+            )
+            late = self._wait(step)
+        per_node = self._config.cluster.gpus_per_node
+        node_of_rank = [node for node in nodes for _ in range(per_node)]
+        text = read_tail(output) + "\n" + read_tail(srun_log)
+        cause = find_cause(step.returncode, read_endings(self._run.root), text, node_of_rank)
+        if cause.code == 0:
+            return "finished", cause
+        if cause.code == EXIT_USER_ERROR:
+            return "wrong", cause
+        asked = self._asked or ("preemption, or a person's scancel" if self._terminated.is_set() else None)
+        if late or asked:
+            return "left", Cause(cause.code, f"{late or asked}: {cause.text}")
+        return ("short" if cause.code == EXIT_STOPPED_EARLY else "failed"), cause
+
+    def _wait(self, step: subprocess.Popen) -> str | None:
+        """Until the trainers have ended; what ended them where they were too late for the time limit."""
+        while step.poll() is None:
+            if time.time() > self._job.end - _RESERVE_SECONDS / 2:
+                end_step(step, 10)
+                return "the time limit came before they had saved"
+            time.sleep(_PAUSE)
+        return None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGTERM:
+            self._terminated.set()
+            return
+        self._asked = f"{signal.Signals(number).name}: the time limit is near, or a person asked"
+        with suppress(OSError):
+            self._run.stop.write_text(f"{self._asked}\n")
+
+    # ------------------------------------------------------------------------------------------------------ what follows
+
+    def _wait_for_folder(self) -> None:
+        """The shared folder may be what has gone away: without it nothing can be decided."""
+        deadline = time.monotonic() + _FOLDER_SECONDS
+        while not self._logs.is_dir() and time.monotonic() < deadline:
+            log.warning("waiting for %s", self._logs)
+            time.sleep(5)
+
+    def _keep_logs(self, folder: Path | None = None) -> None:
+        """Move what the ranks left to the attempt's own folder, where the next attempt does not overwrite it."""
+        for pattern in ("end_rank*.json", "fault_rank*.txt", "stall_rank*.txt"):
+            for path in (self._run.root / "logs").glob(pattern):
+                with suppress(OSError):
+                    shutil.move(path, (folder or self._logs) / path.name)
+        if self._asked:
+            self._run.stop.unlink(missing_ok=True)  # unheeded where the trainers ended before they saw it
+
+    def _act(self, decision: Decision) -> None:
+        log.warning("attempt %d: %s. %s", self._attempt.number, decision.action, decision.reason)
+        if decision.action == "fatal":
+            self._folder.set_end("fatal", decision.reason)
+            raise UserError(
+                "run", self._run.root, decision.reason,
+                f"read {self._logs}, mend it, and submit again (it goes on from the last checkpoint)",
+            )  # fmt: skip
+        if decision.action != "go on":
+            self._folder.set_end(decision.action, decision.reason)
+            return
+        if decision.exclude:
+            self._folder.exclude(dict(decision.exclude))
+        if self._config.slurm.restart == "chain":
+            self._exclude_nodes_of_waiting_jobs()
+            raise StoppedEarly(f"{decision.reason}; the next job of the chain goes on")
+        self._requeue()
+
+    def _requeue(self) -> None:
+        """Put this job back into the queue, without the excluded nodes; returns, or is killed, once that is done."""
+        state = show_job(self._job.id).get("JobState", "")
+        if state in _ENDED:
+            log.warning("the job is %s: it is not requeued", state)
+            return
+        insist("scontrol", "requeue", self._job.id)
+        self._exclude_nodes([self._job.id])
+
+    def _exclude_nodes(self, jobs: Sequence[str]) -> None:
+        nodes = ",".join(self._folder.excluded())
+        for job_id in jobs if nodes else ():
+            try:
+                insist("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
+            except SlurmError as error:
+                log.warning("could not exclude %s from job %s: %s", nodes, job_id, error)
+
+    def _exclude_nodes_of_waiting_jobs(self) -> None:
+        name = show_job(self._job.id)["JobName"]
+        self._exclude_nodes(insist("squeue", "--me", "-h", "-t", "PENDING", "-n", name, "-o", "%i").split())
+
+
+def free_port() -> int:
+    """On this machine, where rank 0 runs too."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,108 @@
+"""Why an attempt ended, from what its ranks and srun left behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nft_megatron.ending import Ending
+from nft_megatron.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR
+
+_SRUN_LINE = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
+_EXITED = "Exited with exit code"
+_HARDWARE = re.compile(r"CUDA|ECC|Xid|NVML|cuBLAS|uncorrectable|Bus error|Input/output error", re.IGNORECASE)
+_ECHO = re.compile(r"connection (closed|reset|refused)|broken pipe|peer|remote process", re.IGNORECASE)
+_TAIL = 65536
+
+
+@dataclass(frozen=True)
+class Cause:
+    """``code`` is the run's exit code as in ``nft_megatron.errors``; ``blamed`` are nodes that may be at fault."""
+
+    code: int
+    text: str
+    blamed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskEnd:
+    """A line of srun about tasks that ended badly."""
+
+    node: str
+    ranks: tuple[int, ...]
+    what: str
+
+
+def find_cause(code: int, endings: Sequence[Ending], log: str, node_of_rank: Sequence[str]) -> Cause:
+    """Of a trainer step that ended with ``code``.
+
+    ``endings`` are what ranks wrote, oldest first; ``log`` is the end of their common output, with srun's lines;
+    ``node_of_rank[r]`` is where rank r ran. A rank that fails takes the others with it, so the order tells cause from echo.
+    """
+    if code == 0:
+        return Cause(0, "all steps are done")
+    for ending in endings:
+        if ending.code == EXIT_USER_ERROR:
+            return Cause(EXIT_USER_ERROR, ending.message)
+    if code == EXIT_USER_ERROR:  # before the run folder was known
+        return Cause(code, _last_word(log))
+    if code == EXIT_STOPPED_EARLY:
+        return Cause(code, next((ending.message for ending in endings), _last_word(log)))
+    ends = task_ends(log)
+    if ends and _EXITED not in ends[0].what:
+        ranks = ", ".join(map(str, ends[0].ranks))
+        return Cause(1, f"rank {ranks} on {ends[0].node}: {ends[0].what}", (ends[0].node,))
+    if any(ending.code == EXIT_STALLED for ending in endings):
+        return _stall(endings, node_of_rank)
+    faults = [ending for ending in endings if ending.code not in (0, EXIT_STOPPED_EARLY)]
+    if faults:
+        first = next((fault for fault in faults if not _ECHO.search(fault.message)), faults[0])
+        blamed = (first.host,) if _HARDWARE.search(first.message) else ()
+        return Cause(1, f"rank {first.rank} on {first.host}: {first.message}", blamed)
+    return Cause(1, f"the trainers ended with {code} and left no word: {_last_word(log)}")
+
+
+def task_ends(log: str) -> list[TaskEnd]:
+    """srun's complaints about tasks, in their order.
+
+    >>> task_ends("srun: error: n2: tasks 2-3: Killed")
+    [TaskEnd(node='n2', ranks=(2, 3), what='Killed')]
+    """
+    return [TaskEnd(found["node"], _numbers(found["tasks"]), found["what"].strip()) for found in _SRUN_LINE.finditer(log)]
+
+
+def read_tail(path: Path) -> str:
+    """The end of a log file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _stall(endings: Sequence[Ending], node_of_rank: Sequence[str]) -> Cause:
+    """Ranks that noticed a silence waited for those that did not: these were stopped, or hang where no watchdog looks."""
+    noticed = [ending for ending in endings if ending.code == EXIT_STALLED]
+    phase = f"in phase {noticed[0].phase}" if noticed[0].phase else ""
+    silent = sorted(set(range(len(node_of_rank))) - {ending.rank for ending in endings})
+    if not silent:
+        return Cause(EXIT_STALLED, f"all ranks stood still {phase}: {noticed[0].message}")
+    where = tuple(sorted({node_of_rank[rank] for rank in silent}))
+    waiting = ", ".join(str(ending.rank) for ending in noticed)
+    text = f"rank {', '.join(map(str, silent))} on {', '.join(where)} gave no sign of life while rank {waiting} waited {phase}"
+    return Cause(EXIT_STALLED, text, where)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """``0,2-4`` as (0, 2, 3, 4)."""
+    parts = (part.split("-") for part in text.split(","))
+    return tuple(number for part in parts for number in range(int(part[0]), int(part[-1]) + 1))
+
+
+def _last_word(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("srun:")]
+    own = [line.removeprefix("nft-megatron: ") for line in lines if line.startswith("nft-megatron: ")]
+    return (own or lines or ["nothing was printed"])[-1]

@@ -1,0 +1,111 @@
+"""The batch script."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nft_megatron.config import Config
+from nft_megatron.errors import UserError
+from nft_megatron.run_folder import RunFolder
+from nft_megatron.slurm.job_folder import JobFolder
+from nft_megatron.slurm.steps import gres_of, python_of
+
+
+def job_name(config: Config) -> str:
+    """Of jobs with one name and one user only one runs at a time."""
+    return config.slurm.job_name or config.run_dir.resolve().name
+
+
+def num_nodes(config: Config) -> int:
+    """Nodes of the job."""
+    return config.cluster.trainer_nodes + config.cluster.rollout_nodes
+
+
+def render(config: Config, config_path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> str:
+    """The batch script of a run: what is asked of Slurm, the set-up, one command.
+
+    ``config_path`` and ``overrides`` are what that command reads; ``folder`` is where the job starts, the current one by
+    default.
+
+    Raises:
+        UserError: rollout nodes that nobody would ask for answers.
+    """
+    check(config)
+    log = _folder(config).root / "job_%j.log"
+    options = [
+        f"--job-name={job_name(config)}",
+        f"--nodes={num_nodes(config)}",
+        "--requeue" if config.slurm.restart == "requeue" else "--no-requeue",
+        f"--signal=B:USR1@{config.slurm.signal_seconds}",
+        "--dependency=singleton",
+    ]
+    roles = f"{config.cluster.trainer_nodes} nodes train"
+    if config.cluster.rollout_nodes:
+        roles += f", {config.cluster.rollout_nodes} generate"
+    comment = [
+        f"{job_name(config)}: {roles}. Rendered by `nft-megatron slurm render`; sbatch needs the folder",
+        f"{log.parent}, which `nft-megatron slurm submit` makes.",
+    ]
+    return _script(config, comment, options, log, folder, [str(config_path), *overrides])
+
+
+def render_rollouts(config: Config, config_path: Path, count: int, folder: Path | None = None) -> str:
+    """The batch script of an array of ``count`` single nodes whose servers join the run, and may be taken away any time."""
+    check(config, rollouts=True)
+    name = f"{job_name(config)}-rollouts"
+    options = [f"--job-name={name}", f"--array=1-{count}", "--nodes=1", "--requeue", "--signal=B:USR1@60"]
+    comment = [f"Servers for {job_name(config)} on {count} nodes more; they end with the run."]
+    log = _folder(config).root / "rollouts_%A_%a.log"
+    return _script(config, comment, options, log, folder, [str(config_path), "--rollouts-only"])
+
+
+def _script(
+    config: Config, comment: Sequence[str], options: Sequence[str], log: Path, folder: Path | None, arguments: Sequence[str]
+) -> str:
+    """Whole nodes, the set-up, the agent with its ``arguments``."""
+    settings = config.slurm
+    common = [
+        "--exclusive",
+        "--mem=0",
+        *([f"--gres={gres_of(config)}"] if settings.gres else []),
+        f"--time={settings.time}",
+        *([f"--partition={settings.partition}"] if settings.partition else []),
+        *([f"--account={settings.account}"] if settings.account else []),
+        "--open-mode=append",
+        f"--chdir={folder or Path.cwd()}",
+        f"--output={log}",
+        *settings.sbatch,
+    ]
+    python = sys.executable if settings.container_image else python_of(config)  # the agent runs where srun is
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"# {line}" for line in comment),
+            *(f"#SBATCH {option}" for option in (*options, *common)),
+            "",
+            "set -euo pipefail",
+            *settings.setup,
+            "",
+            "# The agent looks at the nodes, starts what belongs on them with srun, and when that has ended says what is next.",
+            "# Slurm's signals are to reach it (exec), and not to kill it before it listens (trap).",
+            "trap '' USR1",
+            f"exec {shlex.join([python, '-u', '-m', 'nft_megatron', 'slurm', 'agent', *arguments])}",
+            "",
+        ]
+    )
+
+
+def _folder(config: Config) -> JobFolder:
+    return JobFolder(RunFolder(config.run_dir.resolve()))
+
+
+def check(config: Config, *, rollouts: bool = False) -> None:
+    """Raise ``UserError`` where nodes would stand idle."""
+    if (config.cluster.rollout_nodes or rollouts) and config.rollout.engine != "vllm":
+        raise UserError(
+            "rollout.engine", config.rollout.engine, "asks no servers, and the job has nodes for them",
+            "set rollout.engine=vllm, or cluster.rollout_nodes=0",
+        )  # fmt: skip

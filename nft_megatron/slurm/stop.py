@@ -1,0 +1,24 @@
+"""Ending a run before its last step, for good or until it is submitted again."""
+
+from __future__ import annotations
+
+from nft_megatron.errors import UserError
+from nft_megatron.slurm.job_folder import JobFolder
+from nft_megatron.slurm.tools import call, show_job
+
+
+def stop(folder: JobFolder) -> str:
+    """Ask a running job to save and leave without a successor; take waiting ones out of the queue. Returns what was done."""
+    job_id = folder.job_id()
+    job = show_job(job_id) if job_id else {}
+    if not job or folder.end() is not None:
+        raise UserError("RUN", folder.run.root, "has no job to stop", f"`nft-megatron slurm status {folder.run.root}` says why")
+    folder.stopping.write_text("nft-megatron slurm stop\n")
+    waiting = call("squeue", "--me", "-h", "-t", "PENDING", "-n", job["JobName"], "-o", "%i").split()
+    for other in waiting:
+        call("scancel", other)
+    if job["JobState"] == "RUNNING":
+        folder.run.stop.write_text("nft-megatron slurm stop\n")
+        return f"job {job_id} saves and leaves after this step; `nft-megatron slurm status {folder.run.root}`"
+    folder.set_end("stopped", "nft-megatron slurm stop")
+    return f"took job {' '.join(waiting) or job_id} out of the queue"

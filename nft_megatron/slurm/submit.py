@@ -1,0 +1,103 @@
+"""Submitting a run, and more servers for one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+from nft_megatron.config import Config
+from nft_megatron.config_load import dump_config
+from nft_megatron.errors import UserError
+from nft_megatron.files import atomic_file
+from nft_megatron.plan.command import plan_run
+from nft_megatron.plan.workload import Assumptions
+from nft_megatron.run_folder import RunFolder
+from nft_megatron.slurm.job_folder import JobFolder
+from nft_megatron.slurm.render import render, render_rollouts
+from nft_megatron.slurm.tools import SlurmError, call, show_job
+
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+def submit(config: Config) -> list[str]:
+    """Check the run, write RUN/slurm and give it to Slurm. Returns the ids of its jobs, the first to run first.
+
+    Raises:
+        UserError: a file is missing, the run does not fit its GPUs, a job of it is active, or Slurm refuses the script.
+    """
+    config = _absolute(config)
+    folder = JobFolder(RunFolder(config.run_dir))
+    _check_files(config)
+    if (job_id := active_job(folder)) is not None:
+        raise UserError(
+            "run_dir", config.run_dir, f"job {job_id} works on it",
+            f"wait for it, or `nft-megatron slurm stop {config.run_dir}`",
+        )  # fmt: skip
+    script = render(config, folder.config)
+    report = io.StringIO()
+    with contextlib.redirect_stdout(report):
+        plan_run(config, Assumptions(None, 0.5))
+    for path, text in (
+        (folder.config, dump_config(config)),
+        (folder.script, script),
+        (folder.root / "plan.txt", report.getvalue()),
+    ):
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
+    _sbatch("--test-only", str(folder.script))
+    folder.reopen()
+    jobs: list[str] = []
+    for _ in range(config.slurm.chain_jobs if config.slurm.restart == "chain" else 1):
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        excluded = ",".join(folder.excluded())
+        without = [f"--exclude={excluded}"] if excluded else []
+        jobs.append(_sbatch("--parsable", *after, *without, str(folder.script)).split(";")[0])
+    folder.set_job_id(jobs[0])
+    return jobs
+
+
+def add_rollouts(folder: JobFolder, config: Config, count: int) -> str:
+    """Submit an array of ``count`` nodes whose servers join the run; its job id."""
+    script = folder.root / "rollouts.sh"
+    text = render_rollouts(config, folder.config, count)
+    with atomic_file(script) as temporary:
+        temporary.write_text(text)
+    return _sbatch("--parsable", str(script)).split(";")[0]
+
+
+def active_job(folder: JobFolder) -> str | None:
+    """The id of the run's job that waits or runs."""
+    job_id = folder.job_id()
+    state = show_job(job_id).get("JobState", "") if job_id else ""
+    return job_id if state in ACTIVE else None
+
+
+def _sbatch(*arguments: str) -> str:
+    try:
+        return call("sbatch", *arguments)
+    except SlurmError as error:
+        raise UserError("slurm", arguments[-1], str(error), "change section slurm of the configuration") from error
+
+
+def _absolute(config: Config) -> Config:
+    """Paths that mean the same wherever the job starts."""
+    data = {"train": tuple(path.resolve() for path in config.data.train)}
+    model_path = config.model.path.resolve() if config.model.path.exists() else config.model.path
+    return config.model_copy(
+        update={
+            "run_dir": config.run_dir.resolve(),
+            "model": config.model.model_copy(update={"path": model_path}),
+            "data": config.data.model_copy(update=data),
+            "evaluate": config.evaluate.model_copy(update={"data": tuple(path.resolve() for path in config.evaluate.data)}),
+        }
+    )
+
+
+def _check_files(config: Config) -> None:
+    files: list[tuple[str, Path]] = [("model.path", config.model.path)]
+    files += [("data.train", path) for path in config.data.train]
+    files += [("evaluate.data", path) for path in config.evaluate.data]
+    for field, path in files:
+        if not path.exists():
+            raise UserError(field, path, "no such file or folder", "check the path; all nodes of the job must see it")

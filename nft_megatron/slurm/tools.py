@@ -1,0 +1,73 @@
+"""Slurm's commands, each with a deadline."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+from nft_megatron.errors import UserError
+
+_SECONDS = 60.0
+_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
+
+
+class SlurmError(RuntimeError):
+    """A command of Slurm failed; the message is what it printed."""
+
+
+def call(*command: str, seconds: float = _SECONDS, env: Mapping[str, str] | None = None) -> str:
+    """What ``command`` prints.
+
+    Raises:
+        UserError: there is no such command on this machine.
+        SlurmError: it failed, or did not end within ``seconds``.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
+    except FileNotFoundError as error:
+        raise UserError("slurm", command[0], "no such command", "run this on a machine of a Slurm cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{' '.join(command)}: no answer within {seconds:g} s") from error
+    if done.returncode:
+        raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or f'exit code {done.returncode}'}")
+    return done.stdout.strip() or done.stderr.strip()  # sbatch --test-only speaks on standard error
+
+
+def insist(*command: str, pauses: Sequence[float] = _PAUSES) -> str:
+    """:func:`call`, again and again while the controller does not answer; about two minutes."""
+    for pause in pauses:
+        try:
+            return call(*command)
+        except SlurmError:
+            time.sleep(pause)
+    return call(*command)
+
+
+def fields(text: str) -> dict[str, str]:
+    """The fields of one line of ``scontrol show … --oneliner``.
+
+    >>> fields("JobId=7 JobState=RUNNING Reason=None NodeList=n[1-2]")["NodeList"]
+    'n[1-2]'
+    """
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def show_job(job_id: str) -> dict[str, str]:
+    """``scontrol``'s answer about a job; empty once the controller has forgotten it."""
+    try:
+        return fields(call("scontrol", "show", "job", "--oneliner", job_id))
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+
+
+def host_names(node_list: str) -> list[str]:
+    """``n[1-3]`` as ``["n1", "n2", "n3"]``."""
+    return insist("scontrol", "show", "hostnames", node_list).split()
+
+
+def address(node: str) -> str:
+    """Where other nodes reach ``node``: its name, unless the cluster's configuration says otherwise."""
+    return fields(insist("scontrol", "show", "node", "--oneliner", node)).get("NodeAddr", node)
