@@ -14,6 +14,6 @@ def cluster():
 
 @pytest.fixture
 def lab(cluster):
-    """A real Slurm of four nodes, n1 to n4, with 8 GPUs each that are empty files."""
+    """A real Slurm of four nodes, n1 to n4, with 8 GPUs each that are links to /dev/null."""
     yield cluster
     cluster.clear()

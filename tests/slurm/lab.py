@@ -7,8 +7,9 @@
         lab.wait_state(job, "RUNNING", seconds=10)
         lab.kill_node("n1")
 
-It takes root and Debian's slurmctld, slurmd, slurm-client and munge; :func:`missing` says what isn't there. Nodes are named n1, n2, …
-and have 8 GPUs of type h100 each, which are empty files. Jobs of the partition ``high`` preempt those of ``main``.
+It takes root and Debian's slurmctld, slurmd, slurm-client and munge; :func:`missing` says what isn't there. Nodes are named
+n1, n2, … and have 8 GPUs of type h100 each, which are links to /dev/null. Jobs of the partition ``high`` preempt those of
+``main``.
 """
 
 import json
@@ -49,7 +50,7 @@ KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=n[1-{num_nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=128 RealMemory=2000000 Gres=gpu:h100:8
+NodeName=n[1-{num_nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] Gres=gpu:h100:8 {sizes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=10
 PartitionName=high Nodes=ALL PriorityTier=10
 """
@@ -100,6 +101,7 @@ class Lab:
             host=socket.gethostname().partition(".")[0],
             folder=folder,
             num_nodes=num_nodes,
+            sizes="CPUs=128 RealMemory=2000000",
             port=port,
             first=port + 1,
             last=port + num_nodes,
@@ -107,7 +109,7 @@ class Lab:
         (folder / "slurm.conf").write_text(configuration)
         (folder / "gres.conf").write_text(f"NodeName=n[1-{num_nodes}] Name=gpu Type=h100 File={folder}/gpu[0-7]\n")
         for i in range(8):
-            (folder / f"gpu{i}").touch()
+            (folder / f"gpu{i}").symlink_to("/dev/null")
         (folder / "state").mkdir()
         (folder / "munge.key").touch(mode=0o600)
         (folder / "munge.key").write_bytes(os.urandom(128))

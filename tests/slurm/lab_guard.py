@@ -1,10 +1,11 @@
 """Parent of everything in one :class:`lab.Lab`: no daemon, no step and no task outlives the process that began it.
 
-Reads one JSON object a line, ``{"command": [...], "env": {...}, "log": path}``, and starts it. Descendants that leave their own parent, as
-slurmstepd does, become children of this process (a subreaper), so that all of them can be found. When the input ends or the
-parent is gone, all are killed and the folder given as the argument is removed.
+Reads one JSON object a line, ``{"command": [...], "env": {...}, "log": path}``, and starts it. Descendants that leave their
+own parent, as slurmstepd does, become children of this process (a subreaper), so that all of them can be found. When the input
+ends or the parent is gone, all are killed and the folder given as the argument is removed.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -38,10 +39,8 @@ def descendants(root: int) -> set[int]:
 def kill(processes: set[int]) -> None:
     """SIGKILL to those that still are."""
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def main() -> None:
