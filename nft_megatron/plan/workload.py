@@ -21,7 +21,7 @@ class Assumptions:
     """What a run shows and a configuration does not say.
 
     answer_tokens: mean length of an answer; by default a quarter of the limit. mixed_share: share of the questions that have
-    right and wrong answers, without which a step must ask more of them.
+    right and wrong answers. With the prompt filter a step must ask more of them for it, without one it forwards fewer answers.
     """
 
     answer_tokens: int | None = None
@@ -38,8 +38,8 @@ class Assumptions:
 class Workload:
     """One rollout step.
 
-    answer_lengths: of the answers of one update. prompt_tokens: of every prompt. num_asked: answers that are generated, of
-    ``num_questions`` questions; ``num_updates`` times the former are trained on.
+    answer_lengths: of the answers that one update forwards. prompt_tokens: of every prompt. num_asked: answers that are
+    generated, of ``num_questions`` questions.
     """
 
     num_updates: int
@@ -75,10 +75,15 @@ def workload_of(config: Config, assumptions: Assumptions) -> Workload:
     """The step of ``config``. Prompts are assumed a quarter of their limit long, answers spread exponentially up to theirs."""
     rollout, limit = config.rollout, config.rollout.max_answer_tokens
     mean = min(assumptions.answer_tokens or math.ceil(limit / 4), limit)
-    num_answers = rollout.questions_per_step // config.train.updates_per_step * rollout.answers_per_question
+    num_questions = rollout.questions_per_step
+    num_answers = num_questions // config.train.updates_per_step * rollout.answers_per_question
+    if config.filters_prompts:
+        num_questions = math.ceil(num_questions / assumptions.mixed_share)
+    else:
+        num_answers = math.ceil(num_answers * assumptions.mixed_share)  # advantages are 0 where all answers agree
     return Workload(
         num_updates=config.train.updates_per_step,
-        num_questions=math.ceil(rollout.questions_per_step / assumptions.mixed_share),
+        num_questions=num_questions,
         answers_per_question=rollout.answers_per_question,
         prompt_tokens=math.ceil(config.data.max_prompt_tokens / 4),
         answer_lengths=tuple(spread(num_answers, mean, limit)),

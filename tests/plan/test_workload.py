@@ -29,6 +29,16 @@ def test_a_step_asks_more_questions_where_fewer_are_mixed(make_config):
     assert workload_of(make_config(), Assumptions()).mean_answer == pytest.approx(3584 / 4, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+def test_without_a_prompt_filter_a_step_asks_its_questions_and_forwards_the_mixed_ones(make_config, name):
+    assumptions = Assumptions(mixed_share=0.25)
+    work = workload_of(make_config(algorithm={"name": name}), assumptions)
+    assert (work.num_questions, work.num_asked) == (64, 512)
+    assert len(work.answer_lengths) == 512 / 4 * 0.25  # 512 answers in 4 updates
+    filtered = workload_of(make_config(algorithm={"name": name}, rollout={"prompt_filter": True}), assumptions)
+    assert (filtered.num_questions, len(filtered.answer_lengths)) == (256, 128)
+
+
 @pytest.mark.parametrize(
     ("assumptions", "field"),
     [
