@@ -40,13 +40,15 @@ from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.run import Host, Run
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
+from nft_megatron.time_limit import TimeLimit
 from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.verify.modes import check_for_training
 from nft_megatron.watchdog import LifeSigns, Watchdog
 from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
-    "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget", "optimizer.cpu_offload",
+    "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget",
+    "train.max_skipped_updates", "optimizer.cpu_offload",
     "fleet", "parallel", "deadlines", "cluster", "slurm",
     "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
     "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
@@ -65,14 +67,16 @@ def assemble(config: Config) -> Iterator[Run]:
     """
     here = place()
     forget_ending(config.run_dir, here.rank)
-    stop = StopRequests(RunFolder(config.run_dir).stop if here.rank == 0 else None)
+    if here.rank == 0:
+        stop = StopRequests(RunFolder(config.run_dir).stop, TimeLimit.of_job(config.deadlines.leave_seconds))
+    else:
+        stop = StopRequests(None)
     with (
         join_ranks(config) as topology,
         contextlib.ExitStack() as stack,
         stop.watching(),
     ):
-        deadlines = {name.removesuffix("_seconds"): seconds for name, seconds in config.deadlines.model_dump().items()}
-        watchdog = Watchdog(config.run_dir, here.rank, deadlines)
+        watchdog = Watchdog(config.run_dir, here.rank, config.deadlines.by_phase)
         stack.callback(watchdog.close)
         with watchdog.phase("setup"):
             run = _build(config, topology, stop, watchdog, stack)

@@ -166,6 +166,8 @@ class TrainSection(Section):
     Context-parallel ranks share them out."""
     pad_to_budget: bool = False
     """Pad every pack to micro_batch_tokens: pipeline stages need not tell each other shapes, and memory is the same for all."""
+    max_skipped_updates: PositiveInt = 3
+    """An update whose loss or gradient is not finite is left out; after so many in a row the run ends with a fault."""
     importance_cap: PositiveFloat | None = None
     """Weight each token by min(π / π_engine, this), π being the trainer's policy of the weights that answered: corrects what
     trainer and engine differ by. null: no such weights."""
@@ -211,6 +213,14 @@ class DeadlinesSection(Section):
     """On rank 0 the time without a finished answer to a held-out question."""
     other_seconds: PositiveFloat = 1800.0
     """Everything else, such as what ranks tell each other between phases."""
+    leave_seconds: PositiveFloat = 60.0
+    """No silence, but a reserve: where the job's end is known (under Slurm, or from NFT_MEGATRON_END_TIME), the run leaves with
+    75 while the time left still has room for this, besides the measured times of a step's updates and of a checkpoint."""
+
+    @property
+    def by_phase(self) -> dict[str, float]:
+        """Longest silences."""
+        return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items() if name != "leave_seconds"}
 
 
 class ClusterSection(Section):

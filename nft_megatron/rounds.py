@@ -50,8 +50,7 @@ class Rounds:
     def ask(self, step: int, number: int, cursor: int, num_questions: int, missing: int, label: str) -> Round:
         """Round ``number`` of ``step``: the questions from ``cursor`` on, of which ``missing`` mixed ones are wanted.
 
-        Raises :class:`StoppedEarly` when interrupted; of the groups finished by then no more than those of the last
-        ``save_seconds`` are asked again.
+        Raises :class:`StoppedEarly` when interrupted, with the groups finished by then on the disk.
         """
         path = self.folder.ledger_round(step, number)
         if path.exists():
@@ -98,6 +97,9 @@ class Rounds:
                 if settings.stop_at_quota and num_mixed >= missing:
                     break
                 if reason := self.interrupted():
+                    if num_written < len(new):
+                        with self.asker.timer.phase("ledger"):
+                            self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
                     raise StoppedEarly(
                         f"stopped while collecting step {step} by {reason}; what is finished is saved, the same command goes on"
                     )

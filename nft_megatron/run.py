@@ -15,9 +15,11 @@ from nft_megatron.collect import Collector, CollectorState
 from nft_megatron.config import Config
 from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.evaluate.run import Evaluation
+from nft_megatron.layout.batch import MiniBatch
 from nft_megatron.model.control import first_of, on_main
-from nft_megatron.model.step import StepBatch, Trainer, UpdateStats
+from nft_megatron.model.step import StepBatch, Trainer
 from nft_megatron.model.topology import Topology
+from nft_megatron.model.update_stats import UpdateStats
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.publish import Publisher
@@ -76,12 +78,16 @@ class Run:
     _ahead: CollectAhead | None = None
     _evaluation: Future[MetricsRow] | None = None
     _evaluates_beside: bool = False
+    _update: int = 0
+    """Of the step under way, counted from 1."""
+    _num_skipped: int = 0
+    """Updates in a row, up to the last one."""
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Show the phase, count its time and watch it."""
+        """Show the phase, count its time, watch it, remember how long it took."""
         self.progress.phase(name, total)
-        with self.timer.phase(name), self.watchdog.phase(WATCHED_AS.get(name, name)):
+        with self.timer.phase(name), self.watchdog.phase(WATCHED_AS.get(name, name)), self.stop.limit.measuring(name):
             yield
 
     def start(self) -> None:
@@ -127,10 +133,11 @@ class Run:
     def collect(self, step: int) -> Dataset:
         """The step's ledger, filled by rank 0 while the others wait.
 
-        Raises :class:`StoppedEarly` after a stop request meanwhile, with the finished steps and groups saved.
+        Raises :class:`StoppedEarly` after a stop request meanwhile, or when the time left is too short for the step's updates,
+        with the finished steps and groups saved.
         """
-
         self.watchdog.note = f"of step {step}"
+        self.stop.limit.phases = self._phases_of(step)
 
         def action() -> Dataset:
             assert self.host is not None
@@ -139,6 +146,8 @@ class Run:
             else:
                 with self.phase("generate"):
                     collected = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
+            if reason := self.stop.limit.reason():
+                raise StoppedEarly(f"stopped before the updates of step {step} by {reason}; the same command goes on")
             self.collected = collected.state
             return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
 
@@ -147,17 +156,36 @@ class Run:
                 return on_main(self.topology, action)
         except StoppedEarly:
             if on_main(self.topology, self.folder.latest_step) != self.step > 0:
-                with self.phase("save"):
-                    self.checkpoints.save(self.step, self.collected)
+                self._save()
             self.stop.clear()
             raise
 
+    def _phases_of(self, step: int) -> tuple[str, ...]:
+        """What ``step`` brings once it is collected, with the checkpoint after it."""
+        is_evaluated = step == self.config.train.num_steps or step % self.config.evaluate.every == 0
+        waits = ("evaluate",) if is_evaluated or self._is_due_beside(step - 1) else ()
+        return ("prepare", "update", "publish", *waits, "checkpoint")
+
     def prepare(self, dataset: Dataset, step: int) -> StepBatch:
         """Balance the step over ranks, pack it, recompute old log-probs; refuse answers of another policy."""
+        self._update = 0
         with self.phase("prepare"):
             batch = self.trainer.prepare(dataset.ledger, step)
         self._check_mismatch(batch.metrics, f"the answers of step {step}")
         return batch
+
+    def update(self, minibatch: MiniBatch) -> UpdateStats:
+        """One optimizer step. Raises after ``train.max_skipped_updates`` in a row that were not finite."""
+        self._update += 1
+        stats = self.trainer.update(minibatch)
+        self._num_skipped = self._num_skipped + 1 if stats.applied.problem else 0
+        if self._num_skipped == self.config.train.max_skipped_updates:
+            raise RuntimeError(
+                f"update {self._update} of step {self.step + 1}: {stats.applied.problem}; {self._num_skipped} updates in a row "
+                "(train.max_skipped_updates) were skipped for that, and the run ends before it wastes more time"
+            )
+        self.progress.advance()
+        return stats
 
     def publish(self, version: int) -> None:
         """π ← π_θ⁺: the trained weights to the engine, proven by fixed questions where there is a gate."""
@@ -201,13 +229,14 @@ class Run:
         row = {"step": step} | dataset.metrics | batch.metrics | self.trainer.summary(updates)
         num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
         on_main(self.topology, lambda: self._write_row(row, num_tokens))
-        if row["skipped_updates"] == len(updates):
-            raise RuntimeError(f"step {step}: no update had a finite gradient; the run ends before it wastes more time")
+        self.stop.limit.phases = self._phases_of(step + 1)
         reason = first_of(self.topology, self.stop.reason())
-        with self.phase("save"):
-            if step % self.config.checkpoint.every == 0 or is_last or reason:
-                self.checkpoints.save(step, self.collected)
-            if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
+        is_asked = on_main(self.topology, self.folder.save_request.exists)
+        if step % self.config.checkpoint.every == 0 or is_last or reason or is_asked:
+            self._save()
+            on_main(self.topology, lambda: self.folder.save_request.unlink(missing_ok=True))
+        if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
+            with self.phase("save"):
                 self.publisher.export(self.folder.export(step))
         if reason:
             self.stop.clear()
@@ -220,7 +249,8 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure the current weights on held-out questions, if there are any, for the next row."""
-        with self.timer.phase("evaluate"), self.watchdog.phase("evaluate" if self.host is not None else UNWATCHED):
+        watched = self.watchdog.phase("evaluate" if self.host is not None else UNWATCHED)
+        with self.timer.phase("evaluate"), watched, self.stop.limit.measuring("evaluate"):
             self._notes |= on_main(self.topology, lambda: self._measure(self.step, self.progress))
 
     def _measure(self, step: int, progress: Progress) -> MetricsRow:
@@ -263,6 +293,10 @@ class Run:
         self.host.metrics.write(row)
         self.progress.step_done(row)
         self._notes = {}
+
+    def _save(self) -> None:
+        with self.phase("save"), self.stop.limit.measuring("checkpoint"):
+            self.checkpoints.save(self.step, self.collected)
 
     def finish(self) -> None:
         """Export the trained model. A second call finds it there."""

@@ -1,4 +1,4 @@
-"""Requests to save and leave: a signal to any rank, or a file named ``stop`` in the run folder."""
+"""Requests to save and leave: a signal to any rank, a file named ``stop`` in the run folder, the end of the job's time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from nft_megatron.time_limit import TimeLimit
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """What asked this rank to stop. ``file`` is looked at where it is given: on rank 0."""
+    """What asked this rank to stop. ``file`` is looked at where it is given, and ``limit`` may be reached: on rank 0."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, limit: TimeLimit | None = None) -> None:
         self._file = file
+        self.limit = limit or TimeLimit(None, 0.0)
         self._signal: str | None = None
 
     @contextlib.contextmanager
@@ -42,7 +45,11 @@ class StopRequests:
 
     def reason(self) -> str | None:
         """What asked to stop, None while nothing did."""
-        return self._signal or (f"the file {self._file}" if self._file is not None and self._file.exists() else None)
+        if self._signal is not None:
+            return self._signal
+        if self._file is not None and self._file.exists():
+            return f"the file {self._file}"
+        return self.limit.reason()
 
     def clear(self) -> None:
         """The request has been honoured: the next start is not to stop again."""

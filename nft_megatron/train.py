@@ -20,8 +20,7 @@ def train(config: Config) -> None:
             with run.phase("update", total=len(batch.minibatches)):
                 updates = []
                 for minibatch in batch.minibatches:
-                    updates.append(run.trainer.update(minibatch))  # lines 13-20
-                    run.progress.advance()
+                    updates.append(run.update(minibatch))  # lines 13-20
             run.publish(version=step)  # π ← π_θ⁺
             run.after_step(step, dataset, batch, updates)
         run.finish()

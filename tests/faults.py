@@ -1,9 +1,13 @@
 """Faults that the real parts don't produce on demand."""
 
+import itertools
+import os
 from unittest import mock
 
 from nft_megatron.cli import main
+from nft_megatron.model import objective
 from nft_megatron.model.step import Trainer
+from nft_megatron.time_limit import TimeLimit
 
 
 def train_with_broken_update(config: str) -> None:
@@ -18,3 +22,33 @@ def train_with_broken_update(config: str) -> None:
 
     with mock.patch.object(Trainer, "update", broken):
         main(["train", config])
+
+
+def train_with_infinite_loss(config: str, *numbers: int) -> None:
+    """``nft-megatron train`` in which the loss of the updates ``numbers``, counted from 1, is infinite; gradients are not."""
+    update, measure, calls = Trainer.update, objective.measure, []
+
+    def counted(self, minibatch):
+        calls.append(minibatch)
+        return update(self, minibatch)
+
+    def infinite(*arguments):
+        measured = measure(*arguments)
+        return measured._replace(right=measured.right + float("inf")) if len(calls) in numbers else measured
+
+    with mock.patch.object(Trainer, "update", counted), mock.patch.object(objective, "measure", infinite):
+        main(["train", config])
+
+
+def train_with_ticks(config: str, end: float) -> None:
+    """``nft-megatron train`` whose job ends at ``end`` by a clock that ticks whenever it is looked at."""
+    ticks = itertools.count()
+    limit = TimeLimit(end, 3.0, clock=lambda: float(next(ticks)))
+    with mock.patch.object(TimeLimit, "of_job", return_value=limit):
+        main(["train", config])
+
+
+def train_in_environment(config: str, variables: dict[str, str]) -> None:
+    """``nft-megatron train`` with more environment variables."""
+    os.environ.update(variables)
+    main(["train", config])

@@ -32,10 +32,10 @@ class GradientRecorder:
         self._trainer = trainer
         self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def step(self) -> Update:
+    def step(self, loss: float) -> Update:
         trainer = self._trainer
         self.gradients.append({n: g.clone() for n, g in hf_gradients(trainer.chunks, trainer.topology, trainer.shape)})
-        return Update(grad_norm=0.0, learning_rate=0.0, skipped=False)
+        return Update(grad_norm=0.0, learning_rate=0.0)
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,9 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
         assert group.correct_rate == rates[group.prompt.question_id]
 
 
-def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path):
-    settings = {"save_seconds": 1e-9, "oversample": 4.0}
+@pytest.mark.parametrize(("save_seconds", "num_parts"), [(1e-9, 4), (1e9, 1)])
+def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, save_seconds, num_parts):
+    settings = {"save_seconds": save_seconds, "oversample": 4.0}
     whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", **settings)
     asked = iter(range(3))
@@ -200,7 +201,7 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
         stopping.collect(1, CollectorState())
     parts = RunFolder(tmp_path / "broken").round_parts(1, 0)
     saved = {group.group_id for part in parts for group, _ in read_groups(part)}
-    assert len(parts) == len(saved) == 4
+    assert len(parts) == num_parts and len(saved) == 4
     resumed = collector(tmp_path / "broken", **settings)
     collected = resumed.collect(1, CollectorState())
     assert resumed.asker.engine.rounds[0] == [i for i in range(16) if i not in saved]

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 
 import pytest
@@ -10,6 +12,7 @@ from launcher import Ranks
 
 from nft_megatron import ending
 from nft_megatron.ending import Ending, read_endings, write_ending
+from nft_megatron.run_folder import RunFolder, RunFolderTakenError
 
 
 def wait_for_a_step(process, run, count: int = 1) -> None:
@@ -35,8 +38,14 @@ def test_every_rank_says_that_it_stopped_early_and_the_next_start_forgets_it(run
     assert read_endings(run) == []
 
 
-def test_wrong_input_and_an_interruption(run_config, start, command, tmp_path, monkeypatch):
+def test_the_host_is_what_slurm_calls_the_node(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    assert Ending.here(1, "a fault").host == "n7"
+    monkeypatch.delenv("SLURMD_NODENAME")
+    assert Ending.here(1, "a fault").host == socket.gethostname()
+
+
+def test_wrong_input_and_an_interruption(run_config, start, command, tmp_path):
     assert command("train", run_config(train={"num_steps": 2})).returncode == 0
     assert command("train", run_config(), "train.num_steps=1").returncode == 2
     (end,) = read_endings(tmp_path / "run")
@@ -62,6 +71,17 @@ def test_who_is_kept_out_leaves_nothing_in_the_folder_of_another(run_config, sta
     wait_for_a_step(process, tmp_path / "run")
     assert command("train", config).returncode == 2
     assert process.is_running and read_endings(tmp_path / "run") == []
+
+
+def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path):
+    folder = RunFolder(tmp_path)
+    held = folder.open()
+    release = threading.Timer(0.3, held.close)
+    release.start()
+    folder.open(wait_seconds=30.0).close()
+    assert held.closed
+    with folder.open(), pytest.raises(RunFolderTakenError):
+        folder.open(wait_seconds=0.1)
 
 
 def test_unreadable_files_are_left_out(tmp_path):

@@ -10,7 +10,21 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "nft_megatron"
 FLOORS = {
     **dict.fromkeys(
-        ["__init__", "errors", "files", "records", "config", "config_load", "run_folder", "ending", "stop", "place", "data"], 0
+        [
+            "__init__",
+            "errors",
+            "files",
+            "records",
+            "config",
+            "config_load",
+            "run_folder",
+            "ending",
+            "time_limit",
+            "stop",
+            "place",
+            "data",
+        ],
+        0,
     ),
     **dict.fromkeys(
         [f"verify.{name}" for name in ("boxes", "expressions", "grade", "modes", "numbers", "reasons", "simplerl")], 0

@@ -4,8 +4,8 @@
     update t (from 1):  lr_t = lr · min(1, t / warm-up updates)
     θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norm weights
 
-The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose gradient norm is not
-finite is skipped whole: neither weights nor moments nor t change.
+The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose loss or gradient norm is
+not finite is skipped whole: neither weights nor moments nor t change.
 """
 
 from __future__ import annotations
@@ -54,11 +54,18 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Update:
-    """What one call of :meth:`PolicyOptimizer.step` did. ``grad_norm`` is before clipping, and the same on every rank."""
+    """What one call of :meth:`PolicyOptimizer.step` did, the same on every rank.
+
+    ``grad_norm`` is before clipping. ``problem``: what was not finite, so that the update was skipped; empty: it was applied.
+    """
 
     grad_norm: float
     learning_rate: float
-    skipped: bool
+    problem: str = ""
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.problem)
 
 
 class PolicyOptimizer:
@@ -124,18 +131,23 @@ class PolicyOptimizer:
         """For whoever reads or replaces master weights and moments: inside, all of them are on the device."""
         return self._offloaded.on_device()
 
-    def step(self) -> Update:
-        """Apply the gradients that the schedule left in the chunks. A collective over all ranks."""
-        with self.state_on_device():
-            return self._step()
+    def step(self, loss: float = 0.0) -> Update:
+        """Apply the gradients that the schedule left in the chunks. A collective over all ranks.
 
-    def _step(self) -> Update:
+        ``loss`` is that of the mini-batch, over all ranks. It may be infinite where its gradient is not: a term that a clamp
+        or a mask cuts off.
+        """
+        with self.state_on_device():
+            return self._step(loss)
+
+    def _step(self, loss: float) -> Update:
         learning_rate = self.settings.learning_rate_at(self.num_updates + 1)
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            log.warning("the gradient norm is %s: update %d is skipped", grad_norm, self.num_updates + 1)
-            return Update(grad_norm, learning_rate, skipped=True)
+        not_finite = {"loss": loss, "gradient norm": grad_norm}
+        if problem := ", ".join(f"the {name} is {value}" for name, value in not_finite.items() if not math.isfinite(value)):
+            log.warning("%s: update %d is skipped", problem, self.num_updates + 1)
+            return Update(grad_norm, learning_rate, problem)
         if self.settings.clip_grad:
             for megatron in self.megatron.chained_optimizers:  # two where experts are spread over ranks
                 clip_grad_by_total_norm_fp32(megatron.get_parameters(), self.settings.clip_grad, grad_norm)
@@ -143,4 +155,4 @@ class PolicyOptimizer:
             group["lr"] = learning_rate
         self.megatron.step_with_ready_grads()
         self.num_updates += 1
-        return Update(grad_norm, learning_rate, skipped=False)
+        return Update(grad_norm, learning_rate)

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,10 +31,11 @@ from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
 from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.logprob import token_logprobs
-from nft_megatron.model.optimizer import PolicyOptimizer, Update
+from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
+from nft_megatron.model.update_stats import UpdateStats, summarize
 from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.observe.mismatch import MismatchSums
 from nft_megatron.observe.rate_buckets import RateBuckets, bucket_sums
@@ -50,25 +50,6 @@ class StepBatch:
 
     minibatches: tuple[MiniBatch, ...]
     metrics: MetricsRow
-
-
-@dataclass(frozen=True)
-class UpdateStats:
-    """What one optimizer step did, over all ranks. Sums over tokens, but ``loss_*``, which carry ω/D.
-
-    ``gradient_cosine`` is None where it was not measured.
-    """
-
-    loss_positive: float
-    loss_negative: float
-    kl_sum: float
-    num_clamped: float
-    num_wrong_tokens: float
-    num_tokens: int
-    log_ratio_max: float
-    buckets: RateBuckets
-    gradient_cosine: float | None
-    applied: Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,16 +146,16 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the updates
 
     def update(self, minibatch: MiniBatch) -> UpdateStats:
-        """One optimizer step on the mini-batch. A gradient that is not finite is counted and not applied."""
+        """One optimizer step on the mini-batch. Where loss or gradient is not finite, it is counted and not applied."""
         positive = self._positive_gradient(minibatch) if minibatch.measures_cosine else None
         zero_gradients(self.chunks)
         sums = self._run_schedule(minibatch.micro_batches, self._loss, forward_only=False)
         cosine = None
         if positive is not None:
             cosine = gradient_cosine(positive, gradient_shards(self.optimizer), self.topology)
-        applied = self.optimizer.step()
         totals = torch.stack([total for total, *_ in sums]).sum(0).tolist() if sums else [0.0] * 5  # other stages have none
         loss_positive, loss_negative, kl, clamped, wrong = self._reduce(totals, dist.ReduceOp.SUM)
+        applied = self.optimizer.step(loss_positive + loss_negative)
         largest = max((float(log_ratio) for _, log_ratio, _ in sums), default=-torch.inf)
         buckets = sum((buckets for *_, buckets in sums), start=torch.zeros(len(RateBuckets().sums)))
         return UpdateStats(
@@ -243,24 +224,7 @@ class Trainer:
 
     def summary(self, updates: Sequence[UpdateStats]) -> MetricsRow:
         """The metrics of a rollout step's updates."""
-        loss_positive = float(np.mean([update.loss_positive for update in updates]))
-        loss_negative = float(np.mean([update.loss_negative for update in updates]))
-        num_wrong = sum(update.num_wrong_tokens for update in updates)
-        finite = [update.applied.grad_norm for update in updates if not update.applied.skipped] or [float("nan")]
-        return {
-            "updates": self.optimizer.num_updates,
-            "loss": loss_positive + loss_negative,
-            "loss_positive": loss_positive,
-            "loss_negative": loss_negative,
-            "grad_norm": float(np.mean(finite)),
-            "grad_norm_max": max(finite),
-            "learning_rate": updates[-1].applied.learning_rate,
-            "kl_old": sum(update.kl_sum for update in updates) / max(sum(update.num_tokens for update in updates), 1),
-            "ratio_max": float(np.exp(max(update.log_ratio_max for update in updates))),
-            "clamp_rate": sum(update.num_clamped for update in updates) / num_wrong if num_wrong else 0.0,
-            "skipped_updates": sum(update.applied.skipped for update in updates),
-            **sum((update.buckets for update in updates), start=RateBuckets()).metrics(),
-        } | ({} if updates[0].gradient_cosine is None else {"gradient_cosine": updates[0].gradient_cosine})
+        return summarize(updates, self.optimizer.num_updates)
 
     def gradients(self, minibatch: MiniBatch) -> Iterator[tuple[str, Tensor]]:
         """The gradient of the mini-batch's loss at the current weights, as :func:`.hf_gradients` yields it; no update."""

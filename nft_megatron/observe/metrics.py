@@ -98,7 +98,7 @@ METRICS: dict[str, Metric] = {
             "cosine between the gradients of right and of wrong answers, of the step's first update, before it; "
             "every observe.gradient_cosine_every steps",
         ),
-        Metric("skipped_updates", "count", "updates left out because the gradient was not finite"),
+        Metric("skipped_updates", "count", "updates left out because loss or gradient was not finite"),
         Metric("accuracy", "share", "right answers among all judged answers, before the prompt filter"),
         Metric("groups_sampled", "count", "questions that were answered"),
         Metric("groups_mixed", "count", "questions with 0 < r̂ < 1"),

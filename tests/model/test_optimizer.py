@@ -4,6 +4,7 @@ One launch of this file as a worker, which keeps Megatron's adaptation to the CP
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,9 +47,16 @@ def test_weights_without_decay_are_biases_and_norms(measured: dict):
     assert len(measured["without_decay"]) == 3 * 2 + 1  # QKV bias and two norms a layer, and the final norm
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf"])
+PROBLEMS = {
+    "nan": "the gradient norm is nan",
+    "inf": "the gradient norm is inf",
+    "loss": "the loss is -inf",  # of finite gradients
+}
+
+
+@pytest.mark.parametrize("bad", PROBLEMS)
 def test_a_gradient_that_is_not_finite_changes_nothing(measured: dict, bad: str):
-    assert measured[bad] == {"skipped": True, "changed": [], "num_updates": NUM_UPDATES}
+    assert measured[bad] == {"problem": PROBLEMS[bad], "changed": [], "num_updates": NUM_UPDATES}
 
 
 def test_small_updates_of_bfloat16_weights_add_up_in_the_master_copy(measured: dict):
@@ -134,13 +142,13 @@ def measure_float32(folder: Path, topology) -> dict:
     result["without_decay"] = [name for name, group in group_of.items() if decay_of[group] == 0]
 
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    for bad in ("nan", "inf"):
+    for bad in PROBLEMS:
         for parameter in parameters.values():
             parameter.main_grad.zero_()
-        parameters["decoder.final_layernorm.weight"].main_grad[0] = float(bad)
-        update = optimizer.step()
+        parameters["decoder.final_layernorm.weight"].main_grad[0] = 1.0 if bad == "loss" else float(bad)
+        update = optimizer.step(-math.inf if bad == "loss" else 0.0)
         changed = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
-        result[bad] = {"skipped": update.skipped, "changed": changed, "num_updates": optimizer.num_updates}
+        result[bad] = {"problem": update.problem, "changed": changed, "num_updates": optimizer.num_updates}
     return result
 
 
