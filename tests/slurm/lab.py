@@ -151,8 +151,8 @@ class Lab:
         return done
 
     def submit(self, *arguments: object) -> str:
-        """``sbatch`` with ``arguments``: the number of the job."""
-        return self.run("sbatch", "--parsable", *arguments).stdout.strip()
+        """``sbatch`` with ``arguments`` in the lab's folder: the number of the job."""
+        return self.run("sbatch", "--parsable", *arguments, cwd=self.folder).stdout.strip()
 
     def job(self, job: object) -> dict[str, str]:
         """What ``scontrol show job`` tells of it, by field: ``JobState``, ``Restarts``, ``NodeList``, ``BatchHost``, …"""
