@@ -27,6 +27,7 @@ from pathlib import Path
 from nft_megatron.config import Config
 from nft_megatron.ending import read_endings
 from nft_megatron.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
+from nft_megatron.files import atomic_file
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.slurm.cause import Cause, find_cause, read_tail
 from nft_megatron.slurm.decide import Decision, decide
@@ -41,8 +42,7 @@ log = logging.getLogger(__name__)
 _PAUSE = 0.5
 _RESERVE_SECONDS = 45.0
 """Before the time limit: what the agent itself needs to requeue the job."""
-_REQUEUE_SECONDS = 180.0
-_FOLDER_SECONDS = 600.0
+_FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
 _ENDED = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT")
 
 
@@ -218,11 +218,18 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------ what follows
 
     def _wait_for_folder(self) -> None:
-        """The shared folder may be what has gone away: without it nothing can be decided."""
+        """The shared folder may be what went away, or full: nothing can be decided until it can be written again."""
         deadline = time.monotonic() + _FOLDER_SECONDS
-        while not self._logs.is_dir() and time.monotonic() < deadline:
-            log.warning("waiting for %s", self._logs)
-            time.sleep(5)
+        while True:
+            try:
+                with atomic_file(self._folder.root / "probe") as probe:
+                    probe.write_bytes(bytes(1 << 16))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("waiting for %s: %s", self._folder.root, error)
+                time.sleep(_FOLDER_PAUSE)
 
     def _keep_logs(self, folder: Path | None = None) -> None:
         """Move what the ranks left to the attempt's own folder, where the next attempt does not overwrite it."""

@@ -1,0 +1,71 @@
+"""When a run goes on, and when it gives up."""
+
+import pytest
+
+from nft_megatron.slurm.decide import decide
+from nft_megatron.slurm.job_folder import Attempt
+
+NODES = ("n1", "n2", "n3", "n4")
+
+
+def attempt(number, kind, progress=(0, 0, 0), blamed=(), cause="why"):
+    return Attempt(number, "7", NODES, 10.0 * number, 10.0 * number + 9, kind, cause, blamed, progress)
+
+
+def decided(*attempts, stopped=False, excluded=None, max_failures=3, max_excluded=2):
+    return decide(
+        attempts, stopped=stopped, excluded=excluded or {}, max_failures=max_failures, max_excluded=max_excluded
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "action"),
+    [
+        ("finished", "finished"),
+        ("wrong", "fatal"),
+        ("left", "go on"),
+        ("short", "go on"),
+        ("failed", "go on"),
+        ("lost", "go on"),
+    ],
+)
+def test_what_follows_each_kind_of_end(kind, action):
+    decision = decided(attempt(1, kind, (1, 1, 0)))
+    assert (decision.action, decision.reason, decision.exclude) == (action, "why", {})
+
+
+def test_a_person_who_stops_it_is_heard_after_any_end_but_the_last():
+    assert decided(attempt(1, "failed"), stopped=True).action == "stopped"
+    assert decided(attempt(1, "finished"), stopped=True).action == "finished"
+
+
+def test_attempts_without_progress_in_a_row_are_counted():
+    crash = [attempt(1, "failed", (2, 3, 0)), attempt(2, "failed", (2, 3, 0)), attempt(3, "lost", (2, 3, 0))]
+    assert decided(*crash).action == "go on"  # the first of them had made progress
+    end = decided(*crash, attempt(4, "failed", (2, 3, 0), cause="no memory"))
+    assert (end.action, end.reason) == ("fatal", "3 attempts in a row made no progress; the last one: no memory")
+
+
+def test_collected_groups_are_progress_and_going_back_to_an_older_checkpoint_is_not():
+    going = [attempt(n, "failed", (2, 3, n)) for n in range(1, 8)]
+    assert decided(*going).action == "go on"
+    back = [attempt(1, "failed", (5, 5, 0)), *(attempt(n, "failed", (4, 5, n)) for n in range(2, 5))]
+    assert decided(*back).action == "fatal"
+
+
+def test_preemptions_are_no_failures():
+    assert decided(*(attempt(n, "left") for n in range(1, 20))).action == "go on"
+
+
+def test_a_node_is_excluded_after_the_preflight_or_when_blamed_twice():
+    assert decided(attempt(1, "bad nodes", blamed=("n2",))).exclude == {"n2": "why"}
+    assert decided(attempt(1, "failed", (1, 0, 0), ("n2",))).exclude == {}
+    twice = [attempt(1, "failed", (1, 0, 0), ("n2",)), attempt(2, "failed", (2, 0, 0), ("n2", "n3"))]
+    assert decided(*twice).exclude == {"n2": "why"}
+    assert decided(*twice, excluded={"n2": "before"}).exclude == {}
+
+
+def test_too_many_bad_nodes_are_a_fault_elsewhere():
+    end = decided(attempt(1, "bad nodes", blamed=("n1", "n3")), excluded={"n4": "before"})
+    assert end.action == "fatal"
+    assert end.reason.startswith("n1, n3, n4 are bad, more than slurm.max_excluded = 2")

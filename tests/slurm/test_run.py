@@ -1,0 +1,71 @@
+"""A real run on a real Slurm: whatever happens to it, it ends as if nothing had."""
+
+import re
+
+import pyarrow.parquet as pq
+import pytest
+from slurm import incidents
+from slurm.runs import SlurmRun
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def slurm_run(lab, run_config, tmp_path):
+    """Makes a run on two nodes, a rank on each. Keyword arguments replace fields of sections."""
+
+    def make(name="run", **sections) -> SlurmRun:
+        sections = {
+            "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
+            **sections,
+            "slurm": {"gres": "", "time": "30", "preflight": False, "max_failures": 2, **sections.get("slurm", {})},
+        }
+        return SlurmRun(lab, run_config(name, **sections), tmp_path / name)
+
+    return make
+
+
+EVENTS = [
+    # incident, kind of the attempt's end, what its cause says
+    (incidents.time_limit_near, "left", r"USR1.*stopped (after|while collecting) step"),
+    (incidents.rank_killed, "failed", r"rank 1 on n\d: Killed"),
+    (incidents.rank_0_killed, "failed", r"rank 0 on n\d: Killed"),
+    (incidents.first_node_lost, "lost", r"the agent on n\d ended without a word"),
+    (incidents.trainer_node_lost, "left|lost", ""),
+    (incidents.preemption, "left|lost", ""),
+    (incidents.rank_stopped, "failed", r"rank 1 on n\d gave no sign of life while rank 0 waited in phase \w+"),
+    (incidents.checkpoint_truncated, "failed", "Killed"),
+    (incidents.checkpoint_bit_flipped, "failed", "Killed"),
+    (incidents.checkpoint_half_deleted, "failed", "Killed"),
+]
+
+
+def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_config, command, metrics_of, tmp_path):
+    settings = {"deadlines": {"update_seconds": 10.0, "collect_seconds": 30.0, "other_seconds": 10.0}}
+    run = slurm_run(train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
+    run.submit()
+    for incident, kind, cause in EVENTS:
+        step, attempt = len(run.rows()), run.attempts[-1].number if run.attempts else 1
+        run.wait_step(step + 2)
+        incident(run)
+        run.wait(lambda number=attempt: run.attempts[-1].number > number, 120, f"no new attempt after {incident.__name__}")
+        ended = next(each for each in run.attempts if each.number == attempt)
+        assert re.fullmatch(kind, ended.kind), f"{incident.__name__}: {ended}"
+        assert re.search(cause, ended.cause), f"{incident.__name__}: {ended}"
+    run.wait_step(len(run.rows()) + 2)
+    run.command("stop", run.root)
+    assert run.wait_end() == "stopped"
+    run.lab.wait_state(run.job_id, ("COMPLETED", "FAILED"), seconds=30)
+    num_steps = len(run.rows()) + 1
+    run.submit(f"train.num_steps={num_steps}")
+    assert run.wait_end() == "finished"
+
+    code, output = command("train", run_config("alone", train={"num_steps": num_steps}), ranks=2)
+    assert code == 0, output
+    assert run.rows() == metrics_of(tmp_path / "alone")
+    for step in range(1, num_steps + 1):
+        ours, alone = (
+            pq.read_table(root / f"ledger/step_{step:06d}.parquet", columns=["group_id", "question_id", "text"]).to_pylist()
+            for root in (run.root, tmp_path / "alone")
+        )
+        assert ours == alone, step
