@@ -43,7 +43,6 @@ _PAUSE = 0.5
 _RESERVE_SECONDS = 45.0
 """Before the time limit: what the agent itself needs to requeue the job."""
 _FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
-_ENDED = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class Agent:
             return "finished", cause
         if cause.code == EXIT_USER_ERROR:
             return "wrong", cause
-        asked = self._asked or ("preemption, or a person's scancel" if self._terminated.is_set() else None)
+        asked = self._asked or ("Slurm ended it (preemption, a lost node, scancel)" if self._terminated.is_set() else None)
         if late or asked:
             return "left", Cause(cause.code, f"{late or asked}: {cause.text}")
         return ("short" if cause.code == EXIT_STOPPED_EARLY else "failed"), cause
@@ -260,9 +259,9 @@ class Agent:
 
     def _requeue(self) -> None:
         """Put this job back into the queue, without the excluded nodes; returns, or is killed, once that is done."""
-        state = show_job(self._job.id).get("JobState", "")
-        if state in _ENDED:
-            log.warning("the job is %s: it is not requeued", state)
+        state = show_job(self._job.id).get("JobState", "gone")
+        if state != "RUNNING":  # cancelled by a person, or Slurm is requeueing it already
+            log.warning("the job is %s: it is left as it is", state)
             return
         insist("scontrol", "requeue", self._job.id)
         self._exclude_nodes([self._job.id])
