@@ -44,18 +44,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group("vllm" if shares_servers else item.nodeid.partition("::")[0]))
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Path:
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048, "initializer_range": 0.1}
+"""Sizes of a model that vLLM takes, whose attention on the CPU wants heads of 32."""
+
+
+def make_model(folder: Path, seed: int = 0, **sizes: float) -> Path:
     """A random Qwen2 of 2 layers with grouped-query attention, tied embeddings and biases that are not zero."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, **sizes}
     config = Qwen2Config(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
-        pad_token_id=0,
+        vocab_size=len(WORDS), num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -65,6 +67,12 @@ def model_folder(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """Quick: a few thousand parameters."""
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def _reshard(run: Run, reference: Path, topology: Topology) -> None:
     first, second = trainer.prepare(run.ledger, step=1).minibatches
     for minibatch in (first, second):
         trainer.update(minibatch)
-    trainer.save(_new_folder(run.out / "checkpoint", topology), step=7)
+    trainer.snapshot(step=7).write(_new_folder(run.out / "checkpoint", topology), topology)
     after_two = _export(trainer)
     trainer.update(first)
     after_three = _export(trainer)
@@ -171,7 +171,7 @@ def _reshard(run: Run, reference: Path, topology: Topology) -> None:
     trainer = _trainer(run, topology)
     trainer.load(reference / "checkpoint")
     stats["resharded"] = _compare(_export(trainer), load_file(reference / "two.safetensors"))
-    trainer.save(_new_folder(run.out / "rewritten", topology), step=7)
+    trainer.snapshot(step=7).write(_new_folder(run.out / "rewritten", topology), topology)
     trainer.update(first)
     stats["continued_error"] = _error(_export(trainer), of_one_process)
     if topology.is_main:

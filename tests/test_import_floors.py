@@ -13,6 +13,7 @@ FLOORS = {
         [
             "__init__",
             "errors",
+            "background",
             "files",
             "records",
             "config",

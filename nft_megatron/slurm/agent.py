@@ -40,6 +40,7 @@ from nft_megatron.slurm.tools import SlurmError, address, host_names, insist, sh
 log = logging.getLogger(__name__)
 
 _PAUSE = 0.5
+_BY_SIGNAL = "by SIGTERM"
 _RESERVE_SECONDS = 45.0
 """Before the time limit: what the agent itself needs to requeue the job."""
 _FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
@@ -192,7 +193,8 @@ class Agent:
             return "finished", cause
         if cause.code == EXIT_USER_ERROR:
             return "wrong", cause
-        asked = self._asked or ("Slurm ended it (preemption, a lost node, scancel)" if self._terminated.is_set() else None)
+        terminated = self._terminated.is_set() or _BY_SIGNAL in cause.text  # a preemption reaches the ranks first
+        asked = self._asked or ("Slurm ended it (preemption, a lost node, scancel)" if terminated else None)
         if late or asked:
             return "left", Cause(cause.code, f"{late or asked}: {cause.text}")
         return ("short" if cause.code == EXIT_STOPPED_EARLY else "failed"), cause

@@ -133,4 +133,5 @@ class JobFolder:
 
 def _attempt(row: dict[str, Any]) -> Attempt:
     """JSON has lists where an attempt has tuples."""
-    return Attempt(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Attempt(**values)

@@ -2,6 +2,7 @@
 
 import pytest
 from slurm.lab import Lab, missing
+from slurm.runs import SlurmRun
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +18,18 @@ def lab(cluster):
     """A real Slurm of four nodes, n1 to n4, with 8 GPUs each that are links to /dev/null."""
     yield cluster
     cluster.clear()
+
+
+@pytest.fixture
+def slurm_run(lab, run_config, tmp_path):
+    """Makes a run on two nodes, a rank on each. Keyword arguments replace fields of sections."""
+
+    def make(name="run", **sections) -> SlurmRun:
+        sections = {
+            "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
+            **sections,
+            "slurm": {"gres": "", "time": "30", "preflight": False, "max_failures": 2, **sections.get("slurm", {})},
+        }
+        return SlurmRun(lab, run_config(name, **sections), tmp_path / name)
+
+    return make

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from slurm.lab import variable
+from slurm.runs import processes, words_of
 
 
 def time_limit_near(run):
@@ -122,13 +123,9 @@ def rank_process(run, rank) -> int:
 
 
 def _find_rank(run, rank) -> int | None:
-    for folder in Path("/proc").glob("[0-9]*"):
-        process = int(folder.name)
+    for process in processes():
         if variable(process, "SLURM_PROCID") == str(rank) and variable(process, "SLURM_JOB_ID") == run.job_id:
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
+            words = words_of(process)
             if b"nft_megatron" in words and b"train" in words:
                 return process
     return None

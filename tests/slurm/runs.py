@@ -65,3 +65,16 @@ class SlurmRun:
         for log in [*self.root.glob("slurm/*.log"), *self.root.glob("logs/attempt_*/*.log")]:
             texts.append(f"---- {log.relative_to(self.root)}\n{log.read_text()[-3000:]}")
         return "\n".join(texts)
+
+
+def processes() -> list[int]:
+    """Of this machine."""
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def words_of(process) -> list[bytes]:
+    """Its command line; empty when it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []

@@ -5,24 +5,8 @@ import re
 import pyarrow.parquet as pq
 import pytest
 from slurm import incidents
-from slurm.runs import SlurmRun
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture
-def slurm_run(lab, run_config, tmp_path):
-    """Makes a run on two nodes, a rank on each. Keyword arguments replace fields of sections."""
-
-    def make(name="run", **sections) -> SlurmRun:
-        sections = {
-            "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
-            **sections,
-            "slurm": {"gres": "", "time": "30", "preflight": False, "max_failures": 2, **sections.get("slurm", {})},
-        }
-        return SlurmRun(lab, run_config(name, **sections), tmp_path / name)
-
-    return make
 
 
 EVENTS = [

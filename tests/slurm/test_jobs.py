@@ -1,0 +1,167 @@
+"""Jobs on a real Slurm: what is submitted, what is refused, what ends a run for good, and what people ask meanwhile."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from slurm.lab import Lab
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_a_bad_node_is_excluded_and_the_job_requeued_without_it(slurm_run):
+    check = "test $SLURMD_NODENAME != n1 || { echo a fan is broken; false; }"
+    run = slurm_run(train={"num_steps": 1}, slurm={"preflight": True, "preflight_seconds": 60.0, "preflight_command": check})
+    run.submit()
+    assert run.wait_end() == "finished"
+    assert run.folder.excluded() == {"n1": "n1: slurm.preflight_command ended with 1: a fan is broken"}
+    first, last = run.attempts
+    assert (first.kind, first.nodes, first.blamed) == ("bad nodes", ("n1", "n2"), ("n1",))
+    assert "n1" not in last.nodes
+    assert last.kind == "finished"
+
+
+def test_a_wrong_input_ends_the_run_at_once(slurm_run):
+    run = slurm_run()
+    run.lab.drain("n1"), run.lab.drain("n2"), run.lab.drain("n3")  # it waits until the file has been spoilt
+    run.submit()
+    config = run.folder.config
+    config.write_text(config.read_text().replace("learning_rate", "learning_rat"))
+    for node in ("n1", "n2", "n3"):
+        run.lab.restore_node(node)
+    job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
+    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+    assert "optimizer.learning_rat" in next(run.root.glob("slurm/job_*.log")).read_text()
+
+
+def test_a_wrong_input_that_only_the_trainers_find_is_fatal(slurm_run, tmp_path):
+    run = slurm_run()
+    for node in ("n1", "n2", "n3"):
+        run.lab.drain(node)
+    run.submit()
+    text = run.folder.config.read_text()
+    run.folder.config.write_text(text.replace("max_prompt_tokens: 8", "max_prompt_tokens: 2"))
+    for node in ("n1", "n2", "n3"):
+        run.lab.restore_node(node)
+    assert run.wait_end() == "fatal"
+    job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
+    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+    assert [attempt.kind for attempt in run.attempts] == ["wrong"]
+    assert "data.max_prompt_tokens" in run.folder.end()[1]
+
+
+def test_a_crash_loop_is_given_up_with_its_cause(slurm_run):
+    run = slurm_run(deadlines={"setup_seconds": 0.01}, slurm={"max_failures": 2})
+    run.submit()
+    assert run.wait_end() == "fatal"
+    job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
+    assert job["Restarts"] == "1"
+    assert re.match(r"2 attempts in a row made no progress; the last one: .*phase setup", run.folder.end()[1])
+    assert [attempt.kind for attempt in run.attempts] == ["failed", "failed"]
+    assert (run.folder.logs(1) / "stall_rank0.txt").exists()
+
+
+def test_what_people_ask_of_a_running_job(slurm_run):
+    run = slurm_run(train={"num_steps": 10_000}, checkpoint={"every": 10_000})
+    run.submit()
+    run.wait_step(1)
+    status = json.loads(run.command("status", run.root, "--json").stdout)
+    assert status["job"]["JobState"] == "RUNNING"
+    assert status["step"] >= 1
+    shown = run.command("status", run.config).stdout
+    assert re.search(rf"job +{run.job_id} RUNNING", shown)
+    assert re.search(r"step +\d+ of 10000", shown)
+    assert "step 1" in run.command("logs", run.root, "-n", "500").stdout
+    assert "n2" in run.command("attach", run.root, "--node=n2", "--", "printenv", "SLURMD_NODENAME").stdout
+    assert "works on it" in run.command("submit", run.config, check=False).stderr
+
+    assert run.folder.run.latest_step() is None
+    run.command("checkpoint", run.root)
+    run.wait(run.folder.run.latest_step, 30, "no checkpoint")
+    assert not run.folder.run.save_request.exists()
+    assert run.attempts[-1].kind is None
+
+    run.command("stop", run.root)
+    assert run.wait_end() == "stopped"
+    job = run.lab.wait_state(run.job_id, "COMPLETED", seconds=30)
+    assert job["Restarts"] == "0"
+    assert run.folder.run.latest_step() == len(run.rows())
+    assert "stopped" in run.command("status", run.root).stdout
+    assert "has no job to stop" in run.command("stop", run.root, check=False).stderr
+
+
+def test_a_job_that_waits_is_taken_out_of_the_queue(slurm_run):
+    run = slurm_run(slurm={"restart": "chain", "chain_jobs": 3})
+    for node in run.lab.nodes:
+        run.lab.drain(node)
+    run.submit()
+    assert len(json.loads(run.command("status", run.root, "--json").stdout)["waiting"]) == 2
+    run.command("stop", run.root)
+    assert run.wait_end(5) == "stopped"
+    assert run.lab.run("squeue", "-h").stdout == ""
+
+
+def test_a_chain_goes_on_where_requeueing_is_forbidden(slurm_run):
+    run = slurm_run(train={"num_steps": 10_000}, slurm={"restart": "chain", "chain_jobs": 2})
+    first = run.submit()
+    run.wait_step(2)
+    run.lab.run("scancel", "--signal=USR1", "--batch", first)
+    run.wait(lambda: run.job_id != first and run.attempts[-1].number == 2, 60, "the next job of the chain does not begin")
+    assert run.attempts[0].kind == "left"
+    assert run.lab.job(first)["Restarts"] == "0"
+    done = len(run.rows())
+    run.wait_step(done + 1)
+    run.command("stop", run.root)
+    assert run.wait_end() == "stopped"
+
+
+def test_the_time_limit_is_survived(slurm_run):
+    run = slurm_run(train={"num_steps": 10_000}, slurm={"time": "1", "signal_seconds": 20})
+    run.submit()
+    run.wait(lambda: len(run.attempts) == 2, 150, "no second attempt")
+    first = run.attempts[0]
+    assert first.kind == "left"
+    assert first.ended - first.began < 60
+    done = run.folder.run.latest_step()
+    assert done == first.progress[0] > 0
+    run.wait_step(done + 1)
+    assert run.lab.job(run.job_id)["Restarts"] == "1"
+    run.command("stop", run.root)
+    run.wait_end()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["data.train=/nowhere.parquet"], r"data.train = /nowhere.parquet: no such file"),
+        (["slurm.partition=nothing"], r"slurm = .*invalid partition"),
+        (["slurm.time=soon"], r"slurm.time = soon: is no time limit"),
+        (["cluster.rollout_nodes=1"], r"rollout.engine = embedded: asks no servers"),
+        (["cluster.trainer_nodes=5"], r"slurm = .*(unavailable|not available|invalid)"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_submitted(slurm_run, overrides, complaint):
+    run = slurm_run()
+    done = run.command("submit", run.config, *overrides, check=False)
+    assert done.returncode == 2
+    assert re.search(complaint, done.stderr, re.IGNORECASE | re.DOTALL), done.stderr
+    assert run.lab.run("squeue", "-h").stdout == ""
+
+
+@pytest.mark.parametrize("nodes", [8, 16])
+def test_the_32b_job_is_read_without_complaint(nodes, tmp_path):
+    from slurm.lab import missing
+
+    if reason := missing():
+        pytest.skip(reason)
+    with Lab(32) as lab:
+        config = ROOT / "examples/qwen2.5-32b-16k/config.yaml"
+        both = [f"cluster.trainer_nodes={nodes}", f"cluster.rollout_nodes={nodes}", f"run_dir={tmp_path}"]
+        script = lab.run("nft-megatron", "slurm", "render", config, *both).stdout
+        assert f"#SBATCH --nodes={2 * nodes}\n" in script
+        (tmp_path / "job.sh").write_text(script)
+        answer = lab.run("sbatch", "--test-only", tmp_path / "job.sh")
+        assert re.search(rf"to start at .* using {2 * nodes * 128} processors on nodes", answer.stderr), answer.stderr
