@@ -77,7 +77,10 @@ def _sbatch(*arguments: str) -> str:
     try:
         return call("sbatch", *arguments)
     except SlurmError as error:
-        raise UserError("slurm", arguments[-1], str(error), "change section slurm of the configuration") from error
+        raise UserError(
+            "slurm", arguments[-1], str(error),
+            "change section slurm of the configuration, or, where nodes are only away for now, give that script to sbatch",
+        ) from error  # fmt: skip
 
 
 def _absolute(config: Config) -> Config:

@@ -1,5 +1,6 @@
 """Jobs on a real Slurm: what is submitted, what is refused, what ends a run for good, and what people ask meanwhile."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,15 @@ from slurm.lab import Lab
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(600)
+
+
+@contextlib.contextmanager
+def busy(lab):
+    """All nodes taken by somebody else, so that what is submitted has to wait."""
+    other = lab.submit(f"--nodes={len(lab.nodes)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 300")
+    lab.wait_state(other, "RUNNING", seconds=20)
+    yield
+    lab.run("scancel", other)
 
 
 def test_a_bad_node_is_excluded_and_the_job_requeued_without_it(slurm_run):
@@ -26,26 +36,21 @@ def test_a_bad_node_is_excluded_and_the_job_requeued_without_it(slurm_run):
 
 def test_a_wrong_input_ends_the_run_at_once(slurm_run):
     run = slurm_run()
-    run.lab.drain("n1"), run.lab.drain("n2"), run.lab.drain("n3")  # it waits until the file has been spoilt
-    run.submit()
-    config = run.folder.config
-    config.write_text(config.read_text().replace("learning_rate", "learning_rat"))
-    for node in ("n1", "n2", "n3"):
-        run.lab.restore_node(node)
+    with busy(run.lab):
+        run.submit()
+        config = run.folder.config
+        config.write_text(config.read_text().replace("learning_rate", "learning_rat"))
     job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
     assert "optimizer.learning_rat" in next(run.root.glob("slurm/job_*.log")).read_text()
 
 
-def test_a_wrong_input_that_only_the_trainers_find_is_fatal(slurm_run, tmp_path):
+def test_a_wrong_input_that_only_the_trainers_find_is_fatal(slurm_run):
     run = slurm_run()
-    for node in ("n1", "n2", "n3"):
-        run.lab.drain(node)
-    run.submit()
-    text = run.folder.config.read_text()
-    run.folder.config.write_text(text.replace("max_prompt_tokens: 8", "max_prompt_tokens: 2"))
-    for node in ("n1", "n2", "n3"):
-        run.lab.restore_node(node)
+    with busy(run.lab):
+        run.submit()
+        text = run.folder.config.read_text()
+        run.folder.config.write_text(text.replace("max_prompt_tokens: 8", "max_prompt_tokens: 2"))
     assert run.wait_end() == "fatal"
     job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
@@ -95,13 +100,12 @@ def test_what_people_ask_of_a_running_job(slurm_run):
 
 def test_a_job_that_waits_is_taken_out_of_the_queue(slurm_run):
     run = slurm_run(slurm={"restart": "chain", "chain_jobs": 3})
-    for node in run.lab.nodes:
-        run.lab.drain(node)
-    run.submit()
-    assert len(json.loads(run.command("status", run.root, "--json").stdout)["waiting"]) == 2
-    run.command("stop", run.root)
-    assert run.wait_end(5) == "stopped"
-    assert run.lab.run("squeue", "-h").stdout == ""
+    with busy(run.lab):
+        run.submit()
+        assert len(json.loads(run.command("status", run.root, "--json").stdout)["waiting"]) == 2
+        run.command("stop", run.root)
+        assert run.wait_end(5) == "stopped"
+        assert len(run.lab.run("squeue", "-h").stdout.splitlines()) == 1
 
 
 def test_a_chain_goes_on_where_requeueing_is_forbidden(slurm_run):

@@ -1,6 +1,5 @@
 """The way through NeMo-Run submits the same run to a real Slurm."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,22 +9,59 @@ from pathlib import Path
 import pytest
 
 RECIPE = Path(__file__).resolve().parents[2] / "slurm" / "nemo_run_recipe.py"
-BESIDE = Path(sys.prefix) / "nemo-run" / "bin" / "python"  # where `make nemo-run` puts it
+BESIDE = Path(sys.prefix) / "nemo-run" / "bin" / "python"  # of `make nemo-run`
 PYTHON = sys.executable if find_spec("nemo_run") else str(BESIDE)
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not Path(PYTHON).exists() or not find_spec("nemo_run") and not BESIDE.exists(), reason="make nemo-run"),
-]
+pytestmark = pytest.mark.timeout(600)
+needs_nemo_run = pytest.mark.skipif(
+    find_spec("nemo_run") is None and not BESIDE.exists(), reason="no nemo_run: make nemo-run, or pip install '.[slurm]'"
+)
 
 
-def recipe(run, *arguments, check=True) -> subprocess.CompletedProcess:
-    return run.lab.run(PYTHON, RECIPE, run.config, *arguments, check=check, timeout=180)
+@needs_nemo_run
+def test_a_run_is_requeued_and_goes_to_its_end(slurm_run, command, run_config, metrics_of, tmp_path):
+    settings = {"account": "us", "python": sys.executable, "sbatch": ["--comment=ours"], "signal_seconds": 120}
+    run = slurm_run(slurm=settings, train={"num_steps": 200})
+    assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=180).stdout
+    job = run.lab.job(run.job_id)
+    assert {name: job[name] for name in ("JobName", "Account", "Comment", "NumNodes", "TimeLimit", "Requeue")} == {
+        "JobName": "run", "Account": "us", "Comment": "ours", "NumNodes": "2", "TimeLimit": "00:30:00", "Requeue": "1",
+    }  # fmt: skip
+    run.wait_step(2)
+    run.lab.run("scancel", "--signal=USR1", run.job_id)
+    run.wait(lambda: len(run.attempts) == 2, 120, "no second attempt")
+    assert run.attempts[0].kind == "left"
+    run.wait_step(len(run.rows()) + 1)
+    run.command("stop", run.root)
+    assert run.wait_end() == "stopped"
+    job = run.lab.wait_state(run.job_id, ("COMPLETED", "FAILED"), seconds=30)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    num_steps = len(run.rows())
+    code, output = command("train", run_config("alone", train={"num_steps": num_steps}), ranks=2)
+    assert code == 0, output
+    assert run.rows() == metrics_of(tmp_path / "alone")
 
 
-def test_a_run_goes_to_its_end(slurm_run):
-    run = slurm_run(slurm={"account": "us", "python": sys.executable}, train={"num_steps": 3})
-    print(recipe(run))
-    assert run.wait_end() == "finished"
-    print(run.lab.job(run.job_id)); print(run.known())
-    assert 0
+@needs_nemo_run
+def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
+    run = slurm_run(slurm={"account": "us", "python": sys.executable, "setup": ["module load cuda"]})
+    printed = run.lab.run(PYTHON, RECIPE, run.config, "slurm.time=2:00:00", "--dry-run", timeout=180).stdout
+    for line in ("#SBATCH --time=2:00:00", "#SBATCH --signal=USR1@600", "#SBATCH --dependency=singleton", "module load cuda"):
+        assert re.search(rf"^{re.escape(line)}\s*$", printed, re.MULTILINE), line
+    assert run.lab.run("squeue", "-h").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("slurm.account=null", "slurm.account = None: NeMo-Run submits nothing without"),
+        ("slurm.restart=chain", "slurm.restart = chain: is not built for NeMo-Run"),
+        ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is no --option=value"),
+    ],
+)
+def test_what_it_has_no_way_for_is_refused_before_anything_is_written(run_config, tmp_path, override, message):
+    config = run_config(slurm={"account": "us"})
+    done = subprocess.run([sys.executable, RECIPE, config, override], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
