@@ -1,4 +1,6 @@
-"""One picture of a run, for a README or a slide: held-out accuracy, entropy, the distribution of r̂, time by phase."""
+"""One picture of a run, for a README or a slide: held-out accuracy, entropy, the distribution of r̂, time by phase, and below
+them those of the algorithm's instruments that the run has: clamped and gradient shares by r̂, the gradients' cosine.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from nft_megatron.files import atomic_file
+from nft_megatron.observe.metrics import RATE_BUCKETS
 from nft_megatron.observe.summary import finite_points, held_out_points, load_rows
 
 _INK, _INK_2, _GRID, _PAPER = "#14140f", "#55544c", "#ebe9e2", "#fdfdfc"
 _BLUE, _AQUA, _VIOLET, _ORANGE, _GRAY = "#2a78d6", "#1baf7a", "#4a3aa7", "#e0622c", "#a5a399"
+
+_BUCKETS = ("#b9d4f3", "#7fb0e8", _BLUE, "#1d5296", "#0f2f5c")  # from hard questions to easy ones
 
 _MOST_MARKS = 40  # of points with a dot each, and of bars with a gap between them
 
@@ -31,24 +36,41 @@ _STACK = (
 
 
 def write_overview_png(run_dir: Path | str, out: Path | str) -> Path:
-    """Draw the run's overview to ``out`` (PNG, 1800 × 1050 pixels), whole or not at all; returns ``out``.
+    """Draw the run's overview to ``out`` (PNG, 1800 × 1050 pixels, 1500 high with instruments), whole or not at all; returns
+    ``out``.
 
     Raises:
         UserError: no such folder, or no metrics in it yet.
     """
-    rows = load_rows(run_dir)
-    figure = Figure(figsize=(12, 7), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor=_PAPER)
-    FigureCanvasAgg(figure)
-    (accuracy, entropy), (rates, seconds) = figure.subplots(2, 2)
-    _draw_accuracy(accuracy, rows)
-    _draw_entropy(entropy, rows)
-    _draw_rates(rates, rows)
-    _draw_seconds(seconds, rows)
-    for axes in (accuracy, entropy, rates, seconds):
-        axes.set_xlim(0, max(rows[-1]["step"] + 0.5, 1))  # type: ignore[operator]
+    figure = overview(load_rows(run_dir))
     with atomic_file(Path(out)) as temporary:
         figure.savefig(temporary, format="png")
     return Path(out)
+
+
+def overview(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The picture of a run with these metrics, at least one row."""
+    instruments = [
+        draw
+        for draw, name in (
+            (_draw_clamp_rates, "clamp_rate/"), (_draw_gradient_shares, "gradient_share/"), (_draw_cosine, "gradient_cosine"),
+        )
+        if any(key.startswith(name) for row in rows for key in row)
+    ]  # fmt: skip
+    figure = Figure(
+        figsize=(12, 10 if instruments else 7), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
+        facecolor=_PAPER,
+    )  # fmt: skip
+    FigureCanvasAgg(figure)
+    panels = (_draw_accuracy, _draw_entropy), (_draw_rates, _draw_seconds), instruments
+    grid = figure.add_gridspec(3 if instruments else 2, 6)
+    for row, drawn in enumerate(panels):
+        for column, draw in enumerate(drawn):
+            width = 6 // len(drawn)
+            axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
+            draw(axes, rows)
+            axes.set_xlim(0, max(rows[-1]["step"] + 0.5, 1))
+    return figure
 
 
 def _style(axes: Axes, title: str) -> None:
@@ -121,6 +143,34 @@ def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         base += height
     axes.set_ylim(0, 1.22 * max(base, default=0) or 1)
     _legend(axes, loc="upper center", ncols=len(_STACK))
+
+
+def _draw_clamp_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    _style(axes, "Clamped tokens of wrong answers, by r̂")
+    for bucket, color in zip(RATE_BUCKETS, _BUCKETS, strict=True):
+        if points := finite_points(rows, f"clamp_rate/{bucket}"):
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=bucket)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _legend(axes, loc="upper center", ncols=3)
+
+
+def _draw_gradient_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The share of each r̂, one upon the other; a bucket without tokens has none."""
+    _style(axes, "Share in the gradient, by r̂")
+    steps = [row["step"] for row in rows]
+    shares = [[row.get(f"gradient_share/{bucket}", 0.0) for row in rows] for bucket in RATE_BUCKETS]
+    axes.stackplot(steps, shares, labels=RATE_BUCKETS, colors=_BUCKETS)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _draw_cosine(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    _style(axes, "Cosine, gradients of right and wrong")
+    axes.axhline(0, color=_INK_2, linewidth=0.8)
+    if points := finite_points(rows, "gradient_cosine"):
+        axes.plot(*zip(*points, strict=True), color=_BLUE, linewidth=1.4, marker="o", markersize=4)
+    axes.set_ylim(-1, 1)
 
 
 def _legend(axes: Axes, **where: Any) -> None:
