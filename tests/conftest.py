@@ -75,8 +75,7 @@ def model_folder(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="session")
-def question_file(tmp_path_factory) -> Path:
+def write_questions(path: Path) -> Path:
     """15 sums in the schema of DAPO-Math-17k."""
     rows = [
         {
@@ -89,9 +88,13 @@ def question_file(tmp_path_factory) -> Path:
         for a in range(5)
         for b in range(5 - a)
     ]
-    path = tmp_path_factory.mktemp("data") / "sums.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def question_file(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("data") / "sums.parquet")
 
 
 @pytest.fixture

@@ -49,7 +49,9 @@ def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_confi
     assert run.rows() == metrics_of(tmp_path / "alone")
     for step in range(1, num_steps + 1):
         ours, alone = (
-            pq.read_table(root / f"ledger/step_{step:06d}.parquet", columns=["group_id", "question_id", "text"]).to_pylist()
+            pq.read_table(
+                root / f"ledger/step_{step:06d}.parquet", columns=["group_id", "question_id", "answer_tokens", "label"]
+            ).to_pylist()
             for root in (run.root, tmp_path / "alone")
         )
         assert ours == alone, step
