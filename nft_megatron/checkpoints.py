@@ -2,52 +2,97 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
-from dataclasses import dataclass
+import time
+from concurrent.futures import Future, wait
 from pathlib import Path
 
+from nft_megatron.background import in_background
 from nft_megatron.collect import CollectorState
 from nft_megatron.errors import UserError
 from nft_megatron.files import make_temporary_folder, publish_folder
+from nft_megatron.model.checkpoint import Snapshot
 from nft_megatron.model.checksums import DamagedCheckpointError
-from nft_megatron.model.control import on_main, together
+from nft_megatron.model.control import first_of, on_main, together
 from nft_megatron.model.step import Trainer
+from nft_megatron.model.topology import Topology, with_own_control_group
 from nft_megatron.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 _COLLECTOR = "collector.parquet"
+_GRACE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
 class Checkpoints:
-    """Saves and restores trainer and collector together. Every method is called on all ranks."""
+    """Saves and restores trainer and collector together. Every method is called on all ranks.
 
-    folder: RunFolder
-    trainer: Trainer
-    num_kept: int
+    ``writes_aside``: a thread on each rank writes while training goes on. It has a control group of its own, whose deadline is
+    ``deadline_seconds``, so that its messages and those of the main thread never mix.
+    """
+
+    def __init__(
+        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, writes_aside: bool, deadline_seconds: float
+    ) -> None:
+        self._folder, self._trainer, self._num_kept = folder, trainer, num_kept
+        self._topology = trainer.topology
+        self._of_writer = with_own_control_group(self._topology, deadline_seconds) if writes_aside else None
+        self._under_way: Future[float] | None = None
 
     def save(self, step: int, collector: CollectorState) -> None:
-        """Write the checkpoint of ``step``, move the pointer to it, then delete all but the ``num_kept`` newest.
+        """Take the checkpoint of ``step``. It is there once :meth:`finish` has returned.
 
-        Whatever fails, the pointer still names a whole checkpoint and nothing half-written is left.
+        Once it is written, the pointer moves to it, then all but the ``num_kept`` newest are deleted. Whatever fails, the
+        pointer still names a whole checkpoint and nothing half-written is left.
         """
-        topology = self.trainer.topology
-        temporary = on_main(topology, lambda: make_temporary_folder(self.folder.checkpoint(step)))
+        assert self._under_way is None, "finish() the last one first"
+        begin = time.monotonic()
+        snapshot = self._trainer.snapshot(step)
+        write = functools.partial(self._write, snapshot, step, collector, self._of_writer or self._topology, begin)
+        if self._of_writer is not None:
+            self._under_way = in_background("save", write)
+        else:
+            self._under_way = Future()
+            self._under_way.set_result(write())
+
+    def is_written(self) -> bool:
+        """Whether a checkpoint is under way and :meth:`finish` would not have to wait for it on any rank."""
+        if self._under_way is None:
+            return False
+        return first_of(self._topology, None if self._under_way.done() else "writing") is None
+
+    def finish(self) -> float | None:
+        """Wait for the checkpoint under way and return the seconds it took, None without one.
+
+        Raises :class:`OSError` on every rank where any of them could not write.
+        """
+        under_way, self._under_way = self._under_way, None
+        return together(self._topology, under_way.result) if under_way is not None else None
+
+    def close(self) -> None:
+        """Leave after a fault, on this rank alone: a checkpoint under way gets a little time."""
+        if self._under_way is not None:
+            wait([self._under_way], _GRACE_SECONDS)
+
+    def _write(self, snapshot: Snapshot, step: int, collector: CollectorState, topology: Topology, begin: float) -> float:
+        target = self._folder.checkpoint(step)
+        temporary = on_main(topology, lambda: make_temporary_folder(target))
         try:
             on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
-            together(topology, lambda: self.trainer.save(temporary, step))  # ends with checksums over all files
-            on_main(topology, lambda: publish_folder(temporary, self.folder.checkpoint(step)))
+            snapshot.write(temporary, topology)  # ends with checksums over all files
+            on_main(topology, lambda: publish_folder(temporary, target))
         finally:
             if topology.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
         on_main(topology, lambda: self._keep_newest(step))
+        return time.monotonic() - begin
 
     def _keep_newest(self, step: int) -> None:
-        self.folder.set_latest(step)
-        for old in [other for other in self.folder.checkpoint_steps() if other <= step][: -self.num_kept]:
-            shutil.rmtree(self.folder.checkpoint(old))
+        self._folder.set_latest(step)
+        for old in [other for other in self._folder.checkpoint_steps() if other <= step][: -self._num_kept]:
+            shutil.rmtree(self._folder.checkpoint(old))
 
     def restore(self) -> tuple[int, CollectorState | None]:
         """Go back to the newest good checkpoint: its step (0 where there is none) and, on rank 0, the collector's state.
@@ -55,25 +100,25 @@ class Checkpoints:
         That is the one which the pointer names; where it is missing or damaged, loudly the newest good one before it. The steps
         in between are trained again, from their ledgers. Raises :class:`UserError` when none of them is good.
         """
-        newest = on_main(self.trainer.topology, self.folder.latest_step)
+        newest = on_main(self._topology, self._folder.latest_step)
         if newest is None:
             return 0, None
-        older = on_main(self.trainer.topology, self.folder.checkpoint_steps)
+        older = on_main(self._topology, self._folder.checkpoint_steps)
         problem: UserError | None = None
         for step in [newest, *reversed([step for step in older if step < newest])]:
             try:
                 return step, self._restore(step)
             except DamagedCheckpointError as error:
                 problem = problem or error
-                if self.trainer.topology.is_main:
+                if self._topology.is_main:
                     log.error("%s; trying the checkpoint before it", error)
         assert problem is not None
         raise problem
 
     def _restore(self, step: int) -> CollectorState | None:
-        topology, path = self.trainer.topology, self.folder.checkpoint(step)
+        topology, path = self._topology, self._folder.checkpoint(step)
         together(topology, lambda: self._check_is_there(path))
-        saved_step = self.trainer.load(path)
+        saved_step = self._trainer.load(path)
         assert saved_step == step, f"{path} holds step {saved_step}"
         return CollectorState.load(path / _COLLECTOR) if topology.is_main else None
 
@@ -81,5 +126,5 @@ class Checkpoints:
         if not path.is_dir():
             raise DamagedCheckpointError(
                 "checkpoints/latest", path.name, "that checkpoint is not there",
-                f"restore it, or write one of {self.folder.checkpoint_steps()} into {self.folder.latest}",
+                f"restore it, or write one of {self._folder.checkpoint_steps()} into {self._folder.latest}",
             )  # fmt: skip

@@ -244,6 +244,9 @@ class CheckpointSection(Section):
     """Rollout steps between checkpoints; the last step always has one."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    asynchronous: bool = True
+    """Write checkpoints while the next step goes on, from a copy in the host's memory. false: wait until they are on the
+    disk."""
     export_every: Annotated[int, Field(ge=0)] = 0
     """Rollout steps between Hugging Face exports; 0: only the last step's."""
 

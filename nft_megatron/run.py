@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nft_megatron.ahead import CollectAhead
+from nft_megatron.background import in_background
 from nft_megatron.checkpoints import Checkpoints
 from nft_megatron.collect import Collector, CollectorState
 from nft_megatron.config import Config
@@ -122,6 +122,7 @@ class Run:
 
     def close(self) -> None:
         """End what goes on in the background; the engine is closed after that."""
+        self.checkpoints.close()
         if self._ahead is not None:
             self._ahead.close()
 
@@ -155,8 +156,10 @@ class Run:
             with self.watchdog.phase("collect" if self.host is not None and self._ahead is None else UNWATCHED):
                 return on_main(self.topology, action)
         except StoppedEarly:
+            self._finish_saving()
             if on_main(self.topology, self.folder.latest_step) != self.step > 0:
                 self._save()
+                self._finish_saving()
             self.stop.clear()
             raise
 
@@ -223,6 +226,8 @@ class Run:
         time of saving is part of the next step's row.
         """
         self.step = step
+        if self.checkpoints.is_written():
+            self._finish_saving()
         is_last = step == self.config.train.num_steps
         if is_last or (step % self.config.evaluate.every == 0 and not self._is_due_beside(step)):
             self._evaluate()
@@ -234,6 +239,8 @@ class Run:
         is_asked = on_main(self.topology, self.folder.save_request.exists)
         if step % self.config.checkpoint.every == 0 or is_last or reason or is_asked:
             self._save()
+        if is_last or reason or is_asked:
+            self._finish_saving()
             on_main(self.topology, lambda: self.folder.save_request.unlink(missing_ok=True))
         if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
             with self.phase("save"):
@@ -271,7 +278,7 @@ class Run:
         """The same beside the next step, whose row gets the results."""
         step = self.step
         if self.host is not None:
-            self._evaluation = in_background(lambda: self._measure(step, Progress()) | {"eval_step": step})
+            self._evaluation = in_background("evaluate", lambda: self._measure(step, Progress()) | {"eval_step": step})
 
     def _finish_evaluation(self) -> None:
         """Wait for the evaluation under way, if there is one."""
@@ -295,23 +302,17 @@ class Run:
         self._notes = {}
 
     def _save(self) -> None:
-        with self.phase("save"), self.stop.limit.measuring("checkpoint"):
+        self._finish_saving()
+        with self.phase("save"):
             self.checkpoints.save(self.step, self.collected)
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is still being written, if there is one; raises what it failed at."""
+        with self.phase("save"):
+            seconds = self.checkpoints.finish()
+        if seconds is not None:
+            self.stop.limit.measured("checkpoint", seconds)
 
     def finish(self) -> None:
         """Export the trained model. A second call finds it there."""
         self.publisher.export(self.folder.export(self.step))
-
-
-def in_background(action: Callable[[], MetricsRow]) -> Future[MetricsRow]:
-    """Run ``action`` in a thread that does not outlive the process's main thread."""
-    future: Future[MetricsRow] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="evaluate", daemon=True).start()
-    return future

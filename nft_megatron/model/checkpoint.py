@@ -4,7 +4,9 @@ A checkpoint does not depend on the layout that wrote it: every tensor is stored
 optimizer's shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds the
 optimizer state of its replica group, 12 bytes a parameter). So it loads under other tensor, pipeline and data sizes.
 
-The caller gives an empty folder and publishes it once all ranks are back. Saving takes the steps of Megatron's own
+A save has two halves. :func:`take_snapshot` gathers and copies, while the ranks wait; :meth:`Snapshot.write` needs nothing of
+the model any more and may run in a thread, with a control group of its own. The caller gives an empty folder and publishes it
+once all ranks are back. Saving takes the steps of Megatron's own
 ``dist_checkpointing.save`` with two differences. Its writer forks processes and starts a manager, which needs a ``__main__``
 guard in the user's script and waits without a deadline for workers that the kernel killed
 (dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); here torch's writer works in this process. And a failure
@@ -14,7 +16,9 @@ of rank 0 to write the common part is told to the other ranks, which would wait 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -103,32 +107,37 @@ def _padding_counted(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
             holder.numel_unpadded = numel
 
 
-def save_checkpoint(
-    folder: Path,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: PolicyOptimizer,
-    topology: Topology,
-    extra: dict[str, Any],
-) -> None:
-    """Write everything that training needs to go on into the empty ``folder``. A collective over all ranks.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, in the host's memory: training may go on while it is written.
+
+    ``shards``: what this rank is the main holder of. ``common``: what is not sharded.
+    """
+
+    shards: dict[str, Any]
+    common: dict[str, Any]
+
+    def write(self, folder: Path, topology: Topology) -> None:
+        """Write it into the empty ``folder``. A collective over ``topology.control_group``, of no other use meanwhile.
+
+        Raises:
+            OSError: when any rank could not write (disk full, no permission), on every rank.
+        """
+        on_main(topology, lambda: _write_common(self.common, folder))
+        _write_shards(self.shards, folder, topology.control_group)
+        on_main(topology, lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
+        write_checksums(folder, topology)
+
+
+def take_snapshot(
+    chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology, extra: dict[str, Any]
+) -> Snapshot:
+    """Everything that training needs to go on from here. A collective over all ranks.
 
     ``extra`` is returned by :func:`load_checkpoint`: plain Python objects, the same on every rank.
-
-    Raises:
-        OSError: when any rank could not write (disk full, no permission), on every rank.
     """
     with optimizer.state_on_device():
-        _save(folder, chunks, optimizer, topology, extra)
-
-
-def _save(
-    folder: Path,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: PolicyOptimizer,
-    topology: Topology,
-    extra: dict[str, Any],
-) -> None:
-    state = _sharded_state(chunks, optimizer, topology, is_loading=False)
+        state = _sharded_state(chunks, optimizer, topology, is_loading=False)
     state["generators"] = _generators(topology)
     state["common"] = {
         "format": _FORMAT,
@@ -137,10 +146,29 @@ def _save(
         "extra": extra,
     }
     sharded, common = save_preprocess(state)
-    on_main(topology, lambda: _write_common(common, folder))
-    _write_shards(sharded, folder, topology.control_group)
-    on_main(topology, lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
-    write_checksums(folder, topology)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    _copy_weights(by_key, chunks)
+    return Snapshot(mcore_to_pyt_state_dict(by_key, is_loading=False), copy.deepcopy(common))
+
+
+def _copy_weights(by_key: dict[str, list[ShardedBase]], chunks: Sequence[DistributedDataParallel]) -> None:
+    """Take weights out of the memory that training changes. Optimizer state was copied when Megatron gathered it."""
+    live = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+    for shards in by_key.values():
+        for shard in shards:
+            if isinstance(shard, ShardedTensor) and shard.data.untyped_storage().data_ptr() in live:
+                shard.data = shard.data.detach().to("cpu", copy=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    topology: Topology,
+    extra: dict[str, Any],
+) -> None:
+    """:func:`take_snapshot` and :meth:`Snapshot.write` in one."""
+    take_snapshot(chunks, optimizer, topology, extra).write(folder, topology)
 
 
 def _write_common(common: dict[str, Any], folder: Path) -> None:
@@ -151,12 +179,11 @@ def _write_common(common: dict[str, Any], folder: Path) -> None:
         raise _not_written(folder, error) from error
 
 
-def _write_shards(sharded: dict[str, Any], folder: Path, control_group: dist.ProcessGroup) -> None:
-    """Every rank writes what it is the main holder of into one file, flushed. A failure on one rank raises on all."""
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+def _write_shards(shards: dict[str, Any], folder: Path, control_group: dist.ProcessGroup) -> None:
+    """Every rank writes its own into one file, flushed. A failure on one rank raises on all."""
     try:
         torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, is_loading=False),
+            shards,
             storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=control_group,
@@ -181,7 +208,7 @@ def _not_written(folder: Path, cause: BaseException) -> OSError:
 def load_checkpoint(
     folder: Path, chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology
 ) -> dict[str, Any]:
-    """Restore what :func:`save_checkpoint` wrote, under this run's layout, and return its ``extra``. A collective.
+    """Restore what :meth:`Snapshot.write` wrote, under this run's layout, and return its ``extra``. A collective.
 
     On the layout that wrote it, training goes on to the bit as if it had not stopped. On another, generators keep their seeds.
     The optimizer keeps its own settings: a changed config takes effect.

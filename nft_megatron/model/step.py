@@ -25,7 +25,7 @@ from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model import objective
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
-from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
+from nft_megatron.model.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
@@ -238,12 +238,12 @@ class Trainer:
         """The weights under their Hugging Face names, whole tensors on rank 0; every rank runs the iterator to its end."""
         return hf_tensors(self.chunks, self.topology, self.shape)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write model, optimizer and generators into ``folder``, each rank its part."""
-        save_checkpoint(folder, self.chunks, self.optimizer, self.topology, {"step": step})
+    def snapshot(self, step: int) -> Snapshot:
+        """Model, optimizer and generators as they are now, to be written."""
+        return take_snapshot(self.chunks, self.optimizer, self.topology, {"step": step})
 
     def load(self, folder: Path) -> int:
-        """Restore what :meth:`save` wrote, under any layout, and return its step."""
+        """Restore a written :meth:`snapshot`, under any layout, and return its step."""
         return load_checkpoint(folder, self.chunks, self.optimizer, self.topology)["step"]
 
     # ----------------------------------------------------------------------------------------------------- both passes

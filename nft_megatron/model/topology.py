@@ -8,6 +8,7 @@ fills and clears Megatron's global ``parallel_state``; everything else of this p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import gc
 from collections.abc import Iterator
@@ -207,6 +208,12 @@ def take_place(
         expert_replica_group=parallel_state.get_expert_data_parallel_group(),
         control_group=control_group,
     )
+
+
+def with_own_control_group(topology: Topology, timeout_seconds: float) -> Topology:
+    """The same place with another control group, for one thread beside the main one. A collective over all ranks."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    return dataclasses.replace(topology, control_group=dist.new_group(backend="gloo", timeout=timeout))
 
 
 def shutdown() -> None:
