@@ -12,6 +12,8 @@ every run.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from page import write_page
-from variants import ALGORITHMS, EPSILON, OMEGA, UNFILTERED, folder_name
+from variants import ALGORITHMS, EPSILON, OMEGA, UNFILTERED, WEIGHT, folder_name
 
+from nft_megatron.cli import main as nft_megatron
 from nft_megatron.config_load import load_config
 
 HERE = Path(__file__).resolve().parent
+FORKS = multiprocessing.get_context("forkserver")  # imports torch and the trainer once for all runs, some 8 s for each
+FORKS.set_forkserver_preload(["nft_megatron.train", "nft_megatron.rollout.decode", "transformers.models.qwen2.modeling_qwen2"])
 
 
 @dataclass(frozen=True)
@@ -38,32 +42,47 @@ class Task:
     overrides: tuple[str, ...]
 
     def command(self, config: Path) -> list[str]:
-        """What one could type."""
+        """What one would type behind ``nft-megatron``."""
         own = (f"run_dir={self.folder}", f"seed={self.seed}", f"model.path={self.start / 'model'}")
         data = (f"data.train={self.start / 'train.parquet'}", f"evaluate.data={self.start / 'held_out.parquet'}")
-        return [sys.executable, "-m", "nft_megatron", "train", str(config), *own, *data, *self.overrides]
+        return ["train", str(config), *own, *data, *self.overrides]
 
 
 def tasks(root: Path, seeds: int, variants: Mapping[str, tuple[str, ...]], config: Path, extra: list[str]) -> list[Task]:
     """Every variant with every seed, each folder once."""
-    num_steps = load_config(config, extra).train.num_steps
+    base = load_config(config, extra)
+    longer = (f"train.num_steps={2 * base.train.num_steps}", f"evaluate.every={2 * base.evaluate.every}")
     found: dict[Path, Task] = {}
     for seed in range(seeds):
         for name, overrides in variants.items():
-            longer = (f"train.num_steps={2 * num_steps}",) if name in UNFILTERED else ()
-            folder = root / f"seed{seed}" / folder_name(overrides)
-            found[folder] = Task(folder, root / "start" / f"seed{seed}", seed, (*overrides, *extra, *longer))
+            folder, steps = root / f"seed{seed}" / folder_name(overrides), longer if name in UNFILTERED else ()
+            found[folder] = Task(folder, root / "start" / f"seed{seed}", seed, (*overrides, *extra, *steps))
     return list(found.values())
 
 
 def run(task: Task, config: Path) -> None:
     """Train it to its end, its output beside it; an error ends the comparison."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    with (task.folder / "output.txt").open("w") as output:
-        code = subprocess.run(task.command(config), stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
-        sys.exit(f"{task.folder} ended with {code}; its output.txt says why")
+    process = FORKS.Process(target=_train, args=(task.command(config), task.folder / "output.txt"))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{task.folder} ended with {process.exitcode}; its output.txt says why")
     print(f"done  {task.folder}", flush=True)
+
+
+def _train(command: list[str], output: Path) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    print("$ nft-megatron", *command, flush=True)
+    nft_megatron(command)
+
+
+def prepare(start: Path, seed: int) -> None:
+    """The cold start of ``seed``, unless it is there."""
+    if not start.exists():
+        subprocess.run([sys.executable, HERE / "prepare.py", "--out", start, "--seed", str(seed)], check=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,18 +96,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page-only", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
-    variants = {name: ALGORITHMS[name] for name in ("NFT", "GRPO")} if options.pilot else ALGORITHMS | OMEGA | EPSILON
+    variants = {name: ALGORITHMS[name] for name in ("NFT", "GRPO")} if options.pilot else ALGORITHMS | OMEGA | EPSILON | WEIGHT
     if not options.page_only:
-        for seed in range(options.seeds):
-            start = options.root / "start" / f"seed{seed}"
-            if not start.exists():
-                subprocess.run([sys.executable, HERE / "prepare.py", "--out", start, "--seed", str(seed)], check=True)
+        every = tasks(options.root, options.seeds, variants, options.config, options.overrides)
         with ThreadPoolExecutor(options.jobs) as pool:
-            every = tasks(options.root, options.seeds, variants, options.config, options.overrides)
-            for _ in pool.map(lambda task: run(task, options.config), every):
-                pass
-    answers_per_question = load_config(options.config, options.overrides).rollout.answers_per_question
-    print(write_page(options.root, options.seeds, answers_per_question))
+            list(pool.map(prepare, *zip(*{task.start: (task.start, task.seed) for task in every}.values(), strict=True)))
+            list(pool.map(lambda task: run(task, options.config), every))
+    from page import write_page  # imports matplotlib, which no run needs
+
+    config = load_config(options.config, options.overrides)
+    command = f"python examples/paper/compare.py --seeds {options.seeds}"
+    settings = ", ".join([f"settings of {options.config.name}", *options.overrides])
+    print(write_page(options.root, options.seeds, config.rollout.answers_per_question, command, settings))
 
 
 if __name__ == "__main__":

@@ -2,101 +2,180 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from statistics_of_runs import accuracy_at, accuracy_by_samples, half_width, mean_and_deviation, smallest_visible
-from variants import ALGORITHMS, EPSILON, OMEGA, folder_name
+from figures import draw_curves
+from statistics_of_runs import (
+    LATE,
+    Points,
+    accuracy_by_samples,
+    entropy_by_samples,
+    half_width,
+    late_mean,
+    mean_and_deviation,
+    smallest_visible,
+    verdict,
+)
+from variants import ALGORITHMS, EPSILON, FINDINGS, OMEGA, WEIGHT, Finding, folder_name
 
 from nft_megatron.files import atomic_file
 from nft_megatron.observe.metrics import read_metrics
 
-Runs = dict[str, list[list[dict[str, Any]]]]
-"""The rows of every run: variant, then seed. Variants that lack a seed are not in it."""
-
-REFERENCE = "NFT"
-ENTROPY_STEPS = 4  # the mean of so many steps at the start and at the end
-
-
-def read_runs(root: Path, seeds: int, variants: Mapping[str, tuple[str, ...]]) -> Runs:
-    """What is there of ``variants``."""
-    found = {
-        name: [read_metrics(root / f"seed{seed}" / folder_name(overrides)) for seed in range(seeds)]
-        for name, overrides in variants.items()
-    }
-    return {name: rows for name, rows in found.items() if all(rows)}
-
-
-def final_accuracies(runs: Runs, answers_per_question: int) -> tuple[int, dict[str, list[float]]]:
-    """Samples that every run has had, and every run's held-out accuracy after so many."""
-    points = {name: [accuracy_by_samples(rows, answers_per_question) for rows in each] for name, each in runs.items()}
-    budget = min(one[-1][0] for each in points.values() for one in each)
-    return budget, {name: [accuracy_at(one, budget) for one in each] for name, each in points.items()}
+MARGIN = 0.03
+"""Of held-out accuracy: runs that differ by less count as about equal."""
+HOW_TO_READ = (
+    "{seeds} seeds; a seed is a cold start, an order of questions and a stream of samples, shared by all variants. Every run is "
+    "judged by the mean of its curve over the last quarter of {budget:,} sampled answers ({readings} readings), as many as each "
+    "of them has. ± after a mean is the standard deviation over seeds; ± after a difference is half of its 95 % interval, from "
+    "differences between runs of one seed (paired t, not corrected for their number). “At least” and “about” allow {margin:.0f} "
+    "points."
+)
+ABLATIONS = {
+    "Prompt weight ω (Figure 9)": OMEGA,
+    "Clamp ε (Figure 10)": EPSILON,
+    "Weight of wrong answers": WEIGHT,
+}
 
 
-def table(accuracies: Mapping[str, list[float]], reference: str) -> list[str]:
-    """Mean ± deviation over seeds, and the paired difference to ``reference`` with its 95 % interval, in points."""
-    lines = [f"| | held-out accuracy | less {reference} | smallest difference that would show |", "|---|---|---|---|"]
-    for name, values in accuracies.items():
-        mean, deviation = mean_and_deviation(values)
-        line = f"| {name} | {100 * mean:.1f} ± {100 * deviation:.1f} |"
-        if name != reference and len(values) > 1:
-            difference, spread = mean_and_deviation([a - b for a, b in zip(values, accuracies[reference], strict=True)])
-            width, visible = half_width(spread, len(values)), smallest_visible(spread, len(values))
-            line += f" {100 * difference:+.1f} ± {100 * width:.1f} | {100 * visible:.1f} |"
-        else:
-            line += " | |"
-        lines.append(line)
-    return lines
+@dataclass(frozen=True)
+class Runs:
+    """The curves of every finished variant, by name, then by seed. ``budget``: answers that every run has sampled."""
+
+    seeds: int
+    accuracy: Mapping[str, list[Points]]
+    entropy: Mapping[str, list[Points]]
+    budget: int
+    hours: float
+
+    def judged(self, quantity: str, name: str) -> list[float]:
+        """Late mean of each seed's run."""
+        return [late_mean(points, self.budget) for points in getattr(self, quantity)[name]]
+
+    def start(self, quantity: str, name: str) -> list[float]:
+        """Before training."""
+        return [points[0][1] for points in getattr(self, quantity)[name]]
 
 
-def entropies(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Of sampled answers, in the first and the last steps."""
-    values = [row["entropy_sampled"] for row in rows if "entropy_sampled" in row]
-    size = min(ENTROPY_STEPS, len(values))
-    return math.fsum(values[:size]) / size, math.fsum(values[-size:]) / size
+def read_runs(root: Path, seeds: int, answers_per_question: int) -> Runs:
+    """Of all variants those that have ended with all ``seeds``."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    seconds: dict[Path, float] = {}
+    for name, overrides in (ALGORITHMS | OMEGA | EPSILON | WEIGHT).items():
+        folders = [root / f"seed{seed}" / folder_name(overrides) for seed in range(seeds)]
+        if all((folder / "hf").is_dir() for folder in folders):
+            found[name] = [read_metrics(folder) for folder in folders]
+            seconds |= {
+                folder: sum(row["time/step"] for row in rows) for folder, rows in zip(folders, found[name], strict=True)
+            }
+    accuracy = {name: [accuracy_by_samples(rows, answers_per_question) for rows in each] for name, each in found.items()}
+    entropy = {name: [entropy_by_samples(rows, answers_per_question) for rows in each] for name, each in found.items()}
+    budget = min(one[-1][0] for each in accuracy.values() for one in each)
+    return Runs(seeds, accuracy, entropy, budget, sum(seconds.values()) / 3600)
 
 
-def write_page(root: Path, seeds: int, answers_per_question: int) -> Path:
-    """Write ROOT/comparison.md and its picture; returns the page's path."""
-    algorithms = read_runs(root, seeds, ALGORITHMS)
-    budget, accuracies = final_accuracies(algorithms, answers_per_question)
-    lines = ["# The paper's comparison at toy scale", "", f"{seeds} seeds, after {budget} sampled answers each, in points.", ""]
-    lines += ["## Algorithms (Table 1, Figure 6)", "", *table(accuracies, REFERENCE), "", "![curves](comparison.png)", ""]
-    lines += ["## Entropy of sampled answers (Figure 8)", "", "| | first steps | last steps |", "|---|---|---|"]
-    for name, each in algorithms.items():
-        first, last = zip(*map(entropies, each), strict=True)
-        shown = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in map(mean_and_deviation, (first, last))]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    for title, variants, reference in (
-        ("Prompt weight ω (Figure 9)", OMEGA, "ω = 1 − r̂"),
-        ("Clamp ε (Figure 10)", EPSILON, "ε = 1"),
-    ):
-        runs = read_runs(root, seeds, variants)
-        if len(runs) > 1:
-            lines += ["", f"## {title}", "", *table(final_accuracies(runs, answers_per_question)[1], reference)]
-    _draw(algorithms, answers_per_question, root / "comparison.png")
+def write_page(root: Path, seeds: int, answers_per_question: int, command: str, settings: str) -> Path:
+    """Write ROOT/comparison.md and its two pictures; returns the page's path. Without a finished variant, an error."""
+    runs = read_runs(root, seeds, answers_per_question)
+    lines = [
+        "# The paper's comparison at toy scale",
+        "",
+        f"Written by `{command}`; {settings}. {_machine()}; the steps of all runs together took {runs.hours:.1f} hours.",
+        "",
+        HOW_TO_READ.format(seeds=seeds, budget=runs.budget, readings=len(LATE), margin=100 * MARGIN),
+        "",
+        "## Findings",
+        "",
+        "| the paper | here | |",
+        "|---|---|---|",
+        *(
+            _finding(runs, finding)
+            for finding in FINDINGS
+            if {finding.left, finding.right or finding.left} <= set(runs.accuracy)
+        ),
+        "",
+        "## Algorithms (Table 1, Figures 6 and 8)",
+        "",
+        *_table(runs, ALGORITHMS, "NFT"),
+        "",
+        "![Held-out accuracy and entropy of the six algorithms](comparison_algorithms.svg)",
+    ]
+    draw_curves(
+        [
+            ("Held-out accuracy", {name: runs.accuracy[name] for name in ALGORITHMS if name in runs.accuracy}),
+            (
+                "Entropy of sampled answers, nats a token",
+                {name: runs.entropy[name] for name in ALGORITHMS if name in runs.entropy},
+            ),
+        ],
+        runs.budget,
+        root / "comparison_algorithms.svg",
+    )
+    panels = []
+    for title, variants in ABLATIONS.items():
+        present = [name for name in variants if name in runs.accuracy]
+        if len(present) > 1:
+            lines += ["", f"## {title}", "", *_table(runs, variants, present[0])]
+            panels.append((title, {name: runs.accuracy[name] for name in present}))
+    if panels:
+        lines += ["", "![Held-out accuracy of NFT under other ω, ε and weights of wrong answers](comparison_ablations.svg)"]
+        draw_curves(panels, runs.budget, root / "comparison_ablations.svg")
     with atomic_file(root / "comparison.md") as temporary:
         temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return root / "comparison.md"
 
 
-def _draw(runs: Runs, answers_per_question: int, path: Path) -> None:
-    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    accuracy, entropy = figure.subplots(1, 2)
-    for number, (name, each) in enumerate(runs.items()):
-        for seed, rows in enumerate(each):
-            style = {"color": f"C{number}", "linewidth": 1, "label": name if seed == 0 else None}
-            accuracy.plot(*zip(*accuracy_by_samples(rows, answers_per_question), strict=True), **style)
-            sampled = [(row["step"], row["entropy_sampled"]) for row in rows if "entropy_sampled" in row]
-            entropy.plot(*zip(*sampled, strict=True), **style)
-    accuracy.set(title="Held-out accuracy", xlabel="sampled answers")
-    entropy.set(title="Entropy of sampled answers (nats a token)", xlabel="rollout step")
-    accuracy.legend(frameon=False, fontsize=8)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+def _table(runs: Runs, variants: Mapping[str, object], reference: str) -> list[str]:
+    """Mean ± deviation over seeds, and the paired difference to ``reference`` with its 95 % interval, in points."""
+    lines = [
+        f"| | accuracy before | accuracy | less {reference} | smallest difference that would show | entropy before | entropy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in variants:
+        if name not in runs.accuracy:
+            continue
+        values, difference = runs.judged("accuracy", name), " | "
+        if name != reference and runs.seeds > 1:
+            mean, spread = mean_and_deviation(_less(values, runs.judged("accuracy", reference)))
+            width, visible = half_width(spread, runs.seeds), smallest_visible(spread, runs.seeds)
+            difference = f"{100 * mean:+.1f} ± {100 * width:.1f} | {100 * visible:.1f}"
+        cells = [
+            name,
+            _with_deviation(runs.start("accuracy", name), 100, 1),
+            _with_deviation(values, 100, 1),
+            difference,
+            _with_deviation(runs.start("entropy", name), 1, 3),
+            _with_deviation(runs.judged("entropy", name), 1, 3),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _finding(runs: Runs, finding: Finding) -> str:
+    """Its row of the table: what is claimed, the difference here, whether that is seen."""
+    values = runs.judged(finding.quantity, finding.left)
+    other = runs.judged(finding.quantity, finding.right) if finding.right else runs.start(finding.quantity, finding.left)
+    mean, deviation = mean_and_deviation(_less(values, other))
+    width = half_width(deviation, runs.seeds)
+    in_points = finding.quantity == "accuracy"
+    shown = f"{100 * mean:+.1f} ± {100 * width:.1f} points" if in_points else f"{mean:+.4f} ± {width:.4f} nats"
+    what = f"{finding.left} less {finding.right}" if finding.right else f"{finding.left}, change"
+    return f"| {finding.claim} | {what}: {shown} | {verdict(finding.kind, mean, width, MARGIN)} |"
+
+
+def _less(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(values, others, strict=True)]
+
+
+def _with_deviation(values: Sequence[float], scale: float, digits: int) -> str:
+    mean, deviation = mean_and_deviation(values)
+    return f"{scale * mean:.{digits}f} ± {scale * deviation:.{digits}f}"
+
+
+def _machine() -> str:
+    """Processor and cores of this machine."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores, {names[0].partition(':')[2].strip() if names else 'unknown processor'}"

@@ -1,4 +1,4 @@
-"""The comparison's starting point: the quickstart's task with four to eight numbers, and a colder start.
+"""The comparison's starting point: the quickstart's task with four to six numbers and a shorter cold start.
 
     python examples/paper/prepare.py --out DIR --seed N
 
@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 import arithmetic
 import prepare
 
-arithmetic.NUM_NUMBERS = (4, 4, 5, 5, 6, 6, 7, 8)
+arithmetic.NUM_NUMBERS = (4, 4, 4, 5, 5, 6)
 prepare.NUM_HELD_OUT = 500
-prepare.CARELESS_SHARE = 0.8
+prepare.NUM_UPDATES = 900
 
 if __name__ == "__main__":
     prepare.main()

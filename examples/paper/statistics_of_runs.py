@@ -1,17 +1,24 @@
-"""Means over seeds, differences of runs that share a start, and which difference so many seeds can show."""
+"""Curves over sampled answers, means over seeds, differences of runs that share a start, and which so many seeds can show."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 T_QUANTILES = {
     1: (12.706, 1.376), 2: (4.303, 1.061), 3: (3.182, 0.978), 4: (2.776, 0.941), 5: (2.571, 0.920), 6: (2.447, 0.906),
     7: (2.365, 0.896), 8: (2.306, 0.889), 9: (2.262, 0.883), 11: (2.201, 0.876), 15: (2.131, 0.866),
 }  # fmt: skip
 """Student's t at 97.5 % and at 80 %, by degrees of freedom."""
+
+LATE = (0.75, 0.8125, 0.875, 0.9375, 1.0)
+"""Shares of the budget at which a curve is read to judge a run: one evaluation alone is as noisy as the weights it meets."""
+
+Points = list[tuple[int, float]]
+"""(answers sampled so far, value), in order."""
+Kind = Literal["above", "below", "at least", "about"]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -34,37 +41,68 @@ def smallest_visible(deviation: float, num_seeds: int) -> float:
     >>> round(smallest_visible(0.01, 4), 4)
     0.0208
     """
-    high, low = T_QUANTILES[max(df for df in T_QUANTILES if df <= num_seeds - 1)]
-    return (high + low) * deviation / math.sqrt(num_seeds)
+    return sum(_quantiles(num_seeds)) * deviation / math.sqrt(num_seeds)
 
 
 def half_width(deviation: float, num_seeds: int) -> float:
-    """Of the 95 % interval around a mean of ``num_seeds``."""
-    return T_QUANTILES[max(df for df in T_QUANTILES if df <= num_seeds - 1)][0] * deviation / math.sqrt(num_seeds)
+    """Of the 95 % interval around a mean of ``num_seeds``; NaN of one."""
+    return _quantiles(num_seeds)[0] * deviation / math.sqrt(num_seeds)
 
 
-def accuracy_by_samples(rows: Sequence[Mapping[str, Any]], answers_per_question: int) -> list[tuple[int, float]]:
-    """Held-out accuracy after so many sampled answers, from the rows of RUN/metrics.jsonl; first the model before training.
+def _quantiles(num_seeds: int) -> tuple[float, float]:
+    """With fewer degrees of freedom where the table has none so many: wider, never narrower."""
+    return T_QUANTILES[max((df for df in T_QUANTILES if df <= num_seeds - 1), default=1)]
+
+
+def verdict(kind: Kind, mean: float, width: float, margin: float) -> str:
+    """What the interval ``mean`` ± ``width`` of a difference says of a finding; ``margin`` is what counts as equal.
+
+    >>> [verdict("above", mean, 0.01, 0.03) for mean in (0.02, 0.005, -0.02)]
+    ['seen', 'not shown', 'the opposite']
+    >>> [verdict("about", mean, 0.01, 0.03) for mean in (0.01, 0.025, 0.05)]
+    ['seen', 'not shown', 'the opposite']
+    """
+    if kind == "below":
+        return verdict("above", -mean, width, margin)
+    if kind == "about":
+        return "seen" if abs(mean) + width <= margin else "the opposite" if abs(mean) - width > margin else "not shown"
+    bound = 0.0 if kind == "above" else -margin
+    return "seen" if mean - width > bound else "the opposite" if mean + width < 0 else "not shown"
+
+
+def accuracy_by_samples(rows: Sequence[Mapping[str, Any]], answers_per_question: int) -> Points:
+    """Held-out accuracy, from the rows of RUN/metrics.jsonl; first the model before training.
 
     >>> accuracy_by_samples([{"groups_sampled": 10, "eval_accuracy_initial": 0.2, "eval_accuracy": 0.5}], 16)
     [(0, 0.2), (160, 0.5)]
     """
     points = [(0, row["eval_accuracy_initial"]) for row in rows[:1] if "eval_accuracy_initial" in row]
-    num_answers = 0
-    for row in rows:
-        num_answers += row["groups_sampled"] * answers_per_question
-        if "eval_accuracy" in row:
-            points.append((num_answers, row["eval_accuracy"]))
-    return points
+    counts = itertools.accumulate(row["groups_sampled"] * answers_per_question for row in rows)
+    return points + [(count, row["eval_accuracy"]) for count, row in zip(counts, rows, strict=True) if "eval_accuracy" in row]
 
 
-def accuracy_at(points: Sequence[tuple[int, float]], num_answers: int) -> float:
-    """Between two evaluations on the straight line that joins them; after the last one its own.
+def entropy_by_samples(rows: Sequence[Mapping[str, Any]], answers_per_question: int) -> Points:
+    """Entropy of the answers of each step, at the count before it: they come from the weights that the steps before left.
 
-    >>> accuracy_at([(0, 0.2), (100, 0.4)], 50)
+    >>> entropy_by_samples([{"groups_sampled": 10, "entropy_sampled": 0.2}, {"groups_sampled": 9, "entropy_sampled": 0.1}], 16)
+    [(0, 0.2), (160, 0.1)]
+    """
+    counts = itertools.accumulate((row["groups_sampled"] * answers_per_question for row in rows), initial=0)
+    return [(count, row["entropy_sampled"]) for count, row in zip(counts, rows, strict=False) if "entropy_sampled" in row]
+
+
+def value_at(points: Points, num_answers: float) -> float:
+    """Between two points on the straight line that joins them; after the last one its own.
+
+    >>> value_at([(0, 0.2), (100, 0.4)], 50)
     0.30000000000000004
     """
     for (before, low), (after, high) in itertools.pairwise(points):
         if num_answers <= after:
             return low + (high - low) * (num_answers - before) / (after - before)
     return points[-1][1]
+
+
+def late_mean(points: Points, budget: int) -> float:
+    """Mean of the curve over the last quarter of ``budget`` sampled answers."""
+    return math.fsum(value_at(points, share * budget) for share in LATE) / len(LATE)
