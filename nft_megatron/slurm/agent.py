@@ -41,7 +41,9 @@ log = logging.getLogger(__name__)
 
 _PAUSE = 0.5
 _BY_SIGNAL = "by SIGTERM"
-_RESERVE_SECONDS = 45.0
+_EARLY_SECONDS = 90.0
+"""By so much Slurm's signal may come too early."""
+_RESERVE_SECONDS = 20.0
 """Before the time limit: what the agent itself needs to requeue the job."""
 _FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
 
@@ -82,6 +84,7 @@ class Agent:
         self._run = RunFolder(config.run_dir.resolve())
         self._folder = JobFolder(self._run)
         self._asked: str | None = None
+        self._out_of_time = False
         self._terminated = threading.Event()
         number = 1 + max((attempt.number for attempt in self._folder.attempts()), default=0)
         self._attempt = Attempt(number, job.id, job.nodes, time.time())
@@ -195,8 +198,10 @@ class Agent:
             return "wrong", cause
         terminated = self._terminated.is_set() or _BY_SIGNAL in cause.text  # a preemption reaches the ranks first
         asked = self._asked or ("Slurm ended it (preemption, a lost node, scancel)" if terminated else None)
-        if late or asked:
-            return "left", Cause(cause.code, f"{late or asked}: {cause.text}")
+        if late or self._out_of_time:
+            return "short", Cause(cause.code, f"{late or asked}: {cause.text}")
+        if asked:
+            return "left", Cause(cause.code, f"{asked}: {cause.text}")
         return ("short" if cause.code == EXIT_STOPPED_EARLY else "failed"), cause
 
     def _wait(self, step: subprocess.Popen) -> str | None:
@@ -212,7 +217,9 @@ class Agent:
         if number == signal.SIGTERM:
             self._terminated.set()
             return
-        self._asked = f"{signal.Signals(number).name}: the time limit is near, or a person asked"
+        self._asked = "a person's USR1"
+        if self._job.end - time.time() < self._config.slurm.signal_seconds + _EARLY_SECONDS:
+            self._asked, self._out_of_time = "the time limit is near", True
         with suppress(OSError):
             self._run.stop.write_text(f"{self._asked}\n")
 

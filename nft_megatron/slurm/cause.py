@@ -14,6 +14,8 @@ _SRUN_LINE = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+)
 _EXITED = "Exited with exit code"
 _HARDWARE = re.compile(r"CUDA|ECC|Xid|NVML|cuBLAS|uncorrectable|Bus error|Input/output error", re.IGNORECASE)
 _ECHO = re.compile(r"connection (closed|reset|refused)|broken pipe|peer|remote process", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+"""In a collective: its deadline may come before the watchdog's."""
 _TAIL = 65536
 
 
@@ -54,8 +56,9 @@ def find_cause(code: int, endings: Sequence[Ending], log: str, node_of_rank: Seq
     if ends and _EXITED not in ends[0].what:
         ranks = ", ".join(map(str, ends[0].ranks))
         return Cause(1, f"rank {ranks} on {ends[0].node}: {ends[0].what}", (ends[0].node,))
-    if any(ending.code == EXIT_STALLED for ending in endings):
-        return _stall(endings, node_of_rank)
+    waited = [ending for ending in endings if ending.code == EXIT_STALLED or _TIMED_OUT.search(ending.message)]
+    if waited:
+        return _stall(waited, endings, node_of_rank)
     faults = [ending for ending in endings if ending.code not in (0, EXIT_STOPPED_EARLY)]
     if faults:
         first = next((fault for fault in faults if not _ECHO.search(fault.message)), faults[0])
@@ -83,17 +86,17 @@ def read_tail(path: Path) -> str:
         return ""
 
 
-def _stall(endings: Sequence[Ending], node_of_rank: Sequence[str]) -> Cause:
-    """Ranks that noticed a silence waited for those that did not: these were stopped, or hang where no watchdog looks."""
-    noticed = [ending for ending in endings if ending.code == EXIT_STALLED]
-    phase = f"in phase {noticed[0].phase}" if noticed[0].phase else ""
+def _stall(waited: Sequence[Ending], endings: Sequence[Ending], node_of_rank: Sequence[str]) -> Cause:
+    """Ranks that ``waited`` in vain did so for those without a word: these were stopped, or hang where no watchdog looks."""
+    phase = f"in phase {waited[0].phase}" if waited[0].phase else ""
     silent = sorted(set(range(len(node_of_rank))) - {ending.rank for ending in endings})
     if not silent:
-        return Cause(EXIT_STALLED, f"all ranks stood still {phase}: {noticed[0].message}")
+        return Cause(EXIT_STALLED, f"all ranks stood still {phase}: {waited[0].message}")
     where = tuple(sorted({node_of_rank[rank] for rank in silent}))
-    waiting = ", ".join(str(ending.rank) for ending in noticed)
-    text = f"rank {', '.join(map(str, silent))} on {', '.join(where)} gave no sign of life while rank {waiting} waited {phase}"
-    return Cause(EXIT_STALLED, text, where)
+    who, others = (", ".join(map(str, ranks)) for ranks in (silent, sorted(ending.rank for ending in waited)))
+    return Cause(
+        EXIT_STALLED, f"rank {who} on {', '.join(where)} gave no sign of life while rank {others} waited {phase}", where
+    )  # fmt: skip
 
 
 def _numbers(text: str) -> tuple[int, ...]:

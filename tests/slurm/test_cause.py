@@ -46,6 +46,13 @@ def test_ranks_without_a_word_are_who_the_others_waited_for():
     assert cause.blamed == ("n2",)
 
 
+def test_a_collective_that_timed_out_was_waiting_for_the_rank_without_a_word():
+    endings = [ending(rank, 1, "RuntimeError: Timed out waiting 60000ms for send operation", "save") for rank in (0, 1, 2)]
+    cause = find_cause(137, endings, "srun: error: n1: tasks 0-1: Exited with exit code 1", NODES)
+    assert (cause.code, cause.blamed) == (70, ("n2",))
+    assert cause.text == "rank 3 on n2 gave no sign of life while rank 0, 1, 2 waited in phase save"
+
+
 def test_when_all_stand_still_nobody_is_blamed():
     cause = find_cause(70, [ending(rank, 70, "silent for 10 s", "save") for rank in range(4)], "", NODES)
     assert (cause.text, cause.blamed) == ("all ranks stood still in phase save: silent for 10 s", ())
