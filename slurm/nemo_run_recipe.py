@@ -3,8 +3,8 @@
     python slurm/nemo_run_recipe.py CONFIG [section.key=value …] [--dry-run]
 
 The experiment is one script of one task, on the first node of the job: the agent that the plain batch script runs too, which
-starts all the rest. NeMo-Run's own retries are off, since the agent requeues the job. What NeMo-Run writes is in RUN/slurm/nemo_run,
-or in NEMORUN_HOME where that is set (a folder that all nodes see).
+starts all the rest. NeMo-Run's own retries are off, since the agent requeues the job. What NeMo-Run writes is in
+RUN/slurm/nemo_run, or in NEMORUN_HOME where that is set (a folder that all nodes see).
 """
 
 import argparse
@@ -53,7 +53,7 @@ def check(config: Config) -> None:
 
 
 def submit(config: Config, dry_run: bool) -> str | None:
-    """Give ``config``, which has been prepared, to Slurm. The id of the job, or None where a dry run printed the batch script."""
+    """Give ``config``, which has been prepared, to Slurm; the id of the job. A dry run prints the batch script instead."""
     settings, folder = config.slurm, JobFolder(RunFolder(config.run_dir))
     os.environ.setdefault("NEMORUN_HOME", str(folder.root / "nemo_run"))  # read when it is imported
     try:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attach = add(
         "attach", _attach, "a shell on a node of the job",
         "Open a shell on a node of the running job, beside what runs there; or run a command: "
-        "attach RUN --node n3 -- nvidia-smi.",
+        "attach --node n3 RUN -- nvidia-smi.",
     )  # fmt: skip
     attach.add_argument("--node", help="default: the first trainer's")
     checkpoint = add("checkpoint", _checkpoint, "save and go on", "Ask for a checkpoint after the current step.")
@@ -112,7 +112,7 @@ def _attach(options: argparse.Namespace) -> None:
     if not attempts or attempts[-1].kind is not None:
         raise UserError("attach", job_id, "the job does not run", f"`nft-megatron slurm status {folder.run.root}` says why")
     node = options.node or attempts[-1].nodes[0]
-    what = options.command or ["bash", "-i"]
+    what = [word for word in options.command if word != "--"] or ["bash", "-i"]
     pty = [] if options.command else ["--pty"]
     command = ["srun", f"--jobid={job_id}", "--overlap", f"--nodelist={node}", "--nodes=1", "--ntasks=1", *pty, *what]
     print(shlex.join(command), flush=True)

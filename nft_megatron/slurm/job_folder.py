@@ -27,7 +27,8 @@ Progress = tuple[int, int, int]
 class Attempt:
     """One start of the run under Slurm. ``kind`` says how it ended:
 
-    ``finished``; ``left`` as it was asked to (preemption, a person); ``short`` of something (time, servers, disk); ``wrong`` input; ``failed``; ``bad nodes`` in the preflight; ``lost`` with its first node. None while it runs.
+    ``finished``; ``left`` as it was asked to (preemption, a person); ``short`` of something (time, servers, disk); ``wrong``
+    input; ``failed``; ``bad nodes`` in the preflight; ``lost`` with its first node. None while it runs.
     ``progress`` is what stood on the disk at its end. Times are seconds since 1970.
     """
 

@@ -80,7 +80,7 @@ def test_what_people_ask_of_a_running_job(slurm_run):
     assert re.search(rf"job +{run.job_id} RUNNING", shown)
     assert re.search(r"step +\d+ of 10000", shown)
     assert "step 1" in run.command("logs", run.root, "-n", "500").stdout
-    assert "n2" in run.command("attach", run.root, "--node=n2", "--", "printenv", "SLURMD_NODENAME").stdout
+    assert "n2" in run.command("attach", "--node=n2", run.root, "--", "printenv", "SLURMD_NODENAME").stdout
     assert "works on it" in run.command("submit", run.config, check=False).stderr
 
     assert run.folder.run.latest_step() is None
