@@ -2,11 +2,16 @@
 
 import itertools
 import os
+import time
+from pathlib import Path
 from unittest import mock
+
+from torch.distributed.checkpoint import FileSystemWriter
 
 from nft_megatron.cli import main
 from nft_megatron.model import objective
 from nft_megatron.model.step import Trainer
+from nft_megatron.place import place
 from nft_megatron.time_limit import TimeLimit
 
 
@@ -52,3 +57,32 @@ def train_in_environment(config: str, variables: dict[str, str]) -> None:
     """``nft-megatron train`` with more environment variables."""
     os.environ.update(variables)
     main(["train", config])
+
+
+def train_with_slow_writer(config: str, go_on: str, fault: dict[str, int]) -> None:
+    """``nft-megatron train`` that writes no shard of step 2 before the file ``go_on`` is there.
+
+    ``fault``: with "rank", "step" and "errno", that rank then fails to write that step; with "broken_update", that update
+    raises.
+    """
+    write_data, update, calls = FileSystemWriter.write_data, Trainer.update, []
+
+    def slow(self, plan, planner):
+        step = int(Path(self.fs.concat_path(self.path, "")).name.rpartition("_")[2])
+        wait_for_file = step == 2 or "broken_update" in fault
+        limit = time.monotonic() + 60
+        while wait_for_file and not os.path.exists(go_on):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        if (place().rank, step) == (fault.get("rank"), fault.get("step")):
+            raise OSError(fault["errno"], os.strerror(fault["errno"]))
+        return write_data(self, plan, planner)
+
+    def broken(self, minibatch):
+        calls.append(minibatch)
+        if len(calls) == fault.get("broken_update"):
+            raise RuntimeError("this update broke")
+        return update(self, minibatch)
+
+    with mock.patch.object(FileSystemWriter, "write_data", slow), mock.patch.object(Trainer, "update", broken):
+        main(["train", config])

@@ -1,9 +1,15 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and what is there while one is being written."""
 
+import errno
+import json
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
+from faults import train_with_slow_writer
+from launcher import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +76,111 @@ def test_without_any_good_checkpoint_the_run_is_refused(damaged_run, command, tm
     config, _ = damaged_run
     for step in (2, 3, 4):
         truncate(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
-    before = sorted((tmp_path / "run").rglob("*"))
+    before = set((tmp_path / "run").rglob("*"))
     done = command("train", config)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("nft-megatron: ")]
     assert "step_000004: __0_0.distcp is damaged" in line
-    assert sorted((tmp_path / "run").rglob("*")) == before, "nothing is lost"
+    assert before <= set((tmp_path / "run").rglob("*")), "nothing is lost"
+
+
+def wait_for(condition, process, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and process.is_running, "it did not happen"
+        time.sleep(0.02)
+
+
+def latest(run: Path) -> int:
+    return int((run / "checkpoints" / "latest").read_text().removeprefix("step_"))
+
+
+def rows(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def start_slow(config: Path, tmp_path: Path, name: str, *, ranks: int = 2, **fault) -> Ranks:
+    (tmp_path / name).mkdir()
+    return Ranks(train_with_slow_writer, (str(config), str(tmp_path / "go_on"), fault), ranks, tmp_path / name)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
+def test_killed_while_a_checkpoint_is_written_aside_it_goes_on_from_the_one_before(
+    run_config, command, metrics_of, tmp_path, parallel
+):
+    """The writer of step 2 stands still until a file is there; meanwhile steps 3 and 4 are trained."""
+    sections = {"train": {"num_steps": 5}, "checkpoint": {"every": 2, "keep": 1}, "parallel": parallel}
+    sections["evaluate"] = {"data": []}  # else the row of a last step differs from that of any other
+    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    config, run = run_config("killed", **sections), tmp_path / "killed"
+    assert command("train", config, "train.num_steps=1", ranks=2).returncode == 0
+    process = start_slow(config, tmp_path, "first")
+    wait_for(lambda: len(rows(run)) == 4, process)
+    assert latest(run) == 1 and not (run / "checkpoints" / "step_000002").exists()
+    assert list((run / "checkpoints").glob(".tmp-*"))
+    process.signal(signal.SIGKILL)
+    process.wait()
+    done = command("train", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_000005"]
+    assert not list(run.rglob(".tmp-*"))
+
+
+def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, metrics_of, tmp_path):
+    """Steps 3 and 4 are trained before the first byte of step 2 is written; then the run goes on from that checkpoint."""
+    sections = {"train": {"num_steps": 4}, "checkpoint": {"every": 2}}
+    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    config, run = run_config("aside", **sections), tmp_path / "aside"
+    process = start_slow(config, tmp_path, "first")
+    wait_for(lambda: len(rows(run)) == 4, process)
+    (tmp_path / "go_on").touch()
+    assert process.wait().returncode == 0
+    assert latest(run) == 4
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+    (run / "checkpoints" / "latest").write_text("step_000002")
+    done = command("train", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
+def test_a_stop_request_waits_for_what_is_being_written(run_config, command, metrics_of, tmp_path):
+    config, run = run_config(train={"num_steps": 50}, checkpoint={"every": 2}), tmp_path / "run"
+    process = start_slow(config, tmp_path, "first")
+    wait_for(lambda: len(rows(run)) >= 3, process)
+    (run / "stop").touch()
+    (tmp_path / "go_on").touch()
+    assert process.wait().returncode == 75
+    assert latest(run) == len(rows(run)) and not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_fills_while_a_checkpoint_is_written_ends_the_run_with_the_old_one_whole(
+    run_config, command, metrics_of, tmp_path, asynchronous
+):
+    """Rank 1 cannot write the checkpoint of step 3."""
+    sections = {"train": {"num_steps": 6}, "checkpoint": {"keep": 1, "asynchronous": asynchronous}}
+    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    config, run = run_config("full", **sections), tmp_path / "full"
+    (tmp_path / "go_on").touch()
+    process = start_slow(config, tmp_path, "first", rank=1, step=3, errno=errno.ENOSPC)
+    outcome = process.wait()
+    assert [each.exitcode for each in process.processes] == [75, 75], outcome.stderr
+    assert "No space left on device while saving a checkpoint" in outcome.stderr and "Traceback" not in outcome.stderr
+    assert latest(run) == 2 and not list(run.rglob(".tmp-*"))
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_000002"]
+    done = command("train", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
+def test_a_fault_of_training_leaves_time_for_what_is_being_written(run_config, tmp_path):
+    """The second step's first update breaks while the checkpoint of step 1 waits to be written."""
+    config, run = run_config(), tmp_path / "run"
+    process = start_slow(config, tmp_path, "first", ranks=1, broken_update=3)
+    wait_for(lambda: list((run / "checkpoints").glob(".tmp-*")), process)
+    (tmp_path / "go_on").touch()
+    assert process.wait().returncode == 1
+    assert latest(run) == 1 and not list(run.rglob(".tmp-*"))
