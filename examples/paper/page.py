@@ -28,11 +28,11 @@ from nft_megatron.observe.metrics import read_metrics
 MARGIN = 0.03
 """Of held-out accuracy: runs that differ by less count as about equal."""
 HOW_TO_READ = (
-    "{seeds} seeds; a seed is a cold start, an order of questions and a stream of samples, shared by all variants. Every run is "
-    "judged by the mean of its curve over the last quarter of {budget:,} sampled answers ({readings} readings), as many as each "
-    "of them has. ± after a mean is the standard deviation over seeds; ± after a difference is half of its 95 % interval, from "
-    "differences between runs of one seed (paired t, not corrected for their number). “At least” and “about” allow {margin:.0f} "
-    "points."
+    "{seeds} seeds; a seed is a cold start, an order of questions and a stream of samples, shared by all variants. Every run "
+    "is judged by the mean of its curve over the last quarter of {budget:,} sampled answers ({readings} readings), as many as "
+    "each of them has. ± after a mean is the standard deviation over seeds; ± after a difference is half of its 95 % interval, "
+    "from differences between runs of one seed (paired t, not corrected for their number). “At least” and “about” allow "
+    "{margin:.0f} points."
 )
 ABLATIONS = {
     "Prompt weight ω (Figure 9)": OMEGA,
