@@ -185,6 +185,7 @@ class Lab:
         assert slurmds, f"{node} has no slurmd"
         for group in (slurmds, daemons - slurmds, tasks):
             kill(group)
+        self._wait(f"{node} is not dead", 10, lambda: not (daemons | tasks) & descendants(self._guard.pid))
 
     def restore_node(self, node: str) -> None:
         """Back from :meth:`kill_node` or :meth:`drain`, and idle or busy again when this returns."""
