@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from nft_megatron.observe.progress import Progress
 from nft_megatron.records import Answer, Completion, Prompt, Request, Sampling, Verdict
 from nft_megatron.rollout.engine import Engine, EngineFault
 from nft_megatron.verify.service import Verifier
+
+_LOOK_SECONDS = 0.5
 
 
 def answer_seed(run_seed: int, purpose: str, prompt_id: int, index: int) -> int:
@@ -57,6 +60,22 @@ class _Question:
         )
 
 
+class _Unwanted(set[int]):
+    """Ids of prompts that were given up; all there are once ``interrupted`` gave a reason, which it is asked for now and then.
+
+    An engine looks here while it waits for the next answer, which may take minutes.
+    """
+
+    def __init__(self, interrupted: Callable[[], str | None]) -> None:
+        super().__init__()
+        self._interrupted, self._looked_at, self._is_over = interrupted, time.monotonic(), False
+
+    def __contains__(self, prompt_id: object) -> bool:
+        if not self._is_over and time.monotonic() - self._looked_at > _LOOK_SECONDS:
+            self._is_over, self._looked_at = self._interrupted() is not None, time.monotonic()
+        return self._is_over or super().__contains__(prompt_id)
+
+
 @dataclass(frozen=True)
 class Asker:
     """Engine, tokenizer and verifier as one: prompts in, judged answers out. Lives on rank 0."""
@@ -94,6 +113,7 @@ class Asker:
         label: str | None = None,
         expected_tokens: Mapping[str, int] | None = None,
         give_up_after: int | None = None,
+        interrupted: Callable[[], str | None] = lambda: None,
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Yield (id, judged answers) of each of ``prompts``, which are numbered by their ids, as soon as all of it is there.
 
@@ -103,7 +123,8 @@ class Asker:
 
         ``expected_tokens`` are lengths that answers to a question (by its id) had before: engines may begin with the longest.
         With ``give_up_after`` a prompt of which so many verdicts agree is abandoned: it is not yielded, its other answers are
-        broken off. To stop earlier than at the end, close the iterator.
+        broken off. To stop earlier than at the end, close the iterator; where an answer may take long to come, let
+        ``interrupted`` give a reason: it is looked at meanwhile, and then what is not finished is broken off.
 
         Raises :class:`~nft_megatron.rollout.engine.EngineFault` when most of the answers were cut off; prompts with such
         answers have not been yielded then.
@@ -121,7 +142,7 @@ class Asker:
         questions = {prompt_id: _Question(prompt) for prompt_id, prompt in prompts.items()}
         finished: deque[int] = deque()
         broken: list[int] = []
-        given_up: set[int] = set()
+        given_up = _Unwanted(interrupted)
         self.progress.phase(label or purpose, total=len(prompts) * answers_per_prompt)
         with self.timer.phase("generate"):
             for completion in self.engine.generate(requests, sampling, given_up):

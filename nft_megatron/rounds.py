@@ -80,9 +80,16 @@ class Rounds:
             return []
         new: list[Group] = []
         num_written, num_parts, written_at = 0, len(self.folder.round_parts(step, number)), time.monotonic()
+        reason: str | None = None
+
+        def look() -> str | None:
+            nonlocal reason
+            reason = reason or self.interrupted()  # once there is one, answers are being broken off
+            return reason
+
         answers = self.asker.stream(
             prompts, settings.answers_per_question, self.sampling, purpose="train", label=label,
-            expected_tokens=self.lengths, give_up_after=settings.give_up_after,
+            expected_tokens=self.lengths, give_up_after=settings.give_up_after, interrupted=look,
         )  # fmt: skip
         with contextlib.closing(answers):
             for group_id, of_group in answers:
@@ -96,13 +103,15 @@ class Rounds:
                     num_written, num_parts, written_at = len(new), num_parts + 1, time.monotonic()
                 if settings.stop_at_quota and num_mixed >= missing:
                     break
-                if reason := self.interrupted():
-                    if num_written < len(new):
-                        with self.asker.timer.phase("ledger"):
-                            self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
-                    raise StoppedEarly(
-                        f"stopped while collecting step {step} by {reason}; what is finished is saved, the same command goes on"
-                    )
+                if look():
+                    break
+        if reason:
+            if num_written < len(new):
+                with self.asker.timer.phase("ledger"):
+                    self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
+            raise StoppedEarly(
+                f"stopped while collecting step {step} by {reason}; what is finished is saved, the same command goes on"
+            )
         return new
 
     def _read(self, paths: Sequence[Path]) -> tuple[Group, ...]:

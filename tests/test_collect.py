@@ -2,12 +2,14 @@
 
 import contextlib
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
+from nft_megatron import ask
 from nft_megatron.answering import open_asker, read_prompts, training_sampling
 from nft_megatron.ask import Asker
 from nft_megatron.collect import Collector, CollectorState
@@ -191,7 +193,8 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
 
 
 @pytest.mark.parametrize(("save_seconds", "num_parts"), [(1e-9, 4), (1e9, 1)])
-def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, save_seconds, num_parts):
+def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, monkeypatch, save_seconds, num_parts):
+    monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that nobody looks but after each group
     settings = {"save_seconds": save_seconds, "oversample": 4.0}
     whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", **settings)
@@ -207,6 +210,38 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
     assert resumed.asker.engine.rounds[0] == [i for i in range(16) if i not in saved]
     assert content(collected.ledger) == content(whole.ledger)
     assert not RunFolder(tmp_path / "broken").rounds(1)
+
+
+class Silent(Counting):
+    """After 20 answers it says nothing until nobody wants the rest, as servers may for minutes."""
+
+    is_silent = False
+
+    def generate(self, requests, sampling, given_up=frozenset()):
+        limit = time.monotonic() + 60
+        for number, completion in enumerate(super().generate(requests, sampling, given_up)):
+            self.is_silent = number >= 20
+            while self.is_silent and not all(request.request_id in given_up for request in requests):
+                assert time.monotonic() < limit, "the request to stop was not seen"
+                time.sleep(0.01)
+            if self.is_silent:
+                return
+            yield completion
+
+
+def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
+    whole = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
+    built = collector(tmp_path / "run", oversample=4.0)
+    engine = Silent(built.asker.engine)
+    stopping = replace(
+        built, asker=replace(built.asker, engine=engine), interrupted=lambda: "a test" if engine.is_silent else None
+    )
+    with pytest.raises(StoppedEarly, match="by a test"):
+        stopping.collect(1, CollectorState())
+    parts = RunFolder(tmp_path / "run").round_parts(1, 0)
+    assert all(len(group.answers) == 8 for part in parts for group, _ in read_groups(part)), "finished ones alone"
+    assert not RunFolder(tmp_path / "run").ledger_round(1, 0).exists()
+    assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState()).ledger) == content(whole.ledger)
 
 
 def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):

@@ -78,9 +78,17 @@ class EmbeddedEngine:
         if not self._has_weights:
             raise EngineFault("the embedded engine has no weights: load() them before generate()")
         check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
-        answers = self._engine.generate(requests, sampling)
-        return (completion for completion in answers if completion.request_id not in given_up)
+        return _wanted(self._engine.generate(requests, sampling), requests, given_up)
 
     def close(self) -> None:
         self._has_weights = False
         self._engine.close()
+
+
+def _wanted(answers: Iterable[Completion], requests: Sequence[Request], given_up: Container[int]) -> Iterator[Completion]:
+    """Those of requests that are not given up, until all requests are."""
+    for completion in answers:
+        if completion.request_id not in given_up:
+            yield completion
+        elif all(request.request_id in given_up for request in requests):
+            return
