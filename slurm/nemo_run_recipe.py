@@ -4,7 +4,7 @@
 
 The experiment is one script of one task, on the first node of the job: the agent that the plain batch script runs too, which
 starts all the rest. NeMo-Run's own retries are off, since the agent requeues the job. What NeMo-Run writes is in
-RUN/slurm/nemo_run, or in NEMORUN_HOME where that is set (a folder that all nodes see).
+RUN/slurm/nemo, or in NEMORUN_HOME where that is set (a folder that all nodes see).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from nft_megatron.slurm.steps import gres_of, python_of
 from nft_megatron.slurm.submit import prepare
 
 AGENT_STEP = ["--nodes=1", "--ntasks=1", "--relative=0", "--overlap"]
-"""The agent's own step is on the job's first node, and shares it with the trainers."""
+"""On the job's first node, which it shares with the trainers."""
 
 
 def sbatch_options(options: tuple[str, ...]) -> dict[str, str | bool]:
@@ -49,13 +49,15 @@ def check(config: Config) -> None:
         raise UserError("slurm.account", None, "NeMo-Run submits nothing without", "set it to the account that is billed")
     if config.slurm.restart == "chain":
         raise UserError("slurm.restart", "chain", "is not built for NeMo-Run", "use `nft-megatron slurm submit`")
+    if "/nemo_run" in str(config.run_dir.resolve()):
+        raise UserError("run_dir", config.run_dir, "has /nemo_run in it, which NeMo-Run replaces", "name it otherwise")
     sbatch_options(config.slurm.sbatch)
 
 
 def submit(config: Config, dry_run: bool) -> str | None:
     """Give ``config``, which has been prepared, to Slurm; the id of the job. A dry run prints the batch script instead."""
     settings, folder = config.slurm, JobFolder(RunFolder(config.run_dir))
-    os.environ.setdefault("NEMORUN_HOME", str(folder.root / "nemo_run"))  # read when it is imported
+    os.environ.setdefault("NEMORUN_HOME", str(folder.root / "nemo"))  # read when it is imported
     try:
         import nemo_run  # takes 12 s
         from nemo_run.core.execution.slurm import SlurmJobDetails
@@ -75,7 +77,7 @@ def submit(config: Config, dry_run: bool) -> str | None:
         # To the steps, of which the agent is one: the job's own script is NeMo-Run's, and USR1 would end it.
         signal=f"USR1@{settings.signal_seconds}",
         setup_lines="\n".join(["trap '' USR1", *settings.setup]),
-        srun_args=AGENT_STEP,
+        srun_args=[*AGENT_STEP, f"--chdir={Path.cwd()}"],
         additional_parameters={"dependency": "singleton", "requeue": True, **sbatch_options(settings.sbatch)},
         job_details=SlurmJobDetails(job_name=job_name(config), folder=str(folder.root)),
         packager=nemo_run.Packager(),  # the code is installed, not sent along

@@ -1,5 +1,6 @@
 """The way through NeMo-Run submits the same run to a real Slurm."""
 
+import doctest
 import re
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -17,6 +18,18 @@ needs_nemo_run = pytest.mark.skipif(
 )
 
 
+def recipe():
+    """The recipe as a module."""
+    spec = spec_from_file_location("nemo_run_recipe", RECIPE)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_its_examples_hold():
+    assert doctest.testmod(recipe()) == (0, 1)
+
+
 @needs_nemo_run
 def test_a_run_is_requeued_and_goes_on(slurm_run):
     settings = {"account": "us", "python": sys.executable, "sbatch": ["--comment=ours"], "signal_seconds": 120}
@@ -30,6 +43,8 @@ def test_a_run_is_requeued_and_goes_on(slurm_run):
     run.lab.run("scancel", "--signal=USR1", run.job_id)
     run.wait(lambda: len(run.attempts) == 2, 120, "no second attempt")
     assert run.attempts[0].kind == "left"
+    first_log = (run.root / f"slurm/log-run_{run.job_id}_0.out").read_text()
+    assert first_log.startswith("WARNING: attempt 1 on n1 n2\n"), first_log
     run.wait_step(len(run.rows()) + 1)
     run.command("stop", run.root)
     assert run.wait_end() == "stopped"
@@ -51,6 +66,7 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
     ("override", "message"),
     [
         ("slurm.account=null", "slurm.account = None: NeMo-Run submits nothing without"),
+        ("run_dir=/shared/nemo_runs/a", "run_dir = /shared/nemo_runs/a: has /nemo_run in it"),
         ("slurm.restart=chain", "slurm.restart = chain: is not built for NeMo-Run"),
         ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is no --option=value"),
     ],
@@ -58,12 +74,9 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
 def test_what_it_has_no_way_for_is_refused_before_anything_is_written(
     run_config, tmp_path, monkeypatch, capsys, override, message
 ):
-    spec = spec_from_file_location("nemo_run_recipe", RECIPE)
-    recipe = module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     monkeypatch.setattr("sys.argv", [str(RECIPE), str(run_config(slurm={"account": "us"})), override])
     with pytest.raises(SystemExit) as end:
-        recipe.main()
+        recipe().main()
     assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
