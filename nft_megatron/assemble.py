@@ -22,6 +22,7 @@ from nft_megatron.errors import UserError
 from nft_megatron.evaluate.run import evaluate
 from nft_megatron.files import atomic_file
 from nft_megatron.gate import Gate
+from nft_megatron.host import Host
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.build import build_model
 from nft_megatron.model.control import on_main, together
@@ -37,7 +38,7 @@ from nft_megatron.ranks import join_ranks
 from nft_megatron.records import Prompt, Sampling
 from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.fleet.engine import FleetEngine
-from nft_megatron.run import Host, Run
+from nft_megatron.run import Run
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.stop import StopRequests
 from nft_megatron.time_limit import TimeLimit

@@ -57,19 +57,25 @@ class Checkpoints:
             self._under_way = Future()
             self._under_way.set_result(write())
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is something to :meth:`finish`."""
+        return self._under_way is not None
+
     def is_written(self) -> bool:
-        """Whether a checkpoint is under way and :meth:`finish` would not have to wait for it on any rank."""
+        """Whether there is, and no rank would have to wait for it."""
         if self._under_way is None:
             return False
         return first_of(self._topology, None if self._under_way.done() else "writing") is None
 
-    def finish(self) -> float | None:
-        """Wait for the checkpoint under way and return the seconds it took, None without one.
+    def finish(self) -> float:
+        """Wait for the checkpoint under way and return the seconds it took.
 
         Raises :class:`OSError` on every rank where any of them could not write.
         """
         under_way, self._under_way = self._under_way, None
-        return together(self._topology, under_way.result) if under_way is not None else None
+        assert under_way is not None
+        return together(self._topology, under_way.result)
 
     def close(self) -> None:
         """Leave after a fault, on this rank alone: a checkpoint under way gets a little time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +11,16 @@ from pathlib import Path
 from nft_megatron.ahead import CollectAhead
 from nft_megatron.background import in_background
 from nft_megatron.checkpoints import Checkpoints
-from nft_megatron.collect import Collector, CollectorState
+from nft_megatron.collect import CollectorState
 from nft_megatron.config import Config
 from nft_megatron.errors import StoppedEarly, UserError
-from nft_megatron.evaluate.run import Evaluation
+from nft_megatron.host import Host
 from nft_megatron.layout.batch import MiniBatch
 from nft_megatron.model.control import first_of, on_main
 from nft_megatron.model.step import StepBatch, Trainer
 from nft_megatron.model.topology import Topology
 from nft_megatron.model.update_stats import UpdateStats
-from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
+from nft_megatron.observe.metrics import MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.publish import Publisher
 from nft_megatron.run_folder import RunFolder
@@ -31,20 +31,6 @@ WATCHED_AS = {"prepare": "update"}
 """Phases under the deadline of another one."""
 UNWATCHED = "wait"
 """Waiting for rank 0, or for what goes on in its background: within rollout.step_deadline_seconds."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """What rank 0 has besides its part of the model. ``evaluate`` is None without held-out questions, ``gate`` without a gate;
-    ``gate(version)`` asks the engine fixed questions and returns a ledger of its answers. ``fleet`` gives the metrics of the
-    servers since the last call, nothing for the embedded engine.
-    """
-
-    collector: Collector
-    evaluate: Callable[[Progress], Evaluation] | None
-    gate: Callable[[int], Path] | None
-    fleet: Callable[[], MetricsRow]
-    metrics: MetricsLog
 
 
 @dataclass(frozen=True)
@@ -167,7 +153,8 @@ class Run:
         """What ``step`` brings once it is collected, with the checkpoint after it."""
         is_evaluated = step == self.config.train.num_steps or step % self.config.evaluate.every == 0
         waits = ("evaluate",) if is_evaluated or self._is_due_beside(step - 1) else ()
-        return ("prepare", "update", "publish", *waits, "checkpoint")
+        saves = ("checkpoint",) * (2 if self.checkpoints.is_under_way else 1)
+        return ("prepare", "update", "publish", *waits, *saves)
 
     def prepare(self, dataset: Dataset, step: int) -> StepBatch:
         """Balance the step over ranks, pack it, recompute old log-probs; refuse answers of another policy."""
@@ -258,27 +245,17 @@ class Run:
         """Measure the current weights on held-out questions, if there are any, for the next row."""
         watched = self.watchdog.phase("evaluate" if self.host is not None else UNWATCHED)
         with self.timer.phase("evaluate"), watched, self.stop.limit.measuring("evaluate"):
-            self._notes |= on_main(self.topology, lambda: self._measure(self.step, self.progress))
+            self._notes |= on_main(self.topology, self._measure)
 
-    def _measure(self, step: int, progress: Progress) -> MetricsRow:
+    def _measure(self) -> MetricsRow:
         assert self.host is not None
-        if self.host.evaluate is None:
-            return {}
-        result = self.host.evaluate(progress)
-        if step == 0:
-            return {"eval_accuracy_initial": result.accuracy}
-        return {
-            "eval_accuracy": result.accuracy,
-            "eval_answer_length_mean": result.answer_length_mean,
-            "eval_truncated_rate": result.truncated_rate,
-            "eval_unknown_rate": result.unknown_rate,
-        }
+        return self.host.measure(self.step, self.progress)
 
     def _begin_evaluation(self) -> None:
         """The same beside the next step, whose row gets the results."""
-        step = self.step
-        if self.host is not None:
-            self._evaluation = in_background("evaluate", lambda: self._measure(step, Progress()) | {"eval_step": step})
+        step, host = self.step, self.host
+        if host is not None:
+            self._evaluation = in_background("evaluate", lambda: host.measure(step, Progress()) | {"eval_step": step})
 
     def _finish_evaluation(self) -> None:
         """Wait for the evaluation under way, if there is one."""
@@ -308,9 +285,9 @@ class Run:
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is still being written, if there is one; raises what it failed at."""
-        with self.phase("save"):
-            seconds = self.checkpoints.finish()
-        if seconds is not None:
+        if self.checkpoints.is_under_way:
+            with self.phase("save"):
+                seconds = self.checkpoints.finish()
             self.stop.limit.measured("checkpoint", seconds)
 
     def finish(self) -> None:

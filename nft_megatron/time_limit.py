@@ -28,7 +28,8 @@ _MARGIN = 1.25
 class TimeLimit:
     """``end``: seconds since 1970, None: never. ``reserve``: seconds for leaving itself, and for what is not measured.
 
-    ``phases`` are those that the next step brings after its collecting, the checkpoint included.
+    ``phases`` are those that the next step brings after its collecting, the checkpoint included; twice, where another one is
+    still being written.
 
     >>> now = [1000.0]
     >>> limit = TimeLimit(1100.0, reserve=10.0, clock=lambda: now[0])
@@ -83,6 +84,5 @@ class TimeLimit:
         left = self._end - self._clock()
         if left >= self.needed:
             return None
-        return (
-            f"the end of its time: {left:.0f} s are left, and the next {' and '.join(self.phases)} may take {self.needed:.0f} s"
-        )
+        what = " and ".join(dict.fromkeys(self.phases))
+        return f"the end of its time: {left:.0f} s are left, and the next {what} may take {self.needed:.0f} s"

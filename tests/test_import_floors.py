@@ -39,7 +39,7 @@ FLOORS = {
     **dict.fromkeys(
         ["tokenizer", "ask", "answering", "collect", "rounds", "ahead", "gate", "publish", "checkpoints", "evaluate"], 3
     ),
-    **dict.fromkeys(["run", "ranks", "assemble", "replay", "train", "doctor"], 3),
+    **dict.fromkeys(["run", "host", "ranks", "assemble", "replay", "train", "doctor"], 3),
     **dict.fromkeys(["cli", "commands", "__main__"], 5),
 }
 PEERS = ("model", "rollout", "verify")
