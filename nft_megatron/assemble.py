@@ -81,7 +81,7 @@ def assemble(config: Config) -> Iterator[Run]:
         stack.callback(watchdog.close)
         with watchdog.phase("setup"):
             run = _build(config, topology, stop, watchdog, stack)
-        with run.progress:
+        with run.progress, run.folder.expected():
             with watchdog.phase("setup"):
                 run.start()
             with watchdog.phase("other"):

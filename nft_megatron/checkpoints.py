@@ -84,7 +84,7 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, step: int, collector: CollectorState, topology: Topology, begin: float) -> float:
         target = self._folder.checkpoint(step)
-        temporary = on_main(topology, lambda: make_temporary_folder(target))
+        temporary = on_main(topology, lambda: make_temporary_folder(target, make_parent=False))
         try:
             on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
             snapshot.write(temporary, topology)  # ends with checksums over all files

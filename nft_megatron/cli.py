@@ -37,7 +37,10 @@ COMMANDS = {
 }
 """Name, which is also that of its file, and what it is for."""
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
+DISK_AWAY = dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN), "see that it can be reached")
+REMEDIES = DISK_FULL | DISK_AWAY
+"""Of what may befall a file system: nothing that was saved is lost."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,8 +97,9 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         return _end(options, 128 + signal.SIGINT, "interrupted; the same command goes on from the last checkpoint", error)
     except Exception as error:
-        if (full := _disk_full(error)) is not None:
-            message = f"{full.filename or 'run_dir'}: {full.strerror}; free some space and run the same command again"
+        if (trouble := _trouble_of_disk(error)) is not None:
+            remedy = f"{REMEDIES[trouble.errno or 0]} and run the same command again"
+            message = f"{trouble.filename or 'run_dir'}: {trouble.strerror}; {remedy}"
             return _end(options, EXIT_STOPPED_EARLY, message, error)
         _leave_fault(options, error)
         raise
@@ -110,10 +114,10 @@ def _end(options: argparse.Namespace, code: int, message: str, error: BaseExcept
     return code
 
 
-def _disk_full(error: BaseException | None) -> OSError | None:
-    """The "no space left" at the root of ``error``, if that is what it is."""
+def _trouble_of_disk(error: BaseException | None) -> OSError | None:
+    """The "no space left", or the like, at the root of ``error``, if that is what it is."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and error.errno in REMEDIES:
             return error
         error = error.__cause__ or error.__context__
     return None

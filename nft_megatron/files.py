@@ -25,8 +25,11 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to; on a clean exit it replaces ``path``, otherwise it is deleted.
+
+    ``make_folder``: make the folder of ``path`` where there is none. False for what belongs to a run: if its folder has gone
+    away with a file system, one of the same name must not take its place.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "latest"
@@ -36,7 +39,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     'step_000012'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
     try:
         yield temporary
@@ -60,11 +64,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def make_temporary_folder(path: Path) -> Path:
-    """An empty folder beside ``path``, for :func:`publish_folder` to rename once it is whole."""
+def make_temporary_folder(path: Path, *, make_parent: bool = True) -> Path:
+    """An empty folder beside ``path``, for :func:`publish_folder` to rename once it is whole.
+
+    ``make_parent``: as ``make_folder`` of :func:`atomic_file`.
+    """
     temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir(parents=make_parent)
     return temporary
 
 

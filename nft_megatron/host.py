@@ -14,9 +14,9 @@ from nft_megatron.observe.progress import Progress
 
 @dataclass(frozen=True)
 class Host:
-    """``evaluate`` is None without held-out questions, ``gate`` without a gate; ``gate(version)`` asks the engine fixed questions
-    and returns a ledger of its answers. ``fleet`` gives the metrics of the servers since the last call, nothing for the embedded
-    engine.
+    """``evaluate`` is None without held-out questions, ``gate`` without a gate; ``gate(version)`` asks the engine fixed
+    questions and returns a ledger of its answers. ``fleet`` gives the metrics of the servers since the last call, nothing for
+    the embedded engine.
     """
 
     collector: Collector

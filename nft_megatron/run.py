@@ -270,6 +270,7 @@ class Run:
     def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> None:
         """Write the step's row with its timings."""
         assert self.host is not None
+        self.folder.check_is_open()
         timings: MetricsRow = dict(
             self.timer.finish_step(generated_tokens=num_tokens["generate"], trained_tokens=num_tokens["update"])
         )

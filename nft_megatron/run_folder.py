@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from nft_megatron.errors import UserError
+from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.files import atomic_file, remove_leftovers
 
 _LOCK_POLL_SECONDS = 0.5
@@ -126,13 +130,20 @@ class RunFolder:
 
     def set_latest(self, step: int) -> None:
         """Move the pointer; to be called only once the checkpoint is on the disk."""
-        with atomic_file(self.latest) as temporary:
+        with atomic_file(self.latest, make_folder=False) as temporary:
             temporary.write_text(self.checkpoint(step).name)
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first."""
         names = (folder.name for folder in self.checkpoints.glob("step_*"))
         return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
+
+    def check_is_there(self) -> None:
+        """Raise ``FileNotFoundError`` where the folder has gone away, as with its file system: what is written now would make
+        another one of the same name.
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run folder has gone away", str(self.root))
 
     def open(self, wait_seconds: float = 0.0) -> IO[str]:
         """Make the folder, take its lock and clear what a killed process left. Keep the returned file open.
@@ -141,13 +152,44 @@ class RunFolder:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / "lock").open("w")
+            lock = self._lock.open("w")
         except OSError as error:
             raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
         self._take(lock, time.monotonic() + wait_seconds)
-        for folder in (self.root, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"):
+        for folder in (self.root, self.logs, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"):
+            folder.mkdir(exist_ok=True)  # nothing makes them later: where they are missing then, the whole run folder is
             remove_leftovers(folder)
         return lock
+
+    def check_is_open(self) -> None:
+        """Raise :class:`OSError` when a folder that was opened, by this rank or another, is not what stands under its name now.
+
+        Where a file system is mounted no more, what is written to its paths lands in the empty folder below.
+        """
+        if not os.path.exists(self._lock):
+            raise OSError(errno.ESTALE, "the run folder has gone away", str(self.root))
+
+    @contextlib.contextmanager
+    def expected(self) -> Iterator[None]:
+        """The folder is open. What fails inside the ``with`` block for want of it, such as a ledger that is not found, ends as
+        :class:`StoppedEarly`.
+        """
+        try:
+            yield
+        except StoppedEarly:
+            raise
+        except Exception as error:
+            try:
+                self.check_is_open()
+            except OSError:
+                raise StoppedEarly(
+                    f"{self.root} has gone away; the same command goes on from its newest checkpoint once it is back"
+                ) from error
+            raise
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / "lock"
 
     def _take(self, lock: IO[str], deadline: float) -> None:
         while True:

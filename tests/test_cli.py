@@ -21,6 +21,8 @@ TEACHES = {
     "report": ("--png",),
     "replay": ("--step", "--against", "section.key=value"),
     "serve": ("--name", "--devices"),
+    "slurm": ("render", "submit", "status", "logs", "attach", "checkpoint", "stop", "rollouts"),
+    "slurm attach": ("attach --node n3 RUN -- nvidia-smi",),
     "convert": ("to-megatron", "to-hf", "check"),
     "convert to-hf": ("mp_rank_XX_YYY", "--max-shard-bytes"),
 }

@@ -58,6 +58,7 @@ def collector(run_config, model_folder):
         order = PromptOrder(read_prompts(config, tokenizer, "data.train").prompts, seed=0)
 
         def build(folder, fails_in=None, **settings) -> Collector:
+            folder.mkdir(exist_ok=True)
             return Collector(
                 RunFolder(folder),
                 order,
@@ -343,3 +344,11 @@ def test_no_mixed_group_is_the_users_error(collector, tmp_path):
 def test_round_size(collector, tmp_path, missing, rate, expected):
     """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never beyond 3 × 100; a rate of 1 asks no more than needed."""
     assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
+
+
+def test_a_run_folder_that_has_gone_away_is_not_made_again(collector, tmp_path):
+    collect = collector(tmp_path / "run")
+    (tmp_path / "run").rmdir()
+    with pytest.raises(FileNotFoundError, match="the run folder has gone away"):
+        collect.collect(1, CollectorState())
+    assert not (tmp_path / "run").exists()

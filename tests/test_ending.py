@@ -1,6 +1,7 @@
 """What a rank that ends leaves for machines, by every way of ending but the watchdog's (test_watchdog.py)."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -103,3 +104,20 @@ def test_a_folder_that_has_gone_away_keeps_nobody(tmp_path, monkeypatch, what):
     write_ending(run, Ending.here(1, "a fault"))
     assert read_endings(run) == []
     assert os.path.exists(run) == (what != "gone")
+
+
+def test_a_run_folder_that_goes_away_ends_the_run_with_75(run_config, start, command, metrics_of, tmp_path):
+    sections = {"train": {"num_steps": 12}, "checkpoint": {"every": 2}, "evaluate": {"data": []}}
+    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    config, run = run_config(**sections), tmp_path / "run"
+    process = start("train", config, ranks=2)
+    wait_for_a_step(process, run, 3)
+    run.rename(tmp_path / "elsewhere")
+    outcome = process.wait()
+    assert [each.exitcode for each in process.processes] == [75, 75], outcome.stderr
+    assert "the same command" in outcome.stderr and "Traceback" not in outcome.stderr
+    shutil.rmtree(run, ignore_errors=True)  # what was written meanwhile: below a mount nobody would see it again
+    (tmp_path / "elsewhere").rename(run)
+    done = command("train", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")

@@ -149,7 +149,7 @@ def _agent(options: argparse.Namespace) -> None:
     if options.rollouts_only:
         serve_guests(config, options.config, Job.here())
     else:
-        Agent(config, options.config, Job.here()).conduct()
+        Agent(config, Job.here()).conduct()
 
 
 def _submitted(options: argparse.Namespace) -> tuple[JobFolder, Config]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nft_megatron.config import Config
+from nft_megatron.config_load import dump_config
 from nft_megatron.ending import read_endings
 from nft_megatron.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
 from nft_megatron.files import atomic_file
@@ -77,10 +78,10 @@ class Job:
 
 
 class Agent:
-    """One attempt of a run. ``config_path`` is what trainers and servers read."""
+    """One attempt of a run. Trainers and servers read the copy of ``config`` in RUN/slurm."""
 
-    def __init__(self, config: Config, config_path: Path, job: Job) -> None:
-        self._config, self._config_path, self._job = config, config_path, job
+    def __init__(self, config: Config, job: Job) -> None:
+        self._config, self._job = config, job
         self._run = RunFolder(config.run_dir.resolve())
         self._folder = JobFolder(self._run)
         self._asked: str | None = None
@@ -133,6 +134,9 @@ class Agent:
                 )  # fmt: skip
                 self._keep_logs(self._folder.logs(earlier.number))
         self._logs.mkdir(parents=True, exist_ok=True)
+        if not self._folder.config.exists():  # the script was rendered and given to sbatch by hand
+            with atomic_file(self._folder.config) as temporary:
+                temporary.write_text(dump_config(self._config))
         self._folder.set_job_id(self._job.id)
         self._folder.save_attempt(self._attempt)
         log.warning("attempt %d on %s", self._attempt.number, " ".join(self._job.nodes))
@@ -153,7 +157,7 @@ class Agent:
         rollouts = RolloutNodes(
             others,
             lambda node: rollout_step(
-                self._config, self._config_path, node, self._job.cpus_per_node, self._logs / f"rollout_{node}.log"
+                self._config, self._folder.config, node, self._job.cpus_per_node, self._logs / f"rollout_{node}.log"
             ),
             environment,
         )
@@ -181,7 +185,7 @@ class Agent:
 
     def _train(self, nodes: Sequence[str], environment: dict[str, str]) -> tuple[str, Cause]:
         output = self._logs / "trainer.log"
-        command = trainer_step(self._config, self._config_path, nodes, self._job.cpus_per_node, output)
+        command = trainer_step(self._config, self._folder.config, nodes, self._job.cpus_per_node, output)
         srun_log = self._logs / "srun.log"
         with srun_log.open("w") as errors:
             step = subprocess.Popen(
@@ -230,13 +234,14 @@ class Agent:
         deadline = time.monotonic() + _FOLDER_SECONDS
         while True:
             try:
-                with atomic_file(self._folder.root / "probe") as probe:
+                with atomic_file(self._logs / "probe", make_folder=False) as probe:
                     probe.write_bytes(bytes(1 << 16))
+                (self._logs / "probe").unlink()
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise
-                log.warning("waiting for %s: %s", self._folder.root, error)
+                log.warning("waiting for %s: %s", self._logs, error)
                 time.sleep(_FOLDER_PAUSE)
 
     def _keep_logs(self, folder: Path | None = None) -> None:

@@ -127,7 +127,7 @@ class JobFolder:
         return json.loads(path.read_text()) if path.exists() else default
 
     def _write(self, name: str, text: str) -> None:
-        with atomic_file(self.root / name) as temporary:
+        with atomic_file(self.root / name, make_folder=False) as temporary:
             temporary.write_text(text)
 
 

@@ -20,8 +20,8 @@ from nft_megatron.slurm.tools import SlurmError, call, show_job
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
-def submit(config: Config) -> list[str]:
-    """Check the run, write RUN/slurm and give it to Slurm. Returns the ids of its jobs, the first to run first.
+def prepare(config: Config) -> Config:
+    """Check the run and write RUN/slurm. Returns the configuration as it stands there, with absolute paths.
 
     Raises:
         UserError: a file is missing, the run does not fit its GPUs, a job of it is active, or Slurm refuses the script.
@@ -47,6 +47,13 @@ def submit(config: Config) -> list[str]:
             temporary.write_text(text)
     _sbatch("--test-only", str(folder.script))
     folder.reopen()
+    return config
+
+
+def submit(config: Config) -> list[str]:
+    """:func:`prepare` the run and give it to Slurm. Returns the ids of its jobs, the first to run first."""
+    config = prepare(config)
+    folder = JobFolder(RunFolder(config.run_dir))
     jobs: list[str] = []
     for _ in range(config.slurm.chain_jobs if config.slurm.restart == "chain" else 1):
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []

@@ -10,18 +10,13 @@ from slurm import incidents
 pytestmark = pytest.mark.timeout(900)
 
 
-EVENTS = [
-    # incident, kind of the attempt's end, what its cause says
+EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; benchmarks/slurm_soak.py has more
     (incidents.time_limit_near, "left", r"a person's USR1: stopped (after|while collecting) step"),
     (incidents.rank_killed, "failed", r"rank 1 on n\d: Killed"),
-    (incidents.rank_0_killed, "failed", r"rank 0 on n\d: Killed"),
     (incidents.first_node_lost, "lost", r"the agent on n\d ended without a word"),
-    (incidents.trainer_node_lost, "left|lost", ""),
     (incidents.preemption, "left|lost", ""),
     (incidents.rank_stopped, "failed", r"rank 1 on n\d gave no sign of life while rank 0 waited in phase \w+"),
-    (incidents.checkpoint_truncated, "failed", "Killed"),
     (incidents.checkpoint_bit_flipped, "failed", "Killed"),
-    (incidents.checkpoint_half_deleted, "failed", "Killed"),
 ]
 
 
@@ -45,14 +40,14 @@ def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_confi
     run.submit(f"train.num_steps={num_steps}")
     assert run.wait_end() == "finished"
 
-    code, output = command("train", run_config("alone", train={"num_steps": num_steps}), ranks=2)
-    assert code == 0, output
+    alone = command("train", run_config("alone", train={"num_steps": num_steps}), ranks=2)
+    assert alone.returncode == 0, alone.stderr
     assert run.rows() == metrics_of(tmp_path / "alone")
     for step in range(1, num_steps + 1):
-        ours, alone = (
+        ours, theirs = (
             pq.read_table(
                 root / f"ledger/step_{step:06d}.parquet", columns=["group_id", "question_id", "answer_tokens", "label"]
             ).to_pylist()
             for root in (run.root, tmp_path / "alone")
         )
-        assert ours == alone, step
+        assert ours == theirs, step

@@ -131,4 +131,5 @@ def run(options: argparse.Namespace) -> None:
     node = Node(config, options.name, devices)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.leave())
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the trainers, when Slurm sends it to all steps of a job
     node.run()
