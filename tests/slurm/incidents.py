@@ -1,5 +1,6 @@
 """What happens to jobs in the night, done to a :class:`SlurmRun`: each function strikes once, and undoes what stays broken."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -81,10 +82,10 @@ def disk_full(run):
     """For as long as it takes until an attempt ends of it. The run folder must be a small file system of its own."""
     attempt = run.attempts[-1].number
     ballast = run.root.parent / "ballast"
-    free = shutil.disk_usage(run.root).free
-    with ballast.open("wb") as file:
-        file.write(bytes(max(0, free - 4096)))
     try:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 20)):
+                pass
         run.wait(lambda: _trainers_gone(run, attempt), 120, "nobody noticed that the disk is full")
     finally:
         ballast.unlink()
