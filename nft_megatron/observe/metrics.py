@@ -145,7 +145,7 @@ METRICS: dict[str, Metric] = {
         Metric("time/publish", "s", "new weights to the engines"),
         Metric("time/ledger", "s", "writing and reading the step's answers"),
         Metric("time/evaluate", "s", "held-out evaluation"),
-        Metric("time/save", "s", "checkpoints and exports"),
+        Metric("time/save", "s", "waiting for checkpoints and exports; what is written aside is free"),
         Metric("time/other", "s", "the rest of the step"),
         Metric("time/step", "s", "the whole step: the sum of the phases"),
         Metric("ahead/collect", "s", "collecting this step while others trained (rollout.max_staleness > 0)"),
