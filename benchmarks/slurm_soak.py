@@ -17,10 +17,8 @@ Printed: how often each happened, how the attempt ended, the time until a step w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +32,7 @@ import yaml
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import make_model, write_questions
 from slurm.lab import Lab, missing
-from slurm.runs import SlurmRun
+from slurm.runs import SlurmRun, mounted
 
 from slurm import incidents
 
@@ -50,7 +48,7 @@ def main() -> None:
     if reason := missing():
         sys.exit(reason)
     print(f"# python benchmarks/slurm_soak.py --incidents {options.incidents} --seed {options.seed} · {platform.machine()}")
-    with tempfile.TemporaryDirectory() as folder, Lab() as lab, small_disk(Path(folder) / "disk") as disk:
+    with tempfile.TemporaryDirectory() as folder, Lab() as lab, mounted(Path(folder) / "disk") as disk:
         config = write_config(Path(folder), disk / "run", NEVER)
         run = SlurmRun(lab, config, disk / "run")
         run.submit()
@@ -63,17 +61,6 @@ def main() -> None:
         run.submit(f"train.num_steps={num_steps}")
         assert run.wait_end() == "finished", run.known()
         compare(run, leave_alone(lab, Path(folder), num_steps), num_steps)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path):
-    """A file system that can be filled without harm."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def write_config(folder: Path, run_dir: Path, num_steps: int) -> Path:

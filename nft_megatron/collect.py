@@ -170,7 +170,7 @@ class Collector:
             }
             fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
             meta = {"cursor": cursor, "mixed_rate": mixed_rate, "questions": self.questions, "metrics": metrics}
-            self.folder.check_is_there()
+            self.folder.check_is_open()
             write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
         return generated_tokens
 

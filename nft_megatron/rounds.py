@@ -118,7 +118,7 @@ class Rounds:
         return tuple(group for path in paths for group, _ in read_groups(path))
 
     def _write(self, path: Path, groups: Sequence[Group], meta: dict[str, int]) -> None:
-        self.folder.check_is_there()
+        self.folder.check_is_open()
         write_ledger(path, groups, fates=["sampled"] * len(groups), meta=meta)
 
 

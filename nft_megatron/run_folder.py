@@ -17,6 +17,7 @@ from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.files import atomic_file, remove_leftovers
 
 _LOCK_POLL_SECONDS = 0.5
+TAKEN = "another process is training in it"
 _STEP = re.compile(r"step_\d{6,}")
 
 
@@ -138,13 +139,6 @@ class RunFolder:
         names = (folder.name for folder in self.checkpoints.glob("step_*"))
         return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
 
-    def check_is_there(self) -> None:
-        """Raise ``FileNotFoundError`` where the folder has gone away, as with its file system: what is written now would make
-        another one of the same name.
-        """
-        if not self.root.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the run folder has gone away", str(self.root))
-
     def open(self, wait_seconds: float = 0.0) -> IO[str]:
         """Make the folder, take its lock and clear what a killed process left. Keep the returned file open.
 
@@ -199,7 +193,7 @@ class RunFolder:
                 if time.monotonic() >= deadline:
                     lock.close()
                     raise RunFolderTakenError(
-                        "run_dir", self.root, "another process is training in it",
+                        "run_dir", self.root, TAKEN,
                         "wait for it, stop it, or choose another folder",
                     ) from error  # fmt: skip
             time.sleep(_LOCK_POLL_SECONDS)

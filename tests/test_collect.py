@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,7 @@ def collector(run_config, model_folder):
 
         def build(folder, fails_in=None, **settings) -> Collector:
             folder.mkdir(exist_ok=True)
+            (folder / "lock").touch()  # as if it were open
             return Collector(
                 RunFolder(folder),
                 order,
@@ -348,7 +350,7 @@ def test_round_size(collector, tmp_path, missing, rate, expected):
 
 def test_a_run_folder_that_has_gone_away_is_not_made_again(collector, tmp_path):
     collect = collector(tmp_path / "run")
-    (tmp_path / "run").rmdir()
-    with pytest.raises(FileNotFoundError, match="the run folder has gone away"):
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(OSError, match="the run folder has gone away"):
         collect.collect(1, CollectorState())
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nft_megatron.ending import Ending
 from nft_megatron.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR
+from nft_megatron.run_folder import TAKEN
 
 _SRUN_LINE = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
 _EXITED = "Exited with exit code"
@@ -46,6 +47,8 @@ def find_cause(code: int, endings: Sequence[Ending], log: str, node_of_rank: Seq
     if code == 0:
         return Cause(0, "all steps are done")
     for ending in endings:
+        if ending.code == EXIT_USER_ERROR and TAKEN in ending.message:
+            return Cause(1, ending.message)  # by an earlier attempt's rank 0, on a node that was thought lost
         if ending.code == EXIT_USER_ERROR:
             return Cause(EXIT_USER_ERROR, ending.message)
     if code == EXIT_USER_ERROR:  # before the run folder was known

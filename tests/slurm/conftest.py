@@ -2,7 +2,7 @@
 
 import pytest
 from slurm.lab import Lab, missing
-from slurm.runs import SlurmRun
+from slurm.runs import SlurmRun, mounted
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +24,19 @@ def lab(cluster):
 def slurm_run(lab, run_config, tmp_path):
     """Makes a run on two nodes, a rank on each. Keyword arguments replace fields of sections."""
 
-    def make(name="run", **sections) -> SlurmRun:
+    def make(run_dir="run", **sections) -> SlurmRun:
         sections = {
             "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
             **sections,
             "slurm": {"gres": "", "time": "30", "preflight": False, "max_failures": 2, **sections.get("slurm", {})},
         }
-        return SlurmRun(lab, run_config(name, **sections), tmp_path / name)
+        return SlurmRun(lab, run_config(run_dir, **sections), tmp_path / run_dir)
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, which may be filled."""
+    with mounted(tmp_path / "disk") as folder:
+        yield folder

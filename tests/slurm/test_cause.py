@@ -67,6 +67,11 @@ def test_messages_for_people_are_passed_on(code):
     )
 
 
+def test_a_run_folder_that_an_earlier_attempt_still_holds_is_no_wrong_input():
+    message = "run_dir = /runs/a: another process is training in it; wait for it"
+    assert find_cause(2, [ending(0, 2, message)], "", NODES).code == 1
+
+
 def test_without_a_word_the_last_line_printed_is_what_there_is():
     cause = find_cause(127, [], "bash: python3: command not found\n", NODES)
     assert cause.text == "the trainers ended with 127 and left no word: bash: python3: command not found"

@@ -108,6 +108,16 @@ def test_a_job_that_waits_is_taken_out_of_the_queue(slurm_run):
         assert len(run.lab.run("squeue", "-h").stdout.splitlines()) == 1
 
 
+def test_a_rendered_script_may_be_given_to_sbatch_by_hand(slurm_run):
+    run = slurm_run()
+    script = run.command("render", run.config, "train.num_steps=2").stdout
+    run.folder.root.mkdir(parents=True)
+    run.folder.script.write_text(script)
+    run.lab.submit(run.folder.script)
+    assert run.wait_end() == "finished"
+    assert [row["step"] for row in run.rows()] == [1, 2]
+
+
 def test_a_chain_goes_on_where_requeueing_is_forbidden(slurm_run):
     run = slurm_run(train={"num_steps": 10_000}, slurm={"restart": "chain", "chain_jobs": 2})
     first = run.submit()

@@ -1,5 +1,6 @@
 """A real run on a real Slurm: whatever happens to it, it ends as if nothing had."""
 
+import functools
 import re
 
 import pyarrow.parquet as pq
@@ -17,21 +18,23 @@ EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; 
     (incidents.preemption, "left|lost", ""),
     (incidents.rank_stopped, "failed", r"rank 1 on n\d gave no sign of life while rank 0 waited in phase \w+"),
     (incidents.checkpoint_bit_flipped, "failed", "Killed"),
+    (incidents.disk_full, "short", "No space left on device"),
+    (functools.partial(incidents.folder_away, seconds=8), "failed|short|left", ""),
 ]
 
 
-def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_config, command, metrics_of, tmp_path):
+def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_config, command, metrics_of, small_disk, tmp_path):
     settings = {"parallel": {"threads": 1, "timeout_seconds": 10.0}}  # of a collective, long before any watchdog
-    run = slurm_run(train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
+    run = slurm_run(small_disk / "run", train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
     run.submit()
     for incident, kind, cause in EVENTS:
         step, attempt = len(run.rows()), run.attempts[-1].number if run.attempts else 1
         run.wait_step(step + 2)
         incident(run)
-        run.wait(lambda number=attempt: run.attempts[-1].number > number, 120, f"no new attempt after {incident.__name__}")
+        run.wait(lambda number=attempt: run.attempts[-1].number > number, 120, f"no new attempt after {incident}")
         ended = next(each for each in run.attempts if each.number == attempt)
-        assert re.fullmatch(kind, ended.kind), f"{incident.__name__}: {ended}"
-        assert re.search(cause, ended.cause), f"{incident.__name__}: {ended}"
+        assert re.fullmatch(kind, ended.kind), f"{incident}: {ended}"
+        assert re.search(cause, ended.cause), f"{incident}: {ended}"
     run.wait_step(len(run.rows()) + 2)
     run.command("stop", run.root)
     assert run.wait_end() == "stopped"

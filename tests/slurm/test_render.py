@@ -1,0 +1,102 @@
+"""The batch script, and the steps under srun."""
+
+import pytest
+
+from nft_megatron.config_load import load_config
+from nft_megatron.errors import UserError
+from nft_megatron.slurm.render import render, render_rollouts
+from nft_megatron.slurm.section import SlurmSection
+from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def config(run_config):
+    def load(*overrides):
+        path = run_config()
+        nodes = ["cluster.trainer_nodes=2", "cluster.rollout_nodes=3"]
+        return load_config(path, ["rollout.engine=vllm", *nodes, *overrides]), path
+
+    return load
+
+
+def options_of(script):
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_the_script_asks_for_what_the_configuration_says(config, tmp_path):
+    settings, path = config(
+        "slurm.account=me", "slurm.partition=batch", "slurm.time=2-12", "slurm.sbatch=[--qos=high, --nice=5]",
+        "slurm.setup=[module load cuda]", "slurm.signal_seconds=900", "slurm.job_name=night", "slurm.python=/opt/python",
+    )  # fmt: skip
+    script = render(settings, path, ["a.b=c d"], tmp_path)
+    options = options_of(script)
+    for option in (
+        "--job-name=night", "--nodes=5", "--gres=gpu:8", "--account=me", "--partition=batch", "--time=2-12", "--qos=high",
+        "--nice=5", "--requeue", "--open-mode=append", "--signal=B:USR1@900", "--dependency=singleton", "--exclusive",
+        f"--chdir={tmp_path}",
+    ):  # fmt: skip
+        assert option in options
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert lines.index("module load cuda") > lines.index(f"#SBATCH {options[-1]}")
+    assert lines[-1] == f"exec /opt/python -u -m nft_megatron slurm agent {path} 'a.b=c d'"
+    assert "2 nodes train, 3 generate" in lines[1]
+
+
+def test_a_site_that_forbids_requeueing_gets_no_request_for_it(config):
+    settings, path = config("slurm.restart=chain", "slurm.gres=''")
+    options = options_of(render(settings, path))
+    assert "--no-requeue" in options and "--requeue" not in options
+    assert not [option for option in options if option.startswith("--gres")]
+
+
+def test_guests_are_an_array_of_single_nodes(config):
+    settings, path = config()
+    options = options_of(render_rollouts(settings, path, 4))
+    assert {"--array=1-4", "--nodes=1", "--requeue"} <= set(options)
+    assert "--dependency=singleton" not in options
+
+
+def test_rollout_nodes_need_an_engine_that_asks_them(config):
+    settings, path = config("rollout.engine=embedded")
+    with pytest.raises(UserError, match=r"rollout.engine = embedded: asks no servers"):
+        render(settings, path)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("24:00:00", "24:00:00"), (86400, "24:00:00"), (5400, "1:30:00"), ("2-12", "2-12"), ("90", "90")]
+)
+def test_time_limits_survive_yaml(value, kept):
+    assert SlurmSection(time=value).time == kept
+
+
+def test_steps_put_every_process_where_it_belongs(config, tmp_path):
+    settings, path = config("fleet.tensor_parallel=4")
+    train = trainer_step(settings, path, ["n1", "n2"], 96, tmp_path / "log")
+    assert {"--nodes=2", "--nodelist=n1,n2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12", "--gres=gpu:8"} <= set(
+        train
+    )
+    assert train[-3:] == ["nft_megatron", "train", str(path)]
+    serve = rollout_step(settings, path, "n4", 96, tmp_path / "log")
+    assert {"--nodes=1", "--nodelist=n4", "--ntasks=2", "--cpus-per-task=48"} <= set(serve)
+    assert serve[serve.index("serve") :] == ["serve", str(path), "--devices=auto", "fleet.host=0.0.0.0"]
+    look = preflight_step(settings, ["n1", "n2", "n3"], 96, tmp_path)
+    assert {"--ntasks=24", "--gpus=8"} <= set(look)
+
+
+def test_containers_are_for_the_steps_and_not_for_the_agent(config, tmp_path):
+    settings, path = config("slurm.container_image=/images/nft.sqsh", "slurm.container_mounts=[/shared:/shared, /data]")
+    train = trainer_step(settings, path, ["n1"], 96, tmp_path / "log")
+    assert {"--container-image=/images/nft.sqsh", "--container-mounts=/shared:/shared,/data", "python3"} <= set(train)
+    assert not [option for option in options_of(render(settings, path)) if "container-" in option]
+
+
+def test_a_step_does_not_inherit_the_numbers_of_another(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_CPU_BIND"):
+        monkeypatch.setenv(name, "3")
+    environment = step_environment({"MASTER_PORT": "1"})
+    assert {name: value for name, value in environment.items() if name.startswith("SLURM")} == {"SLURM_JOB_ID": "7"}
+    assert environment["MASTER_PORT"] == "1"
