@@ -112,11 +112,10 @@ class Agent:
             progress=self._folder.progress(),
         )  # fmt: skip
         self._folder.save_attempt(self._attempt)
-        settings, stopped = self._config.slurm, self._folder.stopping.exists()
         self._act(
             decide(
-                self._folder.attempts_since_submit(), stopped=stopped, excluded=self._folder.excluded(),
-                max_failures=settings.max_failures, max_excluded=settings.max_excluded,
+                self._folder.attempts_since_submit(), self._config.slurm,
+                stopped=self._folder.stopping.exists(), excluded=self._folder.excluded(),
             )
         )  # fmt: skip
 

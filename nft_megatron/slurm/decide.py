@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 from nft_megatron.slurm.job_folder import Attempt
-
-BLAMED_TWICE = 2
+from nft_megatron.slurm.section import SlurmSection
 
 
 @dataclass(frozen=True)
@@ -22,23 +21,23 @@ class Decision:
 
 
 def decide(
-    attempts: Sequence[Attempt], *, stopped: bool, excluded: Mapping[str, str], max_failures: int, max_excluded: int
+    attempts: Sequence[Attempt], settings: SlurmSection, *, stopped: bool = False, excluded: Mapping[str, str] | None = None
 ) -> Decision:
     """Look at all attempts so far, the last of which has just ended.
 
     ``stopped``: a person asked the run to end. ``excluded``: nodes that are left out already.
 
-    A node is excluded when the preflight finds it bad, or when it is blamed for the end of two attempts. The run gives up after
-    ``max_failures`` attempts in a row that left nothing new on the disk, and when more than ``max_excluded`` nodes are bad.
-    Preemptions don't count as such attempts: they say nothing of the run.
+    A node is excluded when the preflight finds it bad, or when it is blamed ``exclude_after`` times in a row. The run gives up
+    after ``max_failures`` attempts in a row that left nothing new on the disk, and when more than ``max_excluded`` nodes are
+    bad. Preemptions don't count as such attempts: they say nothing of the run.
 
     >>> crash = [Attempt(n, "7", ("n1",), 0.0, 9.0, "failed", "rank 0: no memory") for n in range(1, 4)]
-    >>> decide(crash[:2], stopped=False, excluded={}, max_failures=3, max_excluded=8).action
+    >>> decide(crash[:2], SlurmSection()).action
     'go on'
-    >>> decide(crash, stopped=False, excluded={}, max_failures=3, max_excluded=8).reason
+    >>> decide(crash, SlurmSection()).reason
     '3 attempts in a row made no progress; the last one: rank 0: no memory'
     """
-    last = attempts[-1]
+    last, excluded = attempts[-1], excluded or {}
     if last.kind == "finished":
         return Decision("finished", last.cause)
     if stopped:
@@ -46,13 +45,17 @@ def decide(
     if last.kind == "wrong":
         return Decision("fatal", last.cause)
     fruitless = num_fruitless(attempts)
-    if fruitless >= max_failures:
+    if fruitless >= settings.max_failures:
         return Decision("fatal", f"{fruitless} attempts in a row made no progress; the last one: {last.cause}")
-    exclude = _to_exclude(attempts, excluded)
-    if len(exclude) + len(excluded) > max_excluded:
-        bad = ", ".join(sorted({*excluded, *exclude}))
-        return Decision("fatal", f"{bad} are bad, more than slurm.max_excluded = {max_excluded}; the last one: {last.cause}")
-    return Decision("go on", last.cause, exclude)
+    bad = {
+        node: last.cause
+        for node in last.blamed
+        if last.kind == "bad nodes" or times_blamed(node, attempts) >= settings.exclude_after
+    }
+    if len(bad.keys() | excluded.keys()) > settings.max_excluded:
+        nodes, limit = ", ".join(sorted(bad.keys() | excluded.keys())), settings.max_excluded
+        return Decision("fatal", f"{nodes} are bad, more than slurm.max_excluded = {limit}; the last one: {last.cause}")
+    return Decision("go on", last.cause, bad)
 
 
 def num_fruitless(attempts: Sequence[Attempt]) -> int:
@@ -66,11 +69,7 @@ def num_fruitless(attempts: Sequence[Attempt]) -> int:
     return count
 
 
-def _to_exclude(attempts: Sequence[Attempt], excluded: Mapping[str, str]) -> dict[str, str]:
-    last = attempts[-1]
-    blamed = Counter(node for attempt in attempts for node in attempt.blamed)
-    return {
-        node: last.cause
-        for node in last.blamed
-        if node not in excluded and (last.kind == "bad nodes" or blamed[node] >= BLAMED_TWICE)
-    }
+def times_blamed(node: str, attempts: Sequence[Attempt]) -> int:
+    """How often in a row ``node`` was blamed, counted from the last attempt over those that it took part in."""
+    took_part = (attempt for attempt in reversed(attempts) if node in attempt.nodes)
+    return sum(1 for _ in takewhile(lambda attempt: node in attempt.blamed, took_part))

@@ -61,5 +61,7 @@ class SlurmSection(Section):
     """Longest preflight; a node that has said nothing by then is bad."""
     preflight_command: str | None = None
     """The site's own check, run by a shell on every node: any exit code but 0 makes the node a bad one."""
+    exclude_after: PositiveInt = 2
+    """A node that is blamed for the end of so many attempts in a row, of those it took part in, is excluded too."""
     max_excluded: PositiveInt = 8
     """With more bad nodes than this the run gives up: the fault is then elsewhere."""

@@ -28,7 +28,14 @@ def slurm_run(lab, run_config, tmp_path):
         sections = {
             "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
             **sections,
-            "slurm": {"gres": "", "time": "30", "preflight": False, "max_failures": 2, **sections.get("slurm", {})},
+            "slurm": {
+                "gres": "",
+                "time": "30",
+                "preflight": False,
+                "max_failures": 2,
+                "exclude_after": 9,
+                **sections.get("slurm", {}),
+            },
         }
         return SlurmRun(lab, run_config(run_dir, **sections), tmp_path / run_dir)
 

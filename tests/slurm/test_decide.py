@@ -1,9 +1,12 @@
 """When a run goes on, and when it gives up."""
 
+from dataclasses import replace
+
 import pytest
 
 from nft_megatron.slurm.decide import decide
 from nft_megatron.slurm.job_folder import Attempt
+from nft_megatron.slurm.section import SlurmSection
 
 NODES = ("n1", "n2", "n3", "n4")
 
@@ -12,10 +15,8 @@ def attempt(number, kind, progress=(0, 0, 0), blamed=(), cause="why"):
     return Attempt(number, "7", NODES, 10.0 * number, 10.0 * number + 9, kind, cause, blamed, progress)
 
 
-def decided(*attempts, stopped=False, excluded=None, max_failures=3, max_excluded=2):
-    return decide(
-        attempts, stopped=stopped, excluded=excluded or {}, max_failures=max_failures, max_excluded=max_excluded
-    )  # fmt: skip
+def decided(*attempts, **others):
+    return decide(attempts, SlurmSection(max_failures=3, max_excluded=2, exclude_after=2), **others)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,15 @@ def test_preemptions_are_no_failures():
     assert decided(*(attempt(n, "left") for n in range(1, 20))).action == "go on"
 
 
-def test_a_node_is_excluded_after_the_preflight_or_when_blamed_twice():
+def test_a_node_is_excluded_after_the_preflight_or_when_blamed_twice_in_a_row():
     assert decided(attempt(1, "bad nodes", blamed=("n2",))).exclude == {"n2": "why"}
-    assert decided(attempt(1, "failed", (1, 0, 0), ("n2",))).exclude == {}
-    twice = [attempt(1, "failed", (1, 0, 0), ("n2",)), attempt(2, "failed", (2, 0, 0), ("n2", "n3"))]
-    assert decided(*twice).exclude == {"n2": "why"}
-    assert decided(*twice, excluded={"n2": "before"}).exclude == {}
+    once = attempt(1, "failed", (1, 0, 0), ("n2",))
+    assert decided(once).exclude == {}
+    assert decided(once, attempt(2, "failed", (2, 0, 0), ("n2", "n3"))).exclude == {"n2": "why"}
+    between = attempt(2, "failed", (2, 0, 0), ("n3",))
+    assert decided(once, between, attempt(3, "failed", (3, 0, 0), ("n2",))).exclude == {}, "it was good in between"
+    elsewhere = replace(between, nodes=("n1", "n3"))
+    assert decided(once, elsewhere, attempt(3, "failed", (3, 0, 0), ("n2",))).exclude == {"n2": "why"}, "it had no part"
 
 
 def test_too_many_bad_nodes_are_a_fault_elsewhere():
