@@ -24,10 +24,15 @@ FLEET = {"wait_seconds": 300.0, "silence_seconds": 5.0, "python": sys.executable
 def fleet_run(slurm_run, tmp_path, **cluster):
     model = make_model(tmp_path / "model", **WIDE)
     return slurm_run(
-        model={"path": str(model)}, cluster={"trainer_nodes": 1, "gpus_per_node": 1, **cluster}, fleet=FLEET,
-        rollout={"engine": "vllm", "oversample": 4.0}, train={"num_steps": 10_000}, optimizer={"learning_rate": 1.0e-6}, checkpoint={"every": 1},
+        model={"path": str(model)},
+        cluster={"trainer_nodes": 1, "gpus_per_node": 1, **cluster},
+        fleet=FLEET,
+        rollout={"engine": "vllm", "oversample": 4.0},
+        train={"num_steps": 10_000},
+        optimizer={"learning_rate": 1.0e-6},  # so that answers stay mixed
+        checkpoint={"every": 1},
         evaluate={"data": []},
-    )  # fmt: skip
+    )
 
 
 def servers_on(run, node):
