@@ -33,7 +33,9 @@ FLOORS = {
     **dict.fromkeys([f"rollout.fleet.{name}" for name in ("dispatch", "health", "member", "guard", "access", "section")], 0),
     **dict.fromkeys(["evaluate.benchmarks", "evaluate.statistics", "evaluate.table", "evaluate.overlap"], 0),
     **dict.fromkeys(["section", "algorithms"], 0),
-    **dict.fromkeys([f"slurm.{name}" for name in ("section", "job_folder", "decide", "cause", "tools", "steps", "render")], 0),
+    **dict.fromkeys(
+        [f"slurm.{name}" for name in ("section", "job_folder", "decide", "cause", "tools", "job", "steps", "render")], 0
+    ),
     **dict.fromkeys([f"slurm.{name}" for name in ("preflight", "agent", "guests")], 3),
     **dict.fromkeys(["layout", "slurm", "weights", "convert", "observe", "plan", "watchdog"], 1),
     **dict.fromkeys(["model", "rollout", "verify"], 2),

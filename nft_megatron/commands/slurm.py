@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from nft_megatron.run_folder import RunFolder
 if TYPE_CHECKING:
     from nft_megatron.config import Config
     from nft_megatron.slurm.job_folder import JobFolder
+
+_CONFIG_SECONDS = 600.0
+"""A job may begin while the shared file system is away."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,11 +145,14 @@ def _rollouts(options: argparse.Namespace) -> None:
 
 
 def _agent(options: argparse.Namespace) -> None:
-    from nft_megatron.slurm.agent import Agent, Job
+    from nft_megatron.slurm.agent import Agent
     from nft_megatron.slurm.guests import serve_guests
+    from nft_megatron.slurm.job import Job
 
+    deadline = time.monotonic() + _CONFIG_SECONDS
+    while not options.config.exists() and time.monotonic() < deadline:
+        time.sleep(1)
     config = load_config(options.config, options.overrides)
-    options.run_dir = None
     if options.rollouts_only:
         serve_guests(config, options.config, Job.here())
     else:

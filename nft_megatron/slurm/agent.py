@@ -12,7 +12,6 @@ for: they save and leave, and the job is requeued. TERM (preemption, `scancel`) 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -21,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nft_megatron.config import Config
@@ -32,11 +31,12 @@ from nft_megatron.files import atomic_file
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.slurm.cause import Cause, find_cause, read_tail
 from nft_megatron.slurm.decide import Decision, decide
+from nft_megatron.slurm.job import Job
 from nft_megatron.slurm.job_folder import Attempt, JobFolder
 from nft_megatron.slurm.preflight import read_preflight
 from nft_megatron.slurm.rollout_nodes import RolloutNodes, end_step
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
-from nft_megatron.slurm.tools import SlurmError, address, host_names, insist, show_job
+from nft_megatron.slurm.tools import address
 
 log = logging.getLogger(__name__)
 
@@ -47,34 +47,6 @@ _EARLY_SECONDS = 90.0
 _RESERVE_SECONDS = 20.0
 """Before the time limit: what the agent itself needs to requeue the job."""
 _FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """The job that this process is in. ``nodes`` are in Slurm's order; this is the first. ``end`` is the time limit."""
-
-    id: str
-    nodes: tuple[str, ...]
-    cpus_per_node: int
-    end: float
-
-    @classmethod
-    def here(cls) -> Job:
-        """From the environment of the batch script."""
-        if "SLURM_JOB_ID" not in os.environ:
-            raise UserError(
-                "SLURM_JOB_ID", "not set", "the agent runs inside of a job", "use `nft-megatron slurm submit CONFIG`"
-            )
-        env, job_id = os.environ, os.environ["SLURM_JOB_ID"]
-        answer = show_job(job_id)
-        end = answer.get("EndTime", "Unknown")
-        limit = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) if end[0].isdigit() else float("inf")
-        return cls(
-            job_id,
-            tuple(host_names(env["SLURM_JOB_NODELIST"])),
-            int(env.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1)),
-            limit,
-        )
 
 
 class Agent:
@@ -103,9 +75,18 @@ class Agent:
             return
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
+        if self._folder.stopping.exists():  # asked before, and not heard any more
+            self._folder.set_end("stopped", "nft-megatron slurm stop")
+            return
         self._begin()
-        kind, cause = self._try()
-        self._wait_for_folder()
+        try:
+            kind, cause = self._try()
+        except Exception as error:  # a bug here is not to end the night
+            log.exception("the agent's own fault")
+            kind, cause = "failed", Cause(1, f"the agent: {type(error).__name__}: {error}")
+        if not self._can_write():
+            self._go_on()  # the next attempt closes this one
+            return
         self._keep_logs()
         self._attempt = replace(
             self._attempt, ended=time.time(), kind=kind, cause=cause.text, blamed=cause.blamed,
@@ -132,6 +113,7 @@ class Agent:
                     )
                 )  # fmt: skip
                 self._keep_logs(self._folder.logs(earlier.number))
+        self._run.stop.unlink(missing_ok=True)  # of an attempt that ended before it was seen
         self._logs.mkdir(parents=True, exist_ok=True)
         if not self._folder.config.exists():  # the script was rendered and given to sbatch by hand
             with atomic_file(self._folder.config) as temporary:
@@ -228,18 +210,18 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
-    def _wait_for_folder(self) -> None:
-        """The shared folder may be what went away, or full: nothing can be decided until it can be written again."""
+    def _can_write(self) -> bool:
+        """Wait for the shared folder, which may be what went away, or full: before that nothing can be decided."""
         deadline = time.monotonic() + _FOLDER_SECONDS
         while True:
             try:
                 with atomic_file(self._logs / "probe", make_folder=False) as probe:
                     probe.write_bytes(bytes(1 << 16))
                 (self._logs / "probe").unlink()
-                return
+                return True
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise
+                    return False
                 log.warning("waiting for %s: %s", self._logs, error)
                 time.sleep(_FOLDER_PAUSE)
 
@@ -265,31 +247,14 @@ class Agent:
             return
         if decision.exclude:
             self._folder.exclude(dict(decision.exclude))
-        if self._config.slurm.restart == "chain":
-            self._exclude_nodes_of_waiting_jobs()
-            raise StoppedEarly(f"{decision.reason}; the next job of the chain goes on")
-        self._requeue()
+        self._go_on(decision.reason)
 
-    def _requeue(self) -> None:
-        """Put this job back into the queue, without the excluded nodes; returns, or is killed, once that is done."""
-        state = show_job(self._job.id).get("JobState", "gone")
-        if state != "RUNNING":  # cancelled by a person, or Slurm is requeueing it already
-            log.warning("the job is %s: it is left as it is", state)
+    def _go_on(self, reason: str = "the run folder has gone away") -> None:
+        if self._config.slurm.restart == "requeue":
+            self._job.requeue(self._folder.excluded())
             return
-        insist("scontrol", "requeue", self._job.id)
-        self._exclude_nodes([self._job.id])
-
-    def _exclude_nodes(self, jobs: Sequence[str]) -> None:
-        nodes = ",".join(self._folder.excluded())
-        for job_id in jobs if nodes else ():
-            try:
-                insist("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
-            except SlurmError as error:
-                log.warning("could not exclude %s from job %s: %s", nodes, job_id, error)
-
-    def _exclude_nodes_of_waiting_jobs(self) -> None:
-        name = show_job(self._job.id)["JobName"]
-        self._exclude_nodes(insist("squeue", "--me", "-h", "-t", "PENDING", "-n", name, "-o", "%i").split())
+        self._job.exclude_from_those_that_wait(self._folder.excluded())
+        raise StoppedEarly(f"{reason}; the next job of the chain goes on")
 
 
 def free_port() -> int:

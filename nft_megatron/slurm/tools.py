@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nft_megatron.errors import UserError
 
@@ -39,7 +39,9 @@ def insist(*command: str, pauses: Sequence[float] = _PAUSES) -> str:
     for pause in pauses:
         try:
             return call(*command)
-        except SlurmError:
+        except SlurmError as error:
+            if "Invalid" in str(error):  # an answer
+                raise
             time.sleep(pause)
     return call(*command)
 
@@ -53,10 +55,10 @@ def fields(text: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
 
-def show_job(job_id: str) -> dict[str, str]:
-    """``scontrol``'s answer about a job; empty once the controller has forgotten it."""
+def show_job(job_id: str, ask: Callable[..., str] = call) -> dict[str, str]:
+    """``scontrol``'s answer about a job, empty once it is forgotten. ``ask``: :func:`call` or :func:`insist`."""
     try:
-        return fields(call("scontrol", "show", "job", "--oneliner", job_id))
+        return fields(ask("scontrol", "show", "job", "--oneliner", job_id))
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}

@@ -1,0 +1,65 @@
+"""The job that a process is in: its nodes, its end, and how it is put back into the queue."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from nft_megatron.errors import UserError
+from nft_megatron.slurm.tools import SlurmError, host_names, insist, show_job
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that this process is in. ``nodes`` are in Slurm's order; this is the first. ``end`` is the time limit."""
+
+    id: str
+    nodes: tuple[str, ...]
+    cpus_per_node: int
+    end: float
+
+    @classmethod
+    def here(cls) -> Job:
+        """From the environment of the batch script."""
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UserError(
+                "SLURM_JOB_ID", "not set", "the agent runs inside of a job", "use `nft-megatron slurm submit CONFIG`"
+            )
+        env, job_id = os.environ, os.environ["SLURM_JOB_ID"]
+        answer = show_job(job_id, insist)
+        end = answer.get("EndTime", "Unknown")
+        limit = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) if end[0].isdigit() else float("inf")
+        return cls(
+            job_id,
+            tuple(host_names(env["SLURM_JOB_NODELIST"])),
+            int(env.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1)),
+            limit,
+        )
+
+    def requeue(self, excluded: Collection[str]) -> None:
+        """Put this job back into the queue, without the ``excluded`` nodes. Slurm then ends what is left of it."""
+        state = show_job(self.id, insist).get("JobState", "gone")
+        if state != "RUNNING":  # cancelled by a person, or Slurm is requeueing it already
+            log.warning("the job is %s: it is left as it is", state)
+            return
+        insist("scontrol", "requeue", self.id)
+        self._exclude(self.id, excluded)
+
+    def exclude_from_those_that_wait(self, excluded: Collection[str]) -> None:
+        """Keep the user's waiting jobs of this one's name away from the ``excluded`` nodes."""
+        name = show_job(self.id, insist)["JobName"]
+        for job_id in insist("squeue", "--me", "-h", "-t", "PENDING", "-n", name, "-o", "%i").split():
+            self._exclude(job_id, excluded)
+
+    def _exclude(self, job_id: str, nodes: Collection[str]) -> None:
+        if not nodes:
+            return
+        try:
+            insist("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+        except SlurmError as error:
+            log.warning("could not exclude %s from job %s: %s", ", ".join(nodes), job_id, error)
