@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 from nft_megatron.config import Config
 from nft_megatron.config_load import dump_config
@@ -91,17 +92,16 @@ def _sbatch(*arguments: str) -> str:
 
 
 def _absolute(config: Config) -> Config:
-    """Paths that mean the same wherever the job starts."""
-    data = {"train": tuple(path.resolve() for path in config.data.train)}
-    model_path = config.model.path.resolve() if config.model.path.exists() else config.model.path
-    return config.model_copy(
-        update={
-            "run_dir": config.run_dir.resolve(),
-            "model": config.model.model_copy(update={"path": model_path}),
-            "data": config.data.model_copy(update=data),
-            "evaluate": config.evaluate.model_copy(update={"data": tuple(path.resolve() for path in config.evaluate.data)}),
-        }
-    )
+    """With paths that mean the same wherever the job starts."""
+    return Config.model_validate(_with_absolute_paths(config.model_dump()))
+
+
+def _with_absolute_paths(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.absolute()  # not resolved: the python of a virtual environment is a link
+    if isinstance(value, dict):
+        return {key: _with_absolute_paths(part) for key, part in value.items()}
+    return tuple(map(_with_absolute_paths, value)) if isinstance(value, tuple) else value
 
 
 def _check_files(config: Config) -> None:

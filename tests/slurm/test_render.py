@@ -7,6 +7,7 @@ from nft_megatron.errors import UserError
 from nft_megatron.slurm.render import render, render_rollouts
 from nft_megatron.slurm.section import SlurmSection
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
+from nft_megatron.slurm.submit import _absolute
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -91,6 +92,17 @@ def test_containers_are_for_the_steps_and_not_for_the_agent(config, tmp_path):
     train = trainer_step(settings, path, ["n1"], 96, tmp_path / "log")
     assert {"--container-image=/images/nft.sqsh", "--container-mounts=/shared:/shared,/data", "python3"} <= set(train)
     assert not [option for option in options_of(render(settings, path)) if "container-" in option]
+
+
+def test_what_is_submitted_has_paths_that_hold_anywhere(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to("/usr/bin/python3")
+    settings, _ = config("fleet.python=python", "data.train=[a.parquet, b.parquet]", "run_dir=runs/a")
+    absolute = _absolute(settings)
+    assert absolute.fleet.python == tmp_path / "python"
+    assert absolute.data.train == (tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert absolute.run_dir == tmp_path / "runs/a"
+    assert absolute.model_copy(update={name: getattr(settings, name) for name in ("fleet", "data", "run_dir")}) == settings
 
 
 def test_a_step_does_not_inherit_the_numbers_of_another(monkeypatch):
