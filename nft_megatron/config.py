@@ -213,6 +213,8 @@ class DeadlinesSection(Section):
     """On rank 0 the time without a finished answer to a held-out question."""
     other_seconds: PositiveFloat = 1800.0
     """Everything else, such as what ranks tell each other between phases."""
+    heartbeat_seconds: PositiveFloat = 300.0
+    """Under Slurm: rank 0 touches a file, and when it has not for so long the agent of the job ends all ranks."""
     leave_seconds: PositiveFloat = 60.0
     """No silence, but a reserve: where the job's end is known (under Slurm, or from NFT_MEGATRON_END_TIME), the run leaves with
     75 while the time left still has room for this, besides the measured times of a step's updates and of a checkpoint."""
@@ -220,7 +222,8 @@ class DeadlinesSection(Section):
     @property
     def by_phase(self) -> dict[str, float]:
         """Longest silences."""
-        return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items() if name != "leave_seconds"}
+        others = ("heartbeat_seconds", "leave_seconds")
+        return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items() if name not in others}
 
 
 class ClusterSection(Section):

@@ -262,7 +262,10 @@ class Run:
 
         def result() -> MetricsRow:
             evaluation, self._evaluation = self._evaluation, None
-            return evaluation.result(self.config.rollout.step_deadline_seconds) if evaluation is not None else {}
+            if evaluation is None:
+                return {}
+            with self.stop.limit.measuring("evaluate"):
+                return evaluation.result(self.config.rollout.step_deadline_seconds)
 
         with self.timer.phase("evaluate"), self.watchdog.phase(UNWATCHED):
             self._notes |= on_main(self.topology, result)

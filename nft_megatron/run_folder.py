@@ -17,6 +17,8 @@ from nft_megatron.errors import StoppedEarly, UserError
 from nft_megatron.files import atomic_file, remove_leftovers
 
 _LOCK_POLL_SECONDS = 0.5
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
+"""What befalls a file system for a while."""
 TAKEN = "another process is training in it"
 _STEP = re.compile(r"step_\d{6,}")
 
@@ -84,6 +86,11 @@ class RunFolder:
         """The traceback of a fault."""
         return self.logs / f"fault_rank{rank}.txt"
 
+    @property
+    def heartbeat(self) -> Path:
+        """Touched by rank 0 as long as it lives: while the others wait for it nobody else could tell."""
+        return self.logs / "alive_rank0"
+
     def stall(self, rank: int) -> Path:
         """What the watchdog of a rank leaves: the phase that stood still, and where."""
         return self.logs / f"stall_rank{rank}.txt"
@@ -148,6 +155,8 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = self._lock.open("w")
         except OSError as error:
+            if error.errno in PASSING:
+                raise
             raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
         self._take(lock, time.monotonic() + wait_seconds)
         for folder in (self.root, self.logs, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"):

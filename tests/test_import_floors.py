@@ -19,6 +19,7 @@ FLOORS = {
             "config",
             "config_load",
             "run_folder",
+            "heartbeat",
             "ending",
             "time_limit",
             "stop",

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("--json", action="store_true", help="for programs")
     logs = add("logs", _logs, "what trainers or servers print", "Print the end of a log.")
     logs.add_argument("--attempt", type=int, help="default: the newest")
-    logs.add_argument("--rollout", metavar="NODE", help="of the servers on this node in place of the trainers'")
+    logs.add_argument("--rollout", metavar="NODE", help="of the servers on this node, of the run's job or of another")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
     logs.add_argument("-n", "--lines", type=int, default=50, help="(default: %(default)s)")
     attach = add(
@@ -70,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for command in (status, logs, attach, checkpoint, stop, rollouts):
         command.add_argument("run_folder", metavar="RUN|CONFIG", type=Path, help="the run's folder, or its configuration")
     attach.add_argument("command", nargs="*", help="in place of a shell")
+    rollouts.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="such as slurm.partition=preemptible"
+    )
 
 
 def _render(options: argparse.Namespace) -> None:
@@ -103,6 +106,8 @@ def _logs(options: argparse.Namespace) -> None:
     attempt = options.attempt or max((each.number for each in folder.attempts()), default=0)
     name = f"rollout_{options.rollout}.log" if options.rollout else "trainer.log"
     path = folder.logs(attempt) / name
+    if options.rollout and not path.exists():  # in a job of their own
+        path = max(folder.root.glob(f"rollouts/*_{options.rollout}.log"), key=os.path.getmtime, default=path)
     if not path.exists():
         there = sorted(str(log.relative_to(folder.run.root)) for log in folder.run.root.glob("logs/attempt_*/*.log"))
         raise UserError("logs", path, "is not there", f"there are: {', '.join(there) or 'none yet'}")
@@ -110,9 +115,9 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _attach(options: argparse.Namespace) -> None:
-    folder, _ = _submitted(options)
+    folder, config = _submitted(options)
     attempts = folder.attempts()
-    job_id = _active(folder)
+    job_id = _active(folder, config)
     if not attempts or attempts[-1].kind is not None:
         raise UserError("attach", job_id, "the job does not run", f"`nft-megatron slurm status {folder.run.root}` says why")
     node = options.node or attempts[-1].nodes[0]
@@ -124,23 +129,24 @@ def _attach(options: argparse.Namespace) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
-    folder, _ = _submitted(options)
-    _active(folder)
+    folder, config = _submitted(options)
+    _active(folder, config)
     folder.run.save_request.write_text("nft-megatron slurm checkpoint\n")
     print("asked for a checkpoint after the current step")
 
 
 def _stop(options: argparse.Namespace) -> None:
+    from nft_megatron.slurm.render import job_name
     from nft_megatron.slurm.stop import stop
 
-    folder, _ = _submitted(options)
-    print(stop(folder))
+    folder, config = _submitted(options)
+    print(stop(folder, job_name(config)))
 
 
 def _rollouts(options: argparse.Namespace) -> None:
     from nft_megatron.slurm.submit import add_rollouts
 
-    folder, config = _submitted(options)
+    folder, config = _submitted(options, options.overrides)
     print(f"submitted job {add_rollouts(folder, config, options.add)}: {options.add} nodes for {folder.run.root}")
 
 
@@ -159,7 +165,7 @@ def _agent(options: argparse.Namespace) -> None:
         Agent(config, Job.here()).conduct()
 
 
-def _submitted(options: argparse.Namespace) -> tuple[JobFolder, Config]:
+def _submitted(options: argparse.Namespace, overrides: Sequence[str] = ()) -> tuple[JobFolder, Config]:
     """The folder of a run that has been submitted, and what was submitted."""
     from nft_megatron.slurm.job_folder import JobFolder
 
@@ -168,13 +174,14 @@ def _submitted(options: argparse.Namespace) -> tuple[JobFolder, Config]:
     folder = JobFolder(RunFolder(root.resolve()))
     if not folder.config.exists():
         raise UserError("RUN", root, "has not been submitted", "run `nft-megatron slurm submit CONFIG` first")
-    return folder, load_config(folder.config, [])
+    return folder, load_config(folder.config, list(overrides))
 
 
-def _active(folder: JobFolder) -> str:
+def _active(folder: JobFolder, config: Config) -> str:
+    from nft_megatron.slurm.render import job_name
     from nft_megatron.slurm.submit import active_job
 
-    job_id = active_job(folder)
+    job_id = active_job(folder, job_name(config))
     if job_id is None:
         raise UserError(
             "RUN", folder.run.root, "has no job that waits or runs", f"`nft-megatron slurm status {folder.run.root}` says why"

@@ -12,6 +12,7 @@ for: they save and leave, and the job is requeued. TERM (preemption, `scancel`) 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from pathlib import Path
 from nft_megatron.config import Config
 from nft_megatron.config_load import dump_config
 from nft_megatron.ending import read_endings
-from nft_megatron.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
+from nft_megatron.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
 from nft_megatron.files import atomic_file
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.slurm.cause import Cause, find_cause, read_tail
@@ -41,11 +42,11 @@ from nft_megatron.slurm.tools import address
 log = logging.getLogger(__name__)
 
 _PAUSE = 0.5
-_BY_SIGNAL = "by SIGTERM"
+_BY_SIGNAL = re.compile(r"by SIGTERM|: Terminated$")
 _EARLY_SECONDS = 90.0
 """By so much Slurm's signal may come too early."""
-_RESERVE_SECONDS = 20.0
-"""Before the time limit: what the agent itself needs to requeue the job."""
+_LONGEST_RESERVE, _RESERVE_SHARE = 180.0, 0.2
+"""Before the time limit, in seconds and of the time left: what the agent itself needs to end steps and requeue the job."""
 _FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
 
 
@@ -58,9 +59,11 @@ class Agent:
         self._folder = JobFolder(self._run)
         self._asked: str | None = None
         self._out_of_time = False
+        self._reserve = min(_LONGEST_RESERVE, _RESERVE_SHARE * (job.end - time.time()))
         self._terminated = threading.Event()
         number = 1 + max((attempt.number for attempt in self._folder.attempts()), default=0)
-        self._attempt = Attempt(number, job.id, job.nodes, time.time())
+        self._excluded = self._read_excluded()
+        self._attempt = Attempt(number, job.id, job.nodes, time.time(), progress_before=self._folder.progress())
         self._logs = self._folder.logs(number)
 
     def conduct(self) -> None:
@@ -70,12 +73,14 @@ class Agent:
             StoppedEarly: the run is to go on and another job of the chain does it.
             UserError: it cannot go on.
         """
+        self._close_lost_attempts()
         if (end := self._folder.end()) is not None:
             log.warning("the run is %s already: %s", *end)
             return
+        self._run.stop.unlink(missing_ok=True)  # of an attempt that ended before it was seen; what comes from here on counts
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
-        if self._folder.stopping.exists():  # asked before, and not heard any more
+        if self._folder.stopping.exists():
             self._folder.set_end("stopped", "nft-megatron slurm stop")
             return
         self._begin()
@@ -96,14 +101,21 @@ class Agent:
         self._act(
             decide(
                 self._folder.attempts_since_submit(), self._config.slurm,
-                stopped=self._folder.stopping.exists(), excluded=self._folder.excluded(),
+                stopped=self._folder.stopping.exists(), excluded=self._excluded,
             )
         )  # fmt: skip
 
+    def _read_excluded(self) -> dict[str, str]:
+        try:
+            return self._folder.excluded()
+        except UserError as error:  # people may edit it, and nobody is there to mend it now
+            log.warning("all nodes are used: %s", error)
+            return {}
+
     # ------------------------------------------------------------------------------------------------------ the attempt
 
-    def _begin(self) -> None:
-        """Close the attempt that never wrote how it ended, and open this one."""
+    def _close_lost_attempts(self) -> None:
+        """Those that never wrote how they ended."""
         for earlier in self._folder.attempts():
             if earlier.kind is None:
                 self._folder.save_attempt(
@@ -113,11 +125,11 @@ class Agent:
                     )
                 )  # fmt: skip
                 self._keep_logs(self._folder.logs(earlier.number))
-        self._run.stop.unlink(missing_ok=True)  # of an attempt that ended before it was seen
+
+    def _begin(self) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
-        if not self._folder.config.exists():  # the script was rendered and given to sbatch by hand
-            with atomic_file(self._folder.config) as temporary:
-                temporary.write_text(dump_config(self._config))
+        with atomic_file(self._folder.config) as temporary:  # the script may have been given to sbatch by hand
+            temporary.write_text(dump_config(self._config))
         self._folder.set_job_id(self._job.id)
         self._folder.save_attempt(self._attempt)
         log.warning("attempt %d on %s", self._attempt.number, " ".join(self._job.nodes))
@@ -128,7 +140,7 @@ class Agent:
             {
                 "MASTER_ADDR": address(self._job.nodes[0]),
                 "NFT_MEGATRON_ATTEMPT": str(self._attempt.number),
-                "NFT_MEGATRON_END_TIME": str(self._job.end - _RESERVE_SECONDS),
+                "NFT_MEGATRON_END_TIME": str(self._job.end - self._reserve),
             }
         )
         if self._config.slurm.preflight and (found := self._preflight(environment)) is not None:
@@ -155,13 +167,15 @@ class Agent:
         step = subprocess.Popen(command, env=environment | {"MASTER_PORT": str(free_port())}, stdin=subprocess.DEVNULL)
         with suppress(subprocess.TimeoutExpired):
             step.wait(self._config.slurm.preflight_seconds + 30)
+        by_signal = (step.poll() or 0) > 128  # a preemption reaches the tasks first: their silence says nothing of the nodes
         end_step(step, 10)
+        if by_signal or self._asked or self._terminated.is_set():
+            kind = "short" if self._out_of_time else "left"
+            return kind, Cause(EXIT_STOPPED_EARLY, f"{self._asked or 'ended by a signal'} during the preflight")
         found = read_preflight(folder, self._job.nodes)
         if found.bad:
             text = "; ".join(f"{node}: {reason}" for node, reason in found.bad.items())
             return "bad nodes", Cause(1, text, tuple(found.bad))
-        if self._asked:
-            return "left", Cause(EXIT_STOPPED_EARLY, f"{self._asked} during the preflight")
         return ("failed", Cause(1, f"preflight: {found.problem}")) if found.problem else None
 
     def _train(self, nodes: Sequence[str], environment: dict[str, str]) -> tuple[str, Cause]:
@@ -172,16 +186,19 @@ class Agent:
             step = subprocess.Popen(
                 command, env=environment | {"MASTER_PORT": str(free_port())}, stdin=subprocess.DEVNULL, stderr=errors
             )
-            late = self._wait(step)
+            late, silent = self._wait(step)
         per_node = self._config.cluster.gpus_per_node
         node_of_rank = [node for node in nodes for _ in range(per_node)]
         text = read_tail(output) + "\n" + read_tail(srun_log)
         cause = find_cause(step.returncode, read_endings(self._run.root), text, node_of_rank)
+        if silent:
+            text = f"rank 0 on {nodes[0]} gave no sign of life for {self._config.deadlines.heartbeat_seconds:g} s"
+            return "failed", Cause(EXIT_STALLED, text, (nodes[0],))
         if cause.code == 0:
             return "finished", cause
         if cause.code == EXIT_USER_ERROR:
             return "wrong", cause
-        terminated = self._terminated.is_set() or _BY_SIGNAL in cause.text  # a preemption reaches the ranks first
+        terminated = self._terminated.is_set() or _BY_SIGNAL.search(cause.text)  # a preemption reaches the ranks first
         asked = self._asked or ("Slurm ended it (preemption, a lost node, scancel)" if terminated else None)
         if late or self._out_of_time:
             return "short", Cause(cause.code, f"{late or asked}: {cause.text}")
@@ -189,14 +206,25 @@ class Agent:
             return "left", Cause(cause.code, f"{asked}: {cause.text}")
         return ("short" if cause.code == EXIT_STOPPED_EARLY else "failed"), cause
 
-    def _wait(self, step: subprocess.Popen) -> str | None:
-        """Until the trainers have ended; what ended them where they were too late for the time limit."""
+    def _wait(self, step: subprocess.Popen) -> tuple[str | None, bool]:
+        """Until the trainers have ended, or had to be ended: too late for the time limit, or with a silent rank 0."""
         while step.poll() is None:
-            if time.time() > self._job.end - _RESERVE_SECONDS / 2:
+            if time.time() > self._job.end - self._reserve / 2:
                 end_step(step, 10)
-                return "the time limit came before they had saved"
+                return "the time limit came before they had saved", False
+            if self._is_silent():
+                end_step(step, 10)
+                return None, True
             time.sleep(_PAUSE)
-        return None
+        return None, False
+
+    def _is_silent(self) -> bool:
+        """Whether rank 0 of this attempt had begun to touch its file, and has not for too long."""
+        try:
+            touched = self._run.heartbeat.stat().st_mtime
+        except OSError:
+            return False
+        return self._attempt.began < touched < time.time() - self._config.deadlines.heartbeat_seconds
 
     def _on_signal(self, number: int, frame: object) -> None:
         if number == signal.SIGTERM:
@@ -246,14 +274,15 @@ class Agent:
             self._folder.set_end(decision.action, decision.reason)
             return
         if decision.exclude:
-            self._folder.exclude(dict(decision.exclude))
+            self._excluded |= decision.exclude
+            self._folder.set_excluded(self._excluded)
         self._go_on(decision.reason)
 
     def _go_on(self, reason: str = "the run folder has gone away") -> None:
         if self._config.slurm.restart == "requeue":
-            self._job.requeue(self._folder.excluded())
+            self._job.requeue(self._excluded)
             return
-        self._job.exclude_from_those_that_wait(self._folder.excluded())
+        self._job.exclude_from_those_that_wait(self._excluded)
         raise StoppedEarly(f"{reason}; the next job of the chain goes on")
 
 

@@ -55,6 +55,8 @@ def find_cause(code: int, endings: Sequence[Ending], log: str, node_of_rank: Seq
         return Cause(code, _last_word(log))
     if code == EXIT_STOPPED_EARLY:
         return Cause(code, next((ending.message for ending in endings), _last_word(log)))
+    if endings and all(ending.code == EXIT_STOPPED_EARLY for ending in endings):  # one took too long to close, and was killed
+        return Cause(EXIT_STOPPED_EARLY, endings[0].message)
     ends = task_ends(log)
     if ends and _EXITED not in ends[0].what:
         ranks = ", ".join(map(str, ends[0].ranks))

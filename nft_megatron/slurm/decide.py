@@ -27,9 +27,9 @@ def decide(
 
     ``stopped``: a person asked the run to end. ``excluded``: nodes that are left out already.
 
-    A node is excluded when the preflight finds it bad, or when it is blamed ``exclude_after`` times in a row. The run gives up
-    after ``max_failures`` attempts in a row that left nothing new on the disk, and when more than ``max_excluded`` nodes are
-    bad. Preemptions don't count as such attempts: they say nothing of the run.
+    Input that is wrong from the start ends the run at once. A node is excluded when the preflight finds it bad, or when it is
+    blamed ``exclude_after`` times in a row. The run gives up after ``max_failures`` attempts in a row that left nothing new on
+    the disk, and when more than ``max_excluded`` nodes are bad. Preemptions don't count: they say nothing of the run.
 
     >>> crash = [Attempt(n, "7", ("n1",), 0.0, 9.0, "failed", "rank 0: no memory") for n in range(1, 4)]
     >>> decide(crash[:2], SlurmSection()).action
@@ -42,8 +42,8 @@ def decide(
         return Decision("finished", last.cause)
     if stopped:
         return Decision("stopped", last.cause)
-    if last.kind == "wrong":
-        return Decision("fatal", last.cause)
+    if last.kind == "wrong" and all(attempt.kind in ("wrong", "left", "bad nodes") for attempt in attempts):
+        return Decision("fatal", last.cause)  # what has run before is right, and a file that is away looks like a wrong one
     fruitless = num_fruitless(attempts)
     if fruitless >= settings.max_failures:
         return Decision("fatal", f"{fruitless} attempts in a row made no progress; the last one: {last.cause}")
@@ -59,13 +59,17 @@ def decide(
 
 
 def num_fruitless(attempts: Sequence[Attempt]) -> int:
-    """The newest attempts that left nothing on the disk that was not there before, preempted ones not counted."""
-    best, count = (0, 0, 0), 0
+    """The newest attempts that changed nothing on the disk. Those that were preempted or found a bad node are not counted."""
+    last, count = attempts[0].progress_before, 0
+    bad: set[str] = set()
     for attempt in attempts:
-        if attempt.progress > best:
-            best, count = attempt.progress, 0
-        elif attempt.kind != "left":
+        finds_bad_node = attempt.kind == "bad nodes" and not bad.issuperset(attempt.blamed)  # max_excluded bounds these
+        if attempt.progress != last:
+            last, count = attempt.progress, 0
+        elif attempt.kind != "left" and not finds_bad_node:
             count += 1
+        if attempt.kind == "bad nodes":
+            bad.update(attempt.blamed)
     return count
 
 

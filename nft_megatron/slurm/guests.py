@@ -17,11 +17,11 @@ _PAUSE = 2.0
 
 
 def serve_guests(config: Config, config_path: Path, job: Job) -> None:
-    """Keep servers on all nodes of this job until the run ends, or this job is told to leave."""
+    """Keep servers on all nodes of this job until the run ends or it is told to leave; near its time limit requeue it."""
     folder = JobFolder(RunFolder(config.run_dir.resolve()))
-    leaving = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: leaving.set())
+    leaving, out_of_time = threading.Event(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leaving.set())
+    signal.signal(signal.SIGUSR1, lambda *_: out_of_time.set())
     logs = folder.root / "rollouts"
     logs.mkdir(exist_ok=True)
     nodes = RolloutNodes(
@@ -30,7 +30,9 @@ def serve_guests(config: Config, config_path: Path, job: Job) -> None:
         step_environment({}),
     )
     try:
-        while folder.end() is None and not leaving.wait(_PAUSE):
+        while folder.end() is None and not out_of_time.is_set() and not leaving.wait(_PAUSE):
             pass
     finally:
         nodes.close()
+    if out_of_time.is_set() and folder.end() is None and config.slurm.restart == "requeue":
+        job.requeue(())

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nft_megatron.errors import UserError
-from nft_megatron.slurm.tools import SlurmError, host_names, insist, show_job
+from nft_megatron.slurm.tools import SlurmError, host_names, insist, jobs_named, show_job
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ class Job:
                 "SLURM_JOB_ID", "not set", "the agent runs inside of a job", "use `nft-megatron slurm submit CONFIG`"
             )
         env, job_id = os.environ, os.environ["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_TASK_ID" in env:  # the bare id of one task may be that of the whole array
+            job_id = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
         answer = show_job(job_id, insist)
         end = answer.get("EndTime", "Unknown")
         limit = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) if end[0].isdigit() else float("inf")
@@ -43,8 +45,10 @@ class Job:
 
     def requeue(self, excluded: Collection[str]) -> None:
         """Put this job back into the queue, without the ``excluded`` nodes. Slurm then ends what is left of it."""
-        state = show_job(self.id, insist).get("JobState", "gone")
-        if state != "RUNNING":  # cancelled by a person, or Slurm is requeueing it already
+        job = show_job(self.id, insist)
+        state = job.get("JobState", "gone")
+        is_this_start = job.get("Restarts", "0") == os.environ.get("SLURM_RESTART_COUNT", "0")
+        if state != "RUNNING" or not is_this_start:  # a person cancelled it, or Slurm has requeued it already
             log.warning("the job is %s: it is left as it is", state)
             return
         insist("scontrol", "requeue", self.id)
@@ -53,13 +57,15 @@ class Job:
     def exclude_from_those_that_wait(self, excluded: Collection[str]) -> None:
         """Keep the user's waiting jobs of this one's name away from the ``excluded`` nodes."""
         name = show_job(self.id, insist)["JobName"]
-        for job_id in insist("squeue", "--me", "-h", "-t", "PENDING", "-n", name, "-o", "%i").split():
+        for job_id in jobs_named(name, "PENDING"):
             self._exclude(job_id, excluded)
 
     def _exclude(self, job_id: str, nodes: Collection[str]) -> None:
         if not nodes:
             return
         try:
-            insist("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+            before = show_job(job_id, insist).get("ExcNodeList", "(null)").replace("(null)", "")
+            everything = ",".join([*([before] if before else []), *nodes])
+            insist("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={everything}")
         except SlurmError as error:
             log.warning("could not exclude %s from job %s: %s", ", ".join(nodes), job_id, error)

@@ -12,10 +12,12 @@ RUN/logs/attempt_0003/                trainer.log, rollout_<node>.log, preflight
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file
 from nft_megatron.run_folder import RunFolder
 
@@ -29,7 +31,7 @@ class Attempt:
 
     ``finished``; ``left`` as it was asked to (preemption, a person); ``short`` of something (time, servers, disk); ``wrong``
     input; ``failed``; ``bad nodes`` in the preflight; ``lost`` with its first node. None while it runs.
-    ``progress`` is what stood on the disk at its end. Times are seconds since 1970.
+    ``progress`` is what stood on the disk at its end, ``progress_before`` at its beginning. Times are seconds since 1970.
     """
 
     number: int
@@ -41,6 +43,7 @@ class Attempt:
     cause: str = ""
     blamed: tuple[str, ...] = ()
     progress: Progress = (0, 0, 0)
+    progress_before: Progress = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,18 @@ class JobFolder:
         self._write("attempts.json", json.dumps(rows, indent=1))
 
     def excluded(self) -> dict[str, str]:
-        """Nodes and why they are not used."""
-        return self._read("excluded.json", {})
+        """Nodes and why they are not used.
 
-    def exclude(self, nodes: dict[str, str]) -> None:
-        self._write("excluded.json", json.dumps(self.excluded() | nodes, indent=1))
+        Raises ``UserError`` where somebody's editing left what is no JSON.
+        """
+        try:
+            return self._read("excluded.json", {})
+        except ValueError as error:
+            path = self.root / "excluded.json"
+            raise UserError(str(path), str(error), "is no JSON any more", "mend it, or delete it to use all nodes") from error
+
+    def set_excluded(self, nodes: Mapping[str, str]) -> None:
+        self._write("excluded.json", json.dumps(dict(nodes), indent=1))
 
     def end(self) -> tuple[str, str] | None:
         """How the run ended and why, one of :data:`ENDS`; None while it is to go on."""

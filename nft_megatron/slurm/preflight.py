@@ -113,7 +113,7 @@ def all_reduce(rank: int, world: int, local_rank: int, seconds: float) -> str | 
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=seconds),
@@ -121,6 +121,7 @@ def all_reduce(rank: int, world: int, local_rank: int, seconds: float) -> str | 
         )  # fmt: skip
         ones = torch.ones(_ELEMENTS if on_gpu else 1024, device=device)
         dist.all_reduce(ones)
+        dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo"))  # what ranks agree over
         total = float(ones.sum()) / len(ones)
         dist.destroy_process_group()
     except Exception as error:
@@ -141,14 +142,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rank, world, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
     if local_rank == 0:
         report = NodeReport(env["SLURMD_NODENAME"], tuple(node_problems(options.gpus, options.command)))
-        with atomic_file(options.folder / f"{report.node}.json") as temporary:
+        with atomic_file(options.folder / f"{report.node}.json", make_folder=False) as temporary:
             temporary.write_text(json.dumps(asdict(report)))
     reports = _wait_for_reports(options.folder, int(env["SLURM_STEP_NUM_NODES"]), deadline)
     if reports is None or any(report["problems"] for report in reports):
         return
     problem = all_reduce(rank, world, local_rank, max(1.0, deadline - time.monotonic()))
     if rank == 0:
-        with atomic_file(options.folder / _ALL_REDUCE) as temporary:
+        with atomic_file(options.folder / _ALL_REDUCE, make_folder=False) as temporary:
             temporary.write_text(json.dumps({"problem": problem}))
     sys.stdout.flush()
     os._exit(0)  # a broken process group would wait for its threads

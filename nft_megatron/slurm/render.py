@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from nft_megatron.slurm.steps import gres_of, python_of
 
 
 def job_name(config: Config) -> str:
-    """Of jobs with one name and one user only one runs at a time."""
-    return config.slurm.job_name or config.run_dir.resolve().name
+    """Of jobs with one name and one user only one runs at a time; so other runs must have other names, wherever they are."""
+    run_dir = config.run_dir.resolve()
+    return config.slurm.job_name or f"{run_dir.name}-{zlib.crc32(bytes(run_dir)) & 0xFFFF:04x}"
 
 
 def num_nodes(config: Config) -> int:
@@ -86,7 +88,7 @@ def _script(
             *(f"# {line}" for line in comment),
             *(f"#SBATCH {option}" for option in (*options, *common)),
             "",
-            "set -euo pipefail",
+            "set -eo pipefail",  # not -u: module files and profiles use variables that are not set
             *settings.setup,
             "",
             "# The agent looks at the nodes, starts what belongs on them with srun, and when that has ended says what is next.",

@@ -30,9 +30,10 @@ class SlurmSection(Section):
     account: str | None = None
     """Whom it is billed to. null: your default."""
     time: Annotated[str, BeforeValidator(_time_limit)] = "24:00:00"
-    """Time limit of one job, as hours:minutes:seconds or days-hours. The run goes on in the next one."""
+    """Time limit of one job, as "hours:minutes:seconds", "days-hours" or "minutes", in quotes, since
+    YAML reads 24:00:00 as a number. The run goes on in the next one."""
     job_name: str | None = None
-    """null: the name of the run folder. Of jobs with one name only one runs at a time."""
+    """null: the name of the run folder and four digits for its place. Of jobs with one name only one runs at a time."""
     sbatch: TextList = ()
     """Further options of sbatch, such as "--qos=high" or "--reservation=tuesday"."""
     gres: str = "gpu:{gpus_per_node}"

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nft_megatron.config import Config
 from nft_megatron.observe.progress import format_duration
 from nft_megatron.slurm.job_folder import Attempt, JobFolder
-from nft_megatron.slurm.tools import call, show_job
+from nft_megatron.slurm.render import job_name
+from nft_megatron.slurm.submit import active_job
+from nft_megatron.slurm.tools import jobs_named, show_job
 
 _SHOWN = {
     "accuracy": "answers right",
@@ -46,11 +49,9 @@ class Status:
 
 def read_status(folder: JobFolder, config: Config) -> Status:
     """Ask Slurm and look into the run folder."""
-    job_id = folder.job_id()
+    job_id = active_job(folder, job_name(config)) or folder.job_id()
     job = show_job(job_id) if job_id else {}
-    waiting = []
-    if job:
-        waiting = call("squeue", "--me", "-h", "-t", "PENDING", "-n", job["JobName"], "-o", "%i").split()
+    waiting = jobs_named(job.get("JobName", job_name(config)), "PENDING")
     last = _last_row(folder)
     return Status(
         run_dir=str(folder.run.root),
@@ -70,7 +71,7 @@ def show(status: Status, console: Console) -> None:
     console.print(f"[bold]{status.run_dir}[/bold]", highlight=False)
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(status):
-        facts.add_row(name, value)
+        facts.add_row(name, escape(value))
     console.print(facts)
     if status.attempts:
         table = Table("attempt", "nodes", "began", "took", "end", "cause", box=None, pad_edge=False, header_style="bold")
@@ -79,7 +80,7 @@ def show(status: Status, console: Console) -> None:
             began = time.strftime("%d %b %H:%M", time.localtime(attempt.began))
             table.add_row(
                 str(attempt.number), " ".join(attempt.nodes[:4]) + (" …" if len(attempt.nodes) > 4 else ""), began,
-                format_duration(took), attempt.kind or "running", attempt.cause,
+                format_duration(took), attempt.kind or "running", escape(attempt.cause),
             )  # fmt: skip
         console.print(table)
 

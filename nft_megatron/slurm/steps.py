@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nft_megatron.config import Config
 
-SECONDS_AFTER_FIRST_END = 30
+SECONDS_AFTER_FIRST_END = 60
 """What the other ranks have, once one has ended, to say how they end."""
 
 _KEPT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME")
@@ -32,7 +32,7 @@ def python_of(config: Config) -> str:
 
 
 def trainer_step(config: Config, config_path: Path, nodes: Sequence[str], cpus_per_node: int, log: Path) -> list[str]:
-    """All ranks, directly under srun. It ends half a minute after the first rank that ends, so that the others can say why."""
+    """All ranks, directly under srun. It ends a minute after the first rank that ends, so that the others can say why."""
     per_node = config.cluster.gpus_per_node
     return [
         *_srun(config, nodes, tasks_per_node=per_node, cpus_per_node=cpus_per_node),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from nft_megatron.errors import UserError
 from nft_megatron.slurm.job_folder import JobFolder
-from nft_megatron.slurm.tools import call, show_job
+from nft_megatron.slurm.submit import active_job
+from nft_megatron.slurm.tools import call, jobs_named, show_job
 
 
-def stop(folder: JobFolder) -> str:
-    """Ask a running job to save and leave without a successor; take waiting ones out of the queue. Returns what was done."""
-    job_id = folder.job_id()
-    job = show_job(job_id) if job_id else {}
-    if not job or folder.end() is not None:
+def stop(folder: JobFolder, name: str) -> str:
+    """Ask the run whose jobs have this ``name`` to save and leave without a successor, and take waiting jobs out of the queue.
+
+    Returns what was done. Raises ``UserError`` where there is no job.
+    """
+    job_id = active_job(folder, name)
+    if job_id is None or folder.end() is not None:
         raise UserError("RUN", folder.run.root, "has no job to stop", f"`nft-megatron slurm status {folder.run.root}` says why")
     folder.stopping.write_text("nft-megatron slurm stop\n")
-    waiting = call("squeue", "--me", "-h", "-t", "PENDING", "-n", job["JobName"], "-o", "%i").split()
+    job = show_job(job_id)
+    waiting = jobs_named(job["JobName"], "PENDING")
     for other in waiting:
         call("scancel", other)
     if job["JobState"] == "RUNNING":

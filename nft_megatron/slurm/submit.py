@@ -15,8 +15,8 @@ from nft_megatron.plan.command import plan_run
 from nft_megatron.plan.workload import Assumptions
 from nft_megatron.run_folder import RunFolder
 from nft_megatron.slurm.job_folder import JobFolder
-from nft_megatron.slurm.render import render, render_rollouts
-from nft_megatron.slurm.tools import SlurmError, call, show_job
+from nft_megatron.slurm.render import job_name, render, render_rollouts
+from nft_megatron.slurm.tools import SlurmError, call, jobs_named, show_job
 
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
@@ -30,7 +30,7 @@ def prepare(config: Config) -> Config:
     config = _absolute(config)
     folder = JobFolder(RunFolder(config.run_dir))
     _check_files(config)
-    if (job_id := active_job(folder)) is not None:
+    if (job_id := active_job(folder, job_name(config))) is not None:
         raise UserError(
             "run_dir", config.run_dir, f"job {job_id} works on it",
             f"wait for it, or `nft-megatron slurm stop {config.run_dir}`",
@@ -57,11 +57,9 @@ def submit(config: Config) -> list[str]:
     folder = JobFolder(RunFolder(config.run_dir))
     jobs: list[str] = []
     for _ in range(config.slurm.chain_jobs if config.slurm.restart == "chain" else 1):
-        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-        excluded = ",".join(folder.excluded())
-        without = [f"--exclude={excluded}"] if excluded else []
-        jobs.append(_sbatch("--parsable", *after, *without, str(folder.script)).split(";")[0])
-    folder.set_job_id(jobs[0])
+        after = [f"--dependency=afterany:{jobs[-1]},singleton"] if jobs else []
+        jobs.append(_sbatch("--parsable", *after, *_without(folder, config), str(folder.script)).split(";")[0])
+        folder.set_job_id(jobs[0])
     return jobs
 
 
@@ -71,14 +69,23 @@ def add_rollouts(folder: JobFolder, config: Config, count: int) -> str:
     text = render_rollouts(config, folder.config, count)
     with atomic_file(script) as temporary:
         temporary.write_text(text)
-    return _sbatch("--parsable", str(script)).split(";")[0]
+    return _sbatch("--parsable", *_without(folder, config), str(script)).split(";")[0]
 
 
-def active_job(folder: JobFolder) -> str | None:
-    """The id of the run's job that waits or runs."""
+def active_job(folder: JobFolder, name: str) -> str | None:
+    """The id of the run's job that waits or runs: the newest that is known, else one of its ``name``, as of a chain."""
     job_id = folder.job_id()
     state = show_job(job_id).get("JobState", "") if job_id else ""
-    return job_id if state in ACTIVE else None
+    if state in ACTIVE:
+        return job_id
+    return next(iter(jobs_named(name)), None)
+
+
+def _without(folder: JobFolder, config: Config) -> list[str]:
+    """sbatch's option that keeps jobs away from bad nodes, and from those that the user excludes."""
+    own = [option.removeprefix("--exclude=") for option in config.slurm.sbatch if option.startswith("--exclude=")]
+    nodes = ",".join([*own, *folder.excluded()])
+    return [f"--exclude={nodes}"] if nodes else []
 
 
 def _sbatch(*arguments: str) -> str:
@@ -100,8 +107,13 @@ def _with_absolute_paths(value: Any) -> Any:
     if isinstance(value, Path):
         return value.absolute()  # not resolved: the python of a virtual environment is a link
     if isinstance(value, dict):
-        return {key: _with_absolute_paths(part) for key, part in value.items()}
+        return {key: part if _is_command(key, part) else _with_absolute_paths(part) for key, part in value.items()}
     return tuple(map(_with_absolute_paths, value)) if isinstance(value, tuple) else value
+
+
+def _is_command(key: str, value: Any) -> bool:
+    """Such as slurm.python=python3: looked up where it runs."""
+    return key == "python" and isinstance(value, Path) and len(value.parts) == 1
 
 
 def _check_files(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from nft_megatron.errors import UserError
 
 _SECONDS = 60.0
-_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
+_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, *[60.0] * 30)
+_ANSWERS = ("Invalid", "already pending", "pending execution")
 
 
 class SlurmError(RuntimeError):
@@ -23,6 +25,7 @@ def call(*command: str, seconds: float = _SECONDS, env: Mapping[str, str] | None
         UserError: there is no such command on this machine.
         SlurmError: it failed, or did not end within ``seconds``.
     """
+    env = {**(env or os.environ), "SLURM_TIME_FORMAT": "standard"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
     except FileNotFoundError as error:
@@ -35,12 +38,12 @@ def call(*command: str, seconds: float = _SECONDS, env: Mapping[str, str] | None
 
 
 def insist(*command: str, pauses: Sequence[float] = _PAUSES) -> str:
-    """:func:`call`, again and again while the controller does not answer; about two minutes."""
+    """:func:`call`, again and again while the controller does not answer; about half an hour, the upgrade of a controller."""
     for pause in pauses:
         try:
             return call(*command)
         except SlurmError as error:
-            if "Invalid" in str(error):  # an answer
+            if any(answer in str(error) for answer in _ANSWERS):
                 raise
             time.sleep(pause)
     return call(*command)
@@ -63,6 +66,12 @@ def show_job(job_id: str, ask: Callable[..., str] = call) -> dict[str, str]:
         if "Invalid job id" in str(error):
             return {}
         raise
+
+
+def jobs_named(name: str, state: str = "all") -> list[str]:
+    """Ids of the user's jobs with this name that wait or run, or are in that ``state`` alone."""
+    states = [] if state == "all" else ["-t", state]
+    return call("squeue", "--me", "-h", *states, "-n", name, "-o", "%i").split()
 
 
 def host_names(node_list: str) -> list[str]:

@@ -47,11 +47,11 @@ def test_attempts_without_progress_in_a_row_are_counted():
     assert (end.action, end.reason) == ("fatal", "3 attempts in a row made no progress; the last one: no memory")
 
 
-def test_collected_groups_are_progress_and_going_back_to_an_older_checkpoint_is_not():
-    going = [attempt(n, "failed", (2, 3, n)) for n in range(1, 8)]
+def test_whatever_is_new_on_the_disk_is_progress_also_after_parts_became_one_file():
+    going = [attempt(n, "failed", (2, 3, pieces)) for n, pieces in enumerate((59, 11, 20, 30), start=1)]
     assert decided(*going).action == "go on"
-    back = [attempt(1, "failed", (5, 5, 0)), *(attempt(n, "failed", (4, 5, n)) for n in range(2, 5))]
-    assert decided(*back).action == "fatal"
+    before = [replace(attempt(n, "failed", (2, 3, 0)), progress_before=(2, 3, 0)) for n in (1, 2, 3)]
+    assert decided(*before).action == "fatal", "what stood there before they began is none of theirs"
 
 
 def test_preemptions_are_no_failures():
@@ -67,6 +67,20 @@ def test_a_node_is_excluded_after_the_preflight_or_when_blamed_twice_in_a_row():
     assert decided(once, between, attempt(3, "failed", (3, 0, 0), ("n2",))).exclude == {}, "it was good in between"
     elsewhere = replace(between, nodes=("n1", "n3"))
     assert decided(once, elsewhere, attempt(3, "failed", (3, 0, 0), ("n2",))).exclude == {"n2": "why"}, "it had no part"
+
+
+def test_finding_another_bad_node_each_time_is_no_failure():
+    found = [attempt(n, "bad nodes", blamed=(f"n{n}",)) for n in range(1, 5)]
+    excluded = {"n1": "", "n2": "", "n3": ""}
+    assert decide(found, SlurmSection(max_failures=3, max_excluded=8), excluded=excluded).action == "go on"
+    again = [attempt(n, "bad nodes", blamed=("n1",)) for n in range(1, 5)]
+    assert decide(again, SlurmSection(max_failures=3, max_excluded=8), excluded=excluded).action == "fatal"
+
+
+def test_input_that_was_right_before_gets_another_chance():
+    ran = attempt(1, "failed", (1, 1, 0))
+    assert decided(ran, attempt(2, "wrong", (1, 1, 0))).action == "go on"
+    assert decided(attempt(1, "left"), attempt(2, "wrong")).action == "fatal"
 
 
 def test_too_many_bad_nodes_are_a_fault_elsewhere():

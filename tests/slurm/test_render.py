@@ -1,5 +1,7 @@
 """The batch script, and the steps under srun."""
 
+from pathlib import Path
+
 import pytest
 
 from nft_megatron.config_load import load_config
@@ -96,10 +98,12 @@ def test_containers_are_for_the_steps_and_not_for_the_agent(config, tmp_path):
 
 def test_what_is_submitted_has_paths_that_hold_anywhere(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "python").symlink_to("/usr/bin/python3")
-    settings, _ = config("fleet.python=python", "data.train=[a.parquet, b.parquet]", "run_dir=runs/a")
+    settings, _ = config(
+        "fleet.python=env/python", "slurm.python=python3", "data.train=[a.parquet, b.parquet]", "run_dir=runs/a"
+    )
     absolute = _absolute(settings)
-    assert absolute.fleet.python == tmp_path / "python"
+    assert absolute.fleet.python == tmp_path / "env/python"
+    assert absolute.slurm.python == Path("python3"), "is looked up where it runs"
     assert absolute.data.train == (tmp_path / "a.parquet", tmp_path / "b.parquet")
     assert absolute.run_dir == tmp_path / "runs/a"
     assert absolute.model_copy(update={name: getattr(settings, name) for name in ("fleet", "data", "run_dir")}) == settings
