@@ -86,7 +86,7 @@ def test_what_people_ask_of_a_running_job(slurm_run):
     assert run.folder.run.latest_step() is None
     run.command("checkpoint", run.root)
     run.wait(run.folder.run.latest_step, 30, "no checkpoint")
-    assert not run.folder.run.save_request.exists()
+    run.wait(lambda: not run.folder.run.save_request.exists(), 30, "the request stays")
     assert run.attempts[-1].kind is None
 
     run.command("stop", run.root)
