@@ -58,6 +58,10 @@ def rank_stopped(run):
     os.kill(rank_process(run, 1), signal.SIGSTOP)
 
 
+def rank_0_stopped(run):
+    os.kill(rank_process(run, 0), signal.SIGSTOP)
+
+
 def checkpoint_truncated(run):
     """And a crash, so that it is read."""
     with _newest_checkpoint(run) as folder:
@@ -137,7 +141,7 @@ def _trainers_gone(run, attempt) -> bool:
 
 
 QUICK = (time_limit_near, rank_killed, rank_0_killed, checkpoint_truncated, checkpoint_bit_flipped, checkpoint_half_deleted)
-SLOW = (preemption, first_node_lost, trainer_node_lost, rank_stopped, disk_full, folder_away)
+SLOW = (preemption, first_node_lost, trainer_node_lost, rank_stopped, rank_0_stopped, disk_full, folder_away)
 
 
 def random_incident(generator: random.Random):

@@ -17,6 +17,7 @@ EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; 
     (incidents.first_node_lost, "lost", r"the agent on n\d ended without a word"),
     (incidents.preemption, "left|lost", ""),
     (incidents.rank_stopped, "failed", r"rank 1 on n\d gave no sign of life while rank 0 waited in phase \w+"),
+    (incidents.rank_0_stopped, "failed", r"rank 0 on n\d gave no sign of life"),
     (incidents.checkpoint_bit_flipped, "failed", "Killed"),
     (incidents.disk_full, "short", "No space left on device"),
     (functools.partial(incidents.folder_away, seconds=8), "failed|short|left", ""),
@@ -24,7 +25,9 @@ EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; 
 
 
 def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_config, command, metrics_of, small_disk, tmp_path):
-    settings = {"parallel": {"threads": 1, "timeout_seconds": 10.0}}  # of a collective, long before any watchdog
+    settings = {  # of a collective, long before any watchdog
+        "parallel": {"threads": 1, "timeout_seconds": 10.0}, "deadlines": {"heartbeat_seconds": 20.0},
+    }  # fmt: skip
     run = slurm_run(small_disk / "run", train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
     run.submit()
     for incident, kind, cause in EVENTS:
