@@ -79,7 +79,10 @@ def write_config(folder: Path, run_dir: Path, num_steps: int) -> Path:
         "optimizer": {"learning_rate": 1.0e-5, "warmup_updates": 2},
         "train": {"num_steps": num_steps, "updates_per_step": 2, "micro_batch_tokens": 64},
         "parallel": {"threads": 1, "timeout_seconds": 60.0},
-        "deadlines": {"update_seconds": 15.0, "collect_seconds": 30.0, "other_seconds": 15.0, "heartbeat_seconds": 30.0, "save_seconds": 30.0},
+        "deadlines": {
+            "update_seconds": 15.0, "collect_seconds": 30.0, "other_seconds": 15.0, "save_seconds": 30.0,
+            "heartbeat_seconds": 30.0,
+        },
         "checkpoint": {"every": 1, "keep": 3},
         "observe": {"tensorboard": False},
         "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
