@@ -86,7 +86,7 @@ def write_config(folder: Path, run_dir: Path, num_steps: int) -> Path:
         "checkpoint": {"every": 1, "keep": 3},
         "observe": {"tensorboard": False},
         "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
-        "slurm": {"gres": "", "time": "600", "preflight": False, "exclude_after": 1000},
+        "slurm": {"gres": "", "time": "600", "preflight": False, "exclude_after": 1000, "max_failures": 1000},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(tree))
     return path
