@@ -28,8 +28,9 @@ from nft_megatron.cli import main as nft_megatron
 from nft_megatron.config_load import load_config
 
 HERE = Path(__file__).resolve().parent
-FORKS = multiprocessing.get_context("forkserver")  # imports torch and the trainer once for all runs, some 8 s for each
-FORKS.set_forkserver_preload(["nft_megatron.train", "nft_megatron.rollout.decode", "transformers.models.qwen2.modeling_qwen2"])
+FORKS = multiprocessing.get_context("forkserver")
+PRELOAD = ["nft_megatron.train", "nft_megatron.rollout.decode", "transformers.models.qwen2.modeling_qwen2"]
+"""Imported once for all runs, which saves each of them some 8 s."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     variants = {name: ALGORITHMS[name] for name in ("NFT", "GRPO")} if options.pilot else ALGORITHMS | OMEGA | EPSILON | WEIGHT
     if not options.page_only:
+        FORKS.set_forkserver_preload(PRELOAD)
         every = tasks(options.root, options.seeds, variants, options.config, options.overrides)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(prepare, *zip(*{task.start: (task.start, task.seed) for task in every}.values(), strict=True)))
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = load_config(options.config, options.overrides)
     command = f"python examples/paper/compare.py --seeds {options.seeds}"
-    settings = ", ".join([f"settings of {options.config.name}", *options.overrides])
+    settings = ", ".join([f"settings of [{options.config.name}]({options.config.name})", *options.overrides])
     print(write_page(options.root, options.seeds, config.rollout.answers_per_question, command, settings))
 
 

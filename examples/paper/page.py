@@ -49,6 +49,7 @@ class Runs:
     accuracy: Mapping[str, list[Points]]
     entropy: Mapping[str, list[Points]]
     budget: int
+    number: int
     hours: float
 
     def judged(self, quantity: str, name: str) -> list[float]:
@@ -74,7 +75,7 @@ def read_runs(root: Path, seeds: int, answers_per_question: int) -> Runs:
     accuracy = {name: [accuracy_by_samples(rows, answers_per_question) for rows in each] for name, each in found.items()}
     entropy = {name: [entropy_by_samples(rows, answers_per_question) for rows in each] for name, each in found.items()}
     budget = min(one[-1][0] for each in accuracy.values() for one in each)
-    return Runs(seeds, accuracy, entropy, budget, sum(seconds.values()) / 3600)
+    return Runs(seeds, accuracy, entropy, budget, len(seconds), sum(seconds.values()) / 3600)
 
 
 def write_page(root: Path, seeds: int, answers_per_question: int, command: str, settings: str) -> Path:
@@ -83,13 +84,14 @@ def write_page(root: Path, seeds: int, answers_per_question: int, command: str, 
     lines = [
         "# The paper's comparison at toy scale",
         "",
-        f"Written by `{command}`; {settings}. {_machine()}; the steps of all runs together took {runs.hours:.1f} hours.",
+        f"Written by `{command}`; {settings}. {_machine()}; the steps of all {runs.number} runs took {runs.hours:.1f} "
+        "hours together.",
         "",
         HOW_TO_READ.format(seeds=seeds, budget=runs.budget, readings=len(LATE), margin=100 * MARGIN),
         "",
         "## Findings",
         "",
-        "| the paper | here | |",
+        "| the paper | here | seen? |",
         "|---|---|---|",
         *(
             _finding(runs, finding)
