@@ -1,5 +1,6 @@
 """The comparison's arithmetic, and the whole of it with two steps on a task that needs no cold start."""
 
+import doctest
 import json
 import math
 import shutil
@@ -19,6 +20,15 @@ def modules():
     sys.path.insert(0, str(PAPER))
     yield
     sys.path.remove(str(PAPER))
+
+
+def test_the_examples_of_its_docstrings():
+    import statistics_of_runs
+    import variants
+
+    for module in (statistics_of_runs, variants):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted and not outcome.failed
 
 
 def test_power_is_that_of_the_paired_t_test():
