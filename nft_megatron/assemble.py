@@ -189,6 +189,7 @@ def _open_host(
     )
     stack.callback(metrics.close)
     sampling = training_sampling(config, config.model.path, tokenizer)
+    folder.make_folders()
     with atomic_file(folder.config) as temporary:
         temporary.write_text(dump_config(config))
     return Host(

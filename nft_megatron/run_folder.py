@@ -159,10 +159,18 @@ class RunFolder:
                 raise
             raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
         self._take(lock, time.monotonic() + wait_seconds)
-        for folder in (self.root, self.logs, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"):
-            folder.mkdir(exist_ok=True)  # nothing makes them later: where they are missing then, the whole run folder is
+        for folder in self._folders:
             remove_leftovers(folder)
         return lock
+
+    def make_folders(self) -> None:
+        """What a run writes into. Nothing makes them later: where they are missing then, the whole run folder is."""
+        for folder in self._folders:
+            folder.mkdir(exist_ok=True)
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self.root, self.logs, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"
 
     def check_is_open(self) -> None:
         """Raise :class:`OSError` when a folder that was opened, by this rank or another, is not what stands under its name now.

@@ -124,7 +124,8 @@ class Lab:
     def _begin(self, *command: str, node: str = "") -> None:
         assert self._guard.stdin is not None
         log = self.folder / f"{command[0]}{node}.out"
-        order = {"command": command, "env": {**self.env, "LAB_NODE": node}, "log": str(log)}
+        path = shutil.which(command[0], path=PATH)  # the guard's own PATH may lack /usr/sbin
+        order = {"command": (path, *command[1:]), "env": {**self.env, "LAB_NODE": node}, "log": str(log)}
         self._guard.stdin.write(json.dumps(order).encode() + b"\n")
         self._guard.stdin.flush()
 
