@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_the_32b_job_is_read_without_complaint(nodes, tmp_path):
     with Lab(32) as lab:
         config = ROOT / "examples/qwen2.5-32b-16k/config.yaml"
         both = [f"cluster.trainer_nodes={nodes}", f"cluster.rollout_nodes={nodes}", f"run_dir={tmp_path}"]
-        script = lab.run("nft-megatron", "slurm", "render", config, *both).stdout
+        script = lab.run(sys.executable, "-m", "nft_megatron", "slurm", "render", config, *both).stdout
         assert f"#SBATCH --nodes={2 * nodes}\n" in script
         (tmp_path / "job.sh").write_text(script)
         answer = lab.run("sbatch", "--test-only", tmp_path / "job.sh")
