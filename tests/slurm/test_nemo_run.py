@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nft_megatron.config_load import load_config
+from nft_megatron.slurm.render import job_name
+
 RECIPE = Path(__file__).resolve().parents[2] / "slurm" / "nemo_run_recipe.py"
 BESIDE = Path(sys.prefix) / "nemo-run" / "bin" / "python"  # of `make nemo-run`
 PYTHON = sys.executable if find_spec("nemo_run") else str(BESIDE)
@@ -35,15 +38,15 @@ def test_a_run_is_requeued_and_goes_on(slurm_run):
     settings = {"account": "us", "python": sys.executable, "sbatch": ["--comment=ours"], "signal_seconds": 120}
     run = slurm_run(slurm=settings, train={"num_steps": 200})
     assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=180).stdout
-    job = run.lab.job(run.job_id)
+    job, name_of_job = run.lab.job(run.job_id), job_name(load_config(run.config))
     assert {name: job[name] for name in ("JobName", "Account", "Comment", "NumNodes", "TimeLimit", "Requeue")} == {
-        "JobName": "run", "Account": "us", "Comment": "ours", "NumNodes": "2", "TimeLimit": "00:30:00", "Requeue": "1",
+        "JobName": name_of_job, "Account": "us", "Comment": "ours", "NumNodes": "2", "TimeLimit": "00:30:00", "Requeue": "1",
     }  # fmt: skip
     run.wait_step(2)
     run.lab.run("scancel", "--signal=USR1", run.job_id)
     run.wait(lambda: len(run.attempts) == 2, 120, "no second attempt")
     assert run.attempts[0].kind == "left"
-    first_log = (run.root / f"slurm/log-run_{run.job_id}_0.out").read_text()
+    first_log = (run.root / f"slurm/log-{name_of_job}_{run.job_id}_0.out").read_text()
     assert first_log.startswith("WARNING: attempt 1 on n1 n2\n"), first_log
     run.wait_step(len(run.rows()) + 1)
     run.command("stop", run.root)
