@@ -22,7 +22,6 @@ from nft_megatron.errors import UserError
 from nft_megatron.evaluate.run import evaluate
 from nft_megatron.files import atomic_file
 from nft_megatron.gate import Gate
-from nft_megatron.heartbeat import Heartbeat
 from nft_megatron.host import Host
 from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.build import build_model
@@ -78,8 +77,6 @@ def assemble(config: Config) -> Iterator[Run]:
         contextlib.ExitStack() as stack,
         stop.watching(),
     ):
-        if here.rank == 0:
-            stack.callback(Heartbeat(RunFolder(config.run_dir).heartbeat).close)
         watchdog = Watchdog(config.run_dir, here.rank, config.deadlines.by_phase)
         stack.callback(watchdog.close)
         with watchdog.phase("setup"):

@@ -8,9 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from nft_megatron.config import Config
+from nft_megatron.place import place
+from nft_megatron.run_folder import RunFolder
+
 EVERY_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def alive(config: Config) -> Iterator[None]:
+    """Rank 0 touches its file inside the ``with`` block, also while it takes a run apart."""
+    heartbeat = Heartbeat(RunFolder(config.run_dir).heartbeat) if place().rank == 0 else None
+    try:
+        yield
+    finally:
+        if heartbeat is not None:
+            heartbeat.close()
 
 
 class Heartbeat:

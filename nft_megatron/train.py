@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nft_megatron.assemble import assemble
 from nft_megatron.config import Config
+from nft_megatron.heartbeat import alive
 
 
 def train(config: Config) -> None:
@@ -13,7 +14,7 @@ def train(config: Config) -> None:
 
     Raises :class:`~nft_megatron.errors.StoppedEarly` after a stop request, with everything saved.
     """
-    with assemble(config) as run:
+    with alive(config), assemble(config) as run:
         for step in range(run.step + 1, config.train.num_steps + 1):
             dataset = run.collect(step)  # lines 5-11: generate, verify, filter, write the ledger
             batch = run.prepare(dataset, step)  # balance over dp, pack, old log-probs

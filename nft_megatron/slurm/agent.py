@@ -190,8 +190,9 @@ class Agent:
         per_node = self._config.cluster.gpus_per_node
         node_of_rank = [node for node in nodes for _ in range(per_node)]
         text = read_tail(output) + "\n" + read_tail(srun_log)
-        cause = find_cause(step.returncode, read_endings(self._run.root), text, node_of_rank)
-        if silent:
+        endings = read_endings(self._run.root)
+        cause = find_cause(step.returncode, endings, text, node_of_rank)
+        if silent and not endings:
             text = f"rank 0 on {nodes[0]} gave no sign of life for {self._config.deadlines.heartbeat_seconds:g} s"
             return "failed", Cause(EXIT_STALLED, text, (nodes[0],))
         if cause.code == 0:
