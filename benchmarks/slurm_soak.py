@@ -32,7 +32,8 @@ import yaml
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import make_model, write_questions
 from slurm.lab import Lab, missing
-from slurm.runs import SlurmRun, mounted
+from slurm.runs import SlurmRun
+from small_disk import mounted
 
 from slurm import incidents
 
@@ -48,7 +49,7 @@ def main() -> None:
     if reason := missing():
         sys.exit(reason)
     print(f"# python benchmarks/slurm_soak.py --incidents {options.incidents} --seed {options.seed} · {platform.machine()}")
-    with tempfile.TemporaryDirectory() as folder, Lab() as lab, mounted(Path(folder) / "disk") as disk:
+    with tempfile.TemporaryDirectory() as folder, Lab() as lab, mounted(Path(folder) / "disk", "256m") as disk:
         config = write_config(Path(folder), disk / "run", NEVER)
         run = SlurmRun(lab, config, disk / "run")
         run.submit()

@@ -4,6 +4,7 @@ The vocabulary has one token for each boxed number, and an answer ends with it, 
 five: the K answers to a question are mixed, verdicts are real, and a few NFT steps learn.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from launcher import Ranks
+from small_disk import mounted
 
 from nft_megatron.cli import main
 from nft_megatron.observe.metrics import is_wall_clock
@@ -95,6 +97,20 @@ def write_questions(path: Path) -> Path:
 @pytest.fixture(scope="session")
 def question_file(tmp_path_factory) -> Path:
     return write_questions(tmp_path_factory.mktemp("data") / "sums.parquet")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Makes a file system of its own with so much room ("64k"), for one test; skips it where that cannot be done."""
+    with contextlib.ExitStack() as stack:
+
+        def make(size: str) -> Path:
+            try:
+                return stack.enter_context(mounted(tmp_path / "disk", size))
+            except OSError as error:
+                pytest.skip(str(error))
+
+        yield make
 
 
 @pytest.fixture

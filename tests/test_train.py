@@ -1,9 +1,7 @@
 """Whole runs of the command: they learn, resume to the bit, and say what is wrong."""
 
-import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from faults import train_with_broken_update
 from launcher import Ranks
+from small_disk import enlarge
 
 from nft_megatron.data.ledger import read_groups
 
@@ -303,27 +302,19 @@ def test_unreadable_and_empty_data(run_config, command, tmp_path, content, messa
     assert done.returncode == 2 and "data.train = " in done.stderr and message in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root: run the tests as root to include this one")
-def test_full_disk_loses_nothing(run_config, command, metrics_of, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here ({mounted.stderr.strip()}): run where mount is allowed")
-    try:
-        config = run_config(disk / "run", checkpoint={"keep": 100}, train={"num_steps": 50})
-        full = command("train", config)
-        assert full.returncode == 75, full.stderr
-        assert "No space left" in full.stderr and "free some space" in full.stderr
-        assert "Traceback" not in full.stderr
-        step = int((disk / "run" / "checkpoints" / "latest").read_text().removeprefix("step_"))
-        assert not list((disk / "run").rglob(".tmp-*"))
-        subprocess.run(["mount", "-o", "remount,size=64M", disk], check=True)
-        done = command("train", config, f"train.num_steps={step + 2}")
-        assert done.returncode == 0, done.stderr
-        assert [row["step"] for row in metrics_of(disk / "run")] == list(range(1, step + 3))
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_full_disk_loses_nothing(run_config, command, metrics_of, small_disk):
+    disk = small_disk("1M")
+    config = run_config(disk / "run", checkpoint={"keep": 100}, train={"num_steps": 50})
+    full = command("train", config)
+    assert full.returncode == 75, full.stderr
+    assert "No space left" in full.stderr and "free some space" in full.stderr
+    assert "Traceback" not in full.stderr
+    step = int((disk / "run" / "checkpoints" / "latest").read_text().removeprefix("step_"))
+    assert not list((disk / "run").rglob(".tmp-*"))
+    enlarge(disk, "64M")
+    done = command("train", config, f"train.num_steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics_of(disk / "run")] == list(range(1, step + 3))
 
 
 def test_a_fault_leaves_its_cause_in_the_run_folder(run_config, tmp_path):

@@ -26,11 +26,10 @@ def num_nodes(config: Config) -> int:
     return config.cluster.trainer_nodes + config.cluster.rollout_nodes
 
 
-def render(config: Config, config_path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> str:
+def render(config: Config, config_path: Path, overrides: Sequence[str] = ()) -> str:
     """The batch script of a run: what is asked of Slurm, the set-up, one command.
 
-    ``config_path`` and ``overrides`` are what that command reads; ``folder`` is where the job starts, the current one by
-    default.
+    ``config_path`` and ``overrides`` are what that command reads. The job starts in the current folder.
 
     Raises:
         UserError: rollout nodes that nobody would ask for answers.
@@ -51,22 +50,20 @@ def render(config: Config, config_path: Path, overrides: Sequence[str] = (), fol
         f"{job_name(config)}: {roles}. Rendered by `nft-megatron slurm render`; sbatch needs the folder",
         f"{log.parent}, which `nft-megatron slurm submit` makes.",
     ]
-    return _script(config, comment, options, log, folder, [str(config_path), *overrides])
+    return _script(config, comment, options, log, [str(config_path), *overrides])
 
 
-def render_rollouts(config: Config, config_path: Path, count: int, folder: Path | None = None) -> str:
+def render_rollouts(config: Config, config_path: Path, count: int) -> str:
     """The batch script of an array of ``count`` single nodes whose servers join the run, and may be taken away any time."""
     check(config, rollouts=True)
     name = f"{job_name(config)}-rollouts"
     options = [f"--job-name={name}", f"--array=1-{count}", "--nodes=1", "--requeue", "--signal=B:USR1@60"]
     comment = [f"Servers for {job_name(config)} on {count} nodes more; they end with the run."]
     log = _folder(config).root / "rollouts_%A_%a.log"
-    return _script(config, comment, options, log, folder, [str(config_path), "--rollouts-only"])
+    return _script(config, comment, options, log, [str(config_path), "--rollouts-only"])
 
 
-def _script(
-    config: Config, comment: Sequence[str], options: Sequence[str], log: Path, folder: Path | None, arguments: Sequence[str]
-) -> str:
+def _script(config: Config, comment: Sequence[str], options: Sequence[str], log: Path, arguments: Sequence[str]) -> str:
     """Whole nodes, the set-up, the agent with its ``arguments``."""
     settings = config.slurm
     common = [
@@ -77,7 +74,7 @@ def _script(
         *([f"--partition={settings.partition}"] if settings.partition else []),
         *([f"--account={settings.account}"] if settings.account else []),
         "--open-mode=append",
-        f"--chdir={folder or Path.cwd()}",
+        f"--chdir={Path.cwd()}",
         f"--output={log}",
         *settings.sbatch,
     ]

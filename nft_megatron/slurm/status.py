@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nft_megatron.config import Config
+from nft_megatron.observe.metrics import read_metrics
 from nft_megatron.observe.progress import format_duration
 from nft_megatron.slurm.job_folder import Attempt, JobFolder
 from nft_megatron.slurm.render import job_name
@@ -52,7 +53,7 @@ def read_status(folder: JobFolder, config: Config) -> Status:
     job_id = active_job(folder, job_name(config)) or folder.job_id()
     job = show_job(job_id) if job_id else {}
     waiting = jobs_named(job.get("JobName", job_name(config)), "PENDING")
-    last = _last_row(folder)
+    last: dict[str, Any] = next(reversed(read_metrics(folder.run.root)), {})
     return Status(
         run_dir=str(folder.run.root),
         job=job,
@@ -102,16 +103,3 @@ def _facts(status: Status) -> list[tuple[str, str]]:
     rows += [(label, f"{status.last[name]:.4g}") for name, label in _SHOWN.items() if status.last.get(name) is not None]
     rows += [("excluded", f"{node}: {reason}") for node, reason in status.excluded.items()]
     return rows
-
-
-def _last_row(folder: JobFolder) -> dict[str, Any]:
-    path = folder.run.root / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    rows = path.read_text().splitlines()
-    for row in reversed(rows):
-        try:
-            return json.loads(row)
-        except ValueError:  # it is being written
-            continue
-    return {}

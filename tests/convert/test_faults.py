@@ -5,12 +5,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from convert.conftest import add_nan, tensors_of
+from small_disk import enlarge
 
 from nft_megatron.convert import engine, torch_dist_plan
 from nft_megatron.convert.commands import check, to_hf, to_megatron
@@ -315,24 +315,16 @@ def test_exit_codes_and_messages(command, sources, changed, tmp_path: Path):
     assert "non-finite: model.layers.1.mlp.up_proj.weight at [5, 17]" in different.stdout
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root: run the tests as root to include this one")
-def test_a_full_disk_says_so_and_the_same_command_goes_on(sources, command, tmp_path: Path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here ({mounted.stderr.strip()}): run where mount is allowed")
-    try:
-        full = command("convert", "to-megatron", sources["untied"], disk / "out")
-        assert full.returncode == 75, full.stderr
-        assert "No space left on device" in full.stderr
-        assert "are needed" in full.stderr
-        assert not (disk / "out").exists()
-        subprocess.run(["mount", "-o", "remount,size=4M", disk], check=True)
-        assert command("convert", "to-megatron", sources["untied"], disk / "out").returncode == 0
-        check(sources["untied"], disk / "out")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_says_so_and_the_same_command_goes_on(sources, command, small_disk):
+    disk = small_disk("64k")
+    full = command("convert", "to-megatron", sources["untied"], disk / "out")
+    assert full.returncode == 75, full.stderr
+    assert "No space left on device" in full.stderr
+    assert "are needed" in full.stderr
+    assert not (disk / "out").exists()
+    enlarge(disk, "4M")
+    assert command("convert", "to-megatron", sources["untied"], disk / "out").returncode == 0
+    check(sources["untied"], disk / "out")
 
 
 def test_a_disk_that_fills_up_meanwhile(sources, converted: Path, tmp_path: Path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 from slurm.lab import Lab, missing
-from slurm.runs import SlurmRun, mounted
+from slurm.runs import SlurmRun
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +40,3 @@ def slurm_run(lab, run_config, tmp_path):
         return SlurmRun(lab, run_config(run_dir, **sections), tmp_path / run_dir)
 
     return make
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, which may be filled."""
-    with mounted(tmp_path / "disk") as folder:
-        yield folder

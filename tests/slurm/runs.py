@@ -1,8 +1,6 @@
 """A small run under the lab's Slurm: submitted as a user would, watched through the run folder and scontrol."""
 
-import contextlib
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -80,14 +78,3 @@ def words_of(process) -> list[bytes]:
         return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return []
-
-
-@contextlib.contextmanager
-def mounted(folder: Path):
-    """A file system of 256 MB at ``folder``."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)

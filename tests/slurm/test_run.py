@@ -28,7 +28,7 @@ def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_confi
     settings = {  # of a collective, long before any watchdog
         "parallel": {"threads": 1, "timeout_seconds": 10.0}, "deadlines": {"heartbeat_seconds": 20.0},
     }  # fmt: skip
-    run = slurm_run(small_disk / "run", train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
+    run = slurm_run(small_disk("256m") / "run", train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
     run.submit()
     for incident, kind, cause in EVENTS:
         step, attempt = len(run.rows()), run.attempts[-1].number if run.attempts else 1
