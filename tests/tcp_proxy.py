@@ -6,10 +6,13 @@ import threading
 
 
 class Proxy:
-    """Forwards ``url`` to ``backend``, a port that may be changed at any time; ``pause()`` cuts, ``resume()`` mends."""
+    """Forwards ``url`` to ``backend``, a port that may be changed at any time; ``pause()`` cuts, ``resume()`` mends.
 
-    def __init__(self, backend: int) -> None:
-        self.backend = backend
+    ``at_first_bytes`` is called once, in the proxy's thread, when the backend has sent something, before it is passed on.
+    """
+
+    def __init__(self, backend: int, at_first_bytes=None) -> None:
+        self.backend, self._at_first_bytes = backend, at_first_bytes
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.url = self._run(self._open())
@@ -45,15 +48,20 @@ class Proxy:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             there, back = await asyncio.open_connection("127.0.0.1", self.backend)
             with contextlib.closing(back):
-                ways = [asyncio.ensure_future(way) for way in (self._copy(reader, back), self._copy(there, writer))]
+                ways = [
+                    asyncio.ensure_future(way) for way in (self._copy(reader, back), self._copy(there, writer, is_back=True))
+                ]
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
                 for way in ways:
                     way.cancel()
                 await asyncio.gather(*ways, return_exceptions=True)
 
-    async def _copy(self, reader, writer):
+    async def _copy(self, reader, writer, *, is_back=False):
         with contextlib.suppress(ConnectionError):
             while received := await reader.read(1 << 16):
+                if is_back and self._at_first_bytes:
+                    act, self._at_first_bytes = self._at_first_bytes, None
+                    act()
                 await self._flowing.wait()
                 writer.write(received)
                 await writer.drain()

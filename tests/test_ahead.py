@@ -165,17 +165,19 @@ def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
 
 
 class SlowEngine:
-    """Takes its time, and fails when two things happen at once."""
+    """Takes its time, and fails when two things happen at once. While ``may_end`` is clear nothing ends."""
 
     overlaps = False
 
     def __init__(self) -> None:
-        self.busy, self.log = threading.Lock(), []
+        self.busy, self.log, self.may_end = threading.Lock(), [], threading.Event()
+        self.may_end.set()
 
     def _alone(self, what: str):
         assert self.busy.acquire(blocking=False), f"{what} while busy"
         self.log.append(what)
-        time.sleep(0.02)
+        assert self.may_end.wait(10)
+        time.sleep(0.002)
         self.busy.release()
 
     def load(self, tensors, version):
@@ -191,6 +193,12 @@ class SlowEngine:
         pass
 
 
+def wait_for(condition) -> None:
+    limit = time.monotonic() + 10
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.001)
+
+
 def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
     slow = SlowEngine()
     engine = ExclusiveEngine(slow, deadline_seconds=10.0)
@@ -200,12 +208,17 @@ def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
         assert list(engine.generate(requests, Sampling())) == [first + i for i in range(4)]
 
     threads = [threading.Thread(target=ask, args=(first,)) for first in (0, 10, 20)]
+    receipts: list[str] = []
+    threads.append(threading.Thread(target=lambda: receipts.append(engine.load([], 7))))
+    slow.may_end.clear()
     for thread in threads:
         thread.start()
-        time.sleep(0.005)
-    assert engine.load([], 7) == "receipt"
+        wait_for(lambda: slow.log)
+    wait_for(lambda: engine._num_loads_waiting)
+    slow.may_end.set()
     for thread in threads:
         thread.join(10)
+    assert receipts == ["receipt"]
     assert slow.log[4] == "load 7", "it waits for the answers under way and for nothing else"
     calls = [line for line in slow.log if line != "load 7"]
     assert [calls[i : i + 4] for i in (0, 4, 8)] == [[f"answer {first + i}" for i in range(4)] for first in (0, 10, 20)] or [

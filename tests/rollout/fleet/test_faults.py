@@ -120,7 +120,8 @@ def test_random_faults(places, folder):
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.parametrize("fault", ["stop", "cut"])
 def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, fault):
-    """A killed one takes half a minute to come back: benchmarks/fleet_faults.py does that, twenty times."""
+    """One has sent the first token of an answer of 300. A killed one would take half a minute to come back:
+    benchmarks/fleet_faults.py does that, twenty times."""
 
     def behind(proxy, server):
         def label(version):
@@ -129,7 +130,13 @@ def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, fau
 
         return SimpleNamespace(url=proxy.url, api_key=server.api_key, label=label)
 
-    proxies = [Proxy(int(server.url.rsplit(":", 1)[1])) for server in vllm_servers]
+    victim = vllm_servers[0].process.pid
+
+    def strike():
+        proxies[0].pause() if fault == "cut" else os.killpg(victim, signal.SIGSTOP)
+
+    actions = (strike, None)
+    proxies = [Proxy(int(s.url.rsplit(":", 1)[1]), action) for s, action in zip(vllm_servers, actions, strict=True)]
     servers = [behind(*pair) for pair in zip(proxies, vllm_servers, strict=True)]
     fleet = StaticFleet(servers)
     engine = FleetEngine(fleet, fleet_model, silence_seconds=8.0, max_attempts=10)
@@ -137,14 +144,9 @@ def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, fau
     requests = [
         Request(i, rng.integers(2, len(WORDS), 10).astype(np.int32), tuple(range(1000 * i, 1000 * i + 16))) for i in range(8)
     ]
-    victim = vllm_servers[0].process.pid
-    completions = []
     try:
         engine.load([], 6)
-        for completion in engine.generate(requests, Sampling(max_tokens=200, stop_token_ids=(1,))):
-            if not completions:
-                proxies[0].pause() if fault == "cut" else os.killpg(victim, signal.SIGSTOP)
-            completions.append(completion)
+        completions = list(engine.generate(requests, Sampling(max_tokens=300)))
     finally:
         os.killpg(victim, signal.SIGCONT)
         engine.close()
