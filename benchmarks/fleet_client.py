@@ -25,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import aiohttp
 import httpx
 import numpy as np
 from transformers import Qwen2Config
@@ -58,7 +59,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments, arguments.measure)))
         return
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, httpx {httpx.__version__}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
     kind = "real vLLM" if arguments.urls else f"stand-in, {arguments.rate:,.0f} tokens/s each"
     print(f"# python benchmarks/fleet_client.py · {machine}")
     print(f"{len(arguments.urls or []) or arguments.servers} servers ({kind}), {arguments.answers} answers a request")

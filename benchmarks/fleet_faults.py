@@ -1,12 +1,12 @@
 """Real vLLM servers that are killed, stopped and cut off at random while they generate: is every answer there, once, and right?
 
 Two servers of a tiny random model run behind proxies on this machine, supervised by the fleet and asked by its engine. In
-each of --faults calls one of them is struck at a random moment: `kill -9` of all its processes (a successor starts in its
-place, with the model folder's weights, not those last published), SIGSTOP for --pause seconds, or a network that delivers
-nothing for as long. A call asks --questions x 16 answers. After each call: every answer is there exactly once, none was
-broken off, all carry the published version, and their log-probs are those of transformers' forward pass under the published
-weights, which are not the folder's. Prints a line a call and fails at the first where that is not so. Needs vLLM (`make
-vllm`).
+each of --faults calls one of them is struck when a random share of the answers has come: `kill -9` of all its processes (a
+successor starts in its place, with the model folder's weights, not those last published), SIGSTOP for --pause seconds, or a
+network that delivers nothing for as long. A call asks --questions x 16 answers. After each call: every answer is there exactly
+once, none was broken off, all carry the published version, and their log-probs are those of transformers' forward pass under
+the published weights, which are not the folder's. Prints a line a call and fails at the first where that is not so. Needs vLLM
+(`make vllm`).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main() -> None:
     )
     sampling = Sampling(max_tokens=arguments.tokens, stop_token_ids=(1,))
     prompts = np.random.default_rng(0).integers(0, 64, (arguments.questions, 12)).astype(np.int32)
-    print(f"# python benchmarks/fleet_faults.py · {os.cpu_count()} cores, two vLLM servers")
+    print(f"# python {' '.join(sys.argv)} · {os.cpu_count()} cores, two vLLM servers")
     try:
         wait_for_both(fleet, first=True)
         engine.load(((name, tensor) for name, tensor in model.state_dict().items() if name != "lm_head.weight"), VERSION)
@@ -144,9 +144,9 @@ def main() -> None:
             requests = make_requests(prompts, 0)
             started = time.monotonic()
             completions = list(engine.generate(requests, sampling))
-            usual = time.monotonic() - started
+            seconds = time.monotonic() - started
             check(completions, requests, model)
-        print(f"without a fault: {usual:.1f} s for {16 * len(requests)} answers", flush=True)
+        print(f"without a fault: {seconds:.1f} s for {16 * len(requests)} answers", flush=True)
         print("| fault        |  after |   call | asked again | wasted tokens | log-prob differs by |")
         print("|--------------|-------:|-------:|------------:|--------------:|--------------------:|")
         faults = (["kill", "stop", "cut"] * arguments.faults)[: arguments.faults]
@@ -155,18 +155,20 @@ def main() -> None:
             wait_for_both(fleet)
             engine.take_metrics()
             requests = make_requests(prompts, number)
-            moment, place = rng.uniform(0.05, 0.9) * usual, rng.choice(places)
-            striker = threading.Timer(moment, place.strike, (fault, arguments.pause))
+            share, place = rng.uniform(0.02, 0.7), rng.choice(places)
+            striker = threading.Thread(target=place.strike, args=(fault, arguments.pause))
             started = time.monotonic()
-            striker.start()
-            completions = list(engine.generate(requests, sampling))
+            completions = []
+            for completion in engine.generate(requests, sampling):
+                completions.append(completion)
+                if striker.ident is None and len(completions) >= share * 16 * len(requests):
+                    striker.start()
             seconds = time.monotonic() - started
             striker.join()
-            usual = min(usual, seconds)  # so that faults don't come when it is over
             usage = engine.take_metrics().total
             worst = check(completions, requests, model)
             print(
-                f"| {number:2} {fault:4} at {places.index(place)} | {moment:4.1f} s | {seconds:4.1f} s | "
+                f"| {number:2} {fault:4} at {places.index(place)} | {share:6.0%} | {seconds:4.1f} s | "
                 f"{usage.num_retries:11} | {usage.wasted_tokens:13,} | {worst:19.1e} |",
                 flush=True,
             )

@@ -118,7 +118,7 @@ def test_heavy_packages_stay_in_their_rooms(module):
         grouped = {name for name in imports(MODULES[module]) if "distributed" in name and not name.startswith(file_format)}
         assert not grouped, f"{module} is on floor 1: no process groups"
     assert "megatron" not in roots or room == "model", f"{module}: only model/ imports Megatron"
-    assert not roots & {"vllm", "httpx"} or room == "rollout", f"{module}: only rollout/ speaks to vLLM"
+    assert not roots & {"vllm", "httpx", "aiohttp"} or room == "rollout", f"{module}: only rollout/ speaks to vLLM"
 
 
 def test_no_circles():

@@ -16,11 +16,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-import httpx
+import aiohttp
 
 from nft_megatron.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
-from nft_megatron.rollout.fleet.client import STREAM_INTERVAL, Generated, Progress, Refused, ServerFault, generate, make_body
+from nft_megatron.rollout.fleet.client import (
+    STREAM_INTERVAL,
+    Generated,
+    Progress,
+    Refused,
+    ServerFault,
+    generate,
+    make_body,
+    open_session,
+)
 from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
 from nft_megatron.rollout.fleet.keeper import ServerStats
 from nft_megatron.rollout.fleet.member import Member
@@ -37,10 +46,6 @@ POLL_SECONDS = 0.1
 
 _SLOWEST = 5.0
 _MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
-# Silence is watched for a server as a whole, not for a stream: an answer may wait in its server's queue for long. The server
-# closes connections that are idle for 5 s; one that it closes just then would look like a fault.
-_TIMEOUT = httpx.Timeout(None, connect=30.0, write=30.0)
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
 
 
 class Fleet(Protocol):
@@ -90,14 +95,12 @@ class Asking:
         self._asked: dict[asyncio.Task[None], _Asked] = {}
         self._queues: Counter[str] = Counter()  # answers under way at each server
         self._heard: dict[str, float] = {}  # of each server: its last sign of life, or when it got work after a pause
-        # A client for each server, with its URL: a pool for all would be searched through by every request.
-        self._clients: dict[str, tuple[str, httpx.AsyncClient]] = {}
+        self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}  # of each server, with its URL
         self._closing: set[asyncio.Task[None]] = set()
         self._published: set[int] = set()
         self._loading: int | None = None
         self._no_load = asyncio.Event()
         self._no_load.set()
-        self._ssl = httpx.create_ssl_context()
         self.meter = Meter(time.monotonic())
 
     # ---------------------------------------------------------------------------------------------------------- for callers
@@ -170,7 +173,7 @@ class Asking:
         self._fail(list(self._calls), EngineFault("the fleet's engine was closed"))
         if self._asked:
             await asyncio.wait(self._asked)
-        await asyncio.gather(*(client.aclose() for _, client in self._clients.values()))
+        await asyncio.gather(*(session.close() for _, session in self._sessions.values()), *self._closing)
 
     # ------------------------------------------------------------------------------------------------------------- sending
 
@@ -198,7 +201,7 @@ class Asking:
         seed, num_answers = request.seeds[piece.indices[0]], len(piece.indices)
         body = make_body(request.prompt_tokens, seed, num_answers, call.sampling, self._stream_interval)
         try:
-            events = generate(self._client(member), member.url, member.headers, body, num_answers)
+            events = generate(self._session(member), member.url, member.headers, body, num_answers)
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._heard[member.name] = time.monotonic()
@@ -279,16 +282,16 @@ class Asking:
         self._queues[server] += change
         self.meter.queue(server, self._queues[server], time.monotonic())
 
-    def _client(self, member: Member) -> httpx.AsyncClient:
-        url, client = self._clients.get(member.name, ("", None))
-        if client is None or url != member.url:
-            if client is not None:  # of a server that was started again
-                task = asyncio.get_running_loop().create_task(client.aclose())
+    def _session(self, member: Member) -> aiohttp.ClientSession:
+        url, session = self._sessions.get(member.name, ("", None))
+        if session is None or url != member.url:
+            if session is not None:  # of a server that was started again
+                task = asyncio.get_running_loop().create_task(session.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
-            client = httpx.AsyncClient(timeout=_TIMEOUT, limits=_LIMITS, verify=self._ssl, trust_env=False)
-            self._clients[member.name] = (member.url, client)
-        return client
+            session = open_session()
+            self._sessions[member.name] = (member.url, session)
+        return session
 
 
 def runs_of_seeds(seeds: Sequence[int]) -> list[range]:

@@ -16,8 +16,6 @@ from nft_megatron.rollout.fleet.server import Server, ServerSettings, new_key
 
 START_SECONDS = 180.0
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="run `make vllm`")
-
 
 @pytest.fixture(scope="session")
 def fleet_model(tmp_path_factory) -> Path:
