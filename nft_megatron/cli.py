@@ -77,7 +77,8 @@ def _parser(given: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nft-megatron",
         description="Train language models on their own verified answers (NFT, arXiv 2505.18116) on Megatron-Core.",
-        epilog="Exit codes: 0 done; 2 the input is wrong; 75 stopped early with everything saved, run again to go on.",
+        epilog="Exit codes: 0 done; 2 the input is wrong; 75 stopped early with everything saved, run again to go on; "
+        "70 a rank stood still; 130 interrupted; anything else a fault, of a run with its cause in RUN/logs.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

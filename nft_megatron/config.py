@@ -21,7 +21,8 @@ class ModelSection(Section):
     """The model that is trained."""
 
     path: LoosePath
-    """Hugging Face model folder: config.json, safetensors and the tokenizer. The family must be Qwen2 or Qwen2.5."""
+    """Hugging Face model folder: config.json, safetensors and the tokenizer. Families:
+    Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Llama 2 and 3, Mistral."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it. ``selective``: the MLPs, which hold over half of the
     activations. ``full``: whole layers, of which only the input is kept; a third more work."""
@@ -227,8 +228,7 @@ class DeadlinesSection(Section):
 
 
 class ClusterSection(Section):
-    """The machines that a run is meant for. ``plan`` and ``slurm`` read it; training takes the processes that it is started
-    with."""
+    """Machines, for ``plan`` and ``slurm``; training itself takes the processes that it is started with."""
 
     gpu: str = "h100"
     """Kind of GPU, one of those that ``plan --help`` lists."""

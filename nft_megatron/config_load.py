@@ -106,12 +106,18 @@ def config_help() -> str:
         lines += ["", f"{section}: {document}" if section else "Top level"]
         for name, field in model.model_fields.items():
             if section or not _models_of(field):
-                default = (
-                    "required" if field.is_required() else f"default {_shown(field.get_default(call_default_factory=True))}"
-                )
-                lines.append(f"  {name}  ({_type_name(field.annotation)}; {default})")
+                lines.append(f"  {name}  ({_type_name(field.annotation)}; {_default(section, name, field)})")
                 lines += [f"      {line.strip()}" for line in (field.description or "").splitlines()]
     return "\n".join(lines).strip()
+
+
+def _default(section: str, name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if section == "algorithm" and name == "name" and value != Config.model_fields["algorithm"].default.name:
+        return "to be named"
+    return f"default {_shown(value)}"
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:

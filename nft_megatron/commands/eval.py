@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  nft-megatron overlap dapo.parquet --against data/benchmarks/*.jsonl --out overlap.jsonl\n"
         "  nft-megatron eval MODEL --benchmarks data/benchmarks --overlap overlap.jsonl --beside eval/base/summary.json\n\n"
         "The files: Parquet, JSONL or data set folders, named aime24, aime25, amc23, math500, olympiadbench, minerva_math\n"
-        "(or as on the hub: AIME_2024, MATH-500 …). docs/evaluation.md explains the numbers.",
+        "(or as on the hub: AIME_2024, MATH-500 …). docs/evaluation.md explains the numbers.\n\n"
+        "Without rollout.engine=vllm and servers of its own (fleet.servers=4 …) the model is decoded on the CPU.",
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder, such as RUN/hf/step_000100")
     parser.add_argument("--benchmarks", metavar="PATH", nargs="+", help="files of benchmarks, or folders that hold them")

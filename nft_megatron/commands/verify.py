@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
         parser, _run,
-        "Grade the answers in FILE (JSONL or Parquet) and print how the verdicts came about. A row with a finish_reason of "
-        "length or abort, as in the ledger of a run, counts as cut off.",
+        "Grade the answers in FILE (JSONL or Parquet) and print how the verdicts came about. Where a row has a "
+        "finish_reason, as in the ledger of a run, length is wrong (simplerl: judged by its text) and abort is unknown.",
     )  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="one answer a row")
     parser.add_argument("--answer-field", default="text", help="field with the whole answer (default: %(default)s)")

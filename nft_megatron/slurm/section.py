@@ -30,8 +30,8 @@ class SlurmSection(Section):
     account: str | None = None
     """Whom it is billed to. null: your default."""
     time: Annotated[str, BeforeValidator(_time_limit)] = "24:00:00"
-    """Time limit of one job, as "hours:minutes:seconds", "days-hours" or "minutes", in quotes, since
-    YAML reads 24:00:00 as a number. The run goes on in the next one."""
+    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number is taken for seconds, as YAML makes one
+    of 24:00:00. The run goes on in the next one."""
     job_name: str | None = None
     """null: the name of the run folder and four digits for its place. Of jobs with one name only one runs at a time."""
     sbatch: TextList = ()
@@ -43,9 +43,9 @@ class SlurmSection(Section):
     python: LoosePath | None = None
     """Python of all processes. null: the one that submits, or ``python3`` in a container."""
     container_image: str | None = None
-    """Pyxis image of trainers and servers. The job's own script and agent run outside of it."""
+    """Pyxis image of trainers and servers, with nft_megatron in it. The job's own script and agent run outside."""
     container_mounts: TextList = ()
-    """Pyxis mounts, such as "/shared:/shared"."""
+    """Pyxis mounts, such as "/shared:/shared": run folder, model and data keep the paths that they have outside."""
     signal_seconds: PositiveInt = 600
     """So long before the time limit the run is asked to save and leave. Should cover the longest update with its save."""
     restart: Literal["requeue", "chain"] = "requeue"
@@ -55,13 +55,17 @@ class SlurmSection(Section):
     """Jobs of a chain."""
     max_failures: PositiveInt = 3
     """So many attempts in a row without progress, and the run gives up."""
+    plan: bool = True
+    """Submit only what `nft-megatron plan` says fits. false: for models with experts, kinds of GPU that it does not know, or
+    where you know better than its estimates."""
     preflight: bool = True
     """Before each attempt look at every node: shared folder, GPUs and their errors, a short all-reduce over all. A bad node is
     excluded."""
     preflight_seconds: PositiveFloat = 300.0
     """Longest preflight; a node that has said nothing by then is bad."""
     preflight_command: str | None = None
-    """The site's own check, run by a shell on every node: any exit code but 0 makes the node a bad one."""
+    """The site's own check, run by a shell on every node: any exit code but 0, or none within 120 s, makes the node
+    a bad one."""
     exclude_after: PositiveInt = 2
     """A node that is blamed for the end of so many attempts in a row, of those it took part in, is excluded too."""
     max_excluded: PositiveInt = 8

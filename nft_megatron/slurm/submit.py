@@ -36,13 +36,10 @@ def prepare(config: Config) -> Config:
             f"wait for it, or `nft-megatron slurm stop {config.run_dir}`",
         )  # fmt: skip
     script = render(config, folder.config)
-    report = io.StringIO()
-    with contextlib.redirect_stdout(report):
-        plan_run(config, Assumptions(None, 0.5))
     for path, text in (
+        (folder.root / "plan.txt", _plan(config)),
         (folder.config, dump_config(config)),
         (folder.script, script),
-        (folder.root / "plan.txt", report.getvalue()),
     ):
         with atomic_file(path) as temporary:
             temporary.write_text(text)
@@ -61,6 +58,20 @@ def submit(config: Config) -> list[str]:
         jobs.append(_sbatch("--parsable", *after, *_without(folder, config), str(folder.script)).split(";")[0])
         folder.set_job_id(jobs[0])
     return jobs
+
+
+def _plan(config: Config) -> str:
+    """The plan's report. Raises ``UserError`` for a run that does not fit, unless slurm.plan is false."""
+    if not config.slurm.plan:
+        return "slurm.plan = false\n"
+    report = io.StringIO()
+    with contextlib.redirect_stdout(report):
+        try:
+            plan_run(config, Assumptions(None, 0.5))
+        except UserError as error:
+            remedy = f"{error.remedy}; or, if you know better, submit with slurm.plan=false"
+            raise UserError(error.field, error.value, error.problem, remedy) from error
+    return report.getvalue()
 
 
 def add_rollouts(folder: JobFolder, config: Config, count: int) -> str:

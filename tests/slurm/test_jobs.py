@@ -155,6 +155,7 @@ def test_the_time_limit_is_survived(slurm_run):
         (["slurm.partition=nothing"], r"slurm = .*invalid partition"),
         (["slurm.time=soon"], r"slurm.time = soon: is no time limit"),
         (["cluster.rollout_nodes=1"], r"rollout.engine = embedded: asks no servers"),
+        (["cluster.gpu=abacus"], r"cluster.gpu = abacus: .*slurm.plan=false"),
         (["cluster.trainer_nodes=5"], r"slurm = .*(unavailable|not available|invalid)"),
     ],
 )
@@ -164,6 +165,12 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(slurm_run, overrides,
     assert done.returncode == 2
     assert re.search(complaint, done.stderr, re.IGNORECASE | re.DOTALL), done.stderr
     assert run.lab.run("squeue", "-h").stdout == ""
+
+
+def test_what_cannot_be_planned_runs_without_a_plan(slurm_run):
+    run = slurm_run()
+    run.submit("cluster.gpu=abacus", "slurm.plan=false", "train.num_steps=1")
+    assert run.wait_end() == "finished"
 
 
 @pytest.mark.parametrize("nodes", [8, 16])
