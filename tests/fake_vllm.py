@@ -37,8 +37,9 @@ _ENTRIES = [_entry(token, logprob) for token, logprob in zip(_TOKENS, _LOGPROBS,
 @dataclass
 class Behaviour:
     """``fault`` strikes from the next event on: "drop" closes the connection, "stall" sends nothing more, "error" and
-    "garbage" send what they say, "abort" ends answers so, "refuse" and "fail" answer 400 and 500, "hide" leaves the weights'
-    versions out, "nan" has no log-prob, "repeat" sends a finished answer again. ``only_seed``: for pieces with this seed alone.
+    "garbage" send what they say, "chunk" breaks HTTP and falls silent, "linger" never ends a stream that is whole, "abort" ends
+    answers so, "refuse" and "fail" answer 400 and 500, "hide" leaves the weights' versions out, "nan" has no log-prob, "repeat"
+    sends a finished answer again. ``only_seed``: for pieces with this seed alone.
     """
 
     version: str = "0"
@@ -124,7 +125,8 @@ class FakeServer:
                 if begin >= len(tokens):
                     continue
                 fault = self.fault(asked)
-                if fault == "stall":
+                if fault in ("stall", "chunk"):
+                    writer.write(b"ZZ\r\n" if fault == "chunk" else b"")
                     await asyncio.sleep(3600)
                 if fault in ("drop", "error", "garbage"):
                     if fault != "drop":
@@ -153,6 +155,8 @@ class FakeServer:
                     send(writer, event)
             await writer.drain()
             begin, end = end, end + parameters["stream_interval"]
+        if self.fault(asked) == "linger":
+            await asyncio.sleep(3600)
         send(writer, "[DONE]")
         writer.write(b"0\r\n\r\n")
 
@@ -241,9 +245,9 @@ class StaticFleet:
         self.version = version
         return f"receipt {version}"
 
-    def wait_for_servers(self, seconds):
+    def wait_for_servers(self, seconds, is_over=lambda: False):
         end = time.monotonic() + seconds
-        while not self.serving():
+        while not self.serving() and not is_over():
             if time.monotonic() > end:
                 raise EngineFault("no servers")
             time.sleep(0.01)

@@ -12,7 +12,7 @@ import logging
 import queue
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,6 +45,7 @@ POLL_SECONDS = 0.1
 """Between two looks at the fleet, and at what a caller has given up."""
 
 _SLOWEST = 5.0
+_LONGEST_QUEUE = 10.0  # silences that a piece may wait in the queue of a server that answers others
 _MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
 
 
@@ -54,7 +55,7 @@ class Fleet(Protocol):
     def serving(self) -> list[Member]: ...
     def report(self, member: Member, ok: bool, error: str | None = None) -> None: ...
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str: ...
-    def wait_for_servers(self, seconds: float) -> None: ...
+    def wait_for_servers(self, seconds: float, is_over: Callable[[], bool] = ...) -> None: ...
     def stats(self) -> list[ServerStats]: ...
     def close(self) -> None: ...
 
@@ -76,6 +77,7 @@ class _Asked:
     piece: Piece
     member: Member
     sent_at: float
+    heard_at: float
     left: set[int]
     partial: Counter[int] = field(default_factory=Counter)
     is_silent: bool = False
@@ -148,7 +150,10 @@ class Asking:
             self._published.add(version)
         self._loading = None
         self._no_load.set()
-        self._heard = dict.fromkeys(self._heard, time.monotonic())  # nobody had to speak while it took over weights
+        now = time.monotonic()  # nobody had to speak while it took over weights
+        self._heard = dict.fromkeys(self._heard, now)
+        for asked in self._asked.values():
+            asked.heard_at = now
         self.send()
 
     def is_stranded(self) -> bool:
@@ -171,6 +176,8 @@ class Asking:
 
     async def close(self) -> None:
         self._fail(list(self._calls), EngineFault("the fleet's engine was closed"))
+        for task in self._asked:  # one whose answers have all come may still wait for its stream to end
+            task.cancel()
         if self._asked:
             await asyncio.wait(self._asked)
         await asyncio.gather(*(session.close() for _, session in self._sessions.values()), *self._closing)
@@ -184,9 +191,10 @@ class Asking:
         members = {member.name: member for member in self._fleet.serving()}
         held = {number for number, call in self._calls.items() if call.answers.qsize() > _MAX_UNREAD}
         for piece in self._dispatcher.assign(list(members), held):
-            asked = _Asked(piece, members[piece.server], time.monotonic(), set(piece.indices))
+            now = time.monotonic()
+            asked = _Asked(piece, members[piece.server], now, now, set(piece.indices))
             if not self._queues[piece.server]:
-                self._heard[piece.server] = asked.sent_at
+                self._heard[piece.server] = now
             self._count(piece.server, len(piece.indices))
             if piece.num_faults:
                 self.meter.tally(piece.server).num_retries += len(piece.indices)
@@ -204,7 +212,7 @@ class Asking:
             events = generate(self._session(member), member.url, member.headers, body, num_answers)
             async with contextlib.aclosing(events):
                 async for event in events:
-                    self._heard[member.name] = time.monotonic()
+                    self._heard[member.name] = asked.heard_at = time.monotonic()
                     index = piece.indices[event.index]
                     if isinstance(event, Progress):
                         asked.partial[index] += event.num_tokens
@@ -274,7 +282,8 @@ class Asking:
 
     def _abort_silent(self, now: float) -> None:
         for task, asked in self._asked.items():
-            if now - self._heard[asked.member.name] > self._silence_seconds:
+            silences = max(now - self._heard[asked.member.name], (now - asked.heard_at) / _LONGEST_QUEUE)
+            if silences > self._silence_seconds:
                 asked.is_silent = True
                 task.cancel()
 
@@ -300,5 +309,7 @@ def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
     >>> runs_of_seeds((7, 8, 9, 3, 4))
     [range(0, 3), range(3, 5)]
     """
+    if not seeds:
+        return []
     starts = [i for i in range(len(seeds)) if i == 0 or seeds[i] != seeds[i - 1] + 1]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(seeds)], strict=True)]

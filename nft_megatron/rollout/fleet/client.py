@@ -134,8 +134,8 @@ async def generate(
                 problem = f"{response.status} {(await response.read())[:500].decode(errors='replace')}"
                 raise Refused(problem) if response.status in (400, 404, 422) else ServerFault(problem)
             async for event in _events(response):
-                choice, logprobs = _parse(event)
-                index, tokens = choice["index"], np.array(choice["token_ids"], dtype=np.int32)
+                choice, tokens, logprobs = _parse(event)
+                index = choice["index"]
                 if index not in unfinished:
                     raise ServerFault(f"sent answer {index}, which was not asked for or had ended")
                 if len(tokens) != len(logprobs) or not ((logprobs <= 0) & (logprobs > _NO_LOGPROB)).all():
@@ -145,7 +145,7 @@ async def generate(
                 yield Progress(index, len(tokens))
                 if choice["finish_reason"] is not None:
                     yield _finished(index, unfinished.pop(index), choice)
-    except aiohttp.ClientError as error:
+    except (aiohttp.ClientError, RuntimeError) as error:  # RuntimeError: aiohttp, of a connection that ended unseen
         raise ServerFault(f"{type(error).__name__}: {error}") from error
     if unfinished:
         raise ServerFault(f"ended the connection with {len(unfinished)} of {num_answers} answers unfinished")
@@ -156,11 +156,14 @@ def _finished(index: int, answer: _Unfinished, choice: dict[str, Any]) -> Genera
     if reason not in ("stop", "length"):
         raise ServerFault(f"ended an answer with {reason!r}", is_abort=reason == "abort")
     tokens, logprobs = np.concatenate(answer.tokens), np.concatenate(answer.logprobs)
-    spans = choice["weight_versions"] or []
-    ends = [0, *(span["end"] for span in spans)]
-    if [span["start"] for span in spans] != ends[:-1] or ends[-1] != len(tokens):
+    try:
+        spans = [(span["start"], span["end"], str(span["version"])) for span in choice["weight_versions"] or []]
+    except (LookupError, TypeError) as error:
+        raise ServerFault(f"names the weights in an unknown form: {choice['weight_versions']}") from error
+    ends = [0, *(end for _, end, _ in spans)]
+    if [start for start, _, _ in spans] != ends[:-1] or ends[-1] != len(tokens):
         spans = []  # of some tokens it is not said where they come from
-    versions = tuple(str(span["version"]) for span in spans)
+    versions = tuple(version for _, _, version in spans)
     return Generated(index, tokens, logprobs, cast('Literal["stop", "length"]', reason), versions)
 
 
@@ -174,8 +177,8 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
                 yield line.removeprefix(b"data: ").decode(errors="replace")
 
 
-def _parse(event: str) -> tuple[dict[str, Any], np.ndarray]:
-    """An event's choice, one answer's news, without its log-probs, and these (float32)."""
+def _parse(event: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """An event's choice, one answer's news; its tokens (int32) and their log-probs (float32)."""
     try:
         start, end = event.find(_CONTENT) + len(_CONTENT), event.rfind(_CONTENT_END)
         has_known_form = len(_CONTENT) <= start <= end
@@ -187,6 +190,8 @@ def _parse(event: str) -> tuple[dict[str, Any], np.ndarray]:
         if len(logprobs) != len(choice["token_ids"]):
             (choice,) = json.loads(event)["choices"]
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-        return choice, np.array(logprobs, dtype=np.float32)
-    except (ValueError, KeyError, TypeError) as error:
+        if missing := {"index", "finish_reason", "weight_versions"} - choice.keys():
+            raise ValueError(f"without {missing}")
+        return choice, np.array(choice["token_ids"], dtype=np.int32), np.array(logprobs, dtype=np.float32)
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise ServerFault(f"sent what is not an answer: {event[:200]}") from error

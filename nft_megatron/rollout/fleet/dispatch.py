@@ -109,22 +109,29 @@ class Dispatcher:
         if not servers:
             return pieces
         share = -(-self._num_waiting // len(servers))
+        held_back: list[_Work] = []  # for the servers that have not failed at it, which are full
         while heaps := [heap for call, heap in self._waiting.items() if call not in held]:
             heap = min(heaps, key=lambda heap: heap[0][:3])
             work = heap[0][-1]
             indices, rest = work.indices[:share], work.indices[share:]
             answer_tokens = self._expected(work)
-            server = self._choose(servers, work, work.prompt_tokens + len(indices) * answer_tokens)
+            num_tokens = work.prompt_tokens + len(indices) * answer_tokens
+            server = self._choose(servers, work, num_tokens)
             if server is None:
-                break
+                if work.failed_on.isdisjoint(servers) or not any(self._has_room(name, num_tokens) for name in servers):
+                    break
+                held_back.append(self._pop(work.call))
+                continue
             self._pop(work.call)
             if rest:
                 self._wait(replace(work, indices=rest))
             sent = _Sent(work, server, answer_tokens, set(indices))
             ticket = next(self._tickets)
             self._sent[ticket] = sent
-            self._outstanding[server] += work.prompt_tokens + len(indices) * answer_tokens
+            self._outstanding[server] += num_tokens
             pieces.append(Piece(ticket, server, work.call, work.request, indices, work.num_faults))
+        for work in held_back:
+            self._wait(work)
         return pieces
 
     def answered(self, ticket: int, index: int, num_tokens: int) -> bool:
@@ -186,19 +193,22 @@ class Dispatcher:
     def _choose(self, servers: Sequence[str], work: _Work, num_tokens: int) -> str | None:
         untried = [server for server in servers if server not in work.failed_on]
         server = min(untried or servers, key=self.outstanding)
-        outstanding = self._outstanding[server]
-        return server if outstanding == 0 or outstanding + num_tokens <= self._budget_tokens else None
+        return server if self._has_room(server, num_tokens) else None
+
+    def _has_room(self, server: str, num_tokens: int) -> bool:
+        return self._outstanding[server] == 0 or self._outstanding[server] + num_tokens <= self._budget_tokens
 
     def _wait(self, work: _Work) -> None:
         entry = (-work.num_faults, -self._expected(work), next(self._order), work)
         heapq.heappush(self._waiting.setdefault(work.call, []), entry)
         self._num_waiting += len(work.indices)
 
-    def _pop(self, call: int) -> None:
+    def _pop(self, call: int) -> _Work:
         work = heapq.heappop(self._waiting[call])[-1]
         self._num_waiting -= len(work.indices)
         if not self._waiting[call]:
             del self._waiting[call]
+        return work
 
     def _end(self, ticket: int) -> _Sent:
         sent = self._sent.pop(ticket)

@@ -107,15 +107,21 @@ class FleetEngine:
             if self._loop.is_closed():
                 return
             self._watch.cancel()
-            asyncio.run_coroutine_threadsafe(self._asking.close(), self._loop).result(_LOOP_SECONDS)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_LOOP_SECONDS)
-            self._loop.close()
-            self._fleet.close()
+            try:
+                asyncio.run_coroutine_threadsafe(self._asking.close(), self._loop).result(_LOOP_SECONDS)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join(_LOOP_SECONDS)
+                self._loop.close()
+            finally:
+                self._fleet.close()
 
     def _answers(self, call: Call, given_up: Container[int]) -> Iterator[Completion]:
         num_open = Counter({request.request_id: len(request.seeds) for request in call.requests.values() if request.seeds})
-        self._fleet.wait_for_servers(self._servers_seconds)
+
+        def is_given_up() -> bool:
+            return all(request_id in given_up for request_id in num_open)
+
+        self._fleet.wait_for_servers(self._servers_seconds, is_given_up)
         self._tell(lambda: self._asking.begin(call))
         looked_at = time.monotonic()
         try:
@@ -129,7 +135,7 @@ class FleetEngine:
                     item = call.answers.get(timeout=POLL_SECONDS)
                 except queue.Empty:
                     if self._do(self._asking.is_stranded):
-                        self._fleet.wait_for_servers(self._servers_seconds)
+                        self._fleet.wait_for_servers(self._servers_seconds, is_given_up)
                     continue
                 if isinstance(item, Exception):
                     raise item

@@ -21,7 +21,7 @@ from nft_megatron.files import remove_leftovers
 from nft_megatron.rollout.fleet import transfer
 from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, ServerStats, Target
 from nft_megatron.rollout.fleet.member import Member
-from nft_megatron.rollout.fleet.registry import discover, read_key, run_key
+from nft_megatron.rollout.fleet.registry import Registration, discover, read_key, run_key
 from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
 from nft_megatron.rollout.fleet.versions import CheckedStream, Published, VersionWriter, remove_versions
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DISCOVER_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 _CLOSE_SECONDS = 10.0
 _MAX_SHARD_BYTES = 1 << 30
 _NUM_KEPT = 2
@@ -51,7 +52,7 @@ class Fleet:
         self._deadlines = Deadlines(config.start_seconds, config.sync_seconds, config.silence_seconds)
         self._target = Target()
         self._keepers: dict[str, Keeper] = {}
-        self._registered: set[str] = set()
+        self._registered: dict[str, Registration] = {}
         self._publishing = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
 
@@ -109,11 +110,16 @@ class Fleet:
         self.wait_for_servers(self._config.wait_seconds)
         return stream.receipt
 
-    def wait_for_servers(self, seconds: float) -> None:
-        """Return once ``fleet.min_servers`` serve; raise ``StoppedEarly`` (exit code 75) when they don't within ``seconds``."""
+    def wait_for_servers(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Return once ``fleet.min_servers`` serve, or nobody wants them any more.
+
+        Raises ``StoppedEarly`` (exit code 75) when they don't within ``seconds``.
+        """
         deadline = time.monotonic() + seconds
-        with self._target.changed:
-            while len(self.serving()) < self._config.min_servers:
+        while not is_over():  # asked without the lock: it may look at files
+            with self._target.changed:
+                if len(self.serving()) >= self._config.min_servers:
+                    return
                 left = deadline - time.monotonic()
                 if left <= 0 or self._target.closed:
                     text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
@@ -121,7 +127,7 @@ class Fleet:
                         f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers serve after "
                         f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
                     )
-                self._target.changed.wait(left)
+                self._target.changed.wait(min(left, _LOOK_SECONDS))
 
     def stats(self) -> list[ServerStats]:
         """Of every server that the fleet knows."""
@@ -156,23 +162,36 @@ class Fleet:
 
     def _watch(self) -> None:
         """Look for servers that register, move or leave."""
+        told: set[tuple[type, int | None]] = set()
         while True:
-            found = discover(self._settings.folder)
-            for name in self._registered - found.keys():
-                with self._target.changed:
-                    keeper = self._keepers.pop(name)
-                log.info("fleet: %s left", name)
-                keeper.leave()
-            for name, registration in found.items():
-                if name in self._registered:
-                    self._keepers[name].moved(registration.url)
-                else:
-                    log.info("fleet: %s joined at %s", name, registration.url)
-                    self._add(name, run_key(self._settings.folder), url=registration.url)
-            self._registered = set(found)
+            try:
+                self._look()
+                told.clear()
+            except Exception as error:  # a disk that is away for a while: what was known still holds
+                kind = type(error), getattr(error, "errno", None)
+                if kind not in told:
+                    log.warning("fleet: could not look for servers, which goes on: %s", error, exc_info=True)
+                told.add(kind)
             with self._target.changed:
                 if self._target.changed.wait_for(lambda: self._target.closed, _DISCOVER_SECONDS):
                     return
+
+    def _look(self) -> None:
+        """Once. Raises ``OSError`` and ``UserError`` where the folder or the key cannot be read; the rest follows next time."""
+        found = discover(self._settings.folder, self._registered)
+        for name in self._registered.keys() - found.keys():
+            del self._registered[name]
+            with self._target.changed:
+                keeper = self._keepers.pop(name)
+            log.info("fleet: %s left", name)
+            keeper.leave()
+        for name, registration in found.items():
+            if name in self._registered:
+                self._keepers[name].moved(registration.url)
+            else:
+                self._add(name, run_key(self._settings.folder), url=registration.url)
+                log.info("fleet: %s joined at %s", name, registration.url)
+            self._registered[name] = registration
 
     # --------------------------------------------------------------------------------------------------------- weights
 
@@ -245,9 +264,12 @@ class Fleet:
     def _claim_idle(self) -> list[Keeper]:
         """The servers that answer, each with its ``claim`` held."""
         claimed = []
-        for keeper in self._all():
+
+        def claim(keeper: Keeper) -> None:
             if keeper.is_reachable() and keeper.claim.acquire(timeout=self._config.silence_seconds):
                 claimed.append(keeper)
+
+        _all_at_once([partial(claim, keeper) for keeper in self._all()])
         return claimed
 
     def _remove_old(self, version: int) -> None:

@@ -133,3 +133,37 @@ def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
     }
     part = client._Unfinished([np.zeros(6, dtype=np.int32)], [np.zeros(6, dtype=np.float32)])
     assert client._finished(0, part, choice).versions == versions
+
+
+def event(**changes):
+    """One as vLLM sends it, with parts changed, or left out where they are None."""
+    choice = {
+        "index": 0, "finish_reason": "stop", "stop_reason": None, "token_ids": [3], "weight_versions": [],
+        "logprobs": {"content": [{"token_id": 3, "logprob": -0.5, "rank": 1, "top_logprobs": []}]},
+    }  # fmt: skip
+    for name, value in changes.items():
+        choice[name] = value
+        if value is None:
+            del choice[name]
+    return json.dumps({"choices": [choice]})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"index": None}, {"token_ids": None}, {"finish_reason": None}, {"weight_versions": None}, {"logprobs": None},
+        {"token_ids": [2**31]}, {"token_ids": ["x"]},
+    ],
+)  # fmt: skip
+def test_what_has_another_form_is_the_servers_fault(changes):
+    choice, tokens, logprobs = client._parse(event())
+    assert (choice["index"], tokens.tolist(), logprobs.tolist()) == (0, [3], [-0.5])
+    with pytest.raises(ServerFault, match="not an answer"):
+        client._parse(event(**changes))
+
+
+@pytest.mark.parametrize("spans", [[{"version": "3", "start": 0}], [3], 5])
+def test_versions_of_an_unknown_form_are_the_servers_fault(spans):
+    part = client._Unfinished([np.zeros(1, dtype=np.int32)], [np.zeros(1, dtype=np.float32)])
+    with pytest.raises(ServerFault, match="unknown form"):
+        client._finished(0, part, {"finish_reason": "stop", "weight_versions": spans})

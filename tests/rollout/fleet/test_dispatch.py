@@ -198,3 +198,21 @@ def test_a_held_call_does_not_hold_up_another():
     add(dispatcher, 0, hint=10, call=1)
     assert [piece.call for piece in dispatcher.assign(["a"], held={0})] == [1]
     assert [piece.call for piece in dispatcher.assign(["a"])] == [0]
+
+
+def test_a_server_that_is_back_gets_new_work_while_what_it_failed_at_waits_for_the_others():
+    dispatcher = Dispatcher(budget_tokens=1000, max_attempts=3)
+    for request in range(30):
+        dispatcher.add(0, request, range(1), prompt_tokens=0, hint=100, max_tokens=100)
+    first = dispatcher.assign(["a", "b"])
+    failed = [piece for piece in first if piece.server == "a"]
+    for piece in failed:
+        dispatcher.failed(piece.ticket)
+    again = dispatcher.assign(["a", "b"])
+    assert len(failed) == len(again) == 10
+    assert {piece.server for piece in again} == {"a"}
+    assert not {piece.request for piece in again} & {piece.request for piece in first}
+    (done,) = [piece for piece in first if piece.server == "b"][:1]
+    assert dispatcher.answered(done.ticket, 0, 100)
+    (retried,) = dispatcher.assign(["a", "b"])
+    assert (retried.server, retried.num_faults) == ("b", 1)

@@ -266,6 +266,19 @@ def test_waits_for_a_server_and_not_for_ever(folder, servers):
             next(answers)
 
 
+def test_who_waits_for_servers_hears_that_nobody_wants_them(folder, servers):
+    class GivenUp:
+        since = None
+
+        def __contains__(self, request_id):
+            self.since = self.since or time.monotonic()
+            return time.monotonic() - self.since > 0.3
+
+    with opened(folder, servers, servers_seconds=60.0) as (engine, fleet):
+        fleet.servers = {}
+        assert list(engine.generate(make_requests(), Sampling(), GivenUp())) == []
+
+
 def test_servers_that_vanish_while_there_is_work_are_waited_for(folder, servers):
     with opened(folder, servers, servers_seconds=0.5, max_attempts=100) as (engine, fleet):
         for server in servers:
@@ -302,6 +315,39 @@ def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
         check([first, *answers], requests)
 
 
+def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, servers, monkeypatch):
+    monkeypatch.setattr(asking, "_LONGEST_QUEUE", 2.0)
+    for server in servers:
+        server.behave(token_seconds=0.01)
+    servers[0].behave(fault="chunk", only_seed=0)
+    with opened(folder, servers[:1], silence_seconds=1.0) as (engine, fleet):
+        others = [Request(7, np.array([1], dtype=np.int32), tuple(range(11, 1000, 11)))]  # 40 s: all of full length
+
+        def ask_others():
+            with pytest.raises(EngineFault, match="closed"):
+                list(engine.generate(others, Sampling(max_tokens=4000)))
+
+        thread = threading.Thread(target=ask_others)
+        thread.start()
+        broken = [Request(0, np.array([1], dtype=np.int32), (0, 1))]
+        answers = engine.generate(broken, Sampling(max_tokens=MAX_TOKENS))
+        threading.Timer(3.0, lambda: servers[0].behave(fault="")).start()
+        check(list(answers), broken)
+        assert thread.is_alive() and "sent nothing" in fleet.reports[0][1]
+        engine.close()
+        thread.join(30)
+
+
+def test_closing_does_not_wait_for_streams_that_never_end(folder, servers):
+    for server in servers:
+        server.behave(fault="linger")
+    requests = make_requests(num=2)
+    with opened(folder, servers, silence_seconds=60.0) as (engine, fleet):
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        engine.close()
+        assert fleet.servers == {}
+
+
 def test_closing_ends_a_call_under_way(folder, servers):
     for server in servers:
         server.behave(token_seconds=0.01)
@@ -320,3 +366,5 @@ def test_refuses_what_cannot_be_answered(folder, servers):
         with pytest.raises(UserError, match="vocabulary"):
             engine.generate([Request(0, np.array([VOCABULARY]), (1,))], Sampling())
         assert list(engine.generate([], Sampling())) == []
+        requests = [Request(0, np.array([1], dtype=np.int32), ()), Request(1, np.array([1], dtype=np.int32), (5,))]
+        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests, version=0)

@@ -195,6 +195,13 @@ def test_too_few_servers_stop_the_run_with_75(fakes, open_fleet, tensors):
     assert names(fleet) == {"url-0", "url-1"}
 
 
+def test_nobody_waits_for_servers_that_nobody_wants(open_fleet):
+    fleet = open_fleet()
+    looks = iter([False, True])
+    fleet.wait_for_servers(3600.0, lambda: next(looks))
+    assert next(looks, None) is None
+
+
 def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fleet, tensors, tmp_path):
     fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
     fleet.publish(tensors.items(), 1)
