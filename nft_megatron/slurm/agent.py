@@ -38,6 +38,7 @@ from nft_megatron.slurm.preflight import read_preflight
 from nft_megatron.slurm.rollout_nodes import RolloutNodes, end_step
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
 from nft_megatron.slurm.tools import address
+from nft_megatron.stop import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class Agent:
         step = subprocess.Popen(command, env=environment | {"MASTER_PORT": str(free_port())}, stdin=subprocess.DEVNULL)
         with suppress(subprocess.TimeoutExpired):
             step.wait(self._config.slurm.preflight_seconds + 30)
-        by_signal = (step.poll() or 0) > 128  # a preemption reaches the tasks first: their silence says nothing of the nodes
+        # A preemption reaches the tasks first, and their silence says nothing of the nodes; a segmentation fault's does.
+        by_signal = step.poll() in [128 + number for number in SIGNALS]
         end_step(step, 10)
         if by_signal or self._asked or self._terminated.is_set():
             kind = "short" if self._out_of_time else "left"

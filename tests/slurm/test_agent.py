@@ -1,0 +1,68 @@
+"""The agent without a cluster: srun is a stub, the job a record of what was asked of it."""
+
+import signal
+import time
+
+import pytest
+
+from nft_megatron.config_load import load_config
+from nft_megatron.errors import UserError
+from nft_megatron.run_folder import RunFolder
+from nft_megatron.slurm import agent
+from nft_megatron.slurm.job import Job
+from nft_megatron.slurm.job_folder import JobFolder
+
+requeued = []
+
+
+class RecordedJob(Job):
+    def requeue(self, excluded):
+        requeued.append(sorted(excluded))
+
+
+@pytest.fixture
+def conduct(run_config, tmp_path, monkeypatch):
+    """Runs one attempt on n1 and n2 whose srun is this line of shell, and returns the folder of the run's jobs."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    requeued.clear()
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    monkeypatch.setenv("PATH", str(srun.parent), prepend=":")
+    monkeypatch.setattr(agent, "address", lambda node: node)
+    config = load_config(run_config(cluster={"trainer_nodes": 2, "gpus_per_node": 1}, slurm={"gres": ""}))
+    folder = JobFolder(RunFolder(config.run_dir))
+    folder.root.mkdir(parents=True)
+
+    def run(script):
+        srun.write_text(f"#!/bin/sh\n{script}\n")
+        srun.chmod(0o755)
+        agent.Agent(config, RecordedJob("7", ("n1", "n2"), 8, time.time() + 3600)).conduct()
+        return folder
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+SAYS = 'for word; do case $word in */preflight) echo {\\"problems\\": []} >$word/n1.json;; esac; done'
+
+
+@pytest.mark.parametrize("code", [128 + number for number in (signal.SIGTERM, signal.SIGUSR1)])
+def test_a_preflight_that_was_asked_to_end_is_never_counted(conduct, code):
+    for _ in range(4):
+        folder = conduct(f"exit {code}")
+    assert [attempt.kind for attempt in folder.attempts()] == ["left"] * 4
+    assert requeued == [[]] * 4
+
+
+@pytest.mark.parametrize("code", [128 + number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGKILL)])
+def test_a_preflight_that_crashes_is_a_failure_and_its_node_a_bad_one(conduct, code):
+    folder = conduct(f"{SAYS}; exit {code}")
+    assert requeued == [["n2"]]
+    conduct(f"exit {code}")
+    conduct(f"exit {code}")
+    with pytest.raises(UserError, match="no node wrote into the shared folder"):
+        conduct(f"exit {code}")
+    assert [attempt.kind for attempt in folder.attempts()] == ["bad nodes", "failed", "failed", "failed"]
+    assert folder.attempts()[0].blamed == ("n2",)
+    assert folder.end()[0] == "fatal"
