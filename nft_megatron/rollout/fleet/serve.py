@@ -53,37 +53,56 @@ class Node:
         """Keep a server going until told to leave."""
         delay = _FIRST_DELAY
         while not self._leaving.is_set():
-            seed = server_seed(self._config.seed, self._name)
-            server = Server(self._settings, self._name, seed, self._devices)
             try:
-                if self._watch(server):
+                if self._serve():
                     delay = _FIRST_DELAY
-            finally:
-                withdraw(self._settings.folder, self._name)
-                server.stop()
+            except Exception:  # a disk that is full or away, an odd answer: the next turn may go well
+                log.exception("%s: a turn failed", self._name)
             if self._leaving.wait(delay):
                 return
             log.warning("%s: starting its server again", self._name)
             delay = min(2 * delay, _LONGEST_DELAY)
 
+    def _serve(self) -> bool:
+        """One server from its start to its end. True: it was up."""
+        server = Server(self._settings, self._name, server_seed(self._config.seed, self._name), self._devices)
+        try:
+            return self._watch(server)
+        finally:
+            try:
+                withdraw(self._settings.folder, self._name)
+            finally:
+                server.stop()
+
     def _watch(self, server: Server) -> bool:
-        """Register it once it is up; return when it is dead or is to leave. True: it was up."""
+        """Register it once it is up; return when it is dead or is to leave. True: it was up.
+
+        vLLM answers nothing while it loads weights, so silence is a fault only when it outlasts that. It stays registered.
+        """
         control = Control(server.url, server.api_key, self._config.fleet.silence_seconds)
         started, health = time.monotonic(), Health()
+        heard = started
         registration = Registration(
             self._name, server.url, socket.gethostname(), os.getpid(), started=time.time(), heartbeat=time.time()
         )  # fmt: skip
         while server.is_alive() and health.state is not State.DEAD and not self._leaving.is_set():
             try:
                 health = health.answered(control.version())
+                heard = time.monotonic()
             except ControlError as error:
-                health = health.failed(str(error))
+                if not error.silent:
+                    health = health.failed(str(error))
+                elif health.state is not State.STARTING and time.monotonic() - heard > self._config.fleet.sync_seconds:
+                    health = health.exited(f"no answer for {self._config.fleet.sync_seconds:g} s: {error}")
             if health.state is State.STARTING:
                 if time.monotonic() - started > self._config.fleet.start_seconds:
                     log.warning("%s: its server is not up after %g s", self._name, self._config.fleet.start_seconds)
                     return False
-            elif health.num_failures == 0:
-                register(self._settings.folder, replace(registration, heartbeat=time.time()))
+            elif health.state is not State.DEAD and health.num_failures == 0:
+                try:
+                    register(self._settings.folder, replace(registration, heartbeat=time.time()))
+                except OSError as error:  # tried again every time; a run forgets it after ten minutes
+                    log.warning("%s: could not renew its registration: %s", self._name, error)
             self._leaving.wait(_CHECK_SECONDS)
         if not self._leaving.is_set():
             cause = health.reason or "its processes ended"

@@ -1,0 +1,143 @@
+"""A rollout node's process: how it bears a busy server, a full disk and a server that does not start."""
+
+import errno
+import threading
+import time
+
+import pytest
+from fake_control import FakeServer
+
+from nft_megatron.config_load import load_config
+from nft_megatron.rollout.fleet import serve
+from nft_megatron.rollout.fleet.registry import discover
+
+PATIENCE = 20.0
+
+
+def until(condition, seconds=PATIENCE):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+class Server:
+    """In place of the node's: it serves ``fake``, and lists what happens in ``events``."""
+
+    fake, events, fails = None, [], 0
+
+    def __init__(self, settings, name, seed, devices):
+        self.events.append("start")
+        if self.events.count("start") <= self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.url, self.api_key, self.log = self.fake.url, self.fake.key, "log"
+
+    def is_alive(self):
+        return True
+
+    def log_tail(self):
+        return "the end"
+
+    def stop(self):
+        self.events.append("stop")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    fake = FakeServer()
+    for name, value in {"fake": fake, "events": [], "fails": 0}.items():
+        monkeypatch.setattr(Server, name, value)
+    monkeypatch.setattr(serve, "Server", Server)
+    monkeypatch.setattr(serve, "_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(serve, "_FIRST_DELAY", 0.02)
+    yield Server
+    fake.close()
+
+
+@pytest.fixture
+def start_node(run_config, server):
+    """Runs a node on a thread; returns it and its registrations."""
+    nodes = []
+
+    def start(**fleet):
+        config = load_config(run_config(rollout={"engine": "vllm"}, fleet={"silence_seconds": 0.2, **fleet}), [])
+        node = serve.Node(config, "node", None)
+        nodes.append((node, threading.Thread(target=node.run)))
+        nodes[-1][1].start()
+        return node, lambda: discover(config.run_dir / "fleet")
+
+    yield start
+    for node, thread in nodes:
+        node.leave()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_a_server_that_is_silent_while_it_loads_weights_stays(server, start_node):
+    _, registered = start_node(sync_seconds=60.0)
+    until(registered)
+    server.fake.delay["/weight_info"] = 0.5
+    num_asked, heartbeat = len(server.fake.calls), registered()["node"].heartbeat
+    until(lambda: len(server.fake.calls) > num_asked + 8)
+    assert registered()["node"].heartbeat > heartbeat + 1.0  # it is not forgotten meanwhile
+    server.fake.delay.clear()
+    heartbeat = registered()["node"].heartbeat
+    until(lambda: registered()["node"].heartbeat > heartbeat + 1.0)
+    assert server.events == ["start"]
+
+
+@pytest.mark.parametrize("fault", ["silent", "refuses"])
+def test_a_server_that_is_silent_for_longer_or_refuses_is_started_again(server, start_node, fault):
+    _, registered = start_node(sync_seconds=1.0 if fault == "silent" else 60.0)
+    until(registered)
+    began = time.monotonic()
+    if fault == "silent":
+        server.fake.delay["/weight_info"] = 60.0
+    else:
+        server.fake.status["/weight_info"] = 500
+    until(lambda: len(server.events) == 3)
+    assert server.events == ["start", "stop", "start"] and not registered()
+    assert fault != "silent" or time.monotonic() - began > 0.9
+    server.fake.delay.clear()
+    server.fake.status.clear()
+    until(registered)
+
+
+def test_a_disk_that_fails_ends_no_healthy_server(server, start_node, monkeypatch, caplog):
+    node, registered = start_node()
+    until(registered)
+
+    def fails(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "register", fails)
+        until(lambda: caplog.text.count("could not renew its registration") > 3)
+    heartbeat = registered()["node"].heartbeat
+    until(lambda: registered()["node"].heartbeat > heartbeat)
+    assert server.events == ["start"]
+    monkeypatch.setattr(serve, "withdraw", fails)
+    node.leave()
+    until(lambda: server.events == ["start", "stop"])
+
+
+def test_a_start_that_fails_and_an_odd_answer_are_told_and_tried_again(server, start_node, monkeypatch, caplog):
+    server.fails = 2
+    _, registered = start_node()
+    until(registered)
+    assert server.events == ["start"] * 3 and caplog.text.count("a turn failed") == 2 and "No space left" in caplog.text
+    act = server.fake.act
+    monkeypatch.setattr(server.fake, "act", lambda name, body: {})
+    until(lambda: "KeyError" in caplog.text and not registered())
+    monkeypatch.setattr(server.fake, "act", act)
+    until(registered)
+
+
+def test_one_that_leaves_is_withdrawn_before_its_server_ends(server, start_node, monkeypatch):
+    node, registered = start_node()
+    until(registered)
+    withdraw = serve.withdraw
+    monkeypatch.setattr(serve, "withdraw", lambda *of: (server.events.append("withdraw"), withdraw(*of)))
+    node.leave()
+    until(lambda: server.events == ["start", "withdraw", "stop"])
+    assert not registered()
