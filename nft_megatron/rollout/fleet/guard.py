@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 
-_POLL_SECONDS = 0.2
+_POLL_MILLISECONDS = 200
 
 
 def main(descriptor: int, command: list[str]) -> None:
@@ -21,7 +21,9 @@ def main(descriptor: int, command: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the group: the server leaves in its own time
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_default_signals)
-    while server.poll() is None and not select.select([descriptor], [], [], _POLL_SECONDS)[0]:
+    pipe = select.poll()  # select.select refuses descriptors above 1023
+    pipe.register(descriptor, select.POLLIN)
+    while server.poll() is None and not pipe.poll(_POLL_MILLISECONDS):
         pass
     print(f"guard: {'the parent is gone' if server.poll() is None else f'the server ended ({server.returncode})'}", flush=True)
     os.killpg(0, signal.SIGKILL)

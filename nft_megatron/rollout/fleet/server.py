@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,11 +112,15 @@ class ServerSettings:
         return {name: value for name, value in os.environ.items() if name not in distributed} | variables
 
     def _package_path(self) -> Path:
-        """A folder that holds this package alone: the server's Python may be another than the trainer's."""
-        path = self.folder / "python"
+        """A folder that holds this package alone: the server's Python may be another than the trainer's.
+
+        One for each place of the package, which other machines may have elsewhere.
+        """
+        package = Path(nft_megatron.__file__).parent
+        path = self.folder / "python" / f"{zlib.crc32(os.fsencode(package)):08x}"
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            (path / "nft_megatron").symlink_to(Path(nft_megatron.__file__).parent, target_is_directory=True)
+            (path / "nft_megatron").symlink_to(package, target_is_directory=True)
         return path
 
 
@@ -146,6 +151,9 @@ class Server:
                     stderr=log,
                     start_new_session=True,
                 )
+        except BaseException:
+            os.close(theirs)
+            raise
         finally:
             os.close(ours)
 
@@ -177,8 +185,11 @@ class Server:
             time.sleep(_POLL_SECONDS)
 
     def log_tail(self) -> str:
-        """The last lines of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])
+        """The last lines of its log, or why it cannot be read."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])
+        except OSError as error:
+            return f"(cannot be read: {error})"
 
     def stop(self, seconds: float = 5.0) -> None:
         """End all of its processes, by force after ``seconds`` (0: at once). Idempotent."""

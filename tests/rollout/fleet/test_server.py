@@ -1,6 +1,31 @@
-"""A server's command line, its key, and its end, with the real vLLM."""
+"""A server's command line, its key, and its end, with the real vLLM; its folders, log and guard without."""
+
+import errno
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import httpx
+import pytest
+
+import nft_megatron
+from nft_megatron.rollout.fleet import guard
+from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, Target
+from nft_megatron.rollout.fleet.server import Server, ServerSettings
+
+PATIENCE = 20.0
+
+
+def until(condition, seconds=PATIENCE):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
 
 
 def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
@@ -11,3 +36,74 @@ def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
         stranger = {"Authorization": "Bearer x"}
         rpc = httpx.post(f"{server.url}/collective_rpc", json={"method": "reload_weights"}, headers=stranger)
         assert rpc.status_code == 401
+
+
+@pytest.fixture
+def asleep(tmp_path):
+    """Settings of servers that only sleep."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    return ServerSettings(tmp_path / "model", tmp_path / "fleet", tmp_path / "logs", "key", python=str(python))
+
+
+def test_each_place_of_the_package_has_a_folder_of_its_own(asleep, tmp_path, monkeypatch):
+    places = [Path(nft_megatron.__file__).parent, tmp_path / "moved" / "nft_megatron"]
+    for _ in range(2):
+        for place in places:
+            monkeypatch.setattr(nft_megatron, "__file__", str(place / "__init__.py"))
+            (link,) = Path(asleep.environment(None)["PYTHONPATH"]).iterdir()
+            assert (link.name, link.readlink()) == ("nft_megatron", place)
+    assert len(list((tmp_path / "fleet" / "python").iterdir())) == 2
+
+
+def test_a_server_whose_log_is_gone_is_started_again(asleep):
+    servers = []
+
+    def launch():
+        servers.append(Server(asleep, "local-0", seed=0))
+        return servers[-1]
+
+    keeper = Keeper("local-0", Target(), Deadlines(60.0, 5.0, 0.2), "finish", 10, "key", launch=launch)
+    try:
+        until(lambda: servers and servers[0].log.exists())
+        servers[0].log.unlink()
+        os.killpg(servers[0].process.pid, signal.SIGKILL)
+        until(lambda: len(servers) == 2 and servers[1].is_alive())
+        servers[1].log.unlink()
+        assert "No such file" in servers[1].log_tail()
+    finally:
+        keeper.close(PATIENCE)
+    assert not servers[1].is_alive()
+
+
+def test_a_start_that_fails_leaves_no_descriptor(asleep, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fails)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        Server(asleep, "local-0", seed=0)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_guard_watches_a_descriptor_above_1023():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2048), hard), hard))
+    ours, alive = os.pipe()
+    try:
+        high = fcntl.fcntl(ours, fcntl.F_DUPFD, 1024)
+        process = subprocess.Popen(
+            [sys.executable, guard.__file__, str(high), "sleep", "600"], pass_fds=(high,), start_new_session=True,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        os.close(high)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2.0)
+    finally:
+        os.close(alive)
+        os.close(ours)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert process.communicate(timeout=PATIENCE)[0] == "guard: the parent is gone\n"
+    assert process.returncode == -signal.SIGKILL
