@@ -45,7 +45,7 @@ POLL_SECONDS = 0.1
 """Between two looks at the fleet, and at what a caller has given up."""
 
 _SLOWEST = 5.0
-_LONGEST_QUEUE = 10.0  # silences that a piece may wait in the queue of a server that answers others
+_LONGEST_QUEUE = 30.0  # silences that a piece may wait in the queue of a server that answers others
 _MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
 
 
