@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from pathlib import Path
@@ -12,6 +13,8 @@ from nft_megatron.slurm.job import Job
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.rollout_nodes import RolloutNodes
 from nft_megatron.slurm.steps import rollout_step, step_environment
+
+log = logging.getLogger(__name__)
 
 _PAUSE = 2.0
 
@@ -30,9 +33,18 @@ def serve_guests(config: Config, config_path: Path, job: Job) -> None:
         step_environment({}),
     )
     try:
-        while folder.end() is None and not out_of_time.is_set() and not leaving.wait(_PAUSE):
+        while not _has_ended(folder) and not out_of_time.is_set() and not leaving.wait(_PAUSE):
             pass
     finally:
         nodes.close()
-    if out_of_time.is_set() and folder.end() is None and config.slurm.restart == "requeue":
+    if out_of_time.is_set() and not _has_ended(folder) and config.slurm.restart == "requeue":
         job.requeue(())
+
+
+def _has_ended(folder: JobFolder) -> bool:
+    """Whether the run has ended, as far as can be seen: False while its folder cannot be read."""
+    try:
+        return folder.end() is not None
+    except OSError as error:
+        log.warning("cannot see whether the run has ended: %s", error)
+        return False

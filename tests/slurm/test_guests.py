@@ -1,0 +1,50 @@
+"""Guest nodes while the run's folder comes and goes."""
+
+import errno
+import signal
+import threading
+import time
+
+from nft_megatron.config_load import load_config
+from nft_megatron.slurm import guests
+from nft_megatron.slurm.job import Job
+from nft_megatron.slurm.job_folder import JobFolder
+
+
+def test_a_folder_that_is_away_ends_no_guests_and_their_time_limit_requeues_them(run_config, monkeypatch):
+    """It is away, there, and away again when the time limit comes."""
+    handlers, happened, disk = {}, [], {"away": True, "asked": 0}
+
+    class Nodes:
+        def __init__(self, *_):
+            happened.append("start")
+
+        def close(self):
+            happened.append("close")
+
+    def end(_):
+        disk["asked"] += 1
+        if disk["away"]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(guests, "RolloutNodes", Nodes)
+    monkeypatch.setattr(guests, "_PAUSE", 0.01)
+    monkeypatch.setattr(JobFolder, "end", end)
+    monkeypatch.setattr(Job, "requeue", lambda *_: happened.append("requeue"))
+    path = run_config()
+    config = load_config(path, ["slurm.restart=requeue"])
+    (config.run_dir / "slurm").mkdir(parents=True)
+    job = Job("1", ("n1",), 1, float("inf"))
+    thread = threading.Thread(target=guests.serve_guests, args=(config, path, job), daemon=True)
+    thread.start()
+    for is_away in (True, False, True):
+        disk.update(away=is_away, asked=0)
+        deadline = time.monotonic() + 10
+        while disk["asked"] < 3:
+            assert thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+    assert happened == ["start"]
+    handlers[signal.SIGUSR1]()
+    thread.join(10)
+    assert happened == ["start", "close", "requeue"]
