@@ -12,6 +12,7 @@ for: they save and leave, and the job is requeued. TERM (preemption, `scancel`) 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import signal
@@ -62,10 +63,9 @@ class Agent:
         self._out_of_time = False
         self._reserve = min(_LONGEST_RESERVE, _RESERVE_SHARE * (job.end - time.time()))
         self._terminated = threading.Event()
-        number = 1 + max((attempt.number for attempt in self._folder.attempts()), default=0)
-        self._excluded = self._read_excluded()
-        self._attempt = Attempt(number, job.id, job.nodes, time.time(), progress_before=self._folder.progress())
-        self._logs = self._folder.logs(number)
+        self._excluded: dict[str, str] = {}
+        self._attempt: Attempt
+        self._logs: Path
 
     def conduct(self) -> None:
         """Run until the trainers have ended, then finish, requeue the job or give up.
@@ -74,6 +74,10 @@ class Agent:
             StoppedEarly: the run is to go on and another job of the chain does it.
             UserError: it cannot go on.
         """
+        is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"  # there is no folder yet where a person called sbatch
+        if not self._can_write(self._folder.root, make_folder=is_first):
+            self._go_on()
+            return
         self._close_lost_attempts()
         if (end := self._folder.end()) is not None:
             log.warning("the run is %s already: %s", *end)
@@ -90,7 +94,7 @@ class Agent:
         except Exception as error:  # a bug here is not to end the night
             log.exception("the agent's own fault")
             kind, cause = "failed", Cause(1, f"the agent: {type(error).__name__}: {error}")
-        if not self._can_write():
+        if not self._can_write(self._logs):
             self._go_on()  # the next attempt closes this one
             return
         self._keep_logs()
@@ -128,6 +132,10 @@ class Agent:
                 self._keep_logs(self._folder.logs(earlier.number))
 
     def _begin(self) -> None:
+        number = 1 + max((attempt.number for attempt in self._folder.attempts()), default=0)
+        self._excluded = self._read_excluded()
+        self._attempt = Attempt(number, self._job.id, self._job.nodes, time.time(), progress_before=self._folder.progress())
+        self._logs = self._folder.logs(number)
         self._logs.mkdir(parents=True, exist_ok=True)
         with atomic_file(self._folder.config) as temporary:  # the script may have been given to sbatch by hand
             temporary.write_text(dump_config(self._config))
@@ -241,19 +249,19 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
-    def _can_write(self) -> bool:
-        """Wait for the shared folder, which may be what went away, or full: before that nothing can be decided."""
+    def _can_write(self, folder: Path, *, make_folder: bool = False) -> bool:
+        """Wait for the shared ``folder``, which may have gone away, or be full: before that nothing can be decided."""
         deadline = time.monotonic() + _FOLDER_SECONDS
         while True:
             try:
-                with atomic_file(self._logs / "probe", make_folder=False) as probe:
+                with atomic_file(folder / "probe", make_folder=make_folder) as probe:
                     probe.write_bytes(bytes(1 << 16))
-                (self._logs / "probe").unlink()
+                (folder / "probe").unlink()
                 return True
             except OSError as error:
                 if time.monotonic() > deadline:
                     return False
-                log.warning("waiting for %s: %s", self._logs, error)
+                log.warning("waiting for %s: %s", folder, error)
                 time.sleep(_FOLDER_PAUSE)
 
     def _keep_logs(self, folder: Path | None = None) -> None:
@@ -281,7 +289,7 @@ class Agent:
             self._folder.set_excluded(self._excluded)
         self._go_on(decision.reason)
 
-    def _go_on(self, reason: str = "the run folder has gone away") -> None:
+    def _go_on(self, reason: str = "the run folder is away or full") -> None:
         if self._config.slurm.restart == "requeue":
             self._job.requeue(self._excluded)
             return

@@ -1,14 +1,16 @@
 """The agent without a cluster: srun is a stub, the job a record of what was asked of it."""
 
+import errno
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from nft_megatron.config_load import load_config
 from nft_megatron.errors import UserError
 from nft_megatron.run_folder import RunFolder
-from nft_megatron.slurm import agent
+from nft_megatron.slurm import agent, job_folder
 from nft_megatron.slurm.job import Job
 from nft_megatron.slurm.job_folder import JobFolder
 
@@ -31,7 +33,7 @@ def conduct(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(agent, "address", lambda node: node)
     config = load_config(run_config(cluster={"trainer_nodes": 2, "gpus_per_node": 1}, slurm={"gres": ""}))
     folder = JobFolder(RunFolder(config.run_dir))
-    folder.root.mkdir(parents=True)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
 
     def run(script):
         srun.write_text(f"#!/bin/sh\n{script}\n")
@@ -66,3 +68,45 @@ def test_a_preflight_that_crashes_is_a_failure_and_its_node_a_bad_one(conduct, c
     assert [attempt.kind for attempt in folder.attempts()] == ["bad nodes", "failed", "failed", "failed"]
     assert folder.attempts()[0].blamed == ("n2",)
     assert folder.end()[0] == "fatal"
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Atomic files fail for want of room, so many times; without a number for good."""
+    write = agent.atomic_file
+
+    def fill(failures=None):
+        left = iter(range(failures)) if failures is not None else None
+
+        def atomic_file(path, **options):
+            if left is None or next(left, None) is not None:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, **options)
+
+        for module in (agent, job_folder):
+            monkeypatch.setattr(module, "atomic_file", atomic_file)
+
+    monkeypatch.setattr(agent, "_FOLDER_SECONDS", 0.5)
+    monkeypatch.setattr(agent, "_FOLDER_PAUSE", 0.05)
+    return fill
+
+
+def test_a_job_that_begins_on_a_full_disk_is_requeued(conduct, full_disk):
+    folder = conduct("exit 143")
+    folder.save_attempt(replace(folder.attempts()[0], kind=None))  # to be closed by the next one
+    full_disk()
+    conduct("exit 143")
+    assert requeued == [[], []]
+    assert [attempt.kind for attempt in folder.attempts()] == [None]
+
+
+def test_a_job_that_begins_on_a_full_disk_goes_on_once_there_is_room(conduct, full_disk):
+    full_disk(failures=3)
+    assert [attempt.kind for attempt in conduct("exit 143").attempts()] == ["left"]
+
+
+def test_a_job_that_begins_again_waits_for_its_folder_and_makes_no_new_one(conduct, full_disk, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    folder = conduct("exit 143")
+    assert requeued == [[]]
+    assert not folder.run.root.exists()
