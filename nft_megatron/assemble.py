@@ -56,6 +56,8 @@ CHANGEABLE = (
     "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
 )  # fmt: skip
 """What may differ between two starts of one run. All else decides what the run computes."""
+WAIT_FOR_SERVERS = ("collect", "publish", "evaluate")
+"""Phases that may wait for servers."""
 LOCK_SECONDS = 60.0
 """Longest wait of an attempt for the lock: the process of the one before may still be dying on another machine."""
 
@@ -77,7 +79,7 @@ def assemble(config: Config) -> Iterator[Run]:
         contextlib.ExitStack() as stack,
         stop.watching(),
     ):
-        watchdog = Watchdog(config.run_dir, here.rank, config.deadlines.by_phase)
+        watchdog = Watchdog(config.run_dir, here.rank, longest_silences(config))
         stack.callback(watchdog.close)
         with watchdog.phase("setup"):
             run = _build(config, topology, stop, watchdog, stack)
@@ -117,6 +119,13 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
     )
     stack.callback(run.close)
     return run
+
+
+def longest_silences(config: Config) -> dict[str, float]:
+    """Seconds by phase, for the watchdog: a wait for servers comes on top, so that it ends first and says what they lack."""
+    wait = config.fleet.wait_seconds if config.rollout.engine == "vllm" else 0.0
+    deadlines = config.deadlines.by_phase
+    return {phase: seconds + (wait if phase in WAIT_FOR_SERVERS else 0.0) for phase, seconds in deadlines.items()}
 
 
 def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:

@@ -98,7 +98,7 @@ class Watchdog:
 
     def _report(self, watched: _Watched, silent: float) -> None:
         line = f"rank {self._rank} has been silent for {silent:.0f} s in phase {watched.phase}"
-        line += f" (deadlines.{watched.phase}_seconds = {watched.limit:g}) {self.note}".rstrip()
+        line += f" (allowed by deadlines.{watched.phase}_seconds: {watched.limit:g} s) {self.note}".rstrip()
 
         def write() -> None:
             print(f"nft-megatron: {line}; the stacks of its threads are in {self._path}", file=sys.stderr, flush=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nft_megatron.assemble import longest_silences
+from nft_megatron.config_load import load_config
 from nft_megatron.ending import read_endings
 from nft_megatron.place import place
 from nft_megatron.watchdog import LifeSigns, Watchdog
@@ -61,7 +63,7 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     assert recorder.codes[0] == 70
     report = (tmp_path / "logs" / "stall_rank3.txt").read_text()
     first, _, stacks = report.partition("\n\n")
-    assert first == "rank 3 has been silent for 0 s in phase update (deadlines.update_seconds = 0.2) of step 12"
+    assert first == "rank 3 has been silent for 0 s in phase update (allowed by deadlines.update_seconds: 0.2 s) of step 12"
     assert "the_thread_that_hangs" in stacks and "_watch" in stacks
     assert first in capsys.readouterr().err
     (ending,) = read_endings(tmp_path)
@@ -83,6 +85,16 @@ def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
     time.sleep(1.2)
     assert recorder.codes == []
     assert recorder.advanced >= 20
+
+
+def test_a_wait_for_servers_ends_before_the_watchdog_does(run_config):
+    deadlines = {"publish_seconds": 100.0, "collect_seconds": 200.0, "evaluate_seconds": 300.0, "update_seconds": 400.0}
+    embedded = load_config(run_config(deadlines=deadlines, fleet={"wait_seconds": 5000.0}))
+    silences = longest_silences(embedded)
+    assert [silences[name] for name in ("publish", "collect", "evaluate", "update")] == [100, 200, 300, 400]
+    fleet = load_config(run_config(deadlines=deadlines, fleet={"wait_seconds": 5000.0}, rollout={"engine": "vllm"}))
+    longer = {"publish": 5100, "collect": 5200, "evaluate": 5300}
+    assert longest_silences(fleet) == silences | longer
 
 
 def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, metrics_of, tmp_path):

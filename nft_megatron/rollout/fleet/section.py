@@ -53,7 +53,7 @@ class FleetSection(Section):
     silence_seconds: PositiveFloat = 10.0
     """A server that does not answer a health check for so long gets no new work; after three it is written off and replaced."""
     wait_seconds: PositiveFloat = 1800.0
-    """Longest wait for min_servers."""
+    """Longest wait for min_servers; the deadlines of collect, publish and evaluate are longer by it."""
     answer_seconds: PositiveFloat = 300.0
     """A server that has answers to generate and sends no token for so long has failed at them; another is asked."""
     outstanding_tokens: PositiveInt = 1_000_000
