@@ -20,6 +20,7 @@ class FakeServer:
         self.status, self.delay, self.calls = {}, {}, []
         self.tampered = self.misheld = self.broken = False
         self.logprob = -1.0
+        self.prompt_logprobs = True
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -93,5 +94,5 @@ class FakeServer:
         elif name == "/v1/completions":
             assert not self.paused
             entries = [{str(token): {"logprob": self.logprob}} for token in body["prompt"]]
-            return {"choices": [{"prompt_logprobs": [None, *entries[1:]]}]}
+            return {"choices": [{"prompt_logprobs": [None, *entries[1:]]} if self.prompt_logprobs else {}]}
         return {}

@@ -118,4 +118,10 @@ class Control:
             raise ControlError(f"{self.url}{path}: {error}", silent=True) from error
         if reply.status_code != 200:
             raise ControlError(f"{self.url}{path} answered {reply.status_code}: {reply.text[:500]}")
-        return dict(reply.json())
+        try:
+            answer = reply.json()
+        except ValueError as error:
+            raise ControlError(f"{self.url}{path} answered what is no JSON: {reply.text[:500]}") from error
+        if not isinstance(answer, dict):
+            raise ControlError(f"{self.url}{path} answered no JSON object: {reply.text[:500]}")
+        return answer

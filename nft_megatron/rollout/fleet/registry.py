@@ -2,7 +2,7 @@
 
     RUN/fleet/key            of this run, readable by its owner alone
         <name>.json          a server that somebody runs for it: ``Registration``, written again and again while it lives
-        python/              the package, for servers that run under another Python
+        python/<hash>/       the package, for servers that run under another Python; one for each place that it is in
 
 A server joins by writing its file and leaves by deleting it. One whose file has not been renewed for ten minutes is forgotten.
 """
@@ -13,8 +13,10 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from nft_megatron.errors import UserError
 from nft_megatron.files import atomic_file
@@ -50,15 +52,32 @@ def withdraw(folder: Path, name: str) -> None:
     (folder / f"{name}.json").unlink(missing_ok=True)
 
 
-def discover(folder: Path) -> dict[str, Registration]:
-    """The registered servers by name. A file that is no registration is left alone."""
+def discover(folder: Path, known: Mapping[str, Registration] = MappingProxyType({})) -> dict[str, Registration]:
+    """The registered servers by name. A file that is no registration is left alone; of one that is there and cannot be read,
+    as happens on a network disk while it is renamed over, what was ``known`` still holds.
+
+    Raises ``OSError`` where the folder cannot be listed: that says nothing about the servers.
+    """
     found = {}
-    for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # it was deleted meanwhile, or is something else
-            registration = Registration(**json.loads(path.read_text()))
-            if registration.name == path.stem and time.time() - registration.heartbeat < _FORGOTTEN_SECONDS:
+    for path in (folder / name for name in sorted(os.listdir(folder)) if name.endswith(".json")):
+        with contextlib.suppress(ValueError, TypeError):  # it is something else
+            registration = _read(path, known)
+            if registration is None or registration.name != path.stem:
+                continue
+            if time.time() - registration.heartbeat < _FORGOTTEN_SECONDS:
                 found[registration.name] = registration
     return found
+
+
+def _read(path: Path, known: Mapping[str, Registration]) -> Registration | None:
+    """None: it was deleted meanwhile."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return known.get(path.stem)
+    return Registration(**json.loads(text))
 
 
 def run_key(folder: Path) -> str:

@@ -1,6 +1,8 @@
 """The fleet's timing, faults and refusals, with servers that fail on demand; real ones are in test_weights and test_faults."""
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from fake_control import FakeServer
 from safetensors.torch import load_file
 
 from nft_megatron.errors import StoppedEarly, UserError
+from nft_megatron.rollout.fleet import supervisor
+from nft_megatron.rollout.fleet.control import Control, ControlError
 from nft_megatron.rollout.fleet.registry import Registration, register, run_key, withdraw
 from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.server import ServerSettings
@@ -223,6 +227,83 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
     withdraw(folder, "node")
     until(lambda: names(fleet) == {"url-0"})
     third.close()
+
+
+@pytest.mark.parametrize(("what", "number"), [("file", errno.ESTALE), ("folder", errno.EIO), ("folder", errno.ENOENT)])
+def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
+    fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog, what, number
+):
+    monkeypatch.setattr(supervisor, "_DISCOVER_SECONDS", 0.02)
+    fleet = open_fleet(wait_seconds=PATIENCE)
+    folder, now, num_asked = tmp_path / "fleet", time.time(), 0
+    fakes[0].key = run_key(folder)
+    node = Registration("node", fakes[0].url, "here", 1, started=now, heartbeat=now)
+    register(folder, node)
+    fleet.publish(tensors.items(), 1)
+    incarnation = fleet.serving()[0].incarnation
+    read_text, listdir = Path.read_text, os.listdir
+
+    def away(path):
+        nonlocal num_asked
+        num_asked += 1
+        raise OSError(number, "away", path)
+
+    with monkeypatch.context() as patch:
+        if what == "file":
+            patch.setattr(Path, "read_text", lambda path, *of: away(path) if path.stem == "node" else read_text(path, *of))
+        else:
+            patch.setattr(os, "listdir", lambda path: away(path) if Path(path) == folder else listdir(path))
+        until(lambda: num_asked > 5)
+        assert names(fleet) == {"node"} and fleet.serving()[0].incarnation == incarnation
+    assert caplog.text.count("could not look for servers") == (what != "file")
+    withdraw(folder, "node")
+    until(lambda: not fleet.stats())
+    register(folder, node)
+    until(lambda: names(fleet) == {"node"})
+
+
+def test_a_key_that_cannot_be_read_yet_delays_a_joiner_alone(fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(supervisor, "_DISCOVER_SECONDS", 0.02)
+    fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
+    folder, now = tmp_path / "fleet", time.time()
+    (folder / "key").write_text("")
+    register(folder, Registration("node", fakes[1].url, "here", 1, started=now, heartbeat=now))
+    until(lambda: "is empty" in caplog.text)
+    fleet.publish(tensors.items(), 1)
+    assert names(fleet) == {"url-0"}
+    (folder / "key").write_text("secret")
+    until(lambda: names(fleet) == {"url-0", "node"})
+
+
+def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_together(fakes, open_fleet, tensors):
+    fleet = open_fleet([fakes[0].url] * 5 + [fakes[1].url], wait_seconds=PATIENCE)
+    until(lambda: all(stats.state == "stale" for stats in fleet.stats()))
+    *held, free = fleet._all()
+    for keeper in held:
+        assert keeper.claim.acquire(timeout=PATIENCE)
+    started = time.monotonic()
+    assert fleet._claim_idle() == [free]
+    assert 0.4 < time.monotonic() - started < 1.0
+    for keeper in [*held, free]:
+        keeper.claim.release()
+
+
+def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
+    fakes[0].prompt_logprobs = False
+    fleet = open_fleet([server.url for server in fakes], wait_seconds=PATIENCE)
+    fleet.publish(tensors.items(), 1)
+    until(lambda: state(fleet, "url-0") == "dead")
+    assert fakes[0].calls.count("/pause") == 2
+    assert "KeyError('prompt_logprobs')" in next(stats.reason for stats in fleet.stats() if stats.name == "url-0")
+    fakes[0].prompt_logprobs = True
+    until(lambda: names(fleet) == {"url-0", "url-1"})
+
+
+@pytest.mark.parametrize("answer", [[1], None, "text"])
+def test_an_answer_that_is_no_json_object_is_told(fakes, monkeypatch, answer):
+    monkeypatch.setattr(fakes[0], "act", lambda *_: answer)
+    with pytest.raises(ControlError, match="/weight_info answered no JSON object"):
+        Control(fakes[0].url, "secret").version()
 
 
 def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path):
