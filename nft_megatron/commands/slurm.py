@@ -155,14 +155,17 @@ def _agent(options: argparse.Namespace) -> None:
     from nft_megatron.slurm.guests import serve_guests
     from nft_megatron.slurm.job import Job
 
-    deadline = time.monotonic() + _CONFIG_SECONDS
-    while not options.config.exists() and time.monotonic() < deadline:
+    job, deadline = Job.here(), time.monotonic() + _CONFIG_SECONDS
+    while not os.path.exists(options.config) and time.monotonic() < deadline:
         time.sleep(1)
+    if job.num_restarts and not os.path.exists(options.config):
+        job.requeue(())  # its folder is away for longer
+        return
     config = load_config(options.config, options.overrides)
     if options.rollouts_only:
-        serve_guests(config, options.config, Job.here())
+        serve_guests(config, options.config, job)
     else:
-        Agent(config, Job.here()).conduct()
+        Agent(config, job).conduct()
 
 
 def _submitted(options: argparse.Namespace, overrides: Sequence[str] = ()) -> tuple[JobFolder, Config]:

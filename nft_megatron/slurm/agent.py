@@ -12,7 +12,6 @@ for: they save and leave, and the job is requeued. TERM (preemption, `scancel`) 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import signal
@@ -74,8 +73,8 @@ class Agent:
             StoppedEarly: the run is to go on and another job of the chain does it.
             UserError: it cannot go on.
         """
-        is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"  # there is no folder yet where a person called sbatch
-        if not self._can_write(self._folder.root, make_folder=is_first):
+        # At first there is no folder yet where a person called sbatch.
+        if not self._can_write(self._folder.root, make_folder=not self._job.num_restarts):
             self._go_on()
             return
         self._close_lost_attempts()

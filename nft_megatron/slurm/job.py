@@ -43,11 +43,16 @@ class Job:
             limit,
         )
 
+    @property
+    def num_restarts(self) -> int:
+        """How often Slurm has started this job again."""
+        return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
     def requeue(self, excluded: Collection[str]) -> None:
         """Put this job back into the queue, without the ``excluded`` nodes. Slurm then ends what is left of it."""
         job = show_job(self.id, insist)
         state = job.get("JobState", "gone")
-        is_this_start = job.get("Restarts", "0") == os.environ.get("SLURM_RESTART_COUNT", "0")
+        is_this_start = job.get("Restarts", "0") == str(self.num_restarts)
         if state != "RUNNING" or not is_this_start:  # a person cancelled it, or Slurm has requeued it already
             log.warning("the job is %s: it is left as it is", state)
             return

@@ -1,5 +1,6 @@
 """The agent without a cluster: srun is a stub, the job a record of what was asked of it."""
 
+import argparse
 import errno
 import signal
 import time
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from nft_megatron.commands import slurm as command
 from nft_megatron.config_load import load_config
 from nft_megatron.errors import UserError
 from nft_megatron.run_folder import RunFolder
@@ -110,3 +112,18 @@ def test_a_job_that_begins_again_waits_for_its_folder_and_makes_no_new_one(condu
     folder = conduct("exit 143")
     assert requeued == [[]]
     assert not folder.run.root.exists()
+
+
+@pytest.mark.parametrize("restarts", ["0", "2"])
+def test_a_job_whose_configuration_stays_away_is_requeued_if_it_was_ever_there(tmp_path, monkeypatch, restarts):
+    requeued.clear()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    monkeypatch.setattr(command, "_CONFIG_SECONDS", 0.1)
+    monkeypatch.setattr(Job, "here", lambda: RecordedJob("7", ("n1",), 8, time.time() + 3600))
+    options = argparse.Namespace(config=tmp_path / "away" / "config.yaml", overrides=[], rollouts_only=False)
+    if restarts == "0":
+        with pytest.raises(UserError, match="no such file"):
+            command._agent(options)
+    else:
+        command._agent(options)
+    assert requeued == ([[]] if restarts == "2" else [])

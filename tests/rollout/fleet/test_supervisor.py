@@ -229,7 +229,7 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
     third.close()
 
 
-@pytest.mark.parametrize(("what", "number"), [("file", errno.ESTALE), ("folder", errno.EIO), ("folder", errno.ENOENT)])
+@pytest.mark.parametrize(("what", "number"), [("file", errno.ESTALE), ("folder", errno.EIO), ("folder gone", 0)])
 def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
     fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog, what, number
 ):
@@ -251,11 +251,18 @@ def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
     with monkeypatch.context() as patch:
         if what == "file":
             patch.setattr(Path, "read_text", lambda path, *of: away(path) if path.stem == "node" else read_text(path, *of))
-        else:
+        elif what == "folder":
             patch.setattr(os, "listdir", lambda path: away(path) if Path(path) == folder else listdir(path))
+        else:
+            folder.rename(tmp_path / "aside")
+            until(lambda: "No such file" in caplog.text)
+            num_asked = 9
+            time.sleep(0.2)  # some turns more
         until(lambda: num_asked > 5)
         assert names(fleet) == {"node"} and fleet.serving()[0].incarnation == incarnation
     assert caplog.text.count("could not look for servers") == (what != "file")
+    if what == "folder gone":
+        (tmp_path / "aside").rename(folder)
     withdraw(folder, "node")
     until(lambda: not fleet.stats())
     register(folder, node)
