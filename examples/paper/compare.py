@@ -1,8 +1,8 @@
 """The paper's comparison at toy scale: six algorithms, ω and ε, several seeds, one page.
 
-    python examples/paper/compare.py --seeds 4                   everything, two runs beside each other
+    python examples/paper/compare.py --seeds 6                   everything, two runs beside each other
     python examples/paper/compare.py --seeds 4 --pilot           NFT and GRPO alone: times, deviations, what the rest can show
-    python examples/paper/compare.py --seeds 4 --page-only       the page of what is there
+    python examples/paper/compare.py --seeds 6 --page-only       the page of what is there
 
 A seed is a cold start, an order of questions and a stream of samples; all variants of a seed share it, so differences are
 taken in pairs. Run it again after an interruption: finished runs are kept, others go on. Further arguments are overrides of
