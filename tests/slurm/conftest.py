@@ -6,9 +6,13 @@ from slurm.runs import SlurmRun
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def slurm_installed():
     if reason := missing():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_installed):
     with Lab() as lab:
         yield lab
 

@@ -174,11 +174,7 @@ def test_what_cannot_be_planned_runs_without_a_plan(slurm_run):
 
 
 @pytest.mark.parametrize("nodes", [8, 16])
-def test_the_32b_job_is_read_without_complaint(nodes, tmp_path):
-    from slurm.lab import missing
-
-    if reason := missing():
-        pytest.skip(reason)
+def test_the_32b_job_is_read_without_complaint(slurm_installed, nodes, tmp_path):
     with Lab(32) as lab:
         config = ROOT / "examples/qwen2.5-32b-16k/config.yaml"
         both = [f"cluster.trainer_nodes={nodes}", f"cluster.rollout_nodes={nodes}", f"run_dir={tmp_path}"]

@@ -29,6 +29,7 @@ from nft_megatron.rollout.fleet.client import (
     generate,
     make_body,
     open_session,
+    runs_of_seeds,
 )
 from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
 from nft_megatron.rollout.fleet.keeper import ServerStats
@@ -301,15 +302,3 @@ class Asking:
             session = open_session()
             self._sessions[member.name] = (member.url, session)
         return session
-
-
-def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
-    """Indices of ``seeds`` as runs in which each seed is one more than the one before.
-
-    >>> runs_of_seeds((7, 8, 9, 3, 4))
-    [range(0, 3), range(3, 5)]
-    """
-    if not seeds:
-        return []
-    starts = [i for i in range(len(seeds)) if i == 0 or seeds[i] != seeds[i - 1] + 1]
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(seeds)], strict=True)]

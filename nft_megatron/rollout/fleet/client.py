@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -104,6 +104,18 @@ def make_body(
         "stream_interval": stream_interval,
     }
     return json.dumps({"token_ids": prompt_tokens.tolist(), "sampling_params": parameters, "stream": True}).encode()
+
+
+def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
+    """Indices of ``seeds`` as runs in which each seed is one more than the one before.
+
+    >>> runs_of_seeds((7, 8, 9, 3, 4))
+    [range(0, 3), range(3, 5)]
+    """
+    if not seeds:
+        return []
+    starts = [i for i in range(len(seeds)) if i == 0 or seeds[i] != seeds[i - 1] + 1]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(seeds)], strict=True)]
 
 
 def open_session() -> aiohttp.ClientSession:

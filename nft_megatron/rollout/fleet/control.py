@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ssl
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import httpx
 
 from nft_megatron.rollout.fleet.server import MODEL_NAME
 
+T = TypeVar("T")
 InFlight = Literal["finish", "continue"]
 
 _PAUSE_MODES: dict[InFlight, str] = {"finish": "wait", "continue": "keep"}
 _CANARY_TOKENS = 8
 _TLS = ssl.create_default_context()  # once: making it takes longer than most calls
+
+
+def _nothing(_: Any) -> Any:
+    """Reads an answer that says no more than that all went well."""
 
 
 class ControlError(RuntimeError):
@@ -36,12 +42,12 @@ class Control:
 
     def version(self, seconds: float | None = None) -> int | None:
         """The version of its weights by its own account; None: none of ours. Also proof that its engine process answers."""
-        label = str(self._call("GET", "/weight_info", seconds=seconds)["weight_version"])
+        label = self._call("GET", "/weight_info", seconds=seconds, read=lambda answer: str(answer["weight_version"]))
         return int(label) if label.isdecimal() else None
 
     def num_workers(self) -> int:
         """Worker processes that each hold, or share, the weights."""
-        return int(self._call("GET", "/get_world_size")["world_size"])
+        return self._call("GET", "/get_world_size", read=lambda answer: int(answer["world_size"]))
 
     def pause(self, in_flight: InFlight, seconds: float) -> None:
         """Stop generating: after the requests under way (``finish``), or between two of their tokens (``continue``)."""
@@ -52,8 +58,8 @@ class Control:
 
     def reset_prefix_cache(self) -> None:
         """Forget every key and value of older weights; requests under way compute theirs again."""
-        reply = self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
-        if not reply["success"]:
+        params = {"reset_running_requests": "true"}
+        if not self._call("POST", "/reset_prefix_cache", params=params, read=lambda answer: bool(answer["success"])):
             raise ControlError(f"{self.url} did not reset its prefix cache")
 
     def join(self, host: str, port: int, first_rank: int, num_ranks: int, seconds: float) -> None:
@@ -75,11 +81,13 @@ class Control:
 
     def receipts(self, seconds: float) -> list[str]:
         """What each of its workers took over in the last update."""
-        return [str(result["receipt"]) for result in self._rpc("nft_receipt", seconds)]
+        return self._rpc("nft_receipt", seconds, lambda results: [str(result["receipt"]) for result in results])
 
     def wrongly_held(self, seconds: float) -> list[str]:
         """Names of the tensors whose values in the model are not those of the last update."""
-        return sorted({name for result in self._rpc("nft_check_held", seconds) for name in result["wrong"]})
+        return self._rpc(
+            "nft_check_held", seconds, lambda results: sorted({str(name) for result in results for name in result["wrong"]})
+        )
 
     def canary(self, vocab_size: int, seconds: float) -> list[float]:
         """Log-probs of a fixed short text of token ids, given its beginning: how the weights work, not only what they are."""
@@ -88,14 +96,18 @@ class Control:
             "model": MODEL_NAME, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0,
             "detokenize": False,
         }  # fmt: skip
-        (choice,) = self._call("POST", "/v1/completions", body, seconds=seconds)["choices"]
-        pairs = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
-        return [float(logprobs[str(token)]["logprob"]) for token, logprobs in pairs]
 
-    def _rpc(self, method: str, seconds: float) -> list[dict[str, Any]]:
-        """What each worker answers."""
-        reply = self._call("POST", "/collective_rpc", {"method": method, "timeout": seconds}, seconds=seconds)
-        return list(reply["results"])
+        def read(answer: Any) -> list[float]:
+            (choice,) = answer["choices"]
+            pairs = zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
+            return [float(logprobs[str(token)]["logprob"]) for token, logprobs in pairs]
+
+        return self._call("POST", "/v1/completions", body, seconds=seconds, read=read)
+
+    def _rpc(self, method: str, seconds: float, read: Callable[[Any], T] = _nothing) -> T:
+        """``read`` from the list of what each worker answers."""
+        body = {"method": method, "timeout": seconds}
+        return self._call("POST", "/collective_rpc", body, seconds=seconds, read=lambda answer: read(answer["results"]))
 
     def _call(
         self,
@@ -105,7 +117,9 @@ class Control:
         *,
         params: dict[str, str] | None = None,
         seconds: float | None = None,
-    ) -> dict[str, Any]:
+        read: Callable[[Any], T] = _nothing,
+    ) -> T:
+        """What ``read`` makes of the answer."""
         patience = self._seconds if seconds is None else seconds
         try:
             reply = httpx.request(
@@ -119,9 +133,6 @@ class Control:
         if reply.status_code != 200:
             raise ControlError(f"{self.url}{path} answered {reply.status_code}: {reply.text[:500]}")
         try:
-            answer = reply.json()
-        except ValueError as error:
-            raise ControlError(f"{self.url}{path} answered what is no JSON: {reply.text[:500]}") from error
-        if not isinstance(answer, dict):
-            raise ControlError(f"{self.url}{path} answered no JSON object: {reply.text[:500]}")
-        return answer
+            return read(reply.json())
+        except (LookupError, TypeError, ValueError) as error:
+            raise ControlError(f"{self.url}{path} answered in an unknown form ({error!r}): {reply.text[:500]}") from error

@@ -259,10 +259,9 @@ class Keeper:
             load(control, patience)
             canary = verify_and_resume(control, published, self._vocab_size, not self._vouched, patience)
             self._agree(published, canary)
-        except (ControlError, WrongWeights, LookupError, TypeError, ValueError) as error:
-            is_told = isinstance(error, (ControlError, WrongWeights))
-            text = str(error) if is_told else f"an answer of an unexpected form ({error!r})"
-            log.warning("fleet: %s did not take over version %d: %s", self.name, published.version, text, exc_info=not is_told)
+        except (ControlError, WrongWeights) as error:
+            log.warning("fleet: %s did not take over version %d: %s", self.name, published.version, error)
+            text = str(error)
             self._event(lambda health: health.weights_refused(text))
             self._put_off()
             return False

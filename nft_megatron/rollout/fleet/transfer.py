@@ -54,7 +54,7 @@ def send(
         _on_all(controls, lambda control: control.start_update(patience.left), patience)
         bucket_seconds = _CALL_SECONDS + bucket_bytes / _SLOWEST
         group = _make_group(controls, device, min(patience.left, bucket_seconds))
-    except (ControlError, RuntimeError, LookupError, TypeError, ValueError) as error:  # the last three: odd answers
+    except (ControlError, RuntimeError) as error:
         raise BroadcastFailed(str(error)) from error
     try:
         for slots, flat in fill_buckets(tensors, bucket_bytes, device):

@@ -306,10 +306,10 @@ def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
     until(lambda: names(fleet) == {"url-0", "url-1"})
 
 
-@pytest.mark.parametrize("answer", [[1], None, "text"])
+@pytest.mark.parametrize("answer", [[1], None, "text", {}])
 def test_an_answer_that_is_no_json_object_is_told(fakes, monkeypatch, answer):
     monkeypatch.setattr(fakes[0], "act", lambda *_: answer)
-    with pytest.raises(ControlError, match="/weight_info answered no JSON object"):
+    with pytest.raises(ControlError, match="/weight_info answered in an unknown form"):
         Control(fakes[0].url, "secret").version()
 
 
