@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
+from waiting import until
 
 from nft_megatron.ahead import CollectAhead
 from nft_megatron.collect import Collected, CollectorState
@@ -67,10 +68,7 @@ def test_a_killed_run_ahead_goes_on_with_nothing_lost_or_doubled(run_config, com
     config, run = run_config(rollout={"max_staleness": 1}, train={"num_steps": 8}), tmp_path / "run"
     for after in (2, 4):
         process = start("train", config)
-        limit = time.monotonic() + 60
-        while len(ledgers(run)) < after and time.monotonic() < limit and process.is_running:
-            time.sleep(0.02)
-        assert len(ledgers(run)) >= after
+        until(lambda after=after: len(ledgers(run)) >= after, process=process)
         process.signal(9)
         process.wait()
     done = command("train", config)
@@ -87,9 +85,7 @@ def test_a_run_ahead_stops_with_everything_saved(run_config, start, command, met
         tmp_path / "run",
     )
     process = start("train", config)
-    limit = time.monotonic() + 60
-    while not ((run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2) and time.monotonic() < limit:
-        time.sleep(0.02)
+    until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process=process)
     (run / "stop").touch()
     outcome = process.wait()
     assert outcome.returncode == 75, outcome.stderr
@@ -134,9 +130,7 @@ def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
     """Step k needs version k − 1 − s. Steps that may begin do so without being asked for."""
     collecting, began, versions = ahead(staleness, last_step=9)
     for step in range(1, 10):
-        limit = time.monotonic() + 10
-        while len(began) < min(step + staleness, 9) and time.monotonic() < limit:
-            time.sleep(0.001)
+        until(lambda step=step: len(began) >= min(step + staleness, 9))
         time.sleep(0.01)
         assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
         taken = collecting.take(step, 10.0, lambda: None)
@@ -193,12 +187,6 @@ class SlowEngine:
         pass
 
 
-def wait_for(condition) -> None:
-    limit = time.monotonic() + 10
-    while not condition() and time.monotonic() < limit:
-        time.sleep(0.001)
-
-
 def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
     slow = SlowEngine()
     engine = ExclusiveEngine(slow, deadline_seconds=10.0)
@@ -213,8 +201,8 @@ def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
     slow.may_end.clear()
     for thread in threads:
         thread.start()
-        wait_for(lambda: slow.log)
-    wait_for(lambda: engine._num_loads_waiting)
+        until(lambda: slow.log)
+    until(lambda: engine._num_loads_waiting)
     slow.may_end.set()
     for thread in threads:
         thread.join(10)

@@ -4,12 +4,12 @@ import errno
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from faults import train_with_slow_writer
 from launcher import Ranks
+from waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,6 @@ def test_without_any_good_checkpoint_the_run_is_refused(damaged_run, command, tm
     assert before <= set((tmp_path / "run").rglob("*")), "nothing is lost"
 
 
-def wait_for(condition, process, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and process.is_running, "it did not happen"
-        time.sleep(0.02)
-
-
 def latest(run: Path) -> int:
     return int((run / "checkpoints" / "latest").read_text().removeprefix("step_"))
 
@@ -117,7 +110,7 @@ def test_killed_while_a_checkpoint_is_written_aside_it_goes_on_from_the_one_befo
     config, run = run_config("killed", **sections), tmp_path / "killed"
     assert command("train", config, "train.num_steps=1", ranks=2).returncode == 0
     process = start_slow(config, tmp_path, "first")
-    wait_for(lambda: len(rows(run)) == 4, process)
+    until(lambda: len(rows(run)) == 4, process=process)
     assert latest(run) == 1 and not (run / "checkpoints" / "step_000002").exists()
     assert list((run / "checkpoints").glob(".tmp-*"))
     process.signal(signal.SIGKILL)
@@ -135,7 +128,7 @@ def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, met
     assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
     config, run = run_config("aside", **sections), tmp_path / "aside"
     process = start_slow(config, tmp_path, "first")
-    wait_for(lambda: len(rows(run)) == 4, process)
+    until(lambda: len(rows(run)) == 4, process=process)
     (tmp_path / "go_on").touch()
     assert process.wait().returncode == 0
     assert latest(run) == 4
@@ -149,7 +142,7 @@ def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, met
 def test_a_stop_request_waits_for_what_is_being_written(run_config, command, metrics_of, tmp_path):
     config, run = run_config(train={"num_steps": 50}, checkpoint={"every": 2}), tmp_path / "run"
     process = start_slow(config, tmp_path, "first")
-    wait_for(lambda: len(rows(run)) >= 3, process)
+    until(lambda: len(rows(run)) >= 3, process=process)
     (run / "stop").touch()
     (tmp_path / "go_on").touch()
     assert process.wait().returncode == 75
@@ -180,7 +173,7 @@ def test_a_fault_of_training_leaves_time_for_what_is_being_written(run_config, t
     """The second step's first update breaks while the checkpoint of step 1 waits to be written."""
     config, run = run_config(), tmp_path / "run"
     process = start_slow(config, tmp_path, "first", ranks=1, broken_update=3)
-    wait_for(lambda: list((run / "checkpoints").glob(".tmp-*")), process)
+    until(lambda: list((run / "checkpoints").glob(".tmp-*")), process=process)
     (tmp_path / "go_on").touch()
     assert process.wait().returncode == 1
     assert latest(run) == 1 and not list(run.rglob(".tmp-*"))

@@ -10,6 +10,7 @@ import time
 import pytest
 from faults import train_with_broken_update
 from launcher import Ranks
+from waiting import until
 
 from nft_megatron import ending
 from nft_megatron.ending import Ending, read_endings, write_ending
@@ -17,10 +18,8 @@ from nft_megatron.run_folder import RunFolder, RunFolderTakenError
 
 
 def wait_for_a_step(process, run, count: int = 1) -> None:
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < count:
-        assert process.is_running and time.monotonic() < deadline
-        time.sleep(0.02)
+    rows = run / "metrics.jsonl"
+    until(lambda: rows.exists() and len(rows.read_text().splitlines()) >= count, process=process)
 
 
 def test_every_rank_says_that_it_stopped_early_and_the_next_start_forgets_it(run_config, start, command, tmp_path):

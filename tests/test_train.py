@@ -12,6 +12,7 @@ import torch
 from faults import train_with_broken_update
 from launcher import Ranks
 from small_disk import enlarge
+from waiting import until
 
 from nft_megatron.data.ledger import read_groups
 
@@ -26,14 +27,6 @@ def generated(run_dir: Path) -> dict[int, list]:
         ]
         for path in sorted((run_dir / "ledger").glob("step_*.parquet"))
     }
-
-
-def wait_for(condition, process, seconds: float = 60) -> None:
-    """Until ``condition()``; the process must be running all the while."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and process.is_running, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_run_writes_what_its_folder_promises(run_config, command, metrics_of, tmp_path):
@@ -104,7 +97,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
     finished_ledgers = {}
     for _ in range(4):
         process = start("train", config)
-        wait_for(lambda known=finished_ledgers: set((run / "ledger").glob("step_*.parquet")) - known.keys(), process)
+        until(lambda known=finished_ledgers: set((run / "ledger").glob("step_*.parquet")) - known.keys(), process=process)
         time.sleep(moments.uniform(0.0, 0.4))  # about one step, with its collecting, updates and save
         assert process.is_running
         process.signal(signal.SIGKILL)
@@ -124,7 +117,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
 def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, start, metrics_of, tmp_path, name):
     config, run = run_config(train={"num_steps": 200}, checkpoint={"every": 1000}), tmp_path / "run"
     process = start("train", config)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process)
+    until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process=process)
     (run / "stop").touch() if name == "stop file" else process.signal(signal.SIGTERM)
     outcome = process.wait()
     assert outcome.returncode == 75, outcome.stderr
@@ -138,7 +131,7 @@ def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, star
 
 def test_a_signal_stops_all_ranks_with_everything_saved(run_config, start, metrics_of, tmp_path):
     process, run = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}), ranks=2), tmp_path / "run"
-    wait_for(lambda: (run / "metrics.jsonl").exists() and metrics_of(run), process)
+    until(lambda: (run / "metrics.jsonl").exists() and metrics_of(run), process=process)
     process.signal(signal.SIGTERM)
     outcome = process.wait()
     assert [each.exitcode for each in process.processes] == [75, 75], outcome.stderr
@@ -210,7 +203,7 @@ def test_resume_under_another_layout(run_config, command, metrics_of, tmp_path):
 def test_a_second_process_is_kept_out(run_config, command, start, tmp_path):
     config = run_config(train={"num_steps": 500})
     process = start("train", config)
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    until((tmp_path / "run" / "metrics.jsonl").exists, process=process)
     second = command("train", config)
     process.signal(signal.SIGKILL)
     assert second.returncode == 2

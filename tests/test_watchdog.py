@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from nft_megatron.assemble import longest_silences
 from nft_megatron.config_load import load_config
@@ -42,20 +43,13 @@ def watch(tmp_path):
         dog.close()
 
 
-def wait_for(condition) -> bool:
-    limit = time.monotonic() + 10
-    while not condition() and time.monotonic() < limit:
-        time.sleep(0.01)
-    return condition()
-
-
 def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_path, capsys):
     dog, recorder = watch(update=0.2)
     dog.note = "of step 12"
 
     def the_thread_that_hangs() -> None:
         with dog.phase("update"):
-            wait_for(lambda: recorder.codes)
+            until(lambda: recorder.codes)
 
     thread = threading.Thread(target=the_thread_that_hangs)
     thread.start()
@@ -105,7 +99,7 @@ def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, met
         rollout={"step_deadline_seconds": 600.0}, evaluate={"data": []},
     )  # fmt: skip
     process, run = start("train", config, ranks=2), tmp_path / "run"
-    assert wait_for(lambda: (run / "metrics.jsonl").exists() and metrics_of(run))
+    until(lambda: (run / "metrics.jsonl").exists() and metrics_of(run))
     process.processes[1].join(0.37)
     os.kill(process.processes[1].pid, signal.SIGSTOP)
     process.processes[0].join(60)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from waiting import until
 
 from nft_megatron.errors import UserError
 from nft_megatron.records import Request, Sampling
@@ -85,13 +85,6 @@ def worker_pids(parent):
         if int(ppid) == parent and state != "Z" and "nft_megatron.rollout.worker" in command:
             found.append(int(status.parent.name))
     return sorted(found)
-
-
-def wait_until(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
 
 
 def test_workers_answer_as_one_process_does(engine, models, expected):
@@ -243,7 +236,7 @@ def test_workers_die_with_a_killed_parent(folder, models, tmp_path):
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not any(is_running(pid) for pid in workers))
+    until(lambda: not any(is_running(pid) for pid in workers))
 
 
 def is_running(pid):

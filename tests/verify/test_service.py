@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from waiting import until
 
 from nft_megatron.config import VerifySection
 from nft_megatron.verify.modes import MODES
@@ -54,13 +54,6 @@ def kill_workers() -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return True
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +175,7 @@ def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
         futures = []
         for _ in range(2):
             futures.append(verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop"))
-            wait_until(lambda: kill_workers() and futures[-1].done())
+            until(lambda: kill_workers() and futures[-1].done())
             assert futures[-1].result().label == "unknown"
             assert futures[-1].result().reason == "worker died: exit code -9"
         assert futures[0] is not futures[1], "an unknown verdict is not remembered"
@@ -223,7 +216,7 @@ def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() 
 def test_a_task_whose_worker_is_killed_is_tried_again() -> None:
     with Verifier(PATIENT) as verifier:
         assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
-        wait_until(lambda: len(workers_of(os.getpid())) >= 2)  # the worker and its spare
+        until(lambda: len(workers_of(os.getpid())) >= 2)  # the worker and its spare
         first = min(workers_of(os.getpid()))
         os.kill(first, signal.SIGSTOP)  # so that the task is with it for sure when it dies
         future = verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop")
@@ -285,7 +278,7 @@ def test_close_answers_everybody_and_leaves_nobody() -> None:
     before = set(workers_of(os.getpid()))
     verifier = Verifier(PATIENT)
     futures = [verifier.submit(r"\boxed{(x+y+z)^{60}}", f"x+{i}", "stop") for i in range(5)]
-    wait_until(lambda: bool(set(workers_of(os.getpid())) - before))
+    until(lambda: bool(set(workers_of(os.getpid())) - before))
     verifier.close()
     verifier.close()
     assert [future.result(1).label for future in futures] == ["unknown"] * 5
@@ -309,7 +302,7 @@ time.sleep(600)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "busy\n"
-        wait_until(lambda: len(workers_of(parent.pid)) == 3)
+        until(lambda: len(workers_of(parent.pid)) == 3)
         pids = workers_of(parent.pid)
         parent.kill()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

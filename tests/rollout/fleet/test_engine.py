@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
 from transformers import Qwen2Config
+from waiting import until
 
 from nft_megatron.errors import UserError
 from nft_megatron.records import Request, Sampling
@@ -124,10 +125,7 @@ def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers):
 
 def assert_idle(servers):
     """Soon no server is generating anything."""
-    deadline = time.monotonic() + 10
-    while any(server.seen["open"] for server in servers):
-        assert time.monotonic() < deadline, "a server goes on with what nobody wants"
-        time.sleep(0.05)
+    until(lambda: not any(server.seen["open"] for server in servers), 10.0)
 
 
 def test_giving_up_early_aborts_the_rest(folder, servers):

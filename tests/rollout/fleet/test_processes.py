@@ -5,12 +5,12 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
+from waiting import until
 
 from nft_megatron.config_load import load_config
 from nft_megatron.rollout.fleet.registry import discover
@@ -21,13 +21,6 @@ from nft_megatron.weights.receipt import weights_receipt
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
 
 PATIENCE = 240.0  # a start, on a busy machine
-
-
-def until(condition, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
 
 
 def living():
@@ -79,7 +72,7 @@ def test_nothing_is_left_of_a_server_that_is_killed_in_any_way_or_loses_its_pare
     orphan = int(parent.stdout.readline())
     servers = {kind: Server(server_settings, kind, seed=0) for kind in ("guard", "API")}
     groups = {kind: server.process.pid for kind, server in servers.items()} | {"parent": orphan}
-    until(lambda: all("API" in processes(group) for group in groups.values()))
+    until(lambda: all("API" in processes(group) for group in groups.values()), PATIENCE)
     kill(groups["API"], "API")
     parent.kill()
     until(lambda: not processes(groups["API"]) and not processes(orphan), 5.0)
@@ -107,7 +100,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
     try:
         receipt = fleet.publish(weights.items(), 1)
         assert receipt == weights_receipt(weights.items())
-        until(lambda: {member.name for member in fleet.serving()} == {"local-0", "node"})
+        until(lambda: {member.name for member in fleet.serving()} == {"local-0", "node"}, PATIENCE)
         incarnations = {member.name: member.incarnation for member in fleet.serving()}
         urls = {member.name: member.url for member in fleet.serving()}
 
@@ -117,7 +110,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
         kill(remote, "worker")
         until(lambda: not processes(local) and not processes(remote), 30.0)
         until(lambda: fleet.serving() == [], 30.0)
-        until(lambda: {member.name for member in fleet.serving()} == {"local-0", "node"})
+        until(lambda: {member.name for member in fleet.serving()} == {"local-0", "node"}, PATIENCE)
         members = {member.name: member for member in fleet.serving()}
         assert members["local-0"].incarnation == incarnations["local-0"] + 1
         assert members["node"].url != urls["node"]

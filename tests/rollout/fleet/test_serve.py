@@ -6,19 +6,13 @@ import time
 
 import pytest
 from fake_control import FakeServer
+from waiting import until
 
 from nft_megatron.config_load import load_config
 from nft_megatron.rollout.fleet import serve
 from nft_megatron.rollout.fleet.registry import discover
 
 PATIENCE = 20.0
-
-
-def until(condition, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 class Server:

@@ -7,11 +7,11 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from waiting import until
 
 import nft_megatron
 from nft_megatron.rollout.fleet import guard
@@ -19,13 +19,6 @@ from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, Target
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
 
 PATIENCE = 20.0
-
-
-def until(condition, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_two_servers_answer_and_ask_for_the_key(vllm_servers):

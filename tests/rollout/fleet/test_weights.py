@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import threading
-import time
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
+from waiting import until
 
 from nft_megatron.errors import StoppedEarly
 from nft_megatron.rollout.fleet import broadcast, versions
@@ -162,17 +162,11 @@ def test_what_a_broadcast_fails_to_bring_comes_from_the_files(fleet_model, first
 
 
 def wait_for_both(fleet):
-    deadline = time.monotonic() + PATIENCE
-    while len(fleet.serving()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: len(fleet.serving()) == 2, PATIENCE)
 
 
 def wait_until_reachable(fleet):
-    deadline = time.monotonic() + PATIENCE
-    while any(stats.state == "starting" for stats in fleet.stats()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not any(stats.state == "starting" for stats in fleet.stats()), PATIENCE)
 
 
 def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet, monkeypatch):
