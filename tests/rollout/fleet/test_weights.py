@@ -35,6 +35,21 @@ def first_weights(fleet_model):
     return load_file(fleet_model / "model.safetensors")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def given_back(vllm_servers, fleet_model, first_weights):
+    """Tests of other files find the servers on the weights of ``fleet_model``."""
+    yield
+    published = Published(0, weights_receipt(first_weights.items()), 0, fleet_model)
+    for server in vllm_servers:
+        control = Control(server.url, server.api_key)
+        load_folder(control, published, "finish", Patience.of(PATIENCE))
+        verify_and_resume(control, published, 15, True, Patience.of(PATIENCE))
+        label = {"new_version": "default"}
+        httpx.post(
+            f"{server.url}/update_weight_version", json=label, headers=server.headers, timeout=PATIENCE
+        ).raise_for_status()
+
+
 def other_weights(first_weights, seed):
     """Far enough away that other tokens are the likeliest."""
     generator = torch.Generator().manual_seed(seed)
