@@ -33,7 +33,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
 
 

@@ -30,7 +30,7 @@ import httpx
 import numpy as np
 from transformers import Qwen2Config
 
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.fleet.engine import FleetEngine
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.records import Completion, Request, Sampling
+from nft_megatron.config.fleet import FleetSection
 from nft_megatron.rollout.fleet.engine import FleetEngine
-from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
 from nft_megatron.rollout.fleet.supervisor import Fleet
 

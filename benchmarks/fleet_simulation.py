@@ -212,7 +212,7 @@ def simulate(policy: str, questions: Questions, num_servers: int, arguments: arg
 
 
 def round_size(missing: int, rate: float, oversample: float) -> int:
-    """As `nft_megatron.collect` has it: one standard deviation more than the mean needs."""
+    """As `nft_megatron.collect.collector` has it: one standard deviation more than the mean needs."""
     return math.ceil(oversample * (missing + math.sqrt(missing * (1 - rate))) / rate)
 
 

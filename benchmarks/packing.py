@@ -41,8 +41,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # read when
 import numpy as np
 import torch
 
-from nft_megatron.layout.context import context_shard
-from nft_megatron.layout.packing import Row, pack, plan_micro_batches, sequence_cost
+from nft_megatron.batching.context import context_shard
+from nft_megatron.batching.packing import Row, pack, plan_micro_batches, sequence_cost
 
 LAYOUTS = [(1, 1), (2, 8), (4, 8)]
 

@@ -65,9 +65,9 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     import torch
 
     from nft_megatron.algorithms import build_algorithm
-    from nft_megatron.layout.batch import MicroBatch, MiniBatch
-    from nft_megatron.layout.minibatches import Layout
-    from nft_megatron.layout.packing import Row, pack
+    from nft_megatron.batching.batch import MicroBatch, MiniBatch
+    from nft_megatron.batching.minibatches import Layout
+    from nft_megatron.batching.packing import Row, pack
     from nft_megatron.model.build import build_model
     from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
     from nft_megatron.model.step import Trainer

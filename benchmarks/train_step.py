@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from nft_megatron.algorithms import build_algorithm
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.batching.minibatches import Layout
 from nft_megatron.data.ledger import write_ledger
-from nft_megatron.layout.minibatches import Layout
 from nft_megatron.model.build import build_model
 from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
 from nft_megatron.model.step import Trainer
@@ -32,7 +33,6 @@ from nft_megatron.plan.compute import model_flops, num_parameters
 from nft_megatron.plan.hardware import accelerator
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.plan.memory import stage_memory
-from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.weights import ModelShape
 
 SIZES = {  # layers, hidden, MLP units, heads, key-value heads, vocabulary, tied

@@ -27,8 +27,8 @@ import threading
 import time
 from pathlib import Path
 
-from nft_megatron.config import VerifySection
-from nft_megatron.records import FinishReason
+from nft_megatron.base.records import FinishReason
+from nft_megatron.config.schema import VerifySection
 from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.worker import judge_math_verify

@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from nft_megatron.rollout.fleet.section import FleetSection
+from nft_megatron.config.fleet import FleetSection
 from nft_megatron.rollout.fleet.server import Server, ServerSettings, new_key
 from nft_megatron.rollout.fleet.supervisor import Fleet
 from nft_megatron.weights.receipt import tensor_bytes, weights_receipt

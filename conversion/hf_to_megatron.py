@@ -2,7 +2,7 @@
 
 import sys
 
-from nft_megatron.cli import main
+from nft_megatron.cli.main import main
 
 if __name__ == "__main__":
     main(["convert", "to-megatron", *sys.argv[1:]])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, AnswerBatch, SequenceBatch, TokenBatch, build_algorithm
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
 
 NUM_ANSWERS = 16
 RATES = (1 / 8, 1 / 2, 7 / 8)

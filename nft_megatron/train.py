@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nft_megatron.assemble import assemble
-from nft_megatron.config import Config
-from nft_megatron.heartbeat import alive
+from nft_megatron.config.schema import Config
+from nft_megatron.lifecycle.heartbeat import alive
+from nft_megatron.run.build import assemble
 
 
 def train(config: Config) -> None:
@@ -12,7 +12,7 @@ def train(config: Config) -> None:
 
     Called by every rank. Steps are numbered from 1: step k collects with the weights of version k − 1 and leaves version k.
 
-    Raises :class:`~nft_megatron.errors.StoppedEarly` after a stop request, with everything saved.
+    Raises :class:`~nft_megatron.base.errors.StoppedEarly` after a stop request, with everything saved.
     """
     with alive(config), assemble(config) as run:
         for step in range(run.step + 1, config.train.num_steps + 1):

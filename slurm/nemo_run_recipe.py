@@ -13,10 +13,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from nft_megatron.config import Config
-from nft_megatron.config_load import load_config
-from nft_megatron.errors import UserError
-from nft_megatron.run_folder import RunFolder
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.config.load import load_config
+from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.render import job_name, num_nodes
 from nft_megatron.slurm.steps import gres_of, python_of

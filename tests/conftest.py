@@ -17,7 +17,7 @@ import yaml
 from launcher import Ranks
 from small_disk import mounted
 
-from nft_megatron.cli import main
+from nft_megatron.cli.main import main
 from nft_megatron.observe.metrics import is_wall_clock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

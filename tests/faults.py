@@ -8,11 +8,11 @@ from unittest import mock
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from nft_megatron.cli import main
+from nft_megatron.base.rank_info import place
+from nft_megatron.cli.main import main
+from nft_megatron.lifecycle.walltime import TimeLimit
 from nft_megatron.model import objective
 from nft_megatron.model.step import Trainer
-from nft_megatron.place import place
-from nft_megatron.time_limit import TimeLimit
 
 
 def train_with_broken_update(config: str) -> None:

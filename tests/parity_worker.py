@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nft_megatron.assemble import build_trainer
-from nft_megatron.config_load import load_config
-from nft_megatron.layout import context
+from nft_megatron.batching import context
+from nft_megatron.config.load import load_config
 from nft_megatron.model import attention, objective, step
 from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, init_topology, shutdown
+from nft_megatron.run.build import build_trainer
 from nft_megatron.weights import read_shape
 
 

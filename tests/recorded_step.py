@@ -10,8 +10,8 @@ from literal import literal_loss
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nft_megatron.algorithms import build_algorithm
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.data.ledger import read_groups, write_ledger
-from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
 
 MAX_ANSWER = 32
 NUM_GROUPS, NUM_ANSWERS, NUM_UPDATES = 5, 6, 2

@@ -24,8 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from variants import ALGORITHMS, EPSILON, OMEGA, UNFILTERED, WEIGHT, folder_name
 
-from nft_megatron.cli import main as nft_megatron
-from nft_megatron.config_load import load_config
+from nft_megatron.cli.main import main as nft_megatron
+from nft_megatron.config.load import load_config
 
 HERE = Path(__file__).resolve().parent
 FORKS = multiprocessing.get_context("forkserver")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from statistics_of_runs import Points, mean_and_deviation, value_at
 
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
 
 COLORS = ("#1d5fb0", "#a5a399", "#e0622c", "#1baf7a", "#4a3aa7", "#c9a227")
 STYLE = {"svg.hashsalt": "comparison", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5}

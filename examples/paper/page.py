@@ -22,7 +22,7 @@ from statistics_of_runs import (
 )
 from variants import ALGORITHMS, EPSILON, FINDINGS, OMEGA, WEIGHT, Finding, folder_name
 
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.observe.metrics import read_metrics
 
 MARGIN = 0.03

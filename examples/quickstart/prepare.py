@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from nft_megatron.files import atomic_folder
+from nft_megatron.base.atomic_io import atomic_folder
 
 NUM_TRAIN, NUM_HELD_OUT = 3000, 400
 

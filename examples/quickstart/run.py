@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from nft_megatron.config_load import load_config
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.load import load_config
 
 START = Path("runs/quickstart/start")
 

@@ -16,7 +16,7 @@ from nft_megatron.algorithms.algorithm import (
     TokenBatch,
     TokenLoss,
 )
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 
 __all__ = [
     "ALGORITHMS",
@@ -51,7 +51,7 @@ def build_algorithm(name: str, **options: Any) -> Algorithm:
     NFT(name='nft', epsilon=0.5, prompt_weight='one_minus_rate', negative_weight=1.0)
     >>> build_algorithm("ntf")
     Traceback (most recent call last):
-    nft_megatron.errors.UserError: algorithm.name = ntf: no such algorithm; one of infonca, nft, rft, grpo, dr_grpo, dapo
+    nft_megatron.base.errors.UserError: algorithm.name = ntf: no such algorithm; one of infonca, nft, rft, grpo, dr_grpo, dapo
     """
     if name not in ALGORITHMS:
         raise UserError("algorithm.name", name, "no such algorithm", f"one of {', '.join(ALGORITHMS)}")

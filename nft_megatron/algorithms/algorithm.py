@@ -6,7 +6,7 @@ The trainer minimises
     Σ_answers ω·ℓ_k / D       coupling "sequence" or "group": ℓ of an answer depends on the log-ratios of whole answers
 
 An algorithm gives ω (:meth:`Algorithm.weight`) and ℓ (:meth:`Algorithm.token_loss` or :meth:`Algorithm.sequence_loss`); D
-belongs to :mod:`nft_megatron.layout.denominator`. Formulas use methods of tensors only, so that the configuration, which
+belongs to :mod:`nft_megatron.batching.denominator`. Formulas use methods of tensors only, so that the configuration, which
 contains algorithms, needs no torch.
 
 Suffix ``_N``: one entry a loss token, that is an answer token that is trained on. ``_A``: one entry an answer.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from nft_megatron.section import Section
+from nft_megatron.base.config_model import Section
 
 if TYPE_CHECKING:
     from torch import Tensor

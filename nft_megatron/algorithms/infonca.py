@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from nft_megatron.algorithms.algorithm import Algorithm, Coupling, SequenceBatch
-from nft_megatron.section import PositiveFloat
+from nft_megatron.base.config_model import PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,7 +33,7 @@ from pydantic import Field
 
 from nft_megatron.algorithms.algorithm import LOG_RATIO_CAP, Algorithm, AnswerBatch, TokenBatch, TokenLoss, with_gradient
 from nft_megatron.algorithms.prompt_weights import PROMPT_WEIGHTS
-from nft_megatron.section import PositiveFloat
+from nft_megatron.base.config_model import PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor

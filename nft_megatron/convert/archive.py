@@ -22,8 +22,8 @@ from typing import IO, Any, cast
 
 import torch
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import Checksum
-from nft_megatron.errors import UserError
 
 
 class Inert:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import StoredTensor
-from nft_megatron.errors import UserError
 from nft_megatron.weights.table import WeightTable
 
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.checkpoint import Checkpoint, Problem
 from nft_megatron.convert.compare import compare, compare_shapes
 from nft_megatron.convert.huggingface import open_huggingface, plan_huggingface
@@ -21,7 +22,6 @@ from nft_megatron.convert.progress import Meter
 from nft_megatron.convert.torch_dist import METADATA, open_torch_dist, places
 from nft_megatron.convert.torch_dist_plan import plan_torch_dist
 from nft_megatron.convert.transfer import transfer, unlike_the_rest
-from nft_megatron.errors import UserError
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.hf_reader import INDEX, SINGLE
 from nft_megatron.weights.hf_writer import MAX_SHARD_BYTES

@@ -11,6 +11,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, place
 from nft_megatron.convert.engine import (
@@ -25,7 +26,6 @@ from nft_megatron.convert.engine import (
     thread_buffer,
 )
 from nft_megatron.convert.manifest import NAME, Manifest, gaps, read_manifest
-from nft_megatron.errors import UserError
 from nft_megatron.weights.receipt import begin_digest
 from nft_megatron.weights.shape import ModelShape
 

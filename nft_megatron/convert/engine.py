@@ -18,8 +18,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import Checksum, StoredTensor
-from nft_megatron.errors import UserError
 
 BAND_BYTES = 8 << 20
 _WRITEBACK_BYTES = 1 << 20  # pieces of this size or more start on their way to the disk when they are written

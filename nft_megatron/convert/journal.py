@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import fsync_path, publish_folder
+from nft_megatron.base.atomic_io import fsync_path, publish_folder
+from nft_megatron.base.errors import UserError
 
 _JOURNAL = "journal.jsonl"
 

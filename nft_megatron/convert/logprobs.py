@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.checkpoint import Problem
-from nft_megatron.errors import UserError
 from nft_megatron.weights.hf_reader import INDEX, SINGLE
 
 TOLERANCE = 1e-4

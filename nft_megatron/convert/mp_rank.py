@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.archive import TensorAt, read_archive
 from nft_megatron.convert.blocks import Block, Box, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
-from nft_megatron.errors import UserError
 from nft_megatron.weights.decoder import fused_name
 from nft_megatron.weights.table import Entry, Layout, WeightTable
 

@@ -34,12 +34,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.archive import SafeUnpickler, TensorAt, read_archive
 from nft_megatron.convert.blocks import Box, Checksum, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
 from nft_megatron.convert.manifest import NAME as MANIFEST
 from nft_megatron.convert.manifest import read_manifest, sha256
-from nft_megatron.errors import UserError
 from nft_megatron.weights.table import Entry, Layout, WeightTable
 
 METADATA = ".metadata"

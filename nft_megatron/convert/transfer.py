@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nft_megatron import __version__
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.convert.checkpoint import Checkpoint, majority_dtype, place
 from nft_megatron.convert.engine import Bytes, Files, bands, cast_band, element, first_non_finite, read_band, run_all
 from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
 from nft_megatron.convert.plan import Target
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
 from nft_megatron.weights.hf_writer import copy_model_files, state_dtype
 from nft_megatron.weights.receipt import begin_digest
 

@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
 
+from nft_megatron.base.records import Question
 from nft_megatron.data.wording import bare
-from nft_megatron.records import Question
 from nft_megatron.verify.numbers import read_bare_number
 
 _MEANINGLESS = re.compile(r"\\[()\[\],;:! ]|[\s$~]|[.,;:?'\"](?!\d)")

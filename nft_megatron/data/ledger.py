@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
-from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 
 LEDGER_VERSION = 1
 Fate = Literal["train", "surplus", "sampled"]

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Question
 from nft_megatron.data.conflicts import same_gold
 from nft_megatron.data.wording import bare
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
-from nft_megatron.records import Question
 
 _WORD = re.compile(r"[a-z]+|[0-9]+")
 

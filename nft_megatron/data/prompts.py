@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from nft_megatron.config import DataSection
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Prompt, Question
+from nft_megatron.config.schema import DataSection
 from nft_megatron.data.conflicts import find_conflicts
 from nft_megatron.data.templates import TEMPLATES
 from nft_megatron.data.wording import reword
-from nft_megatron.errors import UserError
-from nft_megatron.records import Prompt, Question
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import Question
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Question
 
 QUESTION_KEYS = ("prompt", "question", "problem")
 GOLD_KEYS = ("answer", "gold", "ground_truth", "final_answer")

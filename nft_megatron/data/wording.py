@@ -14,7 +14,7 @@ import re
 from dataclasses import replace
 from typing import Literal
 
-from nft_megatron.records import Question
+from nft_megatron.base.records import Question
 
 Wording = Literal["answer", "boxed"]
 

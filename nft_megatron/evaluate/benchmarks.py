@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 
 TOP_P = 0.7
 _LARGE = 20e9  # parameters; between the paper's 7B and 32B

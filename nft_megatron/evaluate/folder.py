@@ -11,24 +11,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from nft_megatron.answering import open_asker, read_prompts, training_sampling
-from nft_megatron.ask import Asker
-from nft_megatron.config import Config, VerifySection
-from nft_megatron.config_load import config_from
+from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Sampling
+from nft_megatron.collect.build import open_asker, read_prompts, training_sampling
+from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.config.load import config_from
+from nft_megatron.config.schema import Config, VerifySection
 from nft_megatron.data.overlap import read_overlapping_ids
 from nft_megatron.data.prompts import tokenize
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
+from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.data.wording import instruct
-from nft_megatron.errors import UserError
 from nft_megatron.evaluate.benchmarks import TOP_P, Benchmark, find_benchmarks, temperature_for
 from nft_megatron.evaluate.measure import Part, Task, answer_part, check_part, plan_parts, questions_hash, read_answers
 from nft_megatron.evaluate.run import evaluate
 from nft_megatron.evaluate.summary import Scores, comparison, read_scores, summary_of, table_of
-from nft_megatron.files import atomic_file, remove_leftovers
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
-from nft_megatron.records import Sampling
-from nft_megatron.tokenizer import load_tokenizer
 from nft_megatron.weights import ModelShape, read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 

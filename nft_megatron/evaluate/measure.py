@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from nft_megatron.ask import Asker
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Group, Prompt, Sampling
+from nft_megatron.collect.generate_and_grade import Asker
 from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
-from nft_megatron.errors import UserError
 from nft_megatron.evaluate.benchmarks import Benchmark
 from nft_megatron.evaluate.run import Evaluation
-from nft_megatron.records import Group, Prompt, Sampling
 
 ANSWERS_PER_PART = 512
 """What a killed evaluation loses at most, and what an engine has to work on at a time."""

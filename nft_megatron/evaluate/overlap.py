@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.data.overlap import find_overlaps, num_comparable, write_overlaps
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
-from nft_megatron.errors import UserError
 from nft_megatron.evaluate.table import aligned
 
 

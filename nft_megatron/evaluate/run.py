@@ -8,11 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
-from nft_megatron.ask import Asker
-from nft_megatron.config import EvaluateSection
+from nft_megatron.base.records import Answer, Prompt, Sampling
+from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.config.schema import EvaluateSection
 from nft_megatron.evaluate.statistics import Judged, average, majority, pass_at, standard_error
 from nft_megatron.observe.metrics import PhaseTimer
-from nft_megatron.records import Answer, Prompt, Sampling
 from nft_megatron.verify.simplerl import extract, respell
 
 
@@ -76,7 +76,7 @@ def vote_of(answer: Answer) -> str | None:
     r"""What an answer votes for: its final answer as the final evaluation's grader reads and spells it; None where it has none
     or was cut off.
 
-    >>> from nft_megatron.records import Completion, Verdict
+    >>> from nft_megatron.base.records import Completion, Verdict
     >>> completion = Completion(0, 0, np.ones(1, np.int32), -np.ones(1, np.float32), "stop", 0, 0.0)
     >>> texts = r"\boxed{\dfrac12}", r"so $\boxed{x = \frac{1}{2}}$", "The answer is 5.0.", "I give up"
     >>> [vote_of(Answer(completion, text, Verdict("wrong", "", ""))) for text in texts]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark
 from nft_megatron.evaluate.run import Evaluation
 from nft_megatron.evaluate.table import aligned

@@ -3,7 +3,7 @@
 A pack is one row of T tokens that holds n sequences one after the other; a token sees its own sequence up to itself.
 
 **Context parallelism.** Each of c ranks holds two chunks of every sequence, chunk r and chunk 2c − 1 − r of 2c equal ones, so
-that all do the same work (Transformer Engine's order, :mod:`nft_megatron.layout.context`). Keys and values are gathered over
+that all do the same work (Transformer Engine's order, :mod:`nft_megatron.batching.context`). Keys and values are gathered over
 the ranks, which is cheap under grouped-query attention; queries stay where they are. A *piece* is a run of queries with the
 keys they see: the last of its queries sees all of its keys. Without context parallelism a sequence is one piece with as many
 queries as keys; with it a rank has two pieces of every sequence, each with the keys from the sequence's start to the chunk's
@@ -35,7 +35,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn import functional
 
-from nft_megatron.layout.context import zigzag_index
+from nft_megatron.batching.context import zigzag_index
 
 _MAX_STRETCH = 1.125
 

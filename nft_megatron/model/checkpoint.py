@@ -39,7 +39,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.model.checksums import verify_checksums, write_checksums
 from nft_megatron.model.control import on_main
 from nft_megatron.model.optimizer import PolicyOptimizer

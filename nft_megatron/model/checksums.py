@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.topology import Topology
 

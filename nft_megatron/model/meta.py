@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.rank_info import Place
 from nft_megatron.model.build import build_parts
 from nft_megatron.model.cpu import adapt_to_cpu
 from nft_megatron.model.load import table_parameters
 from nft_megatron.model.settings import transformer_config
 from nft_megatron.model.topology import Topology, shutdown, take_place
-from nft_megatron.place import Place
 from nft_megatron.plan.estimate import Plan
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.weights import ModelShape

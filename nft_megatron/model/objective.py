@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, SequenceBatch, TokenBatch, TokenLoss
-from nft_megatron.layout.batch import MicroBatch
+from nft_megatron.batching.batch import MicroBatch
 
 
 class Measured(NamedTuple):

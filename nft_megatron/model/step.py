@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, build_algorithm
-from nft_megatron.layout.batch import MicroBatch, MiniBatch, read_minibatches
-from nft_megatron.layout.minibatches import Layout
+from nft_megatron.batching.batch import MicroBatch, MiniBatch, read_minibatches
+from nft_megatron.batching.minibatches import Layout
 from nft_megatron.model import objective
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients

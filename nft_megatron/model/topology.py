@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.rank_info import Place, place
 from nft_megatron.model.cpu import adapt_to_cpu
-from nft_megatron.place import Place, place
 
 ProcessGroup = dist.ProcessGroup
 

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.data.ledger import read_index
-from nft_megatron.errors import UserError
 from nft_megatron.observe.embed import json_for_script
 
 MAX_STEPS = 40

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nft_megatron.base.records import Group
 from nft_megatron.observe.metrics import MetricsRow
-from nft_megatron.records import Group
 from nft_megatron.verify.reasons import reason_rates
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
 from nft_megatron.observe.sinks import TensorBoardSink, WandbSink
 from nft_megatron.verify.reasons import REASONS
 

@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.observe.metrics import RATE_BUCKETS
 from nft_megatron.observe.summary import finite_points, held_out_points, load_rows
 

@@ -15,9 +15,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nft_megatron.config_load import flatten
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.load import flatten
 from nft_megatron.observe.answers import AnswerSample, sample_answers
 from nft_megatron.observe.embed import json_for_script
 from nft_megatron.observe.metrics import METRICS, MetricsRow

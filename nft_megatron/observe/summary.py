@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.observe.metrics import PHASES, MetricsRow, read_metrics
 
 # Updating includes what an update needs first: the old log-probs.

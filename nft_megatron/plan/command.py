@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nft_megatron.config import Config
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.estimate import FIT, Plan, TrainPlan, check_model, make_plan
 from nft_megatron.plan.layouts import cluster_of, layout_of
 from nft_megatron.plan.models import find_shape

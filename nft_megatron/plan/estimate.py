@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nft_megatron.config import Config
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.compute import model_flops, num_parameters
 from nft_megatron.plan.generation import MEMORY_SHARE, Generation, generation
 from nft_megatron.plan.hardware import ACHIEVABLE

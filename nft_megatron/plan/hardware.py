@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 
 GB = 1e9
 TB = 1e12

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nft_megatron.config import Config
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.hardware import Accelerator, accelerator
 from nft_megatron.weights import ModelShape
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nft_megatron.config import Config
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.estimate import FIT, TrainPlan, plan_training
 from nft_megatron.plan.layouts import Cluster, ParallelLayout
 from nft_megatron.plan.workload import Assumptions, workload_of

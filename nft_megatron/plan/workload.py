@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nft_megatron.config import Config
-from nft_megatron.errors import UserError
-from nft_megatron.layout.minibatches import Layout
-from nft_megatron.layout.packing import plan_micro_batches
+from nft_megatron.base.errors import UserError
+from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.packing import plan_micro_batches
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.weights import ModelShape
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nft_megatron.records import Completion, FinishReason, Request, Sampling
+from nft_megatron.base.records import Completion, FinishReason, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.model import CausalModel
 from nft_megatron.rollout.sampling import draw, stream_keys, uniforms

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault, check_requests
 from nft_megatron.rollout.pool import WorkerPool
 from nft_megatron.weights import read_shape

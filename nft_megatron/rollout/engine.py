@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Completion, Request, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +67,8 @@ def check_requests(requests: Sequence[Request], sampling: Sampling, vocab_size: 
     >>> check_requests([request], Sampling(max_tokens=6), vocab_size=10, max_positions=16)
     >>> check_requests([request], Sampling(max_tokens=7), vocab_size=10, max_positions=16)
     Traceback (most recent call last):
-    nft_megatron.errors.UserError: rollout.max_answer_tokens = 7: with a prompt of 10 tokens it exceeds the model's context \
-of 16 tokens; set it to at most 6, or leave out longer prompts
+    nft_megatron.base.errors.UserError: rollout.max_answer_tokens = 7: with a prompt of 10 tokens it exceeds the model's \
+context of 16 tokens; set it to at most 6, or leave out longer prompts
     """
     if not sampling.temperature >= 0:
         raise UserError("temperature", sampling.temperature, "is negative", "use 0 for greedy answers, 1 for training")

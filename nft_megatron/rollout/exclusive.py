@@ -11,7 +11,7 @@ import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import Engine, EngineFault
 
 if TYPE_CHECKING:

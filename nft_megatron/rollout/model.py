@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.slots import ATTENTION_NAME, PromptState, SlotState
 from nft_megatron.weights.receipt import combine_digests, tensor_digest
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.shared_weights import Entry, open_anonymous, write_weights
 from nft_megatron.rollout.worker import WorkerSettings

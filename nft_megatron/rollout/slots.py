@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 
 ATTENTION_NAME = "nft_megatron_slots"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nft_megatron.records import Sampling
+from nft_megatron.base.records import Sampling
 
 
 @lru_cache(maxsize=1)

@@ -66,7 +66,7 @@ def main(settings: WorkerSettings) -> None:
     # These imports take seconds; workers make them side by side while the trainer sets itself up.
     import torch
 
-    from nft_megatron.errors import UserError
+    from nft_megatron.base.errors import UserError
     from nft_megatron.rollout.decode import Decoder
     from nft_megatron.rollout.shared_weights import read_weights
 

@@ -24,12 +24,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from nft_megatron.config import Config
-from nft_megatron.config_load import dump_config
-from nft_megatron.ending import read_endings
-from nft_megatron.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
-from nft_megatron.files import atomic_file
-from nft_megatron.run_folder import RunFolder
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.config.load import dump_config
+from nft_megatron.config.schema import Config
+from nft_megatron.lifecycle.exit_report import read_endings
+from nft_megatron.lifecycle.stop_requests import SIGNALS
 from nft_megatron.slurm.cause import Cause, find_cause, read_tail
 from nft_megatron.slurm.decide import Decision, decide
 from nft_megatron.slurm.job import Job
@@ -38,7 +39,6 @@ from nft_megatron.slurm.preflight import read_preflight
 from nft_megatron.slurm.rollout_nodes import RolloutNodes, end_step
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
 from nft_megatron.slurm.tools import address
-from nft_megatron.stop import SIGNALS
 
 log = logging.getLogger(__name__)
 

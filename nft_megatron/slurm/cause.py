@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nft_megatron.ending import Ending
-from nft_megatron.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR
-from nft_megatron.run_folder import TAKEN
+from nft_megatron.base.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR
+from nft_megatron.base.run_folder import TAKEN
+from nft_megatron.lifecycle.exit_report import Ending
 
 _SRUN_LINE = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
 _EXITED = "Exited with exit code"
@@ -22,7 +22,7 @@ _TAIL = 65536
 
 @dataclass(frozen=True)
 class Cause:
-    """``code`` is the run's exit code as in ``nft_megatron.errors``; ``blamed`` are nodes that may be at fault."""
+    """``code`` is the run's exit code as in ``nft_megatron.base.errors``; ``blamed`` are nodes that may be at fault."""
 
     code: int
     text: str

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
 
+from nft_megatron.config.slurm import SlurmSection
 from nft_megatron.slurm.job_folder import Attempt
-from nft_megatron.slurm.section import SlurmSection
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import signal
 import threading
 from pathlib import Path
 
-from nft_megatron.config import Config
-from nft_megatron.run_folder import RunFolder
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job import Job
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.rollout_nodes import RolloutNodes

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.slurm.tools import SlurmError, host_names, insist, jobs_named, show_job
 
 log = logging.getLogger(__name__)

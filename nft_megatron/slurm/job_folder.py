@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
-from nft_megatron.run_folder import RunFolder
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.run_folder import RunFolder
 
 ENDS = ("finished", "fatal", "stopped")
 Progress = tuple[int, int, int]

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
 
 _SERIOUS_XIDS = {48, 62, 64, 74, 79, 95, 119, 120, 140}
 """Double-bit ECC, halted firmware, failed row remapping, NVLink, off the bus, uncontained ECC, GSP, unrecovered ECC:

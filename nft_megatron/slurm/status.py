@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nft_megatron.config import Config
+from nft_megatron.config.schema import Config
 from nft_megatron.observe.metrics import read_metrics
 from nft_megatron.observe.progress import format_duration
 from nft_megatron.slurm.job_folder import Attempt, JobFolder

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nft_megatron.config import Config
+from nft_megatron.config.schema import Config
 
 SECONDS_AFTER_FIRST_END = 60
 """What the other ranks have, once one has ended, to say how they end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.submit import active_job
 from nft_megatron.slurm.tools import call, jobs_named, show_job

@@ -7,13 +7,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.config import Config
-from nft_megatron.config_load import dump_config
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.config.load import dump_config
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.command import plan_run
 from nft_megatron.plan.workload import Assumptions
-from nft_megatron.run_folder import RunFolder
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.render import job_name, render, render_rollouts
 from nft_megatron.slurm.tools import SlurmError, call, jobs_named, show_job

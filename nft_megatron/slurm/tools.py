@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 
 _SECONDS = 60.0
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, *[60.0] * 30)

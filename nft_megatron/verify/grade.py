@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nft_megatron.records import FinishReason, Verdict
+from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
 from nft_megatron.verify.expressions import differ
 from nft_megatron.verify.numbers import is_arithmetic, read_bare_number, read_number, same_spelling, stated_part

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import FinishReason, Verdict
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.grade import DAPO, STRICT, Undecided, cut_off, grade, grade_dapo
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.simplerl import SIMPLERL
@@ -56,7 +56,7 @@ def check_for_training(mode: str) -> None:
 
     >>> check_for_training("simplerl")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    nft_megatron.errors.UserError: verify.mode = simplerl: forgives a factor of 100, ...
+    nft_megatron.base.errors.UserError: verify.mode = simplerl: forgives a factor of 100, ...
     """
     if forgiven := MODES[mode].forgives:
         others = [name for name in MODES if not MODES[name].forgives]

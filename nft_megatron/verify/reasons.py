@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from nft_megatron.records import Label, Verdict
+from nft_megatron.base.records import Label, Verdict
 
 REASONS: dict[str, tuple[Label, str]] = {
     "exact": ("correct", "answer and gold are the same text or the same number"),

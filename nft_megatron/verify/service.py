@@ -31,8 +31,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 
-from nft_megatron.config import VerifySection
-from nft_megatron.records import FinishReason, Verdict
+from nft_megatron.base.records import FinishReason, Verdict
+from nft_megatron.config.schema import VerifySection
 from nft_megatron.verify.grade import Undecided
 from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict

@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nft_megatron.records import Verdict
+from nft_megatron.base.records import Verdict
 from nft_megatron.verify.reasons import verdict
 
 SIMPLERL = "simplerl/1"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights import llama, mistral, qwen2, qwen3, qwen3_moe
 from nft_megatron.weights.shape import ModelShape
 from nft_megatron.weights.table import WeightTable

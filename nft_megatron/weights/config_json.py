@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights.shape import Experts, Llama3Scaling, ModelShape
 
 Config = Mapping[str, Any]
@@ -35,7 +35,7 @@ def only(config: Config, field: str, allowed: object, problem: str) -> None:
 
     >>> only({"mlp_bias": True}, "mlp_bias", False, "biases are not supported")
     Traceback (most recent call last):
-    nft_megatron.errors.UserError: config.json: mlp_bias = True: biases are not supported; use a model that this ...
+    nft_megatron.base.errors.UserError: config.json: mlp_bias = True: biases are not supported; use a model that this ...
     """
     value = config.get(field)
     if value is not None and value != allowed:

@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights.table import WeightTable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

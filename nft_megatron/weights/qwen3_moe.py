@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights.config_json import Config, decoder_config, only, positive_int, read_decoder, refusal
 from nft_megatron.weights.decoder import decoder_table
 from nft_megatron.weights.shape import Experts, ModelShape

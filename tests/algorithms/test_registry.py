@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from nft_megatron.algorithms import ALGORITHMS, build_algorithm
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 
 
 def test_the_papers_algorithms_are_there_under_their_own_names():

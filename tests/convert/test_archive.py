@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.archive import TensorAt, read_archive, saved_bytes, tensor_frame
-from nft_megatron.errors import UserError
 
 
 def read(path: Path, start: int = 0):

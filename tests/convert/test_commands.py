@@ -11,10 +11,10 @@ from convert.conftest import add_nan, cut_into_eight, tensors_of
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, save_tiny
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert import engine, torch_dist_plan
 from nft_megatron.convert.commands import check, to_hf, to_megatron
 from nft_megatron.convert.manifest import Manifest, read_manifest
-from nft_megatron.errors import UserError
 from nft_megatron.weights.receipt import weights_receipt
 
 

@@ -12,9 +12,9 @@ import torch
 from convert.conftest import add_nan, tensors_of
 from small_disk import enlarge
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert import engine, torch_dist_plan
 from nft_megatron.convert.commands import check, to_hf, to_megatron
-from nft_megatron.errors import UserError
 
 FAULTS = {
     "missing": (lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"), r"1\.self_attn\.k_proj\.bias is not in"),

@@ -15,10 +15,10 @@ from tiny_families import FAMILIES, SIZES
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert import engine, transfer
 from nft_megatron.convert.commands import check, to_hf, to_megatron
 from nft_megatron.convert.journal import PartialFolder
-from nft_megatron.errors import UserError
 from nft_megatron.weights import read_shape
 
 NUM_KILLS = 10  # in each direction

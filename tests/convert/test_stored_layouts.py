@@ -8,8 +8,8 @@ import torch.distributed.checkpoint as dcp
 from convert.conftest import tensors_of
 from tiny_families import FAMILIES, SIZES
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.convert.commands import check, to_hf
-from nft_megatron.errors import UserError
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.table import Entry, merge
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 from bench_data import bench_file, bench_rows
 
+from nft_megatron.base.records import Question
 from nft_megatron.data.conflicts import find_conflicts
 from nft_megatron.data.questions import load_questions
 from nft_megatron.data.wording import worded
-from nft_megatron.records import Question
 
 
 def questions(*pairs: tuple[str, str]) -> list[Question]:

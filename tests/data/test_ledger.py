@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.data import ledger
 from nft_megatron.data.ledger import read_groups, read_index, read_meta, read_tokens, write_ledger
-from nft_megatron.errors import UserError
-from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
 
 
 def make_group(group_id: int, labels: str, lengths: list[int] | None = None, prompt_length: int = 3) -> Group:

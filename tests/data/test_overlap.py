@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from bench_data import bench_file, bench_rows
 
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Question
 from nft_megatron.data.overlap import Overlap, find_overlaps, ngrams, num_comparable, read_overlapping_ids, write_overlaps
 from nft_megatron.data.questions import load_questions
 from nft_megatron.data.wording import worded
-from nft_megatron.errors import UserError
-from nft_megatron.records import Question
 
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 

@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from nft_megatron.config import DataSection
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Prompt, Question
+from nft_megatron.config.schema import DataSection
 from nft_megatron.data.prompts import PromptOrder, PromptSet, make_prompts
 from nft_megatron.data.wording import instruct, reword
-from nft_megatron.errors import UserError
-from nft_megatron.records import Prompt, Question
 
 DAPO_TEXT = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Question
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
-from nft_megatron.errors import UserError
-from nft_megatron.records import Question
 
 DAPO_SCHEMA = pa.schema(
     [

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from bench_data import bench_file
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.data.questions import load_questions
-from nft_megatron.errors import UserError
 from nft_megatron.evaluate.benchmarks import BENCHMARKS, find_benchmarks, temperature_for
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from bench_data import bench_file
 
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Prompt
 from nft_megatron.data.ledger import read_groups
-from nft_megatron.errors import UserError
 from nft_megatron.evaluate.benchmarks import BENCHMARKS
 from nft_megatron.evaluate.measure import Task, plan_parts
-from nft_megatron.records import Prompt
 
 OPTIONS = ["--max-answer-tokens", "4", "data.template=plain", 'data.plain_format="What is {question}"', "rollout.processes=0",
            "model.dtype=float32"]  # fmt: skip

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.data.overlap import read_overlapping_ids
-from nft_megatron.errors import UserError
 from nft_megatron.evaluate.overlap import report_overlap
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from nft_megatron.base.records import Answer, Completion, Prompt, Verdict
 from nft_megatron.evaluate.run import Evaluation
-from nft_megatron.records import Answer, Completion, Prompt, Verdict
 
 
 def answer(label: str, length: int = 2, finish: str = "stop") -> Answer:

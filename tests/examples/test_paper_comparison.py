@@ -136,7 +136,7 @@ def test_every_variant_is_a_configuration():
     from compare import tasks
     from variants import ALGORITHMS, EPSILON, OMEGA, WEIGHT
 
-    from nft_megatron.config_load import load_config
+    from nft_megatron.config.load import load_config
 
     every = tasks(Path("runs/paper"), 2, ALGORITHMS | OMEGA | EPSILON | WEIGHT, PAPER / "config.yaml", [])
     assert len(every) == 2 * (6 + 2 + 3 + 2)  # NFT itself is one of three ω, four ε and three weights

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nft_megatron.cli import main
-from nft_megatron.config import Config
-from nft_megatron.config_load import load_config
+from nft_megatron.cli.main import main
+from nft_megatron.config.load import load_config
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.estimate import make_plan
 from nft_megatron.plan.layouts import cluster_of, layout_of
 from nft_megatron.plan.models import find_shape

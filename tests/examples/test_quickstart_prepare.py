@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from nft_megatron.config_load import load_config
+from nft_megatron.config.load import load_config
 from nft_megatron.data.prompts import make_prompts
 from nft_megatron.data.questions import load_questions
 from nft_megatron.verify.grade import grade

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.model.build import build_model
 from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import init_topology

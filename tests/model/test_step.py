@@ -13,8 +13,8 @@ from recorded_step import ALGORITHMS, LAYOUTS, MAX_ANSWER, NUM_UPDATES, members,
 from transformers import Qwen2ForCausalLM
 
 from nft_megatron.algorithms import build_algorithm
+from nft_megatron.batching.batch import MicroBatch
 from nft_megatron.data.ledger import read_groups, write_ledger
-from nft_megatron.layout.batch import MicroBatch
 from nft_megatron.model.step import Trainer
 
 

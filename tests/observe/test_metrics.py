@@ -9,7 +9,7 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.observe.metrics import METRICS, PHASES, MetricsLog, PhaseTimer, is_known, read_metrics
 
 ROWS = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.data.ledger import write_ledger
-from nft_megatron.errors import UserError
 from nft_megatron.observe import answers
 from nft_megatron.observe.metrics import METRICS, MetricsLog
 from nft_megatron.observe.plots import write_overview_png
 from nft_megatron.observe.report import write_report
-from nft_megatron.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.rollout.fleet.keeper import ServerStats
 from nft_megatron.rollout.fleet.metrics import fleet_metrics
 from nft_megatron.rollout.fleet.usage import FleetUsage, ServerUsage

@@ -7,7 +7,7 @@ import plan_worker
 import pytest
 from launcher import Ranks
 
-from nft_megatron.config import Config
+from nft_megatron.config.schema import Config
 from nft_megatron.plan.layouts import ParallelLayout
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nft_megatron.cli import main
+from nft_megatron.cli.main import main
 
 
 @pytest.fixture

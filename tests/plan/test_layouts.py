@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.plan.hardware import ACCELERATORS, accelerator
 from nft_megatron.plan.layouts import check_layout, cluster_of, layout_of
 from nft_megatron.plan.models import PUBLIC_MODELS, find_shape

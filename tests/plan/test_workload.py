@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from nft_megatron.errors import UserError
-from nft_megatron.layout.packing import plan_micro_batches
+from nft_megatron.base.errors import UserError
+from nft_megatron.batching.packing import plan_micro_batches
 from nft_megatron.plan.models import PUBLIC_MODELS
 from nft_megatron.plan.workload import Assumptions, pack_update, spread, workload_of
 

@@ -13,8 +13,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.decode import Decoder
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import EngineFault

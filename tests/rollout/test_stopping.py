@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from nft_megatron.records import Sampling
+from nft_megatron.base.records import Sampling
 from nft_megatron.rollout.stopping import StopRule
 
 

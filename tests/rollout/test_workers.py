@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from waiting import until
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.weights.receipt import weights_receipt
@@ -220,7 +220,7 @@ def test_workers_die_with_a_killed_parent(folder, models, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, numpy as np, safetensors.torch\n"
-        "from nft_megatron.records import Request, Sampling\n"
+        "from nft_megatron.base.records import Request, Sampling\n"
         "from nft_megatron.rollout.embedded import EmbeddedEngine\n"
         "engine = EmbeddedEngine(sys.argv[1], num_processes=2, batch_size=8)\n"
         "engine.load(safetensors.torch.load_file(sys.argv[2]).items(), version=1)\n"

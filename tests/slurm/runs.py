@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from nft_megatron.ending import read_endings
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.lifecycle.exit_report import read_endings
 from nft_megatron.observe.metrics import is_wall_clock
-from nft_megatron.run_folder import RunFolder
 from nft_megatron.slurm.job_folder import JobFolder
 
 

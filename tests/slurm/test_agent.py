@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from nft_megatron.commands import slurm as command
-from nft_megatron.config_load import load_config
-from nft_megatron.errors import UserError
-from nft_megatron.run_folder import RunFolder
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.cli import slurm as command
+from nft_megatron.config.load import load_config
 from nft_megatron.slurm import agent, job_folder
 from nft_megatron.slurm.job import Job
 from nft_megatron.slurm.job_folder import JobFolder

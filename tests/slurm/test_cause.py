@@ -2,7 +2,7 @@
 
 import pytest
 
-from nft_megatron.ending import Ending
+from nft_megatron.lifecycle.exit_report import Ending
 from nft_megatron.slurm.cause import find_cause
 
 NODES = ["n1", "n1", "n2", "n2"]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from nft_megatron.config.slurm import SlurmSection
 from nft_megatron.slurm.decide import decide
 from nft_megatron.slurm.job_folder import Attempt
-from nft_megatron.slurm.section import SlurmSection
 
 NODES = ("n1", "n2", "n3", "n4")
 

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from nft_megatron.config_load import load_config
+from nft_megatron.config.load import load_config
 from nft_megatron.slurm import guests
 from nft_megatron.slurm.job import Job
 from nft_megatron.slurm.job_folder import JobFolder

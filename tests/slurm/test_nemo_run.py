@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_megatron.config_load import load_config
+from nft_megatron.config.load import load_config
 from nft_megatron.slurm.render import job_name
 
 RECIPE = Path(__file__).resolve().parents[2] / "slurm" / "nemo_run_recipe.py"

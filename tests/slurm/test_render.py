@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from nft_megatron.config_load import load_config
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.load import load_config
+from nft_megatron.config.slurm import SlurmSection
 from nft_megatron.slurm.render import render, render_rollouts
-from nft_megatron.slurm.section import SlurmSection
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
 from nft_megatron.slurm.submit import _absolute
 

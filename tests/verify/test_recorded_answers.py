@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from bench_data import bench_rows
 
-from nft_megatron.config import VerifySection
-from nft_megatron.records import Verdict
+from nft_megatron.base.records import Verdict
+from nft_megatron.config.schema import VerifySection
 from nft_megatron.verify.boxes import closed_boxes, last_boxes
 from nft_megatron.verify.grade import Undecided, grade
 from nft_megatron.verify.modes import MODES

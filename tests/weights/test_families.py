@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_families import FAMILIES, LLAMA3, save_tiny, tiny_config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights import FAMILIES as OURS
 from nft_megatron.weights import ModelShape, hf_config, read_shape, shape_of, weight_table
 from nft_megatron.weights.rotary import inverse_frequencies

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights.hf_reader import HFReader
 from nft_megatron.weights.table import Entry, Layout, WeightTable
 

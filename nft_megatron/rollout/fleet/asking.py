@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
 
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet.client import (
     STREAM_INTERVAL,

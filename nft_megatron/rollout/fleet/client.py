@@ -25,7 +25,7 @@ from typing import Any, Literal, cast
 import aiohttp
 import numpy as np
 
-from nft_megatron.records import Sampling
+from nft_megatron.base.records import Sampling
 
 STREAM_INTERVAL = 256
 """Most tokens of an answer between two signs of life. With fewer a client works more, and fewer are wasted uncounted."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nft_megatron.records import Completion, Request, Sampling
+from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault, check_requests
 from nft_megatron.rollout.fleet.asking import POLL_SECONDS, Asking, Call, Fleet
 from nft_megatron.rollout.fleet.dispatch import Dispatcher

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import atomic_file
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.fleet.server import new_key
 
 _FORGOTTEN_SECONDS = 600.0  # longer than any two machines' clocks differ

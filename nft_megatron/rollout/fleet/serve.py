@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from nft_megatron.config import Config
-from nft_megatron.config_load import load_config
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.load import load_config
+from nft_megatron.config.schema import Config
 from nft_megatron.rollout.fleet.control import Control, ControlError
 from nft_megatron.rollout.fleet.health import Health, State
 from nft_megatron.rollout.fleet.registry import Registration, register, withdraw

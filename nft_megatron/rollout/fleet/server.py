@@ -33,7 +33,7 @@ from pathlib import Path
 import httpx
 
 import nft_megatron
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import guard
 from nft_megatron.rollout.fleet.access import KEY_VARIABLE

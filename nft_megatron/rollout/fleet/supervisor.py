@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nft_megatron.errors import StoppedEarly, UserError
-from nft_megatron.files import remove_leftovers
+from nft_megatron.base.atomic_io import remove_leftovers
+from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.config.fleet import FleetSection
 from nft_megatron.rollout.fleet import transfer
 from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, ServerStats, Target
 from nft_megatron.rollout.fleet.member import Member
 from nft_megatron.rollout.fleet.registry import Registration, discover, read_key, run_key
-from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
 from nft_megatron.rollout.fleet.versions import CheckedStream, Published, VersionWriter, remove_versions
 from nft_megatron.weights import read_shape, weight_table

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from nft_megatron.errors import UserError
-from nft_megatron.files import fsync_path, make_temporary_folder, publish_folder
+from nft_megatron.base.atomic_io import fsync_path, make_temporary_folder, publish_folder
+from nft_megatron.base.errors import UserError
 from nft_megatron.weights.hf_reader import DTYPES, INDEX
 from nft_megatron.weights.hf_writer import cut_into_shards, index_json
 from nft_megatron.weights.receipt import combine_digests, tensor_bytes, tensor_digest

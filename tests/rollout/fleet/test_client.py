@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_vllm import STOP, Process, expected_answer
 
-from nft_megatron.records import Sampling
+from nft_megatron.base.records import Sampling
 from nft_megatron.rollout.fleet import client
 from nft_megatron.rollout.fleet.client import Generated, Progress, Refused, ServerFault, make_body
 

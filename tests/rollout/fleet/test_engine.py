@@ -10,8 +10,8 @@ from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
 from transformers import Qwen2Config
 from waiting import until
 
-from nft_megatron.errors import UserError
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import asking
 from nft_megatron.rollout.fleet.engine import FleetEngine

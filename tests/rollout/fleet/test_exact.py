@@ -11,7 +11,7 @@ from conftest import WORDS
 from fake_vllm import StaticFleet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.rollout.stopping import StopRule
 

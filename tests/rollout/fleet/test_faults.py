@@ -16,7 +16,7 @@ from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
 from tcp_proxy import Proxy
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from nft_megatron.records import Request, Sampling
+from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.fleet.engine import FleetEngine
 
 FAULTS = ("kill", "stop", "cut")

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from waiting import until
 
-from nft_megatron.config_load import load_config
+from nft_megatron.config.load import load_config
 from nft_megatron.rollout.fleet.registry import discover
 from nft_megatron.rollout.fleet.server import Server
 from nft_megatron.rollout.fleet.settings import open_fleet

@@ -8,7 +8,7 @@ import pytest
 from fake_control import FakeServer
 from waiting import until
 
-from nft_megatron.config_load import load_config
+from nft_megatron.config.load import load_config
 from nft_megatron.rollout.fleet import serve
 from nft_megatron.rollout.fleet.registry import discover
 

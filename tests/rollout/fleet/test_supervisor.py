@@ -13,11 +13,11 @@ from fake_control import FakeServer
 from safetensors.torch import load_file
 from waiting import until
 
-from nft_megatron.errors import StoppedEarly, UserError
+from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.config.fleet import FleetSection
 from nft_megatron.rollout.fleet import supervisor
 from nft_megatron.rollout.fleet.control import Control, ControlError
 from nft_megatron.rollout.fleet.registry import Registration, register, run_key, withdraw
-from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.server import ServerSettings
 from nft_megatron.rollout.fleet.supervisor import Fleet
 from nft_megatron.weights.receipt import weights_receipt

@@ -18,7 +18,7 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
     key.chmod(0o600)
     fields = {"urls": [server.url for server in vllm_servers], "key_file": str(key), "min_servers": 2, "wait_seconds": 120.0}
     yield fields
-    from nft_megatron.rollout.fleet.section import FleetSection
+    from nft_megatron.config.fleet import FleetSection
 
     fleet = Fleet(
         FleetSection(**{**fields, "urls": tuple(fields["urls"]), "key_file": key}), server_settings, tmp_path / "weights"

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nft_megatron.errors import UserError
+from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.fleet.broadcast import fill_buckets, open_bucket
 from nft_megatron.rollout.fleet.versions import CheckedStream, VersionWriter, remove_versions
 from nft_megatron.weights.hf_reader import HFReader

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 from waiting import until
 
-from nft_megatron.errors import StoppedEarly
+from nft_megatron.base.errors import StoppedEarly
+from nft_megatron.config.fleet import FleetSection
 from nft_megatron.rollout.fleet import broadcast, versions
 from nft_megatron.rollout.fleet.control import Control
 from nft_megatron.rollout.fleet.refresh import Patience, WrongWeights, load_folder, verify_and_resume
-from nft_megatron.rollout.fleet.section import FleetSection
 from nft_megatron.rollout.fleet.supervisor import Fleet
 from nft_megatron.rollout.fleet.versions import Published
 from nft_megatron.weights.receipt import weights_receipt

@@ -1,0 +1,235 @@
+"""Answers of any length → micro-batches of packed sequences (THD layout), balanced over data-parallel ranks.
+
+:func:`plan_micro_batches` decides which sequences go where, from their lengths alone; :func:`pack` lays one micro-batch out.
+Both are deterministic and know nothing of processes: every rank computes the same plan and packs its own part. What both
+hold to, under any lengths, ranks and multiples:
+
+1. Every loss token is in exactly one pack, with its target, and padding has none.
+2. A pack's tokens, padding included, are at most the budget; its sequences and it itself are multiples of what they must be.
+3. Every rank has the same number of micro-batches.
+4. Sequences of one group are in one micro-batch.
+
+Shapes: T tokens of a pack, padding included; N loss tokens; R rows; S sequences of a pack, the padding at its end counted as
+one, or all sequences of a plan; I items of a plan, which are groups of sequences or sequences.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nft_megatron.base.errors import UserError
+
+Count = TypeVar("Count", int, np.ndarray)
+
+PAD_TOKEN = 0
+"""Fills up a pack. Any id of the vocabulary does: nothing attends to it and it carries no loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence to train on: the token ids (integers, 1-D) of a prompt, at least one, and of its answer."""
+
+    prompt_tokens: np.ndarray
+    answer_tokens: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_tokens) + len(self.answer_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Sequences laid end to end; token t of answer i is predicted at the position just before it.
+
+    input_ids_T: prompt, answer, padding, prompt, answer, padding … (int64). A sequence's own padding stands at its end, where
+    the causal mask hides it from the real tokens. position_ids_T: position in the own sequence, on through its padding (int64).
+    cu_seqlens: where each sequence starts, and T (int32). Padding of the pack, if any, is the last sequence.
+    loss_positions_N: indices into T whose next token is an answer token (int64), ascending.
+    targets_N: that answer token (int64). row_N: its row in the order given to :func:`pack` (int64), so that
+    ``quantity_R[row_N]`` expands what belongs to a row to its loss tokens.
+
+    >>> batch = pack([Row(np.array([5, 6]), np.array([7, 8])), Row(np.array([5]), np.array([9]))], multiple=4)
+    >>> batch.input_ids_T.tolist(), batch.cu_seqlens.tolist()
+    ([5, 6, 7, 8, 5, 9, 0, 0], [0, 4, 6, 8])
+    >>> batch.loss_positions_N.tolist(), batch.targets_N.tolist(), batch.row_N.tolist()
+    ([1, 2, 4], [7, 8, 9], [0, 0, 1])
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    cu_seqlens: Tensor
+    loss_positions_N: Tensor
+    targets_N: Tensor
+    row_N: Tensor
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def pack(rows: Sequence[Row], *, multiple: int = 1, sequence_multiple: int = 1, num_tokens: int | None = None) -> PackedBatch:
+    """Lay ``rows`` end to end, each padded to the next multiple of ``sequence_multiple``.
+
+    The whole is padded to ``num_tokens``, or else to the next multiple of ``multiple`` (at least one), itself a multiple of
+    ``sequence_multiple``. No rows at all give a pack of padding without a loss token, so that a rank without work can still
+    run its step.
+
+    >>> batch = pack([Row(np.array([5, 6]), np.array([7])), Row(np.array([5]), np.array([9]))], multiple=8, sequence_multiple=2)
+    >>> batch.input_ids_T.tolist(), batch.cu_seqlens.tolist()
+    ([5, 6, 7, 0, 5, 9, 0, 0], [0, 4, 6, 8])
+    >>> batch.position_ids_T.tolist(), batch.loss_positions_N.tolist()
+    ([0, 1, 2, 3, 0, 1, 0, 1], [1, 4])
+    """
+    assert multiple % sequence_multiple == 0, (multiple, sequence_multiple)
+    assert all(len(row.prompt_tokens) for row in rows), "the first answer token needs a token before it"
+    real_R = np.array([row.num_tokens for row in rows], dtype=np.int64)
+    padded_R = _round_up(real_R, sequence_multiple)
+    num_used = int(padded_R.sum())
+    if num_tokens is None:
+        num_tokens = max(multiple, _round_up(num_used, multiple))
+    assert num_used <= num_tokens, (num_used, num_tokens)
+    assert num_tokens % multiple == 0, (num_tokens, multiple)
+
+    lengths_S = np.append(padded_R, num_tokens - num_used) if num_tokens > num_used else padded_R
+    starts_S = np.cumsum(lengths_S) - lengths_S
+    input_ids_T = np.full(num_tokens, PAD_TOKEN, dtype=np.int64)
+    for row, start, end in zip(rows, starts_S, starts_S[: len(rows)] + real_R, strict=False):
+        input_ids_T[start:end] = np.concatenate([row.prompt_tokens, row.answer_tokens])
+    answer_lengths_R = np.array([len(row.answer_tokens) for row in rows], dtype=np.int64)
+    first_loss_R = starts_S[: len(rows)] + real_R - answer_lengths_R - 1
+    return PackedBatch(
+        input_ids_T=torch.from_numpy(input_ids_T),
+        position_ids_T=_int64([np.arange(length) for length in lengths_S]),
+        cu_seqlens=torch.from_numpy(np.append(starts_S, num_tokens).astype(np.int32)),
+        loss_positions_N=_int64(
+            [first + np.arange(count) for first, count in zip(first_loss_R, answer_lengths_R, strict=True)]
+        ),
+        targets_N=_int64([row.answer_tokens for row in rows]),
+        row_N=torch.from_numpy(np.repeat(np.arange(len(rows)), answer_lengths_R)),
+    )
+
+
+def plan_micro_batches(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    token_budget: int,
+    num_ranks: int,
+    multiple: int = 1,
+    sequence_multiple: int = 1,
+    count_multiple: int = 1,
+    groups: Sequence[int] | np.ndarray | None = None,
+    hidden_size: int = 4096,
+) -> list[list[np.ndarray]]:
+    """Which sequences each rank packs together: ``plan[rank][micro_batch]`` are ascending indices into ``lengths``.
+
+    Every sequence is in exactly one micro-batch, those with the same number in ``groups`` in the same one. Every rank has as
+    many micro-batches, at least one (some may be empty): the smallest multiple of ``count_multiple`` that the budget allows
+    for the rank that needs most, with as equal token counts as that number allows, costliest first. Ranks have equal
+    :func:`sequence_cost` as nearly as costliest-first assignment makes it. Sequences count with their padding to
+    ``sequence_multiple``, and a micro-batch padded to ``multiple`` stays within ``token_budget``.
+
+    Why costliest first: pipeline stages wait for each other where neighbours differ, and sorted ones hardly do; the passes that
+    drain the pipeline are then the shortest; and a pack too large for the memory fails at once (`benchmarks/packing.py`).
+
+    Raises:
+        UserError: a sequence, or a group of them, alone is longer than the budget.
+
+    >>> plan_micro_batches([5, 3, 4, 2], token_budget=7, num_ranks=2)
+    [[array([0, 3])], [array([1, 2])]]
+    >>> plan_micro_batches([2, 2, 2, 2], token_budget=8, num_ranks=1, groups=[7, 5, 7, 5], count_multiple=2)
+    [[array([1, 3]), array([0, 2])]]
+    """
+    lengths_S = _round_up(np.asarray(lengths, dtype=np.int64), sequence_multiple)
+    names_I, item_S = np.unique(np.arange(len(lengths_S)) if groups is None else groups, return_inverse=True)
+    tokens_I = np.bincount(item_S, weights=lengths_S, minlength=len(names_I)).astype(np.int64)
+    cost_I = np.bincount(item_S, weights=sequence_cost(lengths_S, hidden_size), minlength=len(names_I))
+    most_units = token_budget // multiple
+    if tokens_I.max(initial=0) > most_units * multiple:
+        raise _too_long(int(tokens_I.max()), token_budget, multiple, in_groups=groups is not None)
+    ranks = [sorted(items, key=lambda item: -tokens_I[item]) for items in _balance(cost_I, num_ranks)]
+
+    def bins_of_all_ranks(units: int) -> list[list[list[int]]]:
+        return [_best_fit(tokens_I, largest_first, units * multiple) for largest_first in ranks]
+
+    # As few micro-batches as the budget allows; then the smallest capacity that needs no more of them evens them out
+    # (MULTIFIT: Coffman, Garey and Johnson 1978).
+    num_micro_batches = _round_up(max(1, *(len(bins) for bins in bins_of_all_ranks(most_units))), count_multiple)
+    candidates = range(-(-int(tokens_I.max(initial=0)) // multiple), most_units)
+    smallest = bisect_left(candidates, True, key=lambda u: max(map(len, bins_of_all_ranks(u))) <= num_micro_batches)
+    members_I = np.split(np.argsort(item_S, kind="stable"), np.cumsum(np.bincount(item_S))[:-1])
+    plan = []
+    for bins in bins_of_all_ranks(candidates.start + smallest):
+        bins.sort(key=lambda items: -cost_I[items].sum())
+        arrays = [np.sort(np.concatenate([members_I[item] for item in items])) for items in bins]
+        plan.append(arrays + [np.empty(0, dtype=np.int64)] * (num_micro_batches - len(arrays)))
+    return plan
+
+
+def sequence_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
+    """Relative cost of training on sequences, in tokens of zero context: length·(1 + length / (12·hidden_size)).
+
+    A dense transformer layer has about 12·hidden² weights, so 24·hidden² FLOPs a token; causal attention adds
+    2·hidden·length. Both are the same in proportion for the backward pass.
+
+    >>> sequence_cost(np.array([1200, 12000]), hidden_size=1000)
+    array([ 1320., 24000.])
+    """
+    return lengths * (1 + lengths / (12 * hidden_size))
+
+
+def _too_long(num_tokens: int, token_budget: int, multiple: int, in_groups: bool) -> UserError:
+    what = "the answers to one question, which this algorithm keeps together, have" if in_groups else "a sequence has"
+    return UserError(
+        "train.micro_batch_tokens",
+        token_budget,
+        f"{what} {num_tokens} tokens" + (f" and packs are multiples of {multiple}" if multiple > 1 else ""),
+        f"raise it to at least {_round_up(num_tokens, multiple)}, or lower rollout.max_answer_tokens"
+        + (" or rollout.answers_per_question" if in_groups else ""),
+    )
+
+
+def _balance(cost_I: np.ndarray, num_ranks: int) -> list[list[int]]:
+    """Items of each rank, costliest first: each goes to the rank with the least cost so far."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    heap = [(0.0, rank) for rank in range(num_ranks)]
+    for item in np.argsort(-cost_I, kind="stable").tolist():
+        cost, rank = heap[0]
+        ranks[rank].append(item)
+        heapq.heapreplace(heap, (cost + float(cost_I[item]), rank))
+    return ranks
+
+
+def _best_fit(tokens_I: np.ndarray, largest_first: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each item goes where it leaves the least room, or to a new bin."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    for item in largest_first:
+        tokens = int(tokens_I[item])
+        place = bisect_left(rooms, (tokens, 0))
+        if place == len(rooms):
+            room, number = capacity, len(bins)
+            bins.append([])
+        else:
+            room, number = rooms.pop(place)
+        bins[number].append(item)
+        insort(rooms, (room - tokens, number))
+    return bins
+
+
+def _round_up(count: Count, multiple: int) -> Count:
+    """The next multiple, or ``count`` itself where it is one."""
+    return -(-count // multiple) * multiple
+
+
+def _int64(parts: Sequence[np.ndarray]) -> Tensor:
+    """The parts, perhaps none, as one int64 tensor."""
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))

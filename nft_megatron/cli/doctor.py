@@ -1,0 +1,134 @@
+"""``nft-megatron doctor``: what is installed, which fast paths a run would take, and how to get the missing ones."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.cli.arguments import describe
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+FOR_DEVELOPERS = "dev"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``remedy`` is empty where nothing is missing."""
+
+    name: str
+    state: str
+    remedy: str = ""
+    is_fault: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Help and arguments of this command."""
+    describe(
+        parser, _run,
+        "Look at the packages, the GPUs and the fast paths of this environment. Ends with 2 where something needed is missing.",
+    )  # fmt: skip
+
+
+def _run(options: argparse.Namespace) -> None:
+    found = findings()
+    names, states = max(len(finding.name) for finding in found), max(len(finding.state) for finding in found)
+    for finding in found:
+        mark = "✗" if finding.is_fault else "·" if finding.remedy else "✓"
+        print(f"{mark} {finding.name:<{names}}  {finding.state:<{states}}  {finding.remedy}".rstrip())
+    faults = [finding for finding in found if finding.is_fault]
+    if faults:
+        raise UserError("environment", faults[0].name, faults[0].state, faults[0].remedy)
+
+
+def findings() -> list[Finding]:
+    """Everything that ``nft-megatron doctor`` tells, packages first. ``is_fault`` marks what training cannot do without."""
+    return [*_packages(), *_devices(), *_fast_paths()]
+
+
+def _packages() -> Iterator[Finding]:
+    """What the project's own metadata asks for, against what is there."""
+    from packaging.requirements import Requirement
+
+    yield Finding("python", platform.python_version())
+    for text in requires("nft_megatron") or ():
+        package = Requirement(text)
+        extra = _extra(package)
+        if extra == FOR_DEVELOPERS:
+            continue
+        found, wanted = installed(package.name), f"{package.name}{package.specifier}"
+        install = f"pip install 'nft_megatron[{extra}]'" if extra else f"pip install '{wanted}'"
+        if found is None:
+            yield Finding(package.name, "not installed" if extra else "missing", install, is_fault=not extra)
+        elif not package.specifier.contains(found, prereleases=True):
+            yield Finding(package.name, f"{found}, tested with {package.specifier}", install, is_fault=True)
+        else:
+            yield Finding(package.name, found)
+
+
+def _extra(package: Requirement) -> str | None:
+    """The extra that asks for a package, None for one that is always wanted."""
+    if package.marker is None:
+        return None
+    _, _, name = str(package.marker).partition('extra == "')
+    return name.split('"')[0] or None
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("GPU", "none: training runs on the CPU over gloo", "for CUDA, install a torch built for it")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Finding(f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+
+
+def _fast_paths() -> Iterator[Finding]:
+    import torch
+
+    has_engine, has_fused_gradient = _imports("transformer_engine"), _imports("fused_weight_gradient_mlp_cuda")
+    apex = "apex from github.com/NVIDIA/apex with its CUDA extensions (the registry's apex is another project)"
+    paths = [
+        (
+            "layers",
+            "Transformer Engine" if has_engine else "",
+            "Megatron-Core's local layers, torch's attention",
+            "pip install 'nft_megatron[te]'; NVIDIA's PyTorch containers have it",
+        ),
+        (
+            "Adam",
+            "fused, Transformer Engine" if has_engine else "fused, apex" if _imports("amp_C") else "",
+            "torch's",
+            f"install Transformer Engine or {apex}",
+        ),
+        (
+            "weight gradients",
+            "added to main_grad by apex's kernel" if has_fused_gradient else "",
+            "added to main_grad after the matrix product",
+            f"install {apex}",
+        ),
+    ]
+    for name, fast, slow, remedy in paths:
+        is_fast = bool(fast) and torch.cuda.is_available()
+        yield Finding(name, fast if is_fast else slow, remedy if torch.cuda.is_available() and not is_fast else "")
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _imports(module: str) -> bool:
+    return find_spec(module) is not None

@@ -1,0 +1,30 @@
+"""``nft-megatron overlap``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nft_megatron.cli.arguments import describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Help and arguments of this command."""
+    describe(
+        parser, _run,
+        "List the evaluation questions of which one training question holds at least half of the word 13-grams. Words are runs "
+        "of a to z and of digits, in lower case, so that two typesettings of one problem agree; DAPO's instructions around a "
+        "question are taken off first. Files: Parquet, JSONL or data set folders. `nft-megatron eval --overlap FILE` then "
+        "shows every accuracy with and without the questions found.",
+    )  # fmt: skip
+    parser.add_argument("train", metavar="TRAIN", type=Path, nargs="+", help="training questions")
+    parser.add_argument("--against", metavar="EVAL", type=Path, nargs="+", required=True, help="evaluation questions")
+    parser.add_argument("--n", type=int, default=13, help="words in an n-gram (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest share that counts (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the questions found, with their shares and sources, as JSONL")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from nft_megatron.evaluate.overlap import report_overlap
+
+    report_overlap(options.train, options.against, n=options.n, threshold=options.threshold, out=options.out)

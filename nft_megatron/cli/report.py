@@ -1,0 +1,29 @@
+"""``nft-megatron report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nft_megatron.cli.arguments import describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Help and arguments of this command."""
+    describe(
+        parser, _run,
+        "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
+    )  # fmt: skip
+    parser.add_argument("reported", metavar="RUN", type=Path, help="run folder")  # not run_dir: see replay
+    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    parser.add_argument("--png", type=Path, help="also write an overview picture to this file")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from nft_megatron.observe.report import write_report
+
+    print(write_report(options.reported, options.out))
+    if options.png:
+        from nft_megatron.observe.plots import write_overview_png
+
+        print(write_overview_png(options.reported, options.png))

@@ -1,0 +1,42 @@
+"""``nft-megatron serve``: a server on another machine for a run's fleet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+from nft_megatron.cli.arguments import describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Help and arguments of this command."""
+    describe(
+        parser, _run,
+        "Run a vLLM server for the fleet of a run whose folder this machine sees. It registers there, gets the weights from "
+        "the trainer, is started again when it dies, and may join at any time; TERM makes it leave. docs/fleet.md tells more.",
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG|RUN", type=Path, help="the run's configuration, or its folder")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="in place of the file's value")
+    parser.add_argument(
+        "--name",
+        default=default_name(),
+        help="of the server (default: the node and its task under Slurm, else host and process)",
+    )
+    parser.add_argument(
+        "--devices", help="CUDA_VISIBLE_DEVICES of the server; auto: this Slurm task's share of the node's GPUs"
+    )
+    parser.add_argument("--wait", type=float, default=900.0, help="longest wait for RUN/config.yaml in seconds (%(default)s)")
+
+
+def default_name() -> str:
+    """Different for all servers of a run; under Slurm the same for the one that comes back."""
+    node, task = os.environ.get("SLURMD_NODENAME"), os.environ.get("SLURM_LOCALID")
+    return f"{node}-{task}" if node and task else f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _run(options: argparse.Namespace) -> None:
+    from nft_megatron.rollout.fleet.serve import run
+
+    run(options)

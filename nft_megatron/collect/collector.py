@@ -1,0 +1,200 @@
+"""Lines 5-11 of Algorithm 1: ask, verify, keep the questions with 0 < r̂ < 1, write the step's ledger.
+
+A step is collected in rounds; when the quota is met, all rounds become the one ledger file of the step. Everything that later
+steps and the metrics need to know of the collecting stands in that file, so a step that is found on the disk counts as
+collected. Answers of weights that are older than ``rollout.max_staleness`` allows are dropped when the ledger is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Group, Sampling
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.rounds import Rounds
+from nft_megatron.config.schema import RolloutSection
+from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
+from nft_megatron.data.prompts import PromptOrder
+from nft_megatron.observe.collected import sampled_metrics, trained_metrics
+from nft_megatron.observe.metrics import MetricsRow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CollectorState:
+    """What one step hands to the next.
+
+    ``cursor``: questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's questions that
+    were mixed, None before the first. ``surplus``: mixed groups beyond the quota, empty unless they may be stale.
+    ``questions``: a hash of all of them, without which the cursor means nothing; empty before the first step.
+    """
+
+    cursor: int = 0
+    mixed_rate: float | None = None
+    surplus: tuple[Group, ...] = ()
+    questions: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write it as a ledger file whose groups are the surplus."""
+        meta = {"cursor": self.cursor, "mixed_rate": self.mixed_rate, "questions": self.questions}
+        write_ledger(path, self.surplus, fates=["surplus"] * len(self.surplus), meta=meta)
+
+    @classmethod
+    def load(cls, path: Path) -> CollectorState:
+        meta = read_meta(path)
+        surplus = tuple(group for group, _ in read_groups(path))
+        return cls(meta["cursor"], meta["mixed_rate"], surplus, meta["questions"])
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A collected step: its ledger file, the metrics of its answers, the state that the next step starts from.
+
+    ``generated_tokens`` are those of this call, without what a killed one had left on the disk. ``timings`` are those of
+    collecting that went on beside the step (``ahead/…``).
+    """
+
+    ledger: Path
+    metrics: MetricsRow
+    state: CollectorState
+    generated_tokens: int
+    timings: MetricsRow = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Fills ledgers. Waits for engine and verifier, each within a deadline; lives on rank 0.
+
+    ``left_out`` are metrics of the data set, how many of its questions are never asked; every ledger repeats them.
+    ``filters_prompts``: only mixed groups are trained on; False: all that have a judged answer.
+    ``interrupted`` gives a reason to leave in the middle of a step, None while there is none.
+    """
+
+    folder: RunFolder
+    order: PromptOrder
+    asker: Asker
+    sampling: Sampling
+    settings: RolloutSection
+    filters_prompts: bool = True
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    interrupted: Callable[[], str | None] = lambda: None
+
+    @functools.cached_property
+    def rounds(self) -> Rounds:
+        return Rounds(self.folder, self.order, self.asker, self.sampling, self.settings, self.interrupted)
+
+    @functools.cached_property
+    def questions(self) -> str:
+        """A hash of all prompts and golds in order."""
+        digest = hashlib.sha256()
+        for prompt in self.order.prompts:
+            digest.update(f"{prompt.question_id}\0{prompt.gold}\0".encode() + prompt.tokens.tobytes())
+        return digest.hexdigest()[:16]
+
+    def collect(self, step: int, state: CollectorState) -> Collected:
+        """The step's ledger, read back if it is on the disk already.
+
+        Raises :class:`UserError` when not a single question had both right and wrong answers, and when the questions are not
+        those that the run began with; :class:`~nft_megatron.base.errors.StoppedEarly` when interrupted, with finished groups
+        saved.
+        """
+        path = self.folder.ledger(step)
+        self._check_questions(state.questions)
+        generated_tokens = 0 if path.exists() else self._fill(path, step, state)
+        for finished_round in self.folder.rounds(step):
+            finished_round.unlink()
+        with self.asker.timer.phase("ledger"):
+            meta = read_meta(path)
+            self._check_questions(meta["questions"])
+            surplus = (
+                tuple(group for group, fate in read_groups(path) if fate == "surplus") if self.settings.max_staleness else ()
+            )
+        return Collected(
+            path, meta["metrics"], CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions), generated_tokens
+        )
+
+    def _check_questions(self, known: str) -> None:
+        if known not in ("", self.questions):
+            raise UserError(
+                "data.train", f"{len(self.order.prompts)} questions", "are not those that this run began with",
+                "restore the files, or start a new run in another run_dir",
+            )  # fmt: skip
+
+    def _fill(self, path: Path, step: int, state: CollectorState) -> int:
+        quota = self.settings.questions_per_step
+        oldest = step - 1 - self.settings.max_staleness
+        mixed = self._trainable(state.surplus, oldest)
+        sampled: list[Group] = []
+        cursor, mixed_rate, num_rounds, generated_tokens = state.cursor, state.mixed_rate, 0, 0
+        while len(mixed) < quota and num_rounds < self.settings.max_rounds:
+            missing = quota - len(mixed)
+            label = f"round {num_rounds + 1}, {len(mixed)}/{quota} mixed"
+            asked = self.rounds.ask(step, num_rounds, cursor, self._round_size(missing, mixed_rate), missing, label)
+            cursor += asked.num_asked
+            num_rounds += 1
+            generated_tokens += asked.new_tokens
+            sampled += asked.groups
+            mixed += self._trainable(asked.groups, oldest)
+            mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled) if sampled else mixed_rate
+        if not mixed:
+            answers = [answer for group in sampled for answer in group.answers]
+            count = Counter(answer.verdict.label for answer in answers)
+            raise UserError(
+                "rollout.max_rounds", self.settings.max_rounds,
+                f"none of {len(sampled)} questions had both right and wrong answers "
+                f"({count['correct']} right, {count['wrong']} wrong, {count['unknown']} unknown)",
+                "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers",
+            )  # fmt: skip
+        if len(mixed) < quota:
+            log.warning("step %d trains on %d of %d questions: %d rounds gave no more", step, len(mixed), quota, num_rounds)
+        with self.asker.timer.phase("ledger"):
+            surplus = mixed[quota:] if self.settings.max_staleness else []
+            metrics: MetricsRow = {
+                **self.left_out,
+                "rounds": num_rounds,
+                "groups_abandoned": cursor - state.cursor - len(sampled),
+                "groups_surplus": max(len(mixed) - quota, 0),
+                "answers_too_old": sum(len(group.answers) for group in [*state.surplus, *sampled])
+                - sum(len(without_older(group, oldest).answers) for group in [*state.surplus, *sampled]),
+                **sampled_metrics(sampled, self.settings.answers_per_question),
+                **trained_metrics(step, mixed[:quota]),
+            }
+            fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
+            meta = {"cursor": cursor, "mixed_rate": mixed_rate, "questions": self.questions, "metrics": metrics}
+            self.folder.check_is_open()
+            write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
+        return generated_tokens
+
+    def _trainable(self, groups: Iterable[Group], oldest: int) -> list[Group]:
+        """Those of ``groups`` that may be trained on, with their answers of version ``oldest`` and later alone."""
+        recent = [without_older(group, oldest) for group in groups]
+        return [group for group in recent if group.is_mixed or (group.num_judged and not self.filters_prompts)]
+
+    def _round_size(self, missing: int, mixed_rate: float | None) -> int:
+        """Questions to ask for ``missing`` mixed ones: enough in five rounds of six, at most ``oversample`` times as many.
+
+        n questions of which a share p is mixed give np ± sqrt(np(1−p)); n is chosen so that one standard deviation below the
+        mean still suffices.
+        """
+        if not self.filters_prompts:
+            return missing
+        most = math.ceil(missing * self.settings.oversample)
+        if mixed_rate is None:
+            return most
+        rate = max(mixed_rate, 1 / self.settings.oversample)
+        return min(most, math.ceil((missing + math.sqrt(missing * (1 - rate))) / rate))
+
+
+def without_older(group: Group, oldest: int) -> Group:
+    """``group`` without its answers of weights before version ``oldest``; r̂ is then over those that are left."""
+    return replace(group, answers=tuple(answer for answer in group.answers if answer.completion.weight_version >= oldest))

@@ -1,0 +1,217 @@
+"""YAML file + ``section.key=value`` overrides → :class:`Config`, and the reverse; every mistake becomes one ``UserError``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.schema import Config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: ``1e-6`` is a number (YAML 1.1 reads a text), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply ``overrides`` in order (``train.num_steps=3``; values are YAML), check everything.
+
+    Raises :class:`UserError` that names the field, its value and the remedy.
+    """
+    if not path.is_file():
+        raise UserError("CONFIG", path, "no such file", "give the path of a YAML file; examples/ has some")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("CONFIG", path, f"not readable as YAML: {error}", "correct that line") from error
+    if not isinstance(tree, dict):
+        raise UserError("CONFIG", path, "holds no sections", "start from a file in examples/")
+    return config_from(tree, overrides)
+
+
+def config_from(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration in ``tree``, which is changed, after ``overrides``. Raises as :func:`load_config` does."""
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _readable(error) from error
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that :func:`load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested configuration with one key a value, in order; a section without keys leaves none.
+
+    >>> flatten({"seed": 3, "train": {"num_steps": 5}, "rollout": {"stop": ["\\n"]}})
+    {'seed': 3, 'train.num_steps': 5, 'rollout.stop': ['\\n']}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError("override", override, "is not of the form section.key=value", "for example train.num_steps=100")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(key, text, f"not readable as a YAML value: {error}", "quote it") from error
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(key, value, f"'{section}' is a value, not a section", f"drop what follows '{section}'")
+    tree[leaf] = value
+
+
+def config_help() -> str:
+    """Every field with its type, default and docstring, section by section, as plain text."""
+    lines = []
+    for section, model in _sections():
+        document = (model.__doc__ or "").strip().splitlines()[0]
+        lines += ["", f"{section}: {document}" if section else "Top level"]
+        for name, field in model.model_fields.items():
+            if section or not _models_of(field):
+                lines.append(f"  {name}  ({_type_name(field.annotation)}; {_default(section, name, field)})")
+                lines += [f"      {line.strip()}" for line in (field.description or "").splitlines()]
+    return "\n".join(lines).strip()
+
+
+def _default(section: str, name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if section == "algorithm" and name == "name" and value != Config.model_fields["algorithm"].default.name:
+        return "to be named"
+    return f"default {_shown(value)}"
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    yield "", Config
+    for name, field in Config.model_fields.items():
+        for model in _models_of(field):
+            yield name, model
+
+
+def _models_of(field: FieldInfo) -> tuple[type[BaseModel], ...]:
+    """The section classes a field may hold: several for ``algorithm``, none for a plain value."""
+    options = typing.get_args(field.annotation) or (field.annotation,)
+    return tuple(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    return {type(None): "null", Path: "path", str: "text", int: "integer", float: "number", bool: "true | false"}[annotation]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else "[]" if value == () else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _readable(error: ValidationError) -> UserError:
+    """The first mistake with its remedy, and how many more there are."""
+    first, *others = error.errors()
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause
+    # pydantic appends the branch of a union that failed to the path, and inserts the algorithm's name
+    path = [str(part) for part in first["loc"] if part not in _ALGORITHMS][:2]
+    field, value, kind = ".".join(path), first["input"], first["type"]
+    more = (
+        f" ({len(others)} more mistakes after it)" if len({other["loc"][:2] for other in others} - {first["loc"][:2]}) else ""
+    )
+    if kind == "extra_forbidden":
+        return UserError(field, value, "no such key" + more, _nearest(path))
+    if kind == "missing":
+        return UserError(field, "(nothing)", "is required" + more, f"add it to the file or as {field}=…")
+    if kind == "too_short":
+        return UserError(field, value, "is empty" + more, "name at least one")
+    if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or a number was possible
+        return UserError(field, value, "is not allowed" + more, f"the type is {_expected(path)} > 0")
+    if kind.startswith("union_tag"):
+        return UserError("algorithm.name", value["name"], "no such algorithm" + more, f"one of {', '.join(_ALGORITHMS)}")
+    return UserError(
+        field, value, first["msg"] + more, f"the type is {_expected(path)}; `nft-megatron train --help` explains it"
+    )
+
+
+_ALGORITHMS = [model.model_fields["name"].annotation.__args__[0] for model in _models_of(Config.model_fields["algorithm"])]  # type: ignore[union-attr]
+
+
+def _expected(path: list[str]) -> str:
+    """The type of the field at ``path``, in words."""
+    *parents, leaf = path
+    for section, model in _sections():
+        if section == ".".join(parents) and leaf in model.model_fields:
+            models = _models_of(model.model_fields[leaf])
+            return (
+                f"a section with {', '.join(models[0].model_fields)}"
+                if models
+                else _type_name(model.model_fields[leaf].annotation)
+            )
+    raise AssertionError(f"pydantic reported an unknown field: {path}")
+
+
+def _nearest(path: list[str]) -> str:
+    """Which key was probably meant: one of the same section first, then one of that name anywhere."""
+    *parents, leaf = path
+    owners = [model for section, model in _sections() if [section] == parents and leaf in model.model_fields]
+    if owners:  # another algorithm's
+        names = ", ".join(model.model_fields["name"].default for model in owners)
+        return f"it belongs to {parents[0]}.name = {names}"
+    known: dict[str, str] = {}
+    for section, model in _sections():
+        for name in model.model_fields:
+            full = f"{section}.{name}" if section else name
+            if section == ".".join(parents):
+                known[name] = full
+    close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{known[close[0]]}'?"
+    everywhere = {name: f"{section}.{name}" for section, model in _sections() if section for name in model.model_fields}
+    close = difflib.get_close_matches(leaf, everywhere, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{everywhere[close[0]]}'?"
+    return f"known here: {', '.join(known)}" if known else "`nft-megatron train --help` lists all keys"

@@ -1,0 +1,1 @@
+"""How a rank stays alive and how it ends: stop requests, walltime, watchdog, heartbeat, exit reports."""

@@ -1,0 +1,139 @@
+"""Ends a process whose work has stopped moving, and says where it stood.
+
+A rank that waits for another in a collective, a file system that has gone away, an engine that says nothing: none of these ends
+a process by itself, and a cluster goes on billing it. Each phase of a run has a deadline of silence. A thread looks at the
+clock; when a phase is silent past its deadline it writes the stacks of all threads of this process to
+RUN/logs/stall_rank<r>.txt, notes its end for machines (:mod:`nft_megatron.lifecycle.exit_report`) and ends the process, which
+ends the job and lets the scheduler start it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nft_megatron.base.errors import EXIT_STALLED
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.lifecycle.exit_report import Ending, if_it_answers, note_phase, write_ending
+from nft_megatron.observe.progress import Progress
+
+_LOOKS_A_DEADLINE = 20
+_LONGEST_NAP = 1.0
+
+
+@dataclass
+class _Watched:
+    phase: str
+    limit: float
+    last_sign: float
+
+
+class Watchdog:
+    """``deadlines`` are seconds of silence by phase; phases that are not listed are not watched.
+
+    ``note`` is added to the report, such as the step; it may be changed at any time.
+    """
+
+    note = ""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        deadlines: Mapping[str, float],
+        *,
+        end: Callable[[int], NoReturn] = os._exit,
+    ) -> None:
+        self._run_dir, self._path = run_dir, RunFolder(run_dir).stall(rank)
+        self._rank, self._deadlines, self._end = rank, deadlines, end
+        self._open: list[_Watched] = []
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        nap = min([_LONGEST_NAP, *(limit / _LOOKS_A_DEADLINE for limit in deadlines.values())])
+        self._thread = threading.Thread(target=self._watch, args=(nap,), name="watchdog", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Watch the ``with`` block under the deadline of ``name``. Inside another phase it takes that one's place."""
+        watched = _Watched(name, self._deadlines.get(name, float("inf")), time.monotonic())
+        with self._lock:
+            self._open.append(watched)
+        try:
+            yield
+        except BaseException as error:
+            note_phase(error, name)
+            raise
+        finally:
+            with self._lock:
+                self._open.remove(watched)
+            self.alive()
+
+    def alive(self) -> None:
+        """A sign of life: an answer came, an update is done. The deadline begins anew."""
+        with self._lock:
+            if self._open:
+                self._open[-1].last_sign = time.monotonic()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(2 * _LONGEST_NAP)
+
+    def _watch(self, nap: float) -> None:
+        while not self._closed.wait(nap):
+            with self._lock:
+                watched = self._open[-1] if self._open else None
+                silent = time.monotonic() - watched.last_sign if watched else 0.0
+            if watched is not None and silent > watched.limit:
+                self._report(watched, silent)
+                self._end(EXIT_STALLED)
+
+    def _report(self, watched: _Watched, silent: float) -> None:
+        line = f"rank {self._rank} has been silent for {silent:.0f} s in phase {watched.phase}"
+        line += f" (allowed by deadlines.{watched.phase}_seconds: {watched.limit:g} s) {self.note}".rstrip()
+
+        def write() -> None:
+            print(f"nft-megatron: {line}; the stacks of its threads are in {self._path}", file=sys.stderr, flush=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w") as report:
+                report.write(f"{line}\n\n")
+                report.flush()
+                faulthandler.dump_traceback(report, all_threads=True)
+
+        if_it_answers(write)  # the folder may be what has gone away
+        write_ending(self._run_dir, Ending.here(EXIT_STALLED, line, watched.phase))
+
+
+class LifeSigns(Progress):
+    """Shows what ``shown`` shows; every part that is done is a sign of life."""
+
+    def __init__(self, shown: Progress, watchdog: Watchdog) -> None:
+        self._shown, self._watchdog = shown, watchdog
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        self._shown.phase(name, total)
+
+    def advance(self, count: int = 1) -> None:
+        self._watchdog.alive()
+        self._shown.advance(count)
+
+    def begin(self, step: int) -> None:
+        self._shown.begin(step)
+
+    def step_done(self, metrics: Mapping[str, Any]) -> None:
+        self._shown.step_done(metrics)
+
+    def __enter__(self) -> Progress:
+        self._shown.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shown.__exit__(*exception)

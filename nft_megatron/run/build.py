@@ -1,0 +1,268 @@
+"""Builds everything that a training run consists of, on every rank, and takes it apart again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.rank_info import is_attempt, place
+from nft_megatron.base.records import Prompt, Sampling
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.batching.minibatches import Layout
+from nft_megatron.collect.build import open_asker, read_prompts, training_sampling
+from nft_megatron.collect.collector import Collector
+from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.logprob_probe import Gate
+from nft_megatron.config.load import dump_config, flatten, load_config
+from nft_megatron.config.schema import Config
+from nft_megatron.data.prompts import PromptOrder
+from nft_megatron.data.tokenizer import load_tokenizer
+from nft_megatron.evaluate.run import evaluate
+from nft_megatron.lifecycle.exit_report import forget_ending
+from nft_megatron.lifecycle.stop_requests import StopRequests
+from nft_megatron.lifecycle.walltime import TimeLimit
+from nft_megatron.lifecycle.watchdog import LifeSigns, Watchdog
+from nft_megatron.model.build import build_model
+from nft_megatron.model.control import on_main, together
+from nft_megatron.model.load import load_weights
+from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.step import Trainer
+from nft_megatron.model.topology import Topology
+from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
+from nft_megatron.observe.progress import Progress, open_progress
+from nft_megatron.rollout.engine import Engine
+from nft_megatron.rollout.fleet.engine import FleetEngine
+from nft_megatron.run.checkpoints import Checkpoints
+from nft_megatron.run.join import join_ranks
+from nft_megatron.run.rank0 import Host
+from nft_megatron.run.run import Run
+from nft_megatron.run.weight_sync import Publisher
+from nft_megatron.verify.modes import check_for_training
+from nft_megatron.weights import ModelShape, read_shape
+
+CHANGEABLE = (
+    "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget",
+    "train.max_skipped_updates", "optimizer.cpu_offload",
+    "fleet", "parallel", "deadlines", "cluster", "slurm",
+    "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
+    "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
+    "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
+)  # fmt: skip
+"""What may differ between two starts of one run. All else decides what the run computes."""
+WAIT_FOR_SERVERS = ("collect", "publish", "evaluate")
+"""Phases that may wait for servers."""
+LOCK_SECONDS = 60.0
+"""Longest wait of an attempt for the lock: the process of the one before may still be dying on another machine."""
+
+
+@contextlib.contextmanager
+def assemble(config: Config) -> Iterator[Run]:
+    """The run of ``config``, resumed or new, ready for its next step. Called on every rank.
+
+    Everything that a user can get wrong is checked before the model is built.
+    """
+    here = place()
+    forget_ending(config.run_dir, here.rank)
+    if here.rank == 0:
+        stop = StopRequests(RunFolder(config.run_dir).stop, TimeLimit.of_job(config.deadlines.leave_seconds))
+    else:
+        stop = StopRequests(None)
+    with (
+        join_ranks(config) as topology,
+        contextlib.ExitStack() as stack,
+        stop.watching(),
+    ):
+        watchdog = Watchdog(config.run_dir, here.rank, longest_silences(config))
+        stack.callback(watchdog.close)
+        with watchdog.phase("setup"):
+            run = _build(config, topology, stop, watchdog, stack)
+        with run.progress, run.folder.expected():
+            with watchdog.phase("setup"):
+                run.start()
+            with watchdog.phase("other"):
+                yield run
+
+
+def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
+    folder, timer = RunFolder(config.run_dir), PhaseTimer()
+    shape = together(topology, lambda: read_shape(config.model.path))
+    config.check_context(shape.max_positions)
+    hosts: list[Host] = []
+    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stop, watchdog, stack)))
+    host = hosts[0] if hosts else None
+    trainer = together(topology, lambda: build_trainer(config, topology, shape))
+    run = Run(
+        config=config,
+        folder=folder,
+        topology=topology,
+        trainer=trainer,
+        publisher=Publisher(trainer, host.collector.asker.engine if host else None, config.model.path),
+        checkpoints=Checkpoints(
+            folder,
+            trainer,
+            config.checkpoint.keep,
+            writes_aside=config.checkpoint.asynchronous,
+            deadline_seconds=config.deadlines.save_seconds,
+        ),
+        timer=timer,
+        progress=host.collector.asker.progress if host else LifeSigns(Progress(), watchdog),
+        watchdog=watchdog,
+        stop=stop,
+        host=host,
+    )
+    stack.callback(run.close)
+    return run
+
+
+def longest_silences(config: Config) -> dict[str, float]:
+    """Seconds by phase, for the watchdog: a wait for servers comes on top, so that it ends first and says what they lack."""
+    wait = config.fleet.wait_seconds if config.rollout.engine == "vllm" else 0.0
+    deadlines = config.deadlines.by_phase
+    return {phase: seconds + (wait if phase in WAIT_FOR_SERVERS else 0.0) for phase, seconds in deadlines.items()}
+
+
+def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
+    """The model with the weights of ``config.model.path``, its optimizer and its algorithm, on this rank."""
+    layout = _layout(config, topology, shape)
+    chunks = build_model(
+        shape,
+        topology,
+        dtype=getattr(torch, config.model.dtype),
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.model.recompute,
+        variable_lengths=not config.train.pad_to_budget,
+    )
+    load_weights(chunks, topology, shape, config.model.path)
+    return Trainer(
+        topology=topology,
+        shape=shape,
+        chunks=chunks,
+        optimizer=PolicyOptimizer(chunks, AdamW(**config.optimizer.model_dump())),
+        algorithm=config.algorithm,
+        layout=layout,
+        temperature=config.rollout.temperature,
+        importance_cap=config.train.importance_cap,
+        gradient_cosine_every=config.observe.gradient_cosine_every,
+    )
+
+
+def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
+    layout = Layout.of(
+        config,
+        shape.hidden_size,
+        data=topology.data_size,
+        tensor=topology.tensor_size,
+        context=topology.context_size,
+        pipeline=topology.pipeline_size,
+        virtual_pipeline=topology.virtual_pipeline,
+        token_budget=config.train.micro_batch_tokens,
+    )
+    if config.max_sequence_tokens > layout.longest_sequence:
+        raise UserError(
+            "train.micro_batch_tokens", layout.token_budget,
+            f"packs are multiples of {layout.multiple} here: one has room for {layout.longest_sequence} tokens, "
+            f"and a sequence may have {config.max_sequence_tokens}",
+            f"raise it to at least {-(-config.max_sequence_tokens // layout.multiple) * layout.multiple}",
+        )  # fmt: skip
+    return layout
+
+
+def _open_host(
+    config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
+) -> Host:
+    """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
+    stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
+    check_for_training(config.verify.mode)
+    _check_same_run(config, folder)
+    _check_steps(config, folder)
+    tokenizer = load_tokenizer(config.model.path)
+    questions = read_prompts(config, tokenizer, "data.train")
+    held_out = read_prompts(config, tokenizer, "evaluate.data")
+    progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
+    asker = open_asker(config, config.model.path, tokenizer, stack, timer, progress)
+    metrics = MetricsLog(
+        folder.root,
+        tensorboard=config.observe.tensorboard,
+        wandb_project=config.observe.wandb_project,
+        config=config.model_dump(mode="json"),
+    )
+    stack.callback(metrics.close)
+    sampling = training_sampling(config, config.model.path, tokenizer)
+    folder.make_folders()
+    with atomic_file(folder.config) as temporary:
+        temporary.write_text(dump_config(config))
+    return Host(
+        collector=Collector(
+            folder,
+            PromptOrder(questions.prompts, config.seed),
+            asker,
+            sampling,
+            config.rollout,
+            filters_prompts=config.filters_prompts,
+            left_out=questions.left_out,
+            interrupted=stop.reason,
+        ),
+        evaluate=(
+            (lambda progress: evaluate(replace(asker, progress=progress), held_out.prompts, config.evaluate, sampling))
+            if held_out.prompts
+            else None
+        ),
+        gate=_gate(config, folder, asker, questions.prompts, sampling),
+        fleet=_fleet_metrics(asker.engine),
+        metrics=metrics,
+    )
+
+
+def _gate(
+    config: Config, folder: RunFolder, asker: Asker, prompts: Sequence[Prompt], sampling: Sampling
+) -> Callable[[int], Path] | None:
+    number = config.rollout.gate_questions
+    if number is None:
+        number = 16 if config.rollout.engine == "vllm" else 0
+    gate = Gate(asker.engine, prompts[:number], sampling, config.rollout.gate_tokens, folder.gate, config.seed)
+    return gate.ask if number else None
+
+
+def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
+    return engine.metrics if isinstance(engine, FleetEngine) else dict
+
+
+def _check_same_run(config: Config, folder: RunFolder) -> None:
+    """Refuse to go on with a run whose meaning was changed since it first collected answers."""
+    if not folder.config.exists() or not (folder.latest_step() or list(folder.ledgers.rglob("*.parquet"))):
+        return
+    before, now = _meaning(load_config(folder.config)), _meaning(config)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                key, now.get(key), f"the run in {folder.root} was started with {before.get(key)}",
+                f"set it back, or start a new run in another run_dir (only {', '.join(CHANGEABLE)} may change)",
+            )  # fmt: skip
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    """All that may not change, with paths made absolute."""
+    tree = config.model_dump(mode="json")
+    tree["model"]["path"] = str(config.model.path.resolve())
+    tree["data"]["train"] = [str(path.resolve()) for path in config.data.train]
+    return {
+        key: value
+        for key, value in flatten(tree).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+    }
+
+
+def _check_steps(config: Config, folder: RunFolder) -> None:
+    done = folder.latest_step() or 0
+    if config.train.num_steps < done:
+        raise UserError(
+            "train.num_steps", config.train.num_steps, f"the run in {folder.root} has already finished {done} steps",
+            f"set it to {done} or more, or write an older checkpoint's name into {folder.latest}",
+        )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Checkpoints of a run: written by all ranks, named by rank 0 once they are whole, found again at the next start."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import time
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+from nft_megatron.base.atomic_io import make_temporary_folder, publish_folder
+from nft_megatron.base.background import in_background
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.collect.collector import CollectorState
+from nft_megatron.model.checkpoint import Snapshot
+from nft_megatron.model.checksums import DamagedCheckpointError
+from nft_megatron.model.control import first_of, on_main, together
+from nft_megatron.model.step import Trainer
+from nft_megatron.model.topology import Topology, with_own_control_group
+
+log = logging.getLogger(__name__)
+
+_COLLECTOR = "collector.parquet"
+_GRACE_SECONDS = 60.0
+
+
+class Checkpoints:
+    """Saves and restores trainer and collector together. Every method is called on all ranks.
+
+    ``writes_aside``: a thread on each rank writes while training goes on. It has a control group of its own, whose deadline is
+    ``deadline_seconds``, so that its messages and those of the main thread never mix.
+    """
+
+    def __init__(
+        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, writes_aside: bool, deadline_seconds: float
+    ) -> None:
+        self._folder, self._trainer, self._num_kept = folder, trainer, num_kept
+        self._topology = trainer.topology
+        self._of_writer = with_own_control_group(self._topology, deadline_seconds) if writes_aside else None
+        self._under_way: Future[float] | None = None
+
+    def save(self, step: int, collector: CollectorState) -> None:
+        """Take the checkpoint of ``step``. It is there once :meth:`finish` has returned.
+
+        Once it is written, the pointer moves to it, then all but the ``num_kept`` newest are deleted. Whatever fails, the
+        pointer still names a whole checkpoint and nothing half-written is left.
+        """
+        assert self._under_way is None, "finish() the last one first"
+        begin = time.monotonic()
+        snapshot = self._trainer.snapshot(step)
+        write = functools.partial(self._write, snapshot, step, collector, self._of_writer or self._topology, begin)
+        if self._of_writer is not None:
+            self._under_way = in_background("save", write)
+        else:
+            self._under_way = Future()
+            self._under_way.set_result(write())
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is something to :meth:`finish`."""
+        return self._under_way is not None
+
+    def is_written(self) -> bool:
+        """Whether there is, and no rank would have to wait for it."""
+        if self._under_way is None:
+            return False
+        return first_of(self._topology, None if self._under_way.done() else "writing") is None
+
+    def finish(self) -> float:
+        """Wait for the checkpoint under way and return the seconds it took.
+
+        Raises :class:`OSError` on every rank where any of them could not write.
+        """
+        under_way, self._under_way = self._under_way, None
+        assert under_way is not None
+        return together(self._topology, under_way.result)
+
+    def close(self) -> None:
+        """Leave after a fault, on this rank alone: a checkpoint under way gets a little time."""
+        if self._under_way is not None:
+            wait([self._under_way], _GRACE_SECONDS)
+
+    def _write(self, snapshot: Snapshot, step: int, collector: CollectorState, topology: Topology, begin: float) -> float:
+        target = self._folder.checkpoint(step)
+        temporary = on_main(topology, lambda: make_temporary_folder(target, make_parent=False))
+        try:
+            on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
+            snapshot.write(temporary, topology)  # ends with checksums over all files
+            on_main(topology, lambda: publish_folder(temporary, target))
+        finally:
+            if topology.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+        on_main(topology, lambda: self._keep_newest(step))
+        return time.monotonic() - begin
+
+    def _keep_newest(self, step: int) -> None:
+        self._folder.set_latest(step)
+        for old in [other for other in self._folder.checkpoint_steps() if other <= step][: -self._num_kept]:
+            shutil.rmtree(self._folder.checkpoint(old))
+
+    def restore(self) -> tuple[int, CollectorState | None]:
+        """Go back to the newest good checkpoint: its step (0 where there is none) and, on rank 0, the collector's state.
+
+        That is the one which the pointer names; where it is missing or damaged, loudly the newest good one before it. The steps
+        in between are trained again, from their ledgers. Raises :class:`UserError` when none of them is good.
+        """
+        newest = on_main(self._topology, self._folder.latest_step)
+        if newest is None:
+            return 0, None
+        older = on_main(self._topology, self._folder.checkpoint_steps)
+        problem: UserError | None = None
+        for step in [newest, *reversed([step for step in older if step < newest])]:
+            try:
+                return step, self._restore(step)
+            except DamagedCheckpointError as error:
+                problem = problem or error
+                if self._topology.is_main:
+                    log.error("%s; trying the checkpoint before it", error)
+        assert problem is not None
+        raise problem
+
+    def _restore(self, step: int) -> CollectorState | None:
+        topology, path = self._topology, self._folder.checkpoint(step)
+        together(topology, lambda: self._check_is_there(path))
+        saved_step = self._trainer.load(path)
+        assert saved_step == step, f"{path} holds step {saved_step}"
+        return CollectorState.load(path / _COLLECTOR) if topology.is_main else None
+
+    def _check_is_there(self, path: Path) -> None:
+        if not path.is_dir():
+            raise DamagedCheckpointError(
+                "checkpoints/latest", path.name, "that checkpoint is not there",
+                f"restore it, or write one of {self._folder.checkpoint_steps()} into {self._folder.latest}",
+            )  # fmt: skip

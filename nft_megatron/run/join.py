@@ -1,0 +1,30 @@
+"""Joins the processes that a configuration was started with."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from nft_megatron.base.rank_info import place
+from nft_megatron.collect.build import num_cores
+from nft_megatron.config.schema import Config
+from nft_megatron.model.topology import Topology, distributed
+
+
+def join_ranks(config: Config) -> AbstractContextManager[Topology]:
+    """This process's place under ``config.parallel``, until the block ends. Called on every rank.
+
+    Raises:
+        UserError: the sizes of ``parallel`` do not divide the number of processes.
+    """
+    parallel = config.parallel
+    return distributed(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
+        timeout_seconds=parallel.timeout_seconds,
+        control_timeout_seconds=config.rollout.step_deadline_seconds,
+        threads=parallel.threads or max(1, num_cores() // place().local_size),
+        seed=config.seed + 1,
+    )

@@ -1,0 +1,40 @@
+"""What rank 0 has besides its part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nft_megatron.collect.collector import Collector
+from nft_megatron.evaluate.run import Evaluation
+from nft_megatron.observe.metrics import MetricsLog, MetricsRow
+from nft_megatron.observe.progress import Progress
+
+
+@dataclass(frozen=True)
+class Host:
+    """``evaluate`` is None without held-out questions, ``gate`` without a gate; ``gate(version)`` asks the engine fixed
+    questions and returns a ledger of its answers. ``fleet`` gives the metrics of the servers since the last call, nothing for
+    the embedded engine.
+    """
+
+    collector: Collector
+    evaluate: Callable[[Progress], Evaluation] | None
+    gate: Callable[[int], Path] | None
+    fleet: Callable[[], MetricsRow]
+    metrics: MetricsLog
+
+    def measure(self, step: int, progress: Progress) -> MetricsRow:
+        """The metrics of an evaluation of the weights after ``step``; none without held-out questions."""
+        if self.evaluate is None:
+            return {}
+        result = self.evaluate(progress)
+        if step == 0:
+            return {"eval_accuracy_initial": result.accuracy}
+        return {
+            "eval_accuracy": result.accuracy,
+            "eval_answer_length_mean": result.answer_length_mean,
+            "eval_truncated_rate": result.truncated_rate,
+            "eval_unknown_rate": result.unknown_rate,
+        }

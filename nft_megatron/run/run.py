@@ -1,0 +1,299 @@
+"""A training run under way: what happens around Algorithm 1's lines at each step, on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nft_megatron.base.background import in_background
+from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.batching.batch import MiniBatch
+from nft_megatron.collect.async_collector import CollectAhead
+from nft_megatron.collect.collector import CollectorState
+from nft_megatron.config.schema import Config
+from nft_megatron.lifecycle.stop_requests import StopRequests
+from nft_megatron.lifecycle.watchdog import Watchdog
+from nft_megatron.model.control import first_of, on_main
+from nft_megatron.model.step import StepBatch, Trainer
+from nft_megatron.model.topology import Topology
+from nft_megatron.model.update_stats import UpdateStats
+from nft_megatron.observe.metrics import MetricsRow, PhaseTimer
+from nft_megatron.observe.progress import Progress
+from nft_megatron.run.checkpoints import Checkpoints
+from nft_megatron.run.rank0 import Host
+from nft_megatron.run.weight_sync import Publisher
+
+WATCHED_AS = {"prepare": "update"}
+"""Phases under the deadline of another one."""
+UNWATCHED = "wait"
+"""Waiting for rank 0, or for what goes on in its background: within rollout.step_deadline_seconds."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A step's ledger and the metrics of its collecting."""
+
+    ledger: Path
+    metrics: MetricsRow
+    generated_tokens: int
+
+
+@dataclass
+class Run:
+    """``step`` counts the finished steps. ``host`` is None but on rank 0."""
+
+    config: Config
+    folder: RunFolder
+    topology: Topology
+    trainer: Trainer
+    publisher: Publisher
+    checkpoints: Checkpoints
+    timer: PhaseTimer
+    progress: Progress
+    watchdog: Watchdog
+    stop: StopRequests
+    host: Host | None
+    step: int = 0
+    collected: CollectorState = field(default_factory=CollectorState)
+    _notes: MetricsRow = field(default_factory=dict)
+    """Metrics that were measured between steps, for the next row."""
+    _ahead: CollectAhead | None = None
+    _evaluation: Future[MetricsRow] | None = None
+    _evaluates_beside: bool = False
+    _update: int = 0
+    """Of the step under way, counted from 1."""
+    _num_skipped: int = 0
+    """Updates in a row, up to the last one."""
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Show the phase, count its time, watch it, remember how long it took."""
+        self.progress.phase(name, total)
+        with self.timer.phase(name), self.watchdog.phase(WATCHED_AS.get(name, name)), self.stop.limit.measuring(name):
+            yield
+
+    def start(self) -> None:
+        """Resume from the newest checkpoint, give the engine its weights, evaluate the model that nothing has trained yet."""
+        self.step, collected = self.checkpoints.restore()
+        self.collected = collected or self.collected
+        self.progress.begin(self.step)
+        self.publish(self.step)
+        on_main(self.topology, self._forget_later_metrics)
+        self._evaluates_beside = on_main(self.topology, self._may_evaluate_beside)
+        if self.step == 0:
+            self._evaluate()
+        elif self._is_due_beside(self.step):
+            self._begin_evaluation()  # the process that was to note it in the next row has ended
+        self.timer.finish_step(generated_tokens=0, trained_tokens=0)  # the set-up belongs to no step
+        on_main(self.topology, self._start_collecting)
+
+    def _may_evaluate_beside(self) -> bool:
+        """Whether evaluations go on while the next step is collected and trained."""
+        return self.host is not None and self.host.evaluate is not None and self.host.collector.asker.engine.overlaps
+
+    def _is_due_beside(self, step: int) -> bool:
+        """Not in the last step, whose row comes too early, nor in the one before, as the last row has its own evaluation."""
+        is_due = step % self.config.evaluate.every == 0 and step < self.config.train.num_steps - 1
+        return is_due and self._evaluates_beside
+
+    def _start_collecting(self) -> None:
+        assert self.host is not None
+        if self.config.rollout.max_staleness and self.step < self.config.train.num_steps:
+            last = self.config.train.num_steps
+            self._ahead = CollectAhead(self.host.collector, self.collected, version=self.step, last_step=last)
+
+    def close(self) -> None:
+        """End what goes on in the background; the engine is closed after that."""
+        self.checkpoints.close()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _forget_later_metrics(self) -> None:
+        """Rows of steps after the checkpoint: those steps are trained again, with the same outcome."""
+        assert self.host is not None
+        self.host.metrics.truncate_from(self.step + 1)
+
+    def collect(self, step: int) -> Dataset:
+        """The step's ledger, filled by rank 0 while the others wait.
+
+        Raises :class:`StoppedEarly` after a stop request meanwhile, or when the time left is too short for the step's updates,
+        with the finished steps and groups saved.
+        """
+        self.watchdog.note = f"of step {step}"
+        self.stop.limit.phases = self._phases_of(step)
+
+        def action() -> Dataset:
+            assert self.host is not None
+            if self._ahead is None:
+                collected = self.host.collector.collect(step, self.collected)
+            else:
+                with self.phase("generate"):
+                    collected = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
+            if reason := self.stop.limit.reason():
+                raise StoppedEarly(f"stopped before the updates of step {step} by {reason}; the same command goes on")
+            self.collected = collected.state
+            return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
+
+        try:
+            with self.watchdog.phase("collect" if self.host is not None and self._ahead is None else UNWATCHED):
+                return on_main(self.topology, action)
+        except StoppedEarly:
+            self._finish_saving()
+            if on_main(self.topology, self.folder.latest_step) != self.step > 0:
+                self._save()
+                self._finish_saving()
+            self.stop.clear()
+            raise
+
+    def _phases_of(self, step: int) -> tuple[str, ...]:
+        """What ``step`` brings once it is collected, with the checkpoint after it."""
+        is_evaluated = step == self.config.train.num_steps or step % self.config.evaluate.every == 0
+        waits = ("evaluate",) if is_evaluated or self._is_due_beside(step - 1) else ()
+        saves = ("checkpoint",) * (2 if self.checkpoints.is_under_way else 1)
+        return ("prepare", "update", "publish", *waits, *saves)
+
+    def prepare(self, dataset: Dataset, step: int) -> StepBatch:
+        """Balance the step over ranks, pack it, recompute old log-probs; refuse answers of another policy."""
+        self._update = 0
+        with self.phase("prepare"):
+            batch = self.trainer.prepare(dataset.ledger, step)
+        self._check_mismatch(batch.metrics, f"the answers of step {step}")
+        return batch
+
+    def update(self, minibatch: MiniBatch) -> UpdateStats:
+        """One optimizer step. Raises after ``train.max_skipped_updates`` in a row that were not finite."""
+        self._update += 1
+        stats = self.trainer.update(minibatch)
+        self._num_skipped = self._num_skipped + 1 if stats.applied.problem else 0
+        if self._num_skipped == self.config.train.max_skipped_updates:
+            raise RuntimeError(
+                f"update {self._update} of step {self.step + 1}: {stats.applied.problem}; {self._num_skipped} updates in a row "
+                "(train.max_skipped_updates) were skipped for that, and the run ends before it wastes more time"
+            )
+        self.progress.advance()
+        return stats
+
+    def publish(self, version: int) -> None:
+        """π ← π_θ⁺: the trained weights to the engine, proven by fixed questions where there is a gate."""
+        self._finish_evaluation()  # it is of the weights before these
+        with self.phase("publish"):
+            self.publisher.publish(version)
+            self._pass_gate(version)
+        if self._ahead is not None:
+            self._ahead.published(version)
+
+    def _pass_gate(self, version: int) -> None:
+        def ask() -> Path | None:
+            assert self.host is not None
+            return self.host.gate(version) if self.host.gate is not None else None
+
+        if (answers := on_main(self.topology, ask)) is not None:
+            measured = self.trainer.mismatch(answers, version + 1)
+            self._notes |= {"gate_mean": measured["mismatch_mean"], "gate_max": measured["mismatch_max"]}
+            self._check_mismatch(measured, f"the gate's answers of version {version}")
+
+    def _check_mismatch(self, measured: MetricsRow, what: str) -> None:
+        limit, mean = self.config.rollout.max_mismatch, measured["mismatch_mean"]
+        if not mean <= limit:  # type: ignore[operator]  # NaN is refused too
+            raise UserError(
+                "rollout.max_mismatch", limit,
+                f"in {what} the log-probs of engine and trainer differ by {mean:.3g} nats on average, "
+                f"{measured['mismatch_max']:.3g} at most",
+                "check that the engine serves this model in this dtype, without top-p or penalties, or raise the limit",
+            )  # fmt: skip
+
+    def after_step(self, step: int, dataset: Dataset, batch: StepBatch, updates: Sequence[UpdateStats]) -> None:
+        """Evaluate when it is due, write the metrics, save when it is due or somebody asked to stop.
+
+        Metrics come before the checkpoint: a run killed between the two repeats the step and writes the same row again. The
+        time of saving is part of the next step's row.
+        """
+        self.step = step
+        if self.checkpoints.is_written():
+            self._finish_saving()
+        is_last = step == self.config.train.num_steps
+        if is_last or (step % self.config.evaluate.every == 0 and not self._is_due_beside(step)):
+            self._evaluate()
+        row = {"step": step} | dataset.metrics | batch.metrics | self.trainer.summary(updates)
+        num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
+        on_main(self.topology, lambda: self._write_row(row, num_tokens))
+        self.stop.limit.phases = self._phases_of(step + 1)
+        reason = first_of(self.topology, self.stop.reason())
+        is_asked = on_main(self.topology, self.folder.save_request.exists)
+        if step % self.config.checkpoint.every == 0 or is_last or reason or is_asked:
+            self._save()
+        if is_last or reason or is_asked:
+            self._finish_saving()
+            on_main(self.topology, lambda: self.folder.save_request.unlink(missing_ok=True))
+        if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
+            with self.phase("save"):
+                self.publisher.export(self.folder.export(step))
+        if reason:
+            self.stop.clear()
+        if reason and not is_last:
+            raise StoppedEarly(
+                f"stopped after step {step} by {reason}; everything is saved, the same command goes on from there"
+            )
+        if self._is_due_beside(step):
+            self._begin_evaluation()
+
+    def _evaluate(self) -> None:
+        """Measure the current weights on held-out questions, if there are any, for the next row."""
+        watched = self.watchdog.phase("evaluate" if self.host is not None else UNWATCHED)
+        with self.timer.phase("evaluate"), watched, self.stop.limit.measuring("evaluate"):
+            self._notes |= on_main(self.topology, self._measure)
+
+    def _measure(self) -> MetricsRow:
+        assert self.host is not None
+        return self.host.measure(self.step, self.progress)
+
+    def _begin_evaluation(self) -> None:
+        """The same beside the next step, whose row gets the results."""
+        step, host = self.step, self.host
+        if host is not None:
+            self._evaluation = in_background("evaluate", lambda: host.measure(step, Progress()) | {"eval_step": step})
+
+    def _finish_evaluation(self) -> None:
+        """Wait for the evaluation under way, if there is one."""
+
+        def result() -> MetricsRow:
+            evaluation, self._evaluation = self._evaluation, None
+            if evaluation is None:
+                return {}
+            with self.stop.limit.measuring("evaluate"):
+                return evaluation.result(self.config.rollout.step_deadline_seconds)
+
+        with self.timer.phase("evaluate"), self.watchdog.phase(UNWATCHED):
+            self._notes |= on_main(self.topology, result)
+
+    def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> None:
+        """Write the step's row with its timings."""
+        assert self.host is not None
+        self.folder.check_is_open()
+        timings: MetricsRow = dict(
+            self.timer.finish_step(generated_tokens=num_tokens["generate"], trained_tokens=num_tokens["update"])
+        )
+        row = row | self._notes | timings | self.host.fleet()
+        self.host.metrics.write(row)
+        self.progress.step_done(row)
+        self._notes = {}
+
+    def _save(self) -> None:
+        self._finish_saving()
+        with self.phase("save"):
+            self.checkpoints.save(self.step, self.collected)
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is still being written, if there is one; raises what it failed at."""
+        if self.checkpoints.is_under_way:
+            with self.phase("save"):
+                seconds = self.checkpoints.finish()
+            self.stop.limit.measured("checkpoint", seconds)
+
+    def finish(self) -> None:
+        """Export the trained model. A second call finds it there."""
+        self.publisher.export(self.folder.export(self.step))

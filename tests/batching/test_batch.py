@@ -1,0 +1,245 @@
+"""What all ranks together read from a ledger is what the ledger's groups say, under any layout."""
+
+import dataclasses
+import itertools
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from nft_megatron.algorithms import build_algorithm
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.batching.batch import read_minibatches
+from nft_megatron.batching.minibatches import Layout
+from nft_megatron.data.ledger import write_ledger
+
+STEP, SEED = 3, 11
+CPU = torch.device("cpu")
+ALGORITHMS = {
+    "nft": build_algorithm(name="nft", epsilon=1.0, prompt_weight="one_minus_rate", negative_weight=1.0),
+    "rft": build_algorithm(name="rft"),
+    "dr_grpo": build_algorithm(name="dr_grpo"),
+}
+OMEGA = {"nft": lambda rate: 1 - rate, "rft": lambda rate: 1.0, "dr_grpo": lambda rate: 1.0}  # of a question's share of right
+
+
+def make_group(number, prompt_length, answers, fresh) -> Group:
+    """All tokens of all groups are different, so none can be mistaken for another; so are the engine's log-probs."""
+
+    def answer(index, length, label, version) -> Answer:
+        tokens = np.array([next(fresh) for _ in range(length)], dtype=np.int32)
+        completion = Completion(number, index, tokens, -(tokens / 1024).astype(np.float32), "stop", version, 0.0)
+        return Answer(completion, "", Verdict(label, "", ""))
+
+    prompt = Prompt(f"q{number}", "", "", np.array([next(fresh) for _ in range(prompt_length)], dtype=np.int32))
+    return Group(number, STEP, prompt, tuple(answer(index, *each) for index, each in enumerate(answers)))
+
+
+labels = st.sampled_from(["correct", "wrong", "unknown"])
+answers = st.lists(st.tuples(st.integers(0, 12), labels, st.integers(STEP - 3, STEP - 1)), min_size=1, max_size=5)
+
+
+@st.composite
+def cases(draw):
+    context, tensor = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
+    keep_groups = draw(st.booleans())
+    layout = Layout(
+        num_updates=draw(st.integers(1, 3)),
+        num_ranks=draw(st.integers(1, 3)),
+        # with padding, a sequence has at most 24 tokens and the 5 of a group 120; packs are multiples of 16 at most
+        token_budget=16 * draw(st.integers(8 if keep_groups else 2, 10)),
+        hidden_size=8,
+        denominator=draw(st.sampled_from(["tokens", "sequences", 100.0])),
+        seed=SEED,
+        tensor_size=tensor,
+        context_size=context,
+        count_multiple=draw(st.sampled_from([1, 2, 3])),
+        pad_to_budget=draw(st.booleans()),
+        keep_groups=keep_groups,
+    )
+    fresh = itertools.count(1)
+    drawn = draw(st.lists(st.tuples(st.integers(1, 6), answers), min_size=1, max_size=6))
+    groups = [make_group(number, *each, fresh) for number, each in enumerate(drawn)]
+    fates = draw(st.lists(st.sampled_from(["train", "train", "surplus"]), min_size=len(groups), max_size=len(groups)))
+    return groups, fates, layout, draw(st.sampled_from(sorted(ALGORITHMS)))
+
+
+def judged(group):
+    """The answers that count in D: judged, and not empty."""
+    return [a for a in group.answers if a.verdict.label != "unknown" and len(a.completion.tokens)]
+
+
+def forwarded(groups, name):
+    """The answers that are trained on, each with its group: under RFT right ones, under Dr. GRPO those of mixed groups."""
+    kept = {
+        "nft": lambda group, answer: True,
+        "rft": lambda group, answer: answer.verdict.label == "correct",
+        "dr_grpo": lambda group, answer: group.is_mixed,
+    }[name]
+    return [(g, a) for g in groups for a in judged(g) if kept(g, a)]
+
+
+def expected_tokens(groups, denominator, name):
+    """What every token of a mini-batch of ``groups`` must be trained with, from the records alone."""
+    kept = [answer for group in groups for answer in judged(group)]
+    tokens = sum(len(answer.completion.tokens) for answer in kept)
+    divisor = {"tokens": tokens, "sequences": len(kept)}.get(denominator, denominator)
+    for group, answer in forwarded(groups, name):
+        verdicts = [each.verdict.label for each in group.answers if each.verdict.label != "unknown"]
+        rate = verdicts.count("correct") / len(verdicts)
+        sequence = [*group.prompt.tokens.tolist(), *answer.completion.tokens.tolist()]
+        for t in range(len(group.prompt.tokens), len(sequence)):
+            yield {
+                "target": sequence[t],
+                "input": sequence[t - 1],
+                "position": t - 1,
+                "weight": float(np.float32(OMEGA[name](rate) / divisor)),
+                "is_correct": answer.verdict.label == "correct",
+                "correct_rate": float(np.float32(rate)),
+                "engine_logprob": -sequence[t] / 1024,
+                "advantage": float(np.float32((answer.verdict.label == "correct") - rate)) if name == "dr_grpo" else None,
+                "is_stale": answer.completion.weight_version < STEP - 1,  # a step starts from the version before it
+            }
+
+
+def read_tokens_of(micro_batch):
+    packed = micro_batch.packed
+    columns = {
+        "target": packed.targets_N,
+        "input": packed.input_ids_T[packed.loss_positions_N],
+        "position": packed.position_ids_T[packed.loss_positions_N],
+        "weight": micro_batch.weight_N,
+        "is_correct": micro_batch.is_correct_N,
+        "correct_rate": micro_batch.correct_rate_N,
+        "engine_logprob": micro_batch.engine_logprob_N,
+        "advantage": micro_batch.advantage_N,
+        "is_stale": micro_batch.is_stale_N,
+    }
+    num = len(packed.targets_N)
+    for row in zip(*([None] * num if column is None else column.tolist() for column in columns.values()), strict=True):
+        yield dict(zip(columns, row, strict=True))
+
+
+def count(tokens) -> Counter:
+    return Counter(tuple(token.items()) for token in tokens)
+
+
+def check_packs(packs, groups, layout, name):
+    """``packs``: of every micro-batch on every data-parallel rank, the parts of all context-parallel ranks."""
+    sequence_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
+    group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
+    lengths, homes = Counter(), Counter()
+    for parts in packs:
+        (cu_seqlens,) = {tuple(part.cu_seqlens.tolist()) for part in parts}
+        total = cu_seqlens[-1]
+        assert total == sum(len(part.input_ids_T) for part in parts) <= layout.token_budget
+        assert total == layout.token_budget or not layout.pad_to_budget
+        assert total % (sequence_multiple * layout.tensor_size) == 0
+        lengths.update(np.diff(cu_seqlens).tolist())
+        homes.update({group_of[token] for part in parts for token in part.targets_N.tolist()})
+    real = [len(group.prompt.tokens) + len(answer.completion.tokens) for group, answer in forwarded(groups, name)]
+    padded = Counter(-(-length // sequence_multiple) * sequence_multiple for length in real)
+    assert padded <= lengths and (lengths - padded).total() <= len(packs)  # besides, at most the padding of each pack
+    assert not layout.keep_groups or set(homes.values()) <= {1}
+
+
+@given(cases())
+@settings(deadline=None, max_examples=60)
+def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
+    groups, fates, layout, name = case
+    trained = [group for group, fate in zip(groups, fates, strict=True) if fate == "train" and judged(group)]
+    assume(trained)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Path(folder) / "ledger.parquet"
+        write_ledger(ledger, groups, fates=fates, meta={})
+        ranks = [
+            [read_minibatches(ledger, STEP, ALGORITHMS[name], layout, data, c, CPU) for c in range(layout.context_size)]
+            for data in range(layout.num_ranks)
+        ]
+
+    order = np.random.default_rng([SEED, STEP]).permutation([group.group_id for group in trained])
+    parts = np.array_split(order, min(layout.num_updates, len(trained)))
+    assert {len(minibatches) for contexts in ranks for minibatches in contexts} == {len(parts)}
+    for number, part in enumerate(parts):
+        members = [group for group in trained if group.group_id in part]
+        expected = list(expected_tokens(members, layout.denominator, name))
+        minibatches = [[each[number] for each in contexts] for contexts in ranks]
+        assert {each.num_tokens for contexts in minibatches for each in contexts} == {len(expected)}
+        (num_micro_batches,) = {len(each.micro_batches) for contexts in minibatches for each in contexts}
+        assert num_micro_batches % layout.count_multiple == 0
+        micro_batches = [
+            [each.micro_batches[k] for each in contexts] for contexts in minibatches for k in range(num_micro_batches)
+        ]
+        seen = count(token for shards in micro_batches for shard in shards for token in read_tokens_of(shard))
+        assert seen == count(expected)
+        check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, layout, name)
+
+
+def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
+    answers = [(40, "correct", 2), (40, "wrong", 2)]
+    write_ledger(tmp_path / "ledger.parquet", [make_group(0, 10, answers, itertools.count(1))], fates=["train"], meta={})
+    layout = Layout(
+        num_updates=1, num_ranks=1, token_budget=96, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
+        context_size=1, count_multiple=1, pad_to_budget=False, keep_groups=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 96: .* have 100 tokens; raise it to at least 100"):
+        read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], layout, 0, 0, CPU)
+
+
+def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp_path):
+    """And says of every answer what its tokens say; answers of one question have one number, in every pack from 0."""
+    fresh = itertools.count(1)
+    verdicts = ["correct", "wrong", "unknown", "wrong", "correct"]
+    groups = [make_group(n, 3, [(2 + n + k, verdicts[(n + k) % 5], 2) for k in range(4)], fresh) for n in range(5)]
+    ledger = tmp_path / "ledger.parquet"
+    write_ledger(ledger, groups, fates=["train"] * 5, meta={})
+    layout = Layout(
+        num_updates=2, num_ranks=1, token_budget=128, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
+        context_size=2, count_multiple=1, pad_to_budget=False, keep_groups=True,
+    )  # fmt: skip
+    group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
+    first, second = (
+        read_minibatches(ledger, STEP, build_algorithm("infonca"), layout, 0, context_rank, CPU) for context_rank in range(2)
+    )
+    seen = 0
+    for pack, other in (
+        (m, o) for a, b in zip(first, second, strict=True) for m, o in zip(a.micro_batches, b.micro_batches, strict=True)
+    ):
+        for mine, theirs in zip(pack.answers, other.answers, strict=True):
+            assert mine is theirs is None or torch.equal(mine, theirs)
+        row_N = torch.cat([pack.packed.row_N, other.packed.row_N])
+        target_N = torch.cat([pack.packed.targets_N, other.packed.targets_N]).tolist()
+        assert torch.equal(torch.bincount(row_N), pack.answers.length_R)
+        assert torch.equal(pack.answers.weight_R[row_N], torch.cat([pack.weight_N, other.weight_N]))
+        assert torch.equal(pack.answers.is_correct_R[row_N], torch.cat([pack.is_correct_N, other.is_correct_N]))
+        numbers = {
+            (group_of[target], number) for target, number in zip(target_N, pack.answers.group_R[row_N].tolist(), strict=True)
+        }
+        assert len(numbers) == len({group for group, _ in numbers}) == len({number for _, number in numbers})
+        assert {number for _, number in numbers} == set(range(len(numbers)))
+        seen += len(target_N)
+    assert seen == sum(len(answer.completion.tokens) for group in groups for answer in judged(group))
+
+
+def test_length_and_truncation_reach_the_advantage(tmp_path):
+    """DAPO: one right, one wrong answer, and one that is wrong and cut. s = 1, −1 and −2."""
+    group = make_group(0, 2, [(3, "correct", 2), (4, "wrong", 2), (5, "wrong", 2)], itertools.count(1))
+    cut = dataclasses.replace(group.answers[2].completion, finish_reason="length")
+    answers = (*group.answers[:2], dataclasses.replace(group.answers[2], completion=cut))
+    write_ledger(tmp_path / "ledger.parquet", [dataclasses.replace(group, answers=answers)], fates=["train"], meta={})
+    layout = Layout(
+        num_updates=1, num_ranks=1, token_budget=32, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
+        context_size=1, count_multiple=1, pad_to_budget=False, length_limit=100,
+    )  # fmt: skip
+    (minibatch,) = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("dapo"), layout, 0, 0, CPU)
+    reward = np.array([1.0, -1.0, -2.0])
+    expected = (reward - reward.mean()) / reward.std()
+    (micro_batch,) = minibatch.micro_batches
+    advantage = {n: micro_batch.advantage_N[micro_batch.packed.row_N == n].unique().tolist() for n in range(3)}
+    assert advantage == {n: pytest.approx([expected[n]], rel=1e-6) for n in range(3)}

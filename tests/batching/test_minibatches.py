@@ -1,0 +1,98 @@
+"""The split of a step into mini-batches, and what a layout derives from its sizes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.batching.minibatches import Answers, Layout, plan_minibatches
+
+LAYOUT = Layout(
+    num_updates=3, num_ranks=2, token_budget=64, hidden_size=8, denominator="tokens", seed=5, tensor_size=1, context_size=1,
+    count_multiple=1, pad_to_budget=False,
+)  # fmt: skip
+
+
+def change(**fields) -> Layout:
+    return dataclasses.replace(LAYOUT, **fields)
+
+
+@pytest.fixture
+def answers() -> Answers:
+    """8 groups of 4 answers in no order; one answer in four is not forwarded."""
+    rng = np.random.default_rng(0)
+    group_id = rng.permutation(np.repeat(np.arange(100, 108), 4))
+    answer_lengths = rng.integers(1, 12, 32)
+    return Answers(group_id, answer_lengths + rng.integers(1, 4, 32), answer_lengths, rng.permutation(np.arange(32) % 4 > 0))
+
+
+@pytest.mark.parametrize(
+    ("context", "tensor", "sequence_multiple", "multiple"),
+    [(1, 1, 1, 1), (1, 8, 1, 8), (2, 1, 4, 4), (2, 8, 4, 32), (4, 8, 8, 64)],
+)
+def test_what_sequences_and_packs_are_multiples_of(context, tensor, sequence_multiple, multiple):
+    layout = change(context_size=context, tensor_size=tensor)
+    assert (layout.sequence_multiple, layout.multiple) == (sequence_multiple, multiple)
+
+
+def test_a_budget_that_no_pack_can_have_is_a_user_error():
+    sizes = {"context_size": 2, "tensor_size": 8, "pad_to_budget": True}
+    assert change(**sizes, token_budget=96).multiple == 32
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 100: .* multiples of 32; use 96 or 128$"):
+        change(**sizes, token_budget=100)
+    with pytest.raises(UserError, match=r"use 32$"):
+        change(**sizes, token_budget=31)
+    assert change(**(sizes | {"pad_to_budget": False}), token_budget=100).token_budget == 100  # packs then end below it
+
+
+def rows_of(plan) -> list[int]:
+    return sorted(row for rank in plan.rows_of for members in rank for row in members.tolist())
+
+
+def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answers):
+    plans = plan_minibatches(answers, 7, LAYOUT)
+    parts = np.array_split(np.random.default_rng([5, 7]).permutation(np.arange(100, 108)), 3)  # by (seed, step)
+    assert [len(part) for part in parts] == [3, 3, 2]
+    for plan, part in zip(plans, parts, strict=True):
+        members = [row for row in range(32) if answers.group_id[row] in part]
+        assert rows_of(plan) == [row for row in members if answers.is_forwarded[row]]
+        assert plan.denominator == sum(answers.answer_lengths[row] for row in members)
+        assert plan.num_tokens == sum(answers.answer_lengths[row] for row in members if answers.is_forwarded[row])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_ranks": 5},
+        {"token_budget": 200},
+        {"context_size": 4, "tensor_size": 2},
+        {"count_multiple": 4, "pad_to_budget": True},
+        {"keep_groups": True},
+    ],
+)
+def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
+    usual, other = plan_minibatches(answers, 7, LAYOUT), plan_minibatches(answers, 7, change(**fields))
+    assert [(rows_of(p), p.denominator, p.num_tokens) for p in other] == [
+        (rows_of(p), p.denominator, p.num_tokens) for p in usual
+    ]
+
+
+def test_padding_of_sequences_is_planned_for():
+    two = Answers(np.array([1, 1]), np.array([5, 5]), np.array([4, 4]), np.array([True, True]))
+    for context, expected in ((1, [[0, 1]]), (2, [[0], [1]])):  # 5 + 5 tokens, or 8 + 8
+        (plan,) = plan_minibatches(two, 1, change(num_ranks=1, token_budget=12, context_size=context))
+        assert [members.tolist() for members in plan.rows_of[0]] == expected
+
+
+def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
+    def homes(layout):
+        """In how many micro-batches each group is, and how many there are on each rank, of every mini-batch."""
+        for plan in plan_minibatches(answers, 7, layout):
+            places = [members for rank in plan.rows_of for members in rank]
+            groups = [set(answers.group_id[members].tolist()) for members in places]
+            yield {group: sum(group in each for each in groups) for group in set().union(*groups)}, [*map(len, plan.rows_of)]
+
+    whole = list(homes(change(keep_groups=True, count_multiple=4)))
+    assert all(set(counts.values()) == {1} and lengths == [4, 4] for counts, lengths in whole)
+    assert any(max(counts.values()) > 1 for counts, _ in homes(LAYOUT))  # not by itself

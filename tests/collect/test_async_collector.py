@@ -1,0 +1,244 @@
+"""Collecting ahead of training, evaluating beside it, and the gate between engine and trainer."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2ForCausalLM
+from waiting import until
+
+from nft_megatron.base.errors import StoppedEarly
+from nft_megatron.base.records import Request, Sampling
+from nft_megatron.collect.async_collector import CollectAhead
+from nft_megatron.collect.collector import Collected, CollectorState
+from nft_megatron.config.schema import RolloutSection
+from nft_megatron.data.ledger import read_groups, read_index
+from nft_megatron.observe.metrics import PhaseTimer
+from nft_megatron.observe.progress import Progress
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.exclusive import ExclusiveEngine
+
+
+def ledgers(run: Path) -> list[Path]:
+    return sorted((run / "ledger").glob("step_*.parquet"))
+
+
+@pytest.mark.parametrize(("staleness", "num_steps"), [(1, 6), (2, 5)])
+def test_a_run_ahead_trains_on_answers_within_the_bound(run_config, command, metrics_of, tmp_path, staleness, num_steps):
+    config = run_config(
+        rollout={"max_staleness": staleness, "questions_per_step": 2}, train={"num_steps": num_steps}, evaluate={"every": 2},
+        checkpoint={"every": 2, "export_every": 2, "keep": 9},
+    )  # fmt: skip
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, num_steps + 1))
+    for row, path in zip(rows, ledgers(tmp_path / "run"), strict=True):
+        index = read_index(path)
+        versions = index.weight_version[index.fate == "train"]
+        assert row["staleness_max"] == row["step"] - 1 - versions.min() <= staleness
+    assert max(row["staleness_max"] for row in rows) >= 1
+    asked = [group.group_id for path in ledgers(tmp_path / "run") for group, fate in read_groups(path) if fate == "train"]
+    assert len(set(asked)) == len(asked) == 2 * num_steps, "no group is trained twice"
+    evaluated = {row["step"]: row.get("eval_step", row["step"]) for row in rows if "eval_accuracy" in row}
+    assert evaluated == ({3: 2, 5: 4, 6: 6} if num_steps == 6 else {3: 2, 4: 4, 5: 5})
+    accuracy = {row.get("eval_step", row["step"]): row["eval_accuracy"] for row in rows if "eval_accuracy" in row}
+    for step, measured in accuracy.items():
+        assert measured == pytest.approx(greedy_accuracy(tmp_path / "run" / "hf" / f"step_{step:06d}"))
+
+
+def greedy_accuracy(folder: Path) -> float:
+    """Of the exported model in transformers, on the sums of conftest's question_file."""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    sums = [(a, b) for a in range(5) for b in range(5 - a)]
+    right = []
+    for a, b in sums:
+        ids = torch.tensor([tokenizer(f"What is {a} + {b}\n").input_ids])
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        ended = int(answer[-1]) in model.generation_config.eos_token_id
+        right.append(ended and tokenizer.decode(answer.tolist()).endswith(f"\\boxed{{{a + b}}}"))
+    return float(np.mean(right))
+
+
+def test_a_killed_run_ahead_goes_on_with_nothing_lost_or_doubled(run_config, command, start, metrics_of, tmp_path):
+    config, run = run_config(rollout={"max_staleness": 1}, train={"num_steps": 8}), tmp_path / "run"
+    for after in (2, 4):
+        process = start("train", config)
+        until(lambda after=after: len(ledgers(run)) >= after, process=process)
+        process.signal(9)
+        process.wait()
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, 9))
+    trained = [group.group_id for path in ledgers(run) for group, fate in read_groups(path) if fate == "train"]
+    assert len(trained) == len(set(trained)) == 8 * 4
+    assert all(row["staleness_max"] <= 1 for row in metrics_of(run))
+
+
+def test_a_run_ahead_stops_with_everything_saved(run_config, start, command, metrics_of, tmp_path):
+    config, run = (
+        run_config(rollout={"max_staleness": 1}, train={"num_steps": 300}, checkpoint={"every": 1000}),
+        tmp_path / "run",
+    )
+    process = start("train", config)
+    until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process=process)
+    (run / "stop").touch()
+    outcome = process.wait()
+    assert outcome.returncode == 75, outcome.stderr
+    steps = metrics_of(run)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{steps:06d}"
+    assert command("train", config, f"train.num_steps={steps + 1}").returncode == 0
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, steps + 2))
+
+
+@dataclass(frozen=True)
+class FakeAsker:
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class FakeCollector:
+    """Notes each step with the version that the engine held when its collecting began."""
+
+    settings: RolloutSection
+    began: list
+    version: list
+    asker: FakeAsker = FakeAsker()
+    interrupted: object = None
+    fails_at: int = 0
+
+    def collect(self, step: int, state: CollectorState) -> Collected:
+        if step == self.fails_at:
+            raise ConnectionError("the network is away")
+        self.began.append((step, self.version[0]))
+        return Collected(Path(f"{step}"), {}, CollectorState(cursor=state.cursor + 1), 0)
+
+
+def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
+    began, versions = [], [version]
+    collector = FakeCollector(RolloutSection(max_staleness=staleness), began, versions, fails_at=fails_at)
+    return CollectAhead(collector, CollectorState(), version=version, last_step=last_step), began, versions
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
+    """Step k needs version k − 1 − s. Steps that may begin do so without being asked for."""
+    collecting, began, versions = ahead(staleness, last_step=9)
+    for step in range(1, 10):
+        until(lambda step=step: len(began) >= min(step + staleness, 9))
+        time.sleep(0.01)
+        assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
+        taken = collecting.take(step, 10.0, lambda: None)
+        assert (taken.ledger, taken.state.cursor) == (Path(f"{step}"), step)
+        versions[0] = step
+        collecting.published(step)
+    assert all(step - 1 - version <= staleness for step, version in began)
+    collecting.close()
+
+
+def test_what_ends_the_collecting_ends_the_run():
+    collecting, _, _ = ahead(1, last_step=5, fails_at=2)
+    assert collecting.take(1, 10.0, lambda: None).ledger == Path("1")
+    with pytest.raises(ConnectionError, match="the network is away"):
+        collecting.take(2, 10.0, lambda: None)
+
+
+def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
+    collecting, _, _ = ahead(1, last_step=5)
+    with pytest.raises(TimeoutError, match="step 3 was not collected within 0 s"):
+        collecting.take(3, 0.1, lambda: None)
+    with pytest.raises(StoppedEarly, match="while step 3 was collected by a test"):
+        collecting.take(3, 10.0, lambda: "a test")
+    collecting.close()
+    assert not collecting._thread.is_alive()
+
+
+class SlowEngine:
+    """Takes its time, and fails when two things happen at once. While ``may_end`` is clear nothing ends."""
+
+    overlaps = False
+
+    def __init__(self) -> None:
+        self.busy, self.log, self.may_end = threading.Lock(), [], threading.Event()
+        self.may_end.set()
+
+    def _alone(self, what: str):
+        assert self.busy.acquire(blocking=False), f"{what} while busy"
+        self.log.append(what)
+        assert self.may_end.wait(10)
+        time.sleep(0.002)
+        self.busy.release()
+
+    def load(self, tensors, version):
+        self._alone(f"load {version}")
+        return "receipt"
+
+    def generate(self, requests, sampling, given_up=frozenset()):
+        for request in requests:
+            self._alone(f"answer {request.request_id}")
+            yield request.request_id
+
+    def close(self):
+        pass
+
+
+def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
+    slow = SlowEngine()
+    engine = ExclusiveEngine(slow, deadline_seconds=10.0)
+
+    def ask(first: int) -> None:
+        requests = [Request(first + i, np.array([1]), (0,)) for i in range(4)]
+        assert list(engine.generate(requests, Sampling())) == [first + i for i in range(4)]
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in (0, 10, 20)]
+    receipts: list[str] = []
+    threads.append(threading.Thread(target=lambda: receipts.append(engine.load([], 7))))
+    slow.may_end.clear()
+    for thread in threads:
+        thread.start()
+        until(lambda: slow.log)
+    until(lambda: engine._num_loads_waiting)
+    slow.may_end.set()
+    for thread in threads:
+        thread.join(10)
+    assert receipts == ["receipt"]
+    assert slow.log[4] == "load 7", "it waits for the answers under way and for nothing else"
+    calls = [line for line in slow.log if line != "load 7"]
+    assert [calls[i : i + 4] for i in (0, 4, 8)] == [[f"answer {first + i}" for i in range(4)] for first in (0, 10, 20)] or [
+        calls[i : i + 4] for i in (0, 4, 8)
+    ] == [[f"answer {first + i}" for i in range(4)] for first in (0, 20, 10)]
+
+
+def test_a_turn_that_does_not_come_is_a_fault():
+    engine = ExclusiveEngine(SlowEngine(), deadline_seconds=0.05)
+    under_way = engine.generate([Request(0, np.array([1]), (0,)), Request(1, np.array([1]), (0,))], Sampling())
+    next(under_way)
+    with pytest.raises(EngineFault, match="busy for 0 s"):
+        engine.load([], 1)
+    under_way.close()
+    assert engine.load([], 1) == "receipt"
+
+
+def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, command, metrics_of, tmp_path):
+    config = run_config(rollout={"gate_questions": 5, "gate_tokens": 2}, train={"num_steps": 2})
+    assert command("train", config).returncode == 0
+    rows = metrics_of(tmp_path / "run")
+    assert all(0 < row["gate_mean"] <= row["gate_max"] < 1e-5 for row in rows)
+    answers = [answer for group, _ in read_groups(tmp_path / "run" / "ledger" / "gate.parquet") for answer in group.answers]
+    assert len(answers) == 5
+    assert all(answer.completion.weight_version == 2 and len(answer.completion.tokens) <= 2 for answer in answers)
+
+
+@pytest.mark.parametrize("gate", [0, 4])
+def test_an_engine_unlike_the_trainer_is_refused_before_the_first_update(run_config, command, tmp_path, gate):
+    """Float32 noise is beyond a limit of 1e-12: found by the gate, or else in the step's own answers."""
+    refused = command("train", run_config(rollout={"gate_questions": gate, "max_mismatch": 1e-12}))
+    assert refused.returncode == 2
+    what = "the gate's answers of version 0" if gate else "the answers of step 1"
+    assert f"rollout.max_mismatch = 1e-12: in {what} the log-probs of engine and trainer differ by" in refused.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()

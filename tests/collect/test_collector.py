@@ -1,0 +1,356 @@
+"""Collecting with the real engine and verifier; a wrapper around the engine counts, and fails when told to."""
+
+import contextlib
+import re
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.collect import generate_and_grade as ask
+from nft_megatron.collect.build import open_asker, read_prompts, training_sampling
+from nft_megatron.collect.collector import Collector, CollectorState
+from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.config.load import load_config
+from nft_megatron.data.ledger import read_groups, read_index
+from nft_megatron.data.prompts import PromptOrder
+from nft_megatron.data.tokenizer import load_tokenizer
+from nft_megatron.observe.metrics import METRICS, PhaseTimer
+from nft_megatron.observe.progress import Progress
+from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.weights import read_shape, weight_table
+from nft_megatron.weights.hf_reader import HFReader
+
+
+class Counting:
+    """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0).
+
+    ``version`` is what its answers say of their weights.
+    """
+
+    def __init__(self, engine, fails_in=None) -> None:
+        self.engine, self.fails_in, self.rounds, self.aborts, self.version = engine, fails_in, [], False, 0
+
+    def generate(self, requests, sampling, given_up=frozenset()):
+        self.rounds.append([request.request_id for request in requests])
+        for number, completion in enumerate(self.engine.generate(requests, sampling, given_up)):
+            if len(self.rounds) - 1 == self.fails_in and number == 3:
+                raise ConnectionError("the power went out")
+            version = self.version(completion) if callable(self.version) else self.version
+            completion = replace(completion, weight_version=version)
+            yield replace(completion, finish_reason="abort") if self.aborts else completion
+
+
+@pytest.fixture
+def collector(run_config, model_folder):
+    """Builds a collector on its own run folder; all share one engine."""
+    with contextlib.ExitStack() as stack:
+        config = load_config(run_config())
+        tokenizer = load_tokenizer(model_folder)
+        asker = open_asker(config, model_folder, tokenizer, stack, PhaseTimer(), Progress())
+        with HFReader(model_folder) as reader:
+            shapes = weight_table(read_shape(model_folder)).shapes
+            asker.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
+        order = PromptOrder(read_prompts(config, tokenizer, "data.train").prompts, seed=0)
+
+        def build(folder, fails_in=None, **settings) -> Collector:
+            folder.mkdir(exist_ok=True)
+            (folder / "lock").touch()  # as if it were open
+            return Collector(
+                RunFolder(folder),
+                order,
+                replace(asker, engine=Counting(asker.engine, fails_in)),
+                training_sampling(config, model_folder, tokenizer),
+                config.rollout.model_copy(update={"oversample": 1.0, **settings}),
+            )
+
+        yield build
+
+
+def content(path):
+    return [
+        (g.group_id, g.prompt.question_id, fate, [(a.completion.tokens.tolist(), a.text, a.verdict.label) for a in g.answers])
+        for g, fate in read_groups(path)
+    ]
+
+
+def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector, tmp_path):
+    built = collector(tmp_path / "run")
+    collected = built.collect(1, CollectorState())
+    index = read_index(collected.ledger)
+    asked = [position for asked_round in built.asker.engine.rounds for position in asked_round]
+    assert asked == list(range(collected.state.cursor)) == list(range(collected.metrics["groups_sampled"]))
+    groups = np.unique(index.group_id)
+    assert len(groups) == 4 == collected.metrics["groups_trained"]
+    for group in groups:
+        member = index.group_id == group
+        assert member.sum() == 8
+        assert index.correct_rate[member].tolist() == [index.is_correct[member].mean()] * 8
+        assert 0 < index.correct_rate[member][0] < 1
+    for group, _ in read_groups(collected.ledger):
+        gold = group.prompt.gold
+        for answer in group.answers:
+            right = answer.completion.finish_reason == "stop" and answer.text.endswith(f"\\boxed{{{gold}}}")
+            assert (answer.verdict.label == "correct") == right, answer
+    assert collected.metrics["rounds"] == len(built.asker.engine.rounds)
+    assert collected.state.mixed_rate == pytest.approx(collected.metrics["groups_mixed"] / len(asked))
+
+
+@dataclass
+class Recording:
+    """The asker, and every prompt with its answers."""
+
+    asker: Asker
+    asked: list = field(default_factory=list)
+
+    def __getattr__(self, name):
+        return getattr(self.asker, name)
+
+    def stream(self, prompts, *arguments, **named):
+        for prompt_id, answers in self.asker.stream(prompts, *arguments, **named):
+            self.asked.append((prompts[prompt_id], answers))
+            yield prompt_id, answers
+
+
+def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
+    """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos>, or at the limit."""
+    built = collector(tmp_path / "run")
+    recording = Recording(built.asker)
+    metrics = replace(built, asker=recording).collect(1, CollectorState()).metrics
+    expected = Counter()
+    for prompt, answers in recording.asked:
+        for answer in answers:
+            box = re.search(r"\\boxed\{(.)\}", answer.text)
+            decided = "no closed box" if box is None else "exact" if box[1] == prompt.gold else "another number"
+            expected["truncated" if answer.completion.finish_reason == "length" else decided] += 1
+    assert len(expected) == 4, "all four ways occur"
+    shares = {f"verdict/{reason}": count / expected.total() for reason, count in expected.items()}
+    assert {name: value for name, value in metrics.items() if name.startswith("verdict/")} == pytest.approx(shares)
+    assert shares.keys() <= METRICS.keys()
+    assert metrics["verdict/truncated"] == pytest.approx(metrics["truncated_rate"])
+
+
+def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
+    settings = {"questions_per_step": 12}  # in rounds of those that are missing
+    whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    assert whole.metrics["rounds"] >= 3
+    broken = collector(tmp_path / "broken", fails_in=2, **settings)
+    with pytest.raises(ConnectionError):
+        broken.collect(1, CollectorState())
+    assert not RunFolder(tmp_path / "broken").ledger(1).exists()
+    resumed = collector(tmp_path / "broken", **settings)
+    collected = resumed.collect(1, CollectorState())
+    assert resumed.asker.engine.rounds[0] == broken.asker.engine.rounds[2]
+    assert len(resumed.asker.engine.rounds) == whole.metrics["rounds"] - 2
+    assert content(collected.ledger) == content(whole.ledger)
+    assert collected.metrics == whole.metrics
+    assert not RunFolder(tmp_path / "broken").rounds(1)
+    again = collector(tmp_path / "broken", **settings)
+    assert again.collect(1, CollectorState()).metrics == whole.metrics
+    assert again.asker.engine.rounds == []
+
+
+def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
+    built = collector(tmp_path / "run", questions_per_step=2, oversample=4.0, max_staleness=1)
+    first = built.collect(1, CollectorState())
+    surplus = first.state.surplus
+    assert len(surplus) == first.metrics["groups_surplus"] > 2
+    first.state.save(tmp_path / "collector.parquet")
+    restored = CollectorState.load(tmp_path / "collector.parquet")
+    assert (restored.cursor, restored.mixed_rate) == (first.state.cursor, first.state.mixed_rate)
+    second = built.collect(2, restored)
+    trained = [group.group_id for group, fate in read_groups(second.ledger) if fate == "train"]
+    assert trained == [group.group_id for group in surplus[:2]]
+    assert second.metrics["staleness_max"] == 1
+    assert second.metrics["groups_sampled"] == 0
+    built.asker.engine.version = 2
+    third = built.collect(3, second.state)
+    assert third.metrics["staleness_max"] == 0
+    assert third.metrics["answers_too_old"] == 8 * len(second.state.surplus) > 0
+    assert all(group.step == 3 for group, _ in read_groups(third.ledger))
+
+
+def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path):
+    """Half of each group's answers began on weights that are too old: r̂ is over the other half."""
+    built = collector(tmp_path / "run", max_staleness=1)
+    recording = Recording(built.asker)
+    engine = built.asker.engine
+    engine.version = lambda completion: 3 - completion.index % 2
+    collected = replace(built, asker=recording).collect(5, CollectorState())
+    assert collected.metrics["answers_too_old"] == sum(len(answers) for _, answers in recording.asked) / 2
+    assert collected.metrics["staleness_max"] == 1
+    rates = {}
+    for prompt, answers in recording.asked:
+        kept = [answer.verdict.label == "correct" for answer in answers[::2]]
+        rates[prompt.question_id] = np.mean(kept)
+    groups = [group for group, fate in read_groups(collected.ledger) if fate == "train"]
+    assert len(groups) == 4
+    for group in groups:
+        assert len(group.answers) == 4
+        assert group.correct_rate == rates[group.prompt.question_id]
+
+
+@pytest.mark.parametrize(("save_seconds", "num_parts"), [(1e-9, 4), (1e9, 1)])
+def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, monkeypatch, save_seconds, num_parts):
+    monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that nobody looks but after each group
+    settings = {"save_seconds": save_seconds, "oversample": 4.0}
+    whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    broken = collector(tmp_path / "broken", **settings)
+    asked = iter(range(3))
+    stopping = replace(broken, interrupted=lambda: None if next(asked, None) is not None else "a test")
+    with pytest.raises(StoppedEarly, match="stopped while collecting step 1 by a test"):
+        stopping.collect(1, CollectorState())
+    parts = RunFolder(tmp_path / "broken").round_parts(1, 0)
+    saved = {group.group_id for part in parts for group, _ in read_groups(part)}
+    assert len(parts) == num_parts and len(saved) == 4
+    resumed = collector(tmp_path / "broken", **settings)
+    collected = resumed.collect(1, CollectorState())
+    assert resumed.asker.engine.rounds[0] == [i for i in range(16) if i not in saved]
+    assert content(collected.ledger) == content(whole.ledger)
+    assert not RunFolder(tmp_path / "broken").rounds(1)
+
+
+class Silent(Counting):
+    """After 20 answers it says nothing until nobody wants the rest, as servers may for minutes."""
+
+    is_silent = False
+
+    def generate(self, requests, sampling, given_up=frozenset()):
+        limit = time.monotonic() + 60
+        for number, completion in enumerate(super().generate(requests, sampling, given_up)):
+            self.is_silent = number >= 20
+            while self.is_silent and not all(request.request_id in given_up for request in requests):
+                assert time.monotonic() < limit, "the request to stop was not seen"
+                time.sleep(0.01)
+            if self.is_silent:
+                return
+            yield completion
+
+
+def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
+    whole = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
+    built = collector(tmp_path / "run", oversample=4.0)
+    engine = Silent(built.asker.engine)
+    stopping = replace(
+        built, asker=replace(built.asker, engine=engine), interrupted=lambda: "a test" if engine.is_silent else None
+    )
+    with pytest.raises(StoppedEarly, match="by a test"):
+        stopping.collect(1, CollectorState())
+    parts = RunFolder(tmp_path / "run").round_parts(1, 0)
+    assert all(len(group.answers) == 8 for part in parts for group, _ in read_groups(part)), "finished ones alone"
+    assert not RunFolder(tmp_path / "run").ledger_round(1, 0).exists()
+    assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState()).ledger) == content(whole.ledger)
+
+
+def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
+    built = collector(tmp_path / "run", stop_at_quota=True, oversample=8.0)
+    recording = Recording(built.asker)
+    collected = replace(built, asker=recording).collect(1, CollectorState())
+    verdicts = [[answer.verdict.label for answer in answers] for _, answers in recording.asked]
+    assert len([labels for labels in verdicts if len(set(labels)) == 2]) == 4
+    assert collected.state.cursor == 32
+    assert collected.metrics["groups_abandoned"] == 32 - len(verdicts) > 0
+    assert collected.metrics["groups_surplus"] == 0
+
+
+def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collector, tmp_path):
+    plain = collector(tmp_path / "plain", oversample=4.0)
+    recording = Recording(plain.asker)
+    replace(plain, asker=recording).collect(1, CollectorState())
+    saving = collector(tmp_path / "saving", oversample=4.0, give_up_after=7)
+    kept = Recording(saving.asker)
+    collected = replace(saving, asker=kept).collect(1, CollectorState())
+    assert len(kept.asked) == 16 - collected.metrics["groups_abandoned"] < 16
+    for prompt, answers in recording.asked:
+        if prompt.question_id not in {each.question_id for each, _ in kept.asked}:
+            labels = [answer.verdict.label for answer in answers]
+            assert max(labels.count("correct"), labels.count("wrong")) >= 7, "at most its last verdict could differ"
+
+
+class Reversed:
+    """The engine under another order of answers."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.hints = engine, []
+
+    def generate(self, requests, sampling, given_up=frozenset()):
+        self.hints.append([request.expected_tokens for request in requests])
+        yield from reversed(list(self.engine.generate(requests, sampling)))
+
+
+def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
+    whole = collector(tmp_path / "whole").collect(1, CollectorState())
+    built = collector(tmp_path / "reversed")
+    other = replace(built, asker=replace(built.asker, engine=Reversed(built.asker.engine)))
+    collected = other.collect(1, CollectorState())
+    assert content(collected.ledger) == content(whole.ledger)
+    assert collected.metrics == whole.metrics
+
+
+def test_lengths_of_earlier_answers_are_a_hint_to_the_engine(collector, tmp_path):
+    built = collector(tmp_path / "run", oversample=4.0, questions_per_step=8)
+    engine = Reversed(built.asker.engine)
+    recording = Recording(replace(built.asker, engine=engine))
+    other = replace(built, asker=recording)
+    first = other.collect(1, CollectorState())
+    built.asker.engine.version = 1
+    last_answers = {prompt.question_id: answers for prompt, answers in recording.asked}
+    num_rounds = len(engine.hints)
+    other.collect(2, first.state)
+    hints = engine.hints[num_rounds]
+    asked = built.order.take(first.state.cursor, len(hints))
+    known = [(last_answers[p.question_id], hint) for p, hint in zip(asked, hints, strict=True) if p.question_id in last_answers]
+    assert known
+    for answers, hint in known:
+        assert abs(hint - np.mean([len(answer.completion.tokens) for answer in answers])) <= 0.5
+
+
+def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
+    collected = collector(tmp_path / "run", questions_per_step=60, max_rounds=1).collect(1, CollectorState())
+    assert 0 < collected.metrics["groups_trained"] < 60
+    assert f"trains on {collected.metrics['groups_trained']} of 60 questions" in caplog.text
+
+
+def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
+    built = collector(tmp_path / "run")
+    built.asker.engine.aborts = True
+    with pytest.raises(EngineFault, match="broke off 32 of 32 answers"):
+        built.collect(1, CollectorState())
+    assert not RunFolder(tmp_path / "run").rounds(1)
+    whole = collector(tmp_path / "run").collect(1, CollectorState())
+    assert whole.metrics["unknown_rate"] == 0
+
+
+def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path):
+    built = collector(tmp_path / "run")
+    state = built.collect(1, CollectorState()).state
+    shorter = PromptOrder(built.order.prompts[1:], seed=0)
+    with pytest.raises(UserError, match="14 questions: are not those that this run began with"):
+        replace(built, order=shorter).collect(2, state)
+    with pytest.raises(UserError, match="are not those that this run began with"):
+        replace(built, order=shorter).collect(1, CollectorState())  # its ledger is there, its checkpoint is not
+
+
+def test_no_mixed_group_is_the_users_error(collector, tmp_path):
+    built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
+    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \("):
+        built.collect(1, CollectorState())
+
+
+@pytest.mark.parametrize(("missing", "rate", "expected"), [(100, None, 300), (100, 0.5, 215), (100, 0.01, 300), (10, 1.0, 10)])
+def test_round_size(collector, tmp_path, missing, rate, expected):
+    """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never beyond 3 × 100; a rate of 1 asks no more than needed."""
+    assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
+
+
+def test_a_run_folder_that_has_gone_away_is_not_made_again(collector, tmp_path):
+    collect = collector(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(OSError, match="the run folder has gone away"):
+        collect.collect(1, CollectorState())
+    assert not (tmp_path / "run").exists()

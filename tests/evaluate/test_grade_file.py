@@ -1,0 +1,108 @@
+"""``nft-megatron verify`` on small files."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.evaluate.grade_file import verify_file
+
+ROWS = [
+    {"id": 7, "text": r"so \boxed{34}", "gold": "34"},
+    {"id": 8, "text": r"\boxed{35}", "gold": 34},
+    {"id": 9, "text": "It is 34.", "gold": "34", "note": "ü"},
+    {"id": 10, "text": r"\boxed{34}", "gold": "34", "finish_reason": "length"},
+    {"id": 11, "text": r"\boxed{34}", "gold": "34", "finish_reason": "abort"},
+    {"id": 12, "text": r"\boxed{34}", "gold": "34", "finish_reason": "stop"},
+]
+EXPECTED = [
+    ("correct", "exact"), ("wrong", "another number"), ("wrong", "no closed box"), ("wrong", "truncated"),
+    ("unknown", "engine fault"), ("correct", "exact"),
+]  # fmt: skip
+FIELDS = {"answer_field": "text", "gold_field": "gold", "mode": "strict"}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_come_back_with_verdicts(tmp_path, capsys):
+    out = tmp_path / "folder" / "out.jsonl"
+    verify_file(write_jsonl(tmp_path / "answers.jsonl", ROWS), out=out, **FIELDS)
+    graded = [row | {"verdict": label, "reason": reason} for row, (label, reason) in zip(ROWS, EXPECTED, strict=True)]
+    assert read_jsonl(out) == graded
+    printed = capsys.readouterr().out.split()
+    assert "2 33.33%" in " ".join(printed), "two of six are exact"
+    assert " ".join(printed).endswith(f"correct 33.33%, wrong 50.00%, unknown 16.67% of 6 answers {out}")
+
+
+def test_parquet_and_other_field_names(tmp_path):
+    rows = [{"pred": row["text"], "answer": str(row["gold"]), "id": row["id"]} for row in ROWS[:3]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "answers.parquet")
+    out = tmp_path / "out.jsonl"
+    verify_file(tmp_path / "answers.parquet", answer_field="pred", gold_field="answer", mode="dapo", out=out)
+    assert [(row["id"], row["verdict"]) for row in read_jsonl(out)] == [(7, "correct"), (8, "wrong"), (9, "wrong")]
+
+
+def test_more_rows_than_are_read_ahead(tmp_path):
+    path = write_jsonl(tmp_path / "many.jsonl", [{"text": rf"\boxed{{{i}}}", "gold": i - i % 2} for i in range(3000)])
+    verify_file(path, out=tmp_path / "out.jsonl", **FIELDS)
+    assert [row["verdict"] == "correct" for row in read_jsonl(tmp_path / "out.jsonl")] == [i % 2 == 0 for i in range(3000)]
+
+
+def test_the_command_line(tmp_path, command):
+    path = write_jsonl(tmp_path / "answers.jsonl", [{"pred_text": "Answer: 34", "gold": "34"}])
+    outcome = command("verify", path, "--answer-field", "pred_text", "--mode", "dapo", "--out", tmp_path / "out.jsonl")
+    assert outcome.returncode == 0, outcome.stderr
+    assert read_jsonl(tmp_path / "out.jsonl")[0]["verdict"] == "correct"
+
+
+def test_a_file_can_be_graded_in_place(tmp_path):
+    path = write_jsonl(tmp_path / "answers.jsonl", ROWS[:2])
+    for _ in range(2):  # the second time the fields are there already
+        verify_file(path, out=path, **FIELDS)
+    assert [(row["id"], row["verdict"]) for row in read_jsonl(path)] == [(7, "correct"), (8, "wrong")]
+
+
+BAD = [
+    # (content or None, what the message names)
+    (None, ("no such file", "check the path")),
+    ('{"text": "a", "gold": "1"}\n\n{"text": \n', ("line 3", "not JSON", "correct that line")),
+    ('["a"]\n', ("line 1", "not a JSON object")),
+    ('{"text": "a", "gold": "1"}\n{"answer": "a", "gold": "1"}\n', ("line 2", "'text'", "answer, gold", "--answer-field")),
+    ('{"text": "a"}\n', ("line 1", "'gold'", "--gold-field")),
+    ('{"text": null, "gold": "1"}\n', ("line 1", "'text' is no text but NoneType")),
+    ('{"text": "a", "gold": [1]}\n', ("line 1", "'gold'", "[1]")),
+    ('{"text": "a", "gold": " "}\n', ("line 1", "'gold'")),
+    ("\udcff\n", ("line 1", "not JSON")),
+]
+
+
+@pytest.mark.parametrize(("content", "named"), BAD)
+def test_bad_input_names_file_line_field_and_remedy(tmp_path, content, named):
+    path = tmp_path / "answers.jsonl"
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as raised:
+        verify_file(path, out=tmp_path / "out.jsonl", **FIELDS)
+    assert all(part in str(raised.value) for part in (str(path), *named)), str(raised.value)
+    assert list(tmp_path.iterdir()) == ([path] if content is not None else []), "nothing half-written is left"
+
+
+def test_other_bad_input(tmp_path):
+    path = write_jsonl(tmp_path / "answers.jsonl", ROWS)
+    with pytest.raises(UserError, match="no such mode; use one of strict, math-verify, dapo, simplerl"):
+        verify_file(path, **{**FIELDS, "mode": "exact"})
+    (tmp_path / "answers.csv").write_text("")
+    with pytest.raises(UserError, match=r"use \.jsonl or \.parquet"):
+        verify_file(tmp_path / "answers.csv", **FIELDS)
+    (tmp_path / "answers.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        verify_file(tmp_path / "answers.parquet", **FIELDS)

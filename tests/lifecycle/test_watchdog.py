@@ -1,0 +1,111 @@
+"""A rank that stands still ends within its deadline and says where."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from waiting import until
+
+from nft_megatron.base.rank_info import place
+from nft_megatron.config.load import load_config
+from nft_megatron.lifecycle.exit_report import read_endings
+from nft_megatron.lifecycle.watchdog import LifeSigns, Watchdog
+from nft_megatron.run.build import longest_silences
+
+
+class Recorder:
+    """Takes the place of progress display and of the process's end."""
+
+    def __init__(self) -> None:
+        self.codes, self.advanced = [], 0
+
+    def end(self, code: int) -> None:
+        self.codes.append(code)
+
+    def advance(self, count: int) -> None:
+        self.advanced += count
+
+
+@pytest.fixture
+def watch(tmp_path):
+    dogs = []
+
+    def build(**deadlines):
+        recorder = Recorder()
+        dogs.append(Watchdog(tmp_path, 3, deadlines, end=recorder.end))
+        return dogs[-1], recorder
+
+    yield build
+    for dog in dogs:
+        dog.close()
+
+
+def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_path, capsys):
+    dog, recorder = watch(update=0.2)
+    dog.note = "of step 12"
+
+    def the_thread_that_hangs() -> None:
+        with dog.phase("update"):
+            until(lambda: recorder.codes)
+
+    thread = threading.Thread(target=the_thread_that_hangs)
+    thread.start()
+    thread.join(20)
+    assert recorder.codes[0] == 70
+    report = (tmp_path / "logs" / "stall_rank3.txt").read_text()
+    first, _, stacks = report.partition("\n\n")
+    assert first == "rank 3 has been silent for 0 s in phase update (allowed by deadlines.update_seconds: 0.2 s) of step 12"
+    assert "the_thread_that_hangs" in stacks and "_watch" in stacks
+    assert first in capsys.readouterr().err
+    (ending,) = read_endings(tmp_path)
+    assert (ending.rank, ending.code, ending.phase) == (place().rank, 70, "update")
+    assert ending.message == first
+
+
+def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
+    dog, recorder = watch(collect=1.0)
+    shown = LifeSigns(recorder, dog)
+    begin = time.monotonic()
+    with dog.phase("collect"):
+        while time.monotonic() - begin < 2.0:
+            shown.advance(2)
+            time.sleep(0.05)
+        with dog.phase("something else"):
+            time.sleep(1.2)
+        time.sleep(0.1)  # the time inside the other phase does not count
+    time.sleep(1.2)
+    assert recorder.codes == []
+    assert recorder.advanced >= 20
+
+
+def test_a_wait_for_servers_ends_before_the_watchdog_does(run_config):
+    deadlines = {"publish_seconds": 100.0, "collect_seconds": 200.0, "evaluate_seconds": 300.0, "update_seconds": 400.0}
+    embedded = load_config(run_config(deadlines=deadlines, fleet={"wait_seconds": 5000.0}))
+    silences = longest_silences(embedded)
+    assert [silences[name] for name in ("publish", "collect", "evaluate", "update")] == [100, 200, 300, 400]
+    fleet = load_config(run_config(deadlines=deadlines, fleet={"wait_seconds": 5000.0}, rollout={"engine": "vllm"}))
+    longer = {"publish": 5100, "collect": 5200, "evaluate": 5300}
+    assert longest_silences(fleet) == silences | longer
+
+
+def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, metrics_of, tmp_path):
+    """Rank 1 is stopped (SIGSTOP) in the middle of training: rank 0 waits for it in a collective and says so."""
+    config = run_config(
+        train={"num_steps": 500}, checkpoint={"every": 1000}, parallel={"timeout_seconds": 600.0},
+        deadlines=dict.fromkeys([f"{name}_seconds" for name in ("update", "publish", "save", "collect", "other")], 3.0),
+        rollout={"step_deadline_seconds": 600.0}, evaluate={"data": []},
+    )  # fmt: skip
+    process, run = start("train", config, ranks=2), tmp_path / "run"
+    until(lambda: (run / "metrics.jsonl").exists() and metrics_of(run))
+    process.processes[1].join(0.37)
+    os.kill(process.processes[1].pid, signal.SIGSTOP)
+    process.processes[0].join(60)
+    assert process.processes[0].exitcode == 70
+    report = Path(run / "logs" / "stall_rank0.txt").read_text()
+    assert report.startswith("rank 0 has been silent for 3 s in phase ")
+    (ending,) = read_endings(run)
+    assert (ending.rank, ending.code) == (0, 70) and f"in phase {ending.phase} " in report
+    assert "nft_megatron/run.py" in report or "nft_megatron/train.py" in report
