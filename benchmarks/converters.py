@@ -42,32 +42,56 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 QWEN = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "max_position_embeddings": 32768, "hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 1,
-    "vocab_size": 151936, "num_key_value_heads": 2,
-}  # fmt: skip
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+}
 SHAPES = {
     "0.5b": {
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
         "tie_word_embeddings": True,
     },
     "1.5b": {
-        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
         "tie_word_embeddings": True,
     },
     "7b": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 PREDICTED_GB = {"7B": 15.2, "32B": 65.5}
 OURS = ("no proof", "ours")
 PEERS = {"mbridge": "mbridge", "bridge": "megatron.bridge"}  # way: package
 GOALS = [  # of the shape 1.5b: way, compared with, direction, the ratio of seconds that is to be reached
-    ("no proof", "cp", "in", "<=", 1.5), ("no proof", "cp", "out", "<=", 3.0), ("ours", "cp", "in", "<=", 4.0),
-    ("ours", "cp", "out", "<=", 4.0), ("mbridge", "ours", "in", ">=", 5.0), ("mbridge", "ours", "out", ">=", 2.0),
-    ("bridge", "ours", "in", ">=", 5.0), ("bridge", "ours", "out", ">=", 2.0),
-]  # fmt: skip
+    ("no proof", "cp", "in", "<=", 1.5),
+    ("no proof", "cp", "out", "<=", 3.0),
+    ("ours", "cp", "in", "<=", 4.0),
+    ("ours", "cp", "out", "<=", 4.0),
+    ("mbridge", "ours", "in", ">=", 5.0),
+    ("mbridge", "ours", "out", ">=", 2.0),
+    ("bridge", "ours", "in", ">=", 5.0),
+    ("bridge", "ours", "out", ">=", 2.0),
+]
 MOST_GB = 0.8
 
 
@@ -182,11 +206,20 @@ def measure(arguments: argparse.Namespace, way: str, direction: str, folder: Pat
     os.sync()
     ended = subprocess.run(
         [
-            arguments.peers_python if way in PEERS else sys.executable, __file__, *workers,
-            "--one", way, direction, source, folder / way / direction,
+            arguments.peers_python if way in PEERS else sys.executable,
+            __file__,
+            *workers,
+            "--one",
+            way,
+            direction,
+            source,
+            folder / way / direction,
         ],
-        env=environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     if ended.returncode:
         sys.exit(f"{way} {direction} ended with {ended.returncode} (-9: no memory left?):\n{ended.stderr[-3000:]}")
     figure = json.loads(ended.stdout.splitlines()[-1])

@@ -100,8 +100,8 @@ def engines(model: Qwen2ForCausalLM, arguments: argparse.Namespace) -> Iterator[
             for num_processes in (0, arguments.processes)
         ]
         try:
-            receipts = {engine.load(model.named_parameters(), version=0) for engine in both}
-            assert len(receipts) == 1
+            fingerprints = {engine.load(model.named_parameters(), version=0) for engine in both}
+            assert len(fingerprints) == 1
             yield both[0], both[1]
         finally:
             for engine in both:

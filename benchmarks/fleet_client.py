@@ -110,11 +110,13 @@ def measure(arguments: argparse.Namespace, count: int) -> dict[str, float]:
     step = 1 if arguments.answers > 1 else 2
     requests = [
         Request(
-            i, rng.integers(2, vocabulary, arguments.prompt_tokens).astype(np.int32),
-            tuple(range(7919 * i, 7919 * i + step * arguments.answers, step)), expected_tokens=arguments.max_tokens // 2,
+            i,
+            rng.integers(2, vocabulary, arguments.prompt_tokens).astype(np.int32),
+            tuple(range(7919 * i, 7919 * i + step * arguments.answers, step)),
+            expected_tokens=arguments.max_tokens // 2,
         )
         for i in range(count // arguments.answers)
-    ]  # fmt: skip
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or Path(scratch)
         if arguments.model is None:
@@ -136,9 +138,12 @@ def measure(arguments: argparse.Namespace, count: int) -> dict[str, float]:
     assert num_answers == len(requests) * arguments.answers
     engine.close()
     return {
-        "tokens": tokens, "wall": wall, "cpu": cpu, "before": before,
+        "tokens": tokens,
+        "wall": wall,
+        "cpu": cpu,
+        "before": before,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nft_megatron.base.records import Completion, Request, Sampling
-from nft_megatron.config.fleet import FleetSection
+from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet.engine import FleetEngine
+from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
-from nft_megatron.rollout.fleet.supervisor import Fleet
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from tcp_proxy import Proxy
@@ -85,9 +85,16 @@ class Place:
 def make_model(folder: Path, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=64, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
     model = Qwen2ForCausalLM(config).eval()
     model.save_pretrained(folder)
     return model
@@ -118,16 +125,23 @@ def main() -> None:
     make_model(folder / "model", seed=0)
     model = make_model(folder / "published", seed=1)
     settings = ServerSettings(
-        folder / "model", folder / "fleet", folder / "logs", "secret", dtype="float32",
+        folder / "model",
+        folder / "fleet",
+        folder / "logs",
+        "secret",
+        dtype="float32",
         arguments=("--skip-tokenizer-init", "--no-enable-chunked-prefill"),
-    )  # fmt: skip
+    )
     settings.folder.mkdir()
     (folder / "key").write_text("secret")
     places = [Place(settings, f"place-{index}") for index in range(2)]
-    section = FleetSection(
-        urls=tuple(place.proxy.url for place in places), key_file=folder / "key", silence_seconds=arguments.silence / 2,
-        sync_seconds=120.0, wait_seconds=START_SECONDS,
-    )  # fmt: skip
+    section = FleetConfig(
+        urls=tuple(place.proxy.url for place in places),
+        key_file=folder / "key",
+        silence_seconds=arguments.silence / 2,
+        sync_seconds=120.0,
+        wait_seconds=START_SECONDS,
+    )
     fleet = Fleet(section, settings, folder / "weights")
     fleet.start()
     engine = FleetEngine(

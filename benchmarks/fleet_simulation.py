@@ -154,9 +154,13 @@ def simulate(policy: str, questions: Questions, num_servers: int, arguments: arg
         for question in range(asked, asked + num):
             target = own[f"{question % num_servers:03}"] if dealt else dispatcher
             target.add(
-                0, question, range(arguments.answers), prompt_tokens=arguments.prompt_tokens,
-                hint=int(questions.hints[question]) if hints else None, max_tokens=arguments.longest,
-            )  # fmt: skip
+                0,
+                question,
+                range(arguments.answers),
+                prompt_tokens=arguments.prompt_tokens,
+                hint=int(questions.hints[question]) if hints else None,
+                max_tokens=arguments.longest,
+            )
         asked += num
 
     def send() -> None:

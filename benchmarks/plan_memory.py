@@ -39,10 +39,20 @@ def shape_of(name: str):
 
     layers, hidden, ffn, heads, groups = SHAPES[name]
     return ModelShape(
-        architecture="Qwen2ForCausalLM", num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
-        num_query_groups=groups, head_dim=64, vocab_size=VOCABULARY, norm_epsilon=1e-6, rope_theta=1e4, max_positions=16384,
-        tied_embeddings=False, qkv_bias=True,
-    )  # fmt: skip
+        architecture="Qwen2ForCausalLM",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+        norm_epsilon=1e-6,
+        rope_theta=1e4,
+        max_positions=16384,
+        tied_embeddings=False,
+        qkv_bias=True,
+    )
 
 
 def predict(name: str, dtype: str, recompute: str, tokens: int):
@@ -100,9 +110,17 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     optimizer = PolicyOptimizer(chunks, AdamW(learning_rate=1e-6))
     built = status("VmRSS") - before
     layout = Layout(
-        num_updates=1, num_ranks=1, token_budget=tokens, hidden_size=shape.hidden_size, denominator="tokens", seed=0,
-        tensor_size=1, context_size=1, count_multiple=1, pad_to_budget=False,
-    )  # fmt: skip
+        num_updates=1,
+        num_ranks=1,
+        token_budget=tokens,
+        hidden_size=shape.hidden_size,
+        denominator="tokens",
+        seed=0,
+        tensor_size=1,
+        context_size=1,
+        count_multiple=1,
+        pad_to_budget=False,
+    )
     trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), layout, 1.0)
     stats = trainer.update(MiniBatch((micro_batch,), num))
     assert stats.applied.grad_norm > 0

@@ -75,20 +75,27 @@ def write_config(folder: Path, run_dir: Path, num_steps: int) -> Path:
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": str(folder / "sums.parquet"), "template": "plain", "max_prompt_tokens": 8},
         "rollout": {
-            "questions_per_step": 4, "answers_per_question": 8, "max_answer_tokens": 4, "processes": 0, "oversample": 2.0,
+            "questions_per_step": 4,
+            "group_size": 8,
+            "max_answer_tokens": 4,
+            "processes": 0,
+            "oversample": 2.0,
         },
         "optimizer": {"learning_rate": 1.0e-5, "warmup_updates": 2},
         "train": {"num_steps": num_steps, "updates_per_step": 2, "micro_batch_tokens": 64},
         "parallel": {"threads": 1, "timeout_seconds": 60.0},
         "deadlines": {
-            "update_seconds": 15.0, "collect_seconds": 30.0, "other_seconds": 15.0, "save_seconds": 30.0,
+            "update_seconds": 15.0,
+            "collect_seconds": 30.0,
+            "other_seconds": 15.0,
+            "save_seconds": 30.0,
             "heartbeat_seconds": 30.0,
         },
         "checkpoint": {"every": 1, "keep": 3},
         "observe": {"tensorboard": False},
         "cluster": {"trainer_nodes": 2, "gpus_per_node": 1},
         "slurm": {"gres": "", "time": "600", "preflight": False, "exclude_after": 1000, "max_failures": 1000},
-    }  # fmt: skip
+    }
     path.write_text(yaml.safe_dump(tree))
     return path
 

@@ -52,10 +52,17 @@ def measure_pair(seed: int, overrides: list[str]) -> list[tuple[float, float, fl
         for staleness in STALENESS:
             run_dir = Path(folder) / f"run{staleness}"
             run(
-                Path(sys.executable).parent / "nft-megatron", "train", QUICKSTART / "config.yaml", f"seed={seed}",
-                f"run_dir={run_dir}", f"rollout.max_staleness={staleness}", f"model.path={start / 'model'}",
-                f"data.train={start / 'train.parquet'}", f"evaluate.data={start / 'held_out.parquet'}", *overrides,
-            )  # fmt: skip
+                Path(sys.executable).parent / "nft-megatron",
+                "train",
+                QUICKSTART / "config.yaml",
+                f"seed={seed}",
+                f"run_dir={run_dir}",
+                f"rollout.max_staleness={staleness}",
+                f"model.path={start / 'model'}",
+                f"data.train={start / 'train.parquet'}",
+                f"evaluate.data={start / 'held_out.parquet'}",
+                *overrides,
+            )
             steps = read_metrics(run_dir)
             seconds = sum(row["time/step"] for row in steps)
             waiting = 100 * sum(row["time/generate"] + row["time/verify"] for row in steps) / seconds

@@ -47,10 +47,20 @@ PROMPT_TOKENS, ANSWERS_PER_GROUP = 256, 8
 def shape_of(name: str) -> ModelShape:
     layers, hidden, ffn, heads, groups, vocab, tied = SIZES[name]
     return ModelShape(
-        architecture="Qwen2ForCausalLM", num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
-        num_query_groups=groups, head_dim=hidden // heads, vocab_size=vocab, norm_epsilon=1e-6, rope_theta=1e6,
-        max_positions=32768, tied_embeddings=tied, qkv_bias=True,
-    )  # fmt: skip
+        architecture="Qwen2ForCausalLM",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        norm_epsilon=1e-6,
+        rope_theta=1e6,
+        max_positions=32768,
+        tied_embeddings=tied,
+        qkv_bias=True,
+    )
 
 
 def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int) -> None:
@@ -206,9 +216,13 @@ def report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype
         else ""
     )
     planned = stage_memory(
-        shape, ParallelLayout(1, 1, 1, 1, 1, True, options.recompute, tokens), 0, dtype=dtype,
-        on_gpu=device.type == "cuda", num_micro_batches=len(packs),
-    )  # fmt: skip
+        shape,
+        ParallelLayout(1, 1, 1, 1, 1, True, options.recompute, tokens),
+        0,
+        dtype=dtype,
+        on_gpu=device.type == "cuda",
+        num_micro_batches=len(packs),
+    )
     print(f"peak memory: {peak / 1e9:.2f} GB, planned {planned.peak / 1e9:.2f} GB ({planned.peak / peak:.2f})")
 
 

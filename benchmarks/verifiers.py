@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from nft_megatron.base.records import FinishReason
-from nft_megatron.config.schema import VerifySection
+from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.worker import judge_math_verify
@@ -135,7 +135,7 @@ def warm_up(rounds: int = 8) -> list[Answer]:
 
 def by_service(answers: list[Answer]) -> tuple[float, float, list[str], int]:
     """CPU seconds for the answers and for the start of the graders, verdicts, comparisons that reached a grader."""
-    with Verifier(VerifySection(workers=2, soft_seconds=20.0, hard_seconds=120.0)) as verifier:
+    with Verifier(VerifyConfig(workers=2, soft_seconds=20.0, hard_seconds=120.0)) as verifier:
         list(verifier.verify_many(warm_up()))
         start = -1.0
         while graders_cpu() > start:  # until the spares, which nobody waits for, have started too
@@ -196,7 +196,7 @@ def stress(rng: random.Random, count: int) -> None:
                 num_killed += 1
 
     verdicts = []
-    settings = VerifySection(workers=2, soft_seconds=60.0, hard_seconds=120.0)
+    settings = VerifyConfig(workers=2, soft_seconds=60.0, hard_seconds=120.0)
     killer = threading.Thread(target=kill_now_and_then)
     with Verifier(settings, tasks_per_worker=2000) as verifier:
         killer.start()
@@ -207,13 +207,18 @@ def stress(rng: random.Random, count: int) -> None:
         killer.join()
     unknown = [reason_of(verdict) for verdict in verdicts if verdict.label == "unknown"]
     swapped = sum(v.label not in (label, "unknown") for v, label in zip(verdicts, expected, strict=True))
-    print(f"3. {count:,} comparisons, {num_killed} workers killed: {count - len(verdicts)} lost, {swapped} swapped, "
-          f"{len(unknown)} unknown {sorted(set(unknown))}")  # fmt: skip
+    print(
+        f"3. {count:,} comparisons, {num_killed} workers killed: {count - len(verdicts)} lost, {swapped} swapped, "
+        f"{len(unknown)} unknown {sorted(set(unknown))}"
+    )
     endless = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(x+y+z)^{60}}", r"\boxed{\binom{200000}{100000}}", r"\boxed{((10!)!)!}"]
     with Verifier() as verifier:
         slow = list(verifier.verify_many((text, "x+1", "stop") for text in endless))
-    print(f"   endless answers: {[verdict.reason for verdict in slow]}, at most "
-          f"{max(verdict.seconds for verdict in slow):.2f} s after dispatch (limit 3)", flush=True)  # fmt: skip
+    print(
+        f"   endless answers: {[verdict.reason for verdict in slow]}, at most "
+        f"{max(verdict.seconds for verdict in slow):.2f} s after dispatch (limit 3)",
+        flush=True,
+    )
 
 
 def main() -> None:

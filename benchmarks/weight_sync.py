@@ -5,7 +5,7 @@
 Starts real vLLM servers (``make vllm``) of a random Qwen2 and publishes its weights again and again, by files in --folder and
 by broadcast, each round side by side with what no sync by files can beat: writing the bytes to the same disk and flushing them
 (``write + fsync``), and copying them once in memory. Prints medians and ratios. A sync is all of it: hashing on both sides,
-writing, pausing, reading, loading, comparing receipts, canary.
+writing, pausing, reading, loading, comparing fingerprints, canary.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from nft_megatron.config.fleet import FleetSection
+from nft_megatron.config.fleet import FleetConfig
+from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.rollout.fleet.server import Server, ServerSettings, new_key
-from nft_megatron.rollout.fleet.supervisor import Fleet
-from nft_megatron.weights.receipt import tensor_bytes, weights_receipt
+from nft_megatron.weights.fingerprint import tensor_bytes, weights_fingerprint
 
 VOCABULARY = 1024
 START_SECONDS = 600.0
@@ -36,10 +36,16 @@ START_SECONDS = 600.0
 
 def make_model(folder: Path, layers: int, hidden: int) -> dict[str, torch.Tensor]:
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
         dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     model = Qwen2ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE(vocab={str(number): number for number in range(VOCABULARY)}, merges=[]))
@@ -90,10 +96,13 @@ def main() -> None:
             for server in servers:
                 server.wait_until_up(START_SECONDS)
             for way in options.ways:
-                section = FleetSection(
-                    urls=tuple(server.url for server in servers), key_file=root / "key", weights=way, keep_copy=False,
+                section = FleetConfig(
+                    urls=tuple(server.url for server in servers),
+                    key_file=root / "key",
+                    weights=way,
+                    keep_copy=False,
                     min_servers=options.servers,
-                )  # fmt: skip
+                )
                 show(way, measure(Fleet(section, settings, root / "weights"), weights, root / "raw", options.rounds))
         finally:
             for server in servers:
@@ -110,7 +119,7 @@ def measure(fleet: Fleet, weights: dict[str, torch.Tensor], path: Path, num_roun
             times["sync"].append(timed(lambda version=version: fleet.publish(weights.items(), version)))
             times["write + fsync"].append(timed(lambda: raw_copy(weights, path)))
             times["copy in memory"].append(timed(lambda: [tensor.clone() for tensor in weights.values()]))
-            times["hash on one thread"].append(timed(lambda: weights_receipt(weights.items())))
+            times["hash on one thread"].append(timed(lambda: weights_fingerprint(weights.items())))
     finally:
         fleet.close()
     return times

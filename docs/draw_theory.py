@@ -22,11 +22,12 @@ TOKEN_CURVES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     "GRPO, DAPO": (build_algorithm("grpo"), {"color": "#f0a98f", "linewidth": 4.5}),
     "NFT, ω = √((1 − r̂)/r̂)": (build_algorithm("nft", prompt_weight="sqrt_odds"), {"color": "#c03d10"}),
     "… with ε = 0.1": (
-        build_algorithm("nft", prompt_weight="sqrt_odds", epsilon=0.1), {"color": "#c03d10", "linestyle": (0, (2, 2))},
+        build_algorithm("nft", prompt_weight="sqrt_odds", epsilon=0.1),
+        {"color": "#c03d10", "linestyle": (0, (2, 2))},
     ),
     "Dr. GRPO": (build_algorithm("dr_grpo"), {"color": "#a8c8ef", "linewidth": 4.5}),
     "NFT, ω = 1 − r̂": (build_algorithm("nft"), {"color": "#1d5fb0"}),
-}  # fmt: skip
+}
 STYLE = {"svg.hashsalt": "theory", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5}
 INK, GRID, PAPER = "#14140f", "#ebe9e2", "#fdfdfc"
 
@@ -46,9 +47,12 @@ def token_weight(algorithm: Algorithm, ratio_N: Tensor, rate: float, is_correct:
     advantage_A = algorithm.advantage(answers)
     logprob_N, ones_N = ratio_N.log().requires_grad_(), torch.ones_like(ratio_N)
     batch = TokenBatch(
-        logprob_N, 0 * ones_N, ones_N > (0 if is_correct else 1), rate * ones_N,
+        logprob_N,
+        0 * ones_N,
+        ones_N > (0 if is_correct else 1),
+        rate * ones_N,
         None if advantage_A is None else advantage_A[answer] * ones_N,
-    )  # fmt: skip
+    )
     (gradient_N,) = torch.autograd.grad(algorithm.token_loss(batch).loss_N.sum(), logprob_N)
     return -algorithm.weight(answers)[answer] * gradient_N / ratio_N
 

@@ -58,9 +58,16 @@ def make_model(folder: Path, seed: int = 0, **sizes: float) -> Path:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, **sizes}
     config = Qwen2Config(
-        vocab_size=len(WORDS), num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        **sizes,
+    )
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -123,7 +130,11 @@ def run_config(tmp_path, model_folder, question_file):
             "model": {"path": str(model_folder), "dtype": "float32"},
             "data": {"train": str(question_file), "template": "plain", "max_prompt_tokens": 8},
             "rollout": {
-                "questions_per_step": 4, "answers_per_question": 8, "max_answer_tokens": 4, "processes": 0, "oversample": 2.0,
+                "questions_per_step": 4,
+                "group_size": 8,
+                "max_answer_tokens": 4,
+                "processes": 0,
+                "oversample": 2.0,
             },
             "optimizer": {"learning_rate": 1.0e-3, "warmup_updates": 2},
             "train": {"num_steps": 3, "updates_per_step": 2, "micro_batch_tokens": 64},
@@ -131,7 +142,7 @@ def run_config(tmp_path, model_folder, question_file):
             "checkpoint": {"every": 1},
             "evaluate": {"data": str(question_file), "every": 2},
             "observe": {"tensorboard": False},
-        }  # fmt: skip
+        }
         for section, fields in sections.items():
             tree[section] = {**tree.get(section, {}), **fields} if isinstance(fields, dict) else fields
         path = tmp_path / f"{Path(run_dir).name}.yaml"

@@ -59,9 +59,14 @@ def measure(layouts: dict[str, Layout], ports: list[int], folders: dict[str, tup
 
 def _measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) -> None:
     topology = init_topology(
-        layout.tensor, layout.pipeline, layout.context, virtual_pipeline=layout.virtual, expert=layout.expert,
-        timeout_seconds=60, threads=1,
-    )  # fmt: skip
+        layout.tensor,
+        layout.pipeline,
+        layout.context,
+        virtual_pipeline=layout.virtual,
+        expert=layout.expert,
+        timeout_seconds=60,
+        threads=1,
+    )
     for name in layout.loads:
         folder, converted = folders[name]
         shape = read_shape(folder)

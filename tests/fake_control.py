@@ -1,4 +1,4 @@
-"""A server that speaks vLLM's control routes, holds receipts instead of weights, and fails on demand."""
+"""A server that speaks vLLM's control routes, holds fingerprints instead of weights, and fails on demand."""
 
 import json
 import threading
@@ -7,15 +7,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from nft_megatron.weights.fingerprint import weights_fingerprint
 from nft_megatron.weights.hf_reader import HFReader
-from nft_megatron.weights.receipt import weights_receipt
 
 
 class FakeServer:
     """In this process. ``status`` and ``delay`` map a route to what is wrong with it; ``calls`` lists the routes called."""
 
     def __init__(self, key="secret"):
-        self.key, self.label, self.receipt = key, "default", "none"
+        self.key, self.label, self.fingerprint = key, "default", "none"
         self.paused, self.cache_is_old = False, False
         self.status, self.delay, self.calls = {}, {}, []
         self.tampered = self.misheld = self.broken = False
@@ -43,7 +43,7 @@ class FakeServer:
 
     def restart(self):
         """As a process does that died and was started again: the first weights, nothing else."""
-        self.label, self.receipt, self.paused = "default", "none", False
+        self.label, self.fingerprint, self.paused = "default", "none", False
 
     def answer(self, request):
         route = urlsplit(request.path).path
@@ -77,7 +77,7 @@ class FakeServer:
                 tensors = [(name, reader.read(name, 0, 0, reader.shape(name)[0])) for name in sorted(reader.names)]
             if self.tampered:
                 tensors[0][1].view(-1)[0] += 1e-3
-            self.receipt, self.cache_is_old = weights_receipt(tensors), True
+            self.fingerprint, self.cache_is_old = weights_fingerprint(tensors), True
         elif name == "/finish_weight_update":
             self.label = body["weight_version"]
         elif name == "/reset_prefix_cache":
@@ -86,7 +86,7 @@ class FakeServer:
         elif name == "/weight_info":
             return {"weight_version": self.label}
         elif name == "nft_receipt":
-            return {"results": [{"receipt": self.receipt}]}
+            return {"results": [{"fingerprint": self.fingerprint}]}
         elif name == "nft_check_held":
             return {"results": [{"wrong": ["lm_head.weight"] if self.misheld else []}]}
         elif name == "nft_abandon":

@@ -243,7 +243,7 @@ class StaticFleet:
         for server in self.servers.values():
             server.label(version)
         self.version = version
-        return f"receipt {version}"
+        return f"fingerprint {version}"
 
     def wait_for_servers(self, seconds, is_over=lambda: False):
         end = time.monotonic() + seconds

@@ -8,7 +8,7 @@ from unittest import mock
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from nft_megatron.base.rank_info import place
+from nft_megatron.base.rank_info import rank_info
 from nft_megatron.cli.main import main
 from nft_megatron.lifecycle.walltime import TimeLimit
 from nft_megatron.model import objective
@@ -74,7 +74,7 @@ def train_with_slow_writer(config: str, go_on: str, fault: dict[str, int]) -> No
         while wait_for_file and not os.path.exists(go_on):
             assert time.monotonic() < limit
             time.sleep(0.02)
-        if (place().rank, step) == (fault.get("rank"), fault.get("step")):
+        if (rank_info().rank, step) == (fault.get("rank"), fault.get("step")):
             raise OSError(fault["errno"], os.strerror(fault["errno"]))
         return write_data(self, plan, planner)
 

@@ -26,11 +26,13 @@ def literal_loss(name, logprobs, old_logprobs, is_correct, truncated, limit, opt
     if name == "dapo":
         buffer = options["overlong_buffer"] * limit
         cut = [
-            -1.0 if truncated[k] or len(logprobs[k]) > limit
-            else 0.0 if len(logprobs[k]) <= limit - buffer
+            -1.0
+            if truncated[k] or len(logprobs[k]) > limit
+            else 0.0
+            if len(logprobs[k]) <= limit - buffer
             else ((limit - buffer) - len(logprobs[k])) / buffer
             for k in range(num)
-        ]  # fmt: skip
+        ]
         reward = 2 * r - 1 + options["overlong_penalty"] * torch.tensor(cut, dtype=torch.float64)
     advantage = reward - reward.mean()
     if name != "dr_grpo" and (reward != reward[0]).any():

@@ -32,16 +32,32 @@ def alone_in_megatron(model_folder: Path, ledger: Path, out: Path) -> None:
 def _write_gradients(model_folder: Path, ledger: Path, out: Path) -> None:
     shape = read_shape(model_folder)
     config = TransformerConfig(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads, num_query_groups=shape.num_query_groups, normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_epsilon, gated_linear_unit=True, activation_func=functional.silu, add_bias_linear=False,
-        add_qkv_bias=True, hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
-        gradient_accumulation_fusion=False, bias_activation_fusion=False,
-    )  # fmt: skip
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+    )
     model = GPTModel(
-        config, get_gpt_layer_local_spec(normalization="RMSNorm"), shape.vocab_size, shape.max_positions,
-        position_embedding_type="rope", rotary_base=shape.rope_theta, share_embeddings_and_output_weights=shape.tied_embeddings,
-    )  # fmt: skip
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        shape.vocab_size,
+        shape.max_positions,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+    )
     entries, stored = weight_table(shape).by_name, load_file(model_folder / "model.safetensors")
     parameters = {}
     for name, parameter in model.named_parameters():

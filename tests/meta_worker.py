@@ -11,9 +11,15 @@ from nft_megatron.plan.models import PUBLIC_MODELS
 from nft_megatron.weights import ModelShape
 
 TINY = replace(
-    PUBLIC_MODELS["Qwen2.5-0.5B"], num_layers=8, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4,
-    head_dim=16, vocab_size=300,
-)  # fmt: skip
+    PUBLIC_MODELS["Qwen2.5-0.5B"],
+    num_layers=8,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=16,
+    vocab_size=300,
+)
 """Tied; its vocabulary needs padding."""
 
 

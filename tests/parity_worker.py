@@ -63,9 +63,13 @@ def measure(runs: list[Run], mutation: str | None = None) -> None:
 def _in_topology(config: Path, action: Callable[[Topology], None]) -> None:
     parallel = load_config(config).parallel
     topology = init_topology(
-        parallel.tensor, parallel.pipeline, parallel.context,
-        virtual_pipeline=parallel.virtual_pipeline, timeout_seconds=60, threads=1,
-    )  # fmt: skip
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        virtual_pipeline=parallel.virtual_pipeline,
+        timeout_seconds=60,
+        threads=1,
+    )
     action(topology)
     del topology
     gc.collect()

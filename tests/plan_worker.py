@@ -25,11 +25,24 @@ aten = torch.ops.aten
 
 def small_shape(num_layers: int, **sizes: Any) -> ModelShape:
     """Every size is another number, so that none can stand in for another."""
-    return ModelShape(**{
-        "architecture": "Qwen2ForCausalLM", "num_layers": num_layers, "hidden_size": 64, "ffn_hidden_size": 176,
-        "num_attention_heads": 8, "num_query_groups": 2, "head_dim": 16, "vocab_size": 320, "norm_epsilon": 1e-6,
-        "rope_theta": 1e4, "max_positions": 4096, "tied_embeddings": False, "qkv_bias": True, **sizes,
-    })  # fmt: skip
+    return ModelShape(
+        **{
+            "architecture": "Qwen2ForCausalLM",
+            "num_layers": num_layers,
+            "hidden_size": 64,
+            "ffn_hidden_size": 176,
+            "num_attention_heads": 8,
+            "num_query_groups": 2,
+            "head_dim": 16,
+            "vocab_size": 320,
+            "norm_epsilon": 1e-6,
+            "rope_theta": 1e4,
+            "max_positions": 4096,
+            "tied_embeddings": False,
+            "qkv_bias": True,
+            **sizes,
+        }
+    )
 
 
 def _inputs(topology: Topology) -> tuple:
@@ -80,10 +93,16 @@ def flops(shape: ModelShape, topology: Topology, **settings: Any) -> dict[str, i
     weight_VH = lm_head_weight(chunk)
     (loss, _), head = counted(
         lambda: token_loss_sum(
-            hidden_NH, weight_VH, torch.arange(len(hidden_NH)), lambda logprob_C, _: -logprob_C, temperature=1.0,
-            vocab_size=shape.vocab_size, group=topology.tensor_group, main_grad_VH=weight_VH.main_grad,
+            hidden_NH,
+            weight_VH,
+            torch.arange(len(hidden_NH)),
+            lambda logprob_C, _: -logprob_C,
+            temperature=1.0,
+            vocab_size=shape.vocab_size,
+            group=topology.tensor_group,
+            main_grad_VH=weight_VH.main_grad,
         )
-    )  # fmt: skip
+    )
     _, backward = counted(loss.backward)
     return {"forward": forward, "head": head, "backward": backward}
 

@@ -87,9 +87,17 @@ def write_models(folder: Path) -> dict[str, Path]:
     for kind, tied in KINDS.items():
         torch.manual_seed(7)
         config = Qwen2Config(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, rope_theta=100.0, tie_word_embeddings=tied, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            rope_theta=100.0,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+        )
         model = Qwen2ForCausalLM(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -163,14 +171,18 @@ def write_config(folder: Path, model: Path, layout: Layout, algorithm: str = "nf
         "run_dir": str(folder / "run"),
         "model": {"path": str(model), "dtype": dtype, **layout.model},
         "data": {"train": "not read", "max_prompt_tokens": 16},
-        "rollout": {"questions_per_step": 4, "answers_per_question": NUM_ANSWERS, "max_answer_tokens": MAX_ANSWER},
+        "rollout": {"questions_per_step": 4, "group_size": NUM_ANSWERS, "max_answer_tokens": MAX_ANSWER},
         "algorithm": settings.options,
         "optimizer": {**ADAM, **layout.optimizer},
         "train": {
-            "num_steps": 1, "updates_per_step": NUM_UPDATES, "micro_batch_tokens": 64, **layout.train, **settings.train,
+            "num_steps": 1,
+            "updates_per_step": NUM_UPDATES,
+            "micro_batch_tokens": 64,
+            **layout.train,
+            **settings.train,
         },
         "parallel": layout.parallel,
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "config.yaml"

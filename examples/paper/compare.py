@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(options.config, options.overrides)
     command = f"python examples/paper/compare.py --seeds {options.seeds}"
     settings = ", ".join([f"settings of [{options.config.name}]({options.config.name})", *options.overrides])
-    print(write_page(options.root, options.seeds, config.rollout.answers_per_question, command, settings))
+    print(write_page(options.root, options.seeds, config.rollout.group_size, command, settings))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Runs:
         return [points[0][1] for points in getattr(self, quantity)[name]]
 
 
-def read_runs(root: Path, seeds: int, answers_per_question: int) -> Runs:
+def read_runs(root: Path, seeds: int, group_size: int) -> Runs:
     """Of all variants those that have ended with all ``seeds``."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     seconds: dict[Path, float] = {}
@@ -72,15 +72,15 @@ def read_runs(root: Path, seeds: int, answers_per_question: int) -> Runs:
             seconds |= {
                 folder: sum(row["time/step"] for row in rows) for folder, rows in zip(folders, found[name], strict=True)
             }
-    accuracy = {name: [accuracy_by_samples(rows, answers_per_question) for rows in each] for name, each in found.items()}
-    entropy = {name: [entropy_by_samples(rows, answers_per_question) for rows in each] for name, each in found.items()}
+    accuracy = {name: [accuracy_by_samples(rows, group_size) for rows in each] for name, each in found.items()}
+    entropy = {name: [entropy_by_samples(rows, group_size) for rows in each] for name, each in found.items()}
     budget = min(one[-1][0] for each in accuracy.values() for one in each)
     return Runs(seeds, accuracy, entropy, budget, len(seconds), sum(seconds.values()) / 3600)
 
 
-def write_page(root: Path, seeds: int, answers_per_question: int, command: str, settings: str) -> Path:
+def write_page(root: Path, seeds: int, group_size: int, command: str, settings: str) -> Path:
     """Write ROOT/comparison.md and its two pictures; returns the page's path. Without a finished variant, an error."""
-    runs = read_runs(root, seeds, answers_per_question)
+    runs = read_runs(root, seeds, group_size)
     lines = [
         "# The paper's comparison at toy scale",
         "",

@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 T_QUANTILES = {
-    1: (12.706, 1.376), 2: (4.303, 1.061), 3: (3.182, 0.978), 4: (2.776, 0.941), 5: (2.571, 0.920), 6: (2.447, 0.906),
-    7: (2.365, 0.896), 8: (2.306, 0.889), 9: (2.262, 0.883), 11: (2.201, 0.876), 15: (2.131, 0.866),
-}  # fmt: skip
+    1: (12.706, 1.376),
+    2: (4.303, 1.061),
+    3: (3.182, 0.978),
+    4: (2.776, 0.941),
+    5: (2.571, 0.920),
+    6: (2.447, 0.906),
+    7: (2.365, 0.896),
+    8: (2.306, 0.889),
+    9: (2.262, 0.883),
+    11: (2.201, 0.876),
+    15: (2.131, 0.866),
+}
 """Student's t at 97.5 % and at 80 %, by degrees of freedom."""
 
 LATE = (0.75, 0.8125, 0.875, 0.9375, 1.0)
@@ -70,24 +79,24 @@ def verdict(kind: Kind, mean: float, width: float, margin: float) -> str:
     return "seen" if mean - width > bound else "the opposite" if mean + width < 0 else "not shown"
 
 
-def accuracy_by_samples(rows: Sequence[Mapping[str, Any]], answers_per_question: int) -> Points:
+def accuracy_by_samples(rows: Sequence[Mapping[str, Any]], group_size: int) -> Points:
     """Held-out accuracy, from the rows of RUN/metrics.jsonl; first the model before training.
 
     >>> accuracy_by_samples([{"groups_sampled": 10, "eval_accuracy_initial": 0.2, "eval_accuracy": 0.5}], 16)
     [(0, 0.2), (160, 0.5)]
     """
     points = [(0, row["eval_accuracy_initial"]) for row in rows[:1] if "eval_accuracy_initial" in row]
-    counts = itertools.accumulate(row["groups_sampled"] * answers_per_question for row in rows)
+    counts = itertools.accumulate(row["groups_sampled"] * group_size for row in rows)
     return points + [(count, row["eval_accuracy"]) for count, row in zip(counts, rows, strict=True) if "eval_accuracy" in row]
 
 
-def entropy_by_samples(rows: Sequence[Mapping[str, Any]], answers_per_question: int) -> Points:
+def entropy_by_samples(rows: Sequence[Mapping[str, Any]], group_size: int) -> Points:
     """Entropy of the answers of each step, at the count before it: they come from the weights that the steps before left.
 
     >>> entropy_by_samples([{"groups_sampled": 10, "entropy_sampled": 0.2}, {"groups_sampled": 9, "entropy_sampled": 0.1}], 16)
     [(0, 0.2), (160, 0.1)]
     """
-    counts = itertools.accumulate((row["groups_sampled"] * answers_per_question for row in rows), initial=0)
+    counts = itertools.accumulate((row["groups_sampled"] * group_size for row in rows), initial=0)
     return [(count, row["entropy_sampled"]) for count, row in zip(counts, rows, strict=False) if "entropy_sampled" in row]
 
 

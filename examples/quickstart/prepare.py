@@ -193,9 +193,11 @@ def main() -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of questions, weights and demonstrations (default: %(default)s)")
     parser.add_argument(
-        "--hidden-size", type=int, default=HIDDEN_SIZE,
+        "--hidden-size",
+        type=int,
+        default=HIDDEN_SIZE,
         help="of the model, in 4 heads (default: %(default)s; vLLM on the CPU takes heads of 32 and more: 128)",
-    )  # fmt: skip
+    )
     parser.add_argument("--updates", type=int, default=NUM_UPDATES, help="of the cold start (default: %(default)s)")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from nft_megatron.base.config_model import Section
+from nft_megatron.base.config_model import ConfigModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class SequenceBatch(NamedTuple):
     advantage_A: Tensor | None = None
 
 
-class Algorithm(Section):
+class Algorithm(ConfigModel):
     """An objective with its options, and what it asks of the rooms around it. Subclasses are found by their ``name``.
 
     coupling: what ℓ depends on. "sequence": the trainer sums log-ratios over an answer before ℓ is known, context-parallel

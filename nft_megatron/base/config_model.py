@@ -19,7 +19,7 @@ PathList = Annotated[tuple[LoosePath, ...], BeforeValidator(_as_tuple)]
 TextList = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
-class Section(BaseModel):
+class ConfigModel(BaseModel):
     """Frozen. Unknown keys and values of the wrong type are errors; a field's docstring is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)

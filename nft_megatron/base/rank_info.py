@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """``local_*`` count the processes of this machine."""
 
     rank: int = 0
@@ -22,7 +22,7 @@ def is_attempt() -> bool:
     return "NFT_MEGATRON_ATTEMPT" in os.environ
 
 
-def place() -> Place:
+def rank_info() -> RankInfo:
     """From torchrun's variables, else Slurm's, else a single process.
 
     Slurm's are believed only together with ``MASTER_ADDR``, which a batch script sets: an interactive shell inside an
@@ -30,11 +30,11 @@ def place() -> Place:
     """
     env = os.environ
     if "RANK" in env:
-        return Place(
+        return RankInfo(
             int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         )
     if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         per_node = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1"))  # such as 8(x4)
         local_size = int(per_node.group()) if per_node else 1
-        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_size)
-    return Place()
+        return RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_size)
+    return RankInfo()

@@ -131,9 +131,11 @@ class RunFolder:
         name = self.latest.read_text().strip()
         if not _STEP.fullmatch(name):
             raise UserError(
-                str(self.latest), name, "is not the name of a checkpoint",
+                str(self.latest),
+                name,
+                "is not the name of a checkpoint",
                 f"write one of {[self.checkpoint(step).name for step in self.checkpoint_steps()]} into it",
-            )  # fmt: skip
+            )
         return int(name.removeprefix("step_"))
 
     def set_latest(self, step: int) -> None:
@@ -210,7 +212,9 @@ class RunFolder:
                 if time.monotonic() >= deadline:
                     lock.close()
                     raise RunFolderTakenError(
-                        "run_dir", self.root, TAKEN,
+                        "run_dir",
+                        self.root,
+                        TAKEN,
                         "wait for it, stop it, or choose another folder",
-                    ) from error  # fmt: skip
+                    ) from error
             time.sleep(_LOCK_POLL_SECONDS)

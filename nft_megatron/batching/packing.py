@@ -193,7 +193,7 @@ def _too_long(num_tokens: int, token_budget: int, multiple: int, in_groups: bool
         token_budget,
         f"{what} {num_tokens} tokens" + (f" and packs are multiples of {multiple}" if multiple > 1 else ""),
         f"raise it to at least {_round_up(num_tokens, multiple)}, or lower rollout.max_answer_tokens"
-        + (" or rollout.answers_per_question" if in_groups else ""),
+        + (" or rollout.group_size" if in_groups else ""),
     )
 
 

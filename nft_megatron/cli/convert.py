@@ -14,23 +14,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     into = directions.add_parser("to-megatron", help="write a Hugging Face folder as a torch_dist checkpoint")
     describe(
-        into, _to_megatron,
+        into,
+        _to_megatron,
         "Write the Hugging Face folder SRC as a torch_dist checkpoint DST, which Megatron-Core loads under any layout. DST "
         "appears when it is whole; an interrupted conversion goes on when started again.",
-    )  # fmt: skip
+    )
     back = directions.add_parser("to-hf", help="write a Megatron checkpoint as a Hugging Face folder")
     describe(
-        back, _to_hf,
+        back,
+        _to_hf,
         "Write the weights of the Megatron checkpoint SRC (torch_dist under any layout, or mp_rank_XX_YYY folders) as the "
         "Hugging Face folder DST. DST appears when it is whole; an interrupted conversion goes on when started again.",
-    )  # fmt: skip
+    )
     back.add_argument("--max-shard-bytes", type=float, default=5e9, help="largest safetensors file (default: %(default).0e)")
     check = directions.add_parser("check", help="compare two checkpoints of any format, bit by bit")
     describe(
-        check, _check,
+        check,
+        _check,
         "Compare every tensor of A and B, and each with the manifest that its conversion left. Ends with 2 where anything is "
         "missing, unexpected, different, damaged or not finite.",
-    )  # fmt: skip
+    )
     check.add_argument("--prompt", help="also compare the log-probs of this text under both, by transformers in float32")
     for command, first, second in ((into, "SRC", "DST"), (back, "SRC", "DST"), (check, "A", "B")):
         command.add_argument("first", metavar=first, type=Path)
@@ -51,18 +54,30 @@ def _to_megatron(options: argparse.Namespace) -> None:
     from nft_megatron.convert.commands import to_megatron
 
     to_megatron(
-        options.first, options.second, dtype=options.dtype, workers=options.workers,
-        dry_run=options.dry_run, strict=options.strict, proof=options.proof,
-    )  # fmt: skip
+        options.first,
+        options.second,
+        dtype=options.dtype,
+        workers=options.workers,
+        dry_run=options.dry_run,
+        strict=options.strict,
+        proof=options.proof,
+    )
 
 
 def _to_hf(options: argparse.Namespace) -> None:
     from nft_megatron.convert.commands import to_hf
 
     to_hf(
-        options.first, options.second, model=options.model, dtype=options.dtype, workers=options.workers,
-        max_shard_bytes=int(options.max_shard_bytes), dry_run=options.dry_run, strict=options.strict, proof=options.proof,
-    )  # fmt: skip
+        options.first,
+        options.second,
+        model=options.model,
+        dtype=options.dtype,
+        workers=options.workers,
+        max_shard_bytes=int(options.max_shard_bytes),
+        dry_run=options.dry_run,
+        strict=options.strict,
+        proof=options.proof,
+    )
 
 
 def _check(options: argparse.Namespace) -> None:

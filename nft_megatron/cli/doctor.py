@@ -32,9 +32,10 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "Look at the packages, the GPUs and the fast paths of this environment. Ends with 2 where something needed is missing.",
-    )  # fmt: skip
+    )
 
 
 def _run(options: argparse.Namespace) -> None:

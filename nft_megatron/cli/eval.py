@@ -13,7 +13,8 @@ from nft_megatron.config.load import load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "With --benchmarks: avg@k with its standard error, pass@k and maj@k on AIME 2024, AIME 2025, AMC 2023, MATH500, "
         "OlympiadBench and Minerva Math, sampled and graded as in the paper. Every answer is kept in --out; the same command "
         "goes on where a killed one was. With CONFIG, prompts, answer length and run seed are those of the run. Without "
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The files: Parquet, JSONL or data set folders, named aime24, aime25, amc23, math500, olympiadbench, minerva_math\n"
         "(or as on the hub: AIME_2024, MATH-500 …). docs/evaluation.md explains the numbers.\n\n"
         "Without rollout.engine=vllm and servers of its own (fleet.servers=4 …) the model is decoded on the CPU.",
-    )  # fmt: skip
+    )
     parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder, such as RUN/hf/step_000100")
     parser.add_argument("--benchmarks", metavar="PATH", nargs="+", help="files of benchmarks, or folders that hold them")
     parser.add_argument(

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from nft_megatron import __version__
 from nft_megatron.base.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
-from nft_megatron.base.rank_info import is_attempt, place
+from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
-from nft_megatron.lifecycle.exit_report import Ending, if_it_answers, phase_of, write_ending
+from nft_megatron.lifecycle.exit_report import ExitReport, if_it_answers, phase_of, write_exit_report
 
 COMMANDS = {
     "train": "train, or go on with a run",
@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _end(options: argparse.Namespace, code: int, message: str, error: BaseException) -> int:
     """Say how the command ended, to standard error (of all ranks only the first) and in the run folder; return ``code``."""
-    if place().rank == 0:
+    if rank_info().rank == 0:
         print(f"nft-megatron: {message}", file=sys.stderr)
     _leave_ending(options, code, message, error)
     return code
@@ -128,7 +128,7 @@ def _leave_fault(options: argparse.Namespace, error: Exception) -> None:
     """The cause of a fault in the run folder, one file a rank."""
     run_dir: Path | None = getattr(options, "run_dir", None)
     if run_dir is not None:
-        path, text = RunFolder(run_dir).fault(place().rank), traceback.format_exc()
+        path, text = RunFolder(run_dir).fault(rank_info().rank), traceback.format_exc()
 
         def write() -> None:
             path.parent.mkdir(exist_ok=True)
@@ -142,4 +142,4 @@ def _leave_ending(options: argparse.Namespace, code: int, message: str, error: B
     """For whoever started this rank of a run, unless the folder is another process's."""
     run_dir: Path | None = getattr(options, "run_dir", None)
     if run_dir is not None and (is_attempt() or not isinstance(error, RunFolderTakenError)):
-        write_ending(run_dir, Ending.here(code, message, phase_of(error)))
+        write_exit_report(run_dir, ExitReport.here(code, message, phase_of(error)))

@@ -11,12 +11,13 @@ from nft_megatron.cli.arguments import describe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "List the evaluation questions of which one training question holds at least half of the word 13-grams. Words are runs "
         "of a to z and of digits, in lower case, so that two typesettings of one problem agree; DAPO's instructions around a "
         "question are taken off first. Files: Parquet, JSONL or data set folders. `nft-megatron eval --overlap FILE` then "
         "shows every accuracy with and without the questions found.",
-    )  # fmt: skip
+    )
     parser.add_argument("train", metavar="TRAIN", type=Path, nargs="+", help="training questions")
     parser.add_argument("--against", metavar="EVAL", type=Path, nargs="+", required=True, help="evaluation questions")
     parser.add_argument("--n", type=int, default=13, help="words in an n-gram (default: %(default)s)")

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for gpu in ACCELERATORS.values()
     )
     describe(
-        parser, _run,
+        parser,
+        _run,
         "What a run of CONFIG will need: the memory of every rank by component, the time of a rollout step by its parts, the "
         "layouts that fit. Parameters, gradients and optimizer are exact; activations and times are estimates, made from the "
         "GPU's published figures and the shares of them that runs are assumed to reach. model.path needs no weights: a folder "
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "largest part of the step. If it is generating, move nodes from trainer_nodes to rollout_nodes; if communication,\n"
         "make tensor groups smaller; if the bubble, raise parallel.virtual_pipeline.\n\n"
         f"Kinds of GPU (bfloat16 without sparsity)\n{kinds}",
-    )  # fmt: skip
+    )
     parser.add_argument("--gpus", metavar="N", type=int, help="this many in all, in place of cluster.*_nodes")
     parser.add_argument("--gpu", metavar="KIND", help="in place of cluster.gpu")
     parser.add_argument("--layouts", action="store_true", help="try every layout: those that fit, and why others do not")
@@ -42,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-tokens", metavar="N", type=int, help="mean length of answers (default: a quarter of the limit)"
     )
     parser.add_argument(
-        "--mixed-share", metavar="X", type=float, default=0.5,
+        "--mixed-share",
+        metavar="X",
+        type=float,
+        default=0.5,
         help="of the questions, those with right and wrong answers (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--check", action="store_true", help="build the real model of every rank on the meta device and compare"
     )

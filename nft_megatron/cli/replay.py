@@ -11,7 +11,8 @@ from nft_megatron.cli.arguments import describe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "Redo the updates of a recorded step, from its ledger and the checkpoint of the step before, and print how their "
         "metrics differ from the recorded ones. Nothing in RUN is written. Start it as training is started: one process, "
         "torchrun or srun.",
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  nft-megatron replay RUN --step 12 --save one.safetensors\n"
         "  torchrun --nproc-per-node 2 -m nft_megatron replay RUN --step 12 --against one.safetensors parallel.tensor=2\n"
         "  nft-megatron replay RUN --step 12 --against one.safetensors algorithm.name=grpo\n",
-    )  # fmt: skip
+    )
     parser.add_argument("recorded", metavar="RUN", type=Path, help="run folder")  # not run_dir: faults are noted in that
     parser.add_argument("--step", metavar="N", type=int, required=True, help="rollout step, counted from 1")
     parser.add_argument(

@@ -11,9 +11,10 @@ from nft_megatron.cli.arguments import describe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
-    )  # fmt: skip
+    )
     parser.add_argument("reported", metavar="RUN", type=Path, help="run folder")  # not run_dir: see replay
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
     parser.add_argument("--png", type=Path, help="also write an overview picture to this file")

@@ -13,10 +13,11 @@ from nft_megatron.cli.arguments import describe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "Run a vLLM server for the fleet of a run whose folder this machine sees. It registers there, gets the weights from "
         "the trainer, is started again when it dies, and may join at any time; TERM makes it leave. docs/fleet.md tells more.",
-    )  # fmt: skip
+    )
     parser.add_argument("config", metavar="CONFIG|RUN", type=Path, help="the run's configuration, or its folder")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="in place of the file's value")
     parser.add_argument(

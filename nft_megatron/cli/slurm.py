@@ -36,11 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(add("render", _render, "print the batch script", "Print the batch script of a run. Nothing is submitted."))
     add_config(
         add(
-            "submit", _submit, "check everything and submit",
+            "submit",
+            _submit,
+            "check everything and submit",
             "Check configuration, files and plan, ask Slurm whether it would take the script (--test-only), then submit it. "
             "Submitting a run again that has ended goes on from its last checkpoint.",
         )
-    )  # fmt: skip
+    )
     status = add("status", _status, "job, step, attempts, causes", "How the run goes: its job, its step, every attempt's end.")
     status.add_argument("--json", action="store_true", help="for programs")
     logs = add("logs", _logs, "what trainers or servers print", "Print the end of a log.")
@@ -49,20 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
     logs.add_argument("-n", "--lines", type=int, default=50, help="(default: %(default)s)")
     attach = add(
-        "attach", _attach, "a shell on a node of the job",
+        "attach",
+        _attach,
+        "a shell on a node of the job",
         "Open a shell on a node of the running job, beside what runs there; or run a command: "
         "attach --node n3 RUN -- nvidia-smi.",
-    )  # fmt: skip
+    )
     attach.add_argument("--node", help="default: the first trainer's")
     checkpoint = add("checkpoint", _checkpoint, "save and go on", "Ask for a checkpoint after the current step.")
     stop = add(
-        "stop", _stop, "save, leave, stay away",
+        "stop",
+        _stop,
+        "save, leave, stay away",
         "Ask the run to save and leave, and take it out of the queue. `submit` goes on with it.",
-    )  # fmt: skip
+    )
     rollouts = add(
-        "rollouts", _rollouts, "more servers for a running run",
+        "rollouts",
+        _rollouts,
+        "more servers for a running run",
         "Submit an array of single nodes whose vLLM servers join the run. They may be preempted, and end with the run.",
-    )  # fmt: skip
+    )
     rollouts.add_argument("--add", metavar="N", type=int, required=True, help="nodes")
     agent = add("agent", _agent, "what the batch script runs", "Conduct one job from its first node. The batch script runs it.")
     agent.add_argument("--rollouts-only", action="store_true", help="servers on all nodes of this job, for another job's run")
@@ -188,5 +196,5 @@ def _active(folder: JobFolder, config: Config) -> str:
     if job_id is None:
         raise UserError(
             "RUN", folder.run.root, "has no job that waits or runs", f"`nft-megatron slurm status {folder.run.root}` says why"
-        )  # fmt: skip
+        )
     return job_id

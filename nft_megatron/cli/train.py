@@ -11,12 +11,13 @@ from nft_megatron.config.load import config_help, load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "Train from CONFIG until train.num_steps. Starting again with the same run_dir goes on from the newest checkpoint. "
         "One process, or several: torchrun --nproc-per-node N -m nft_megatron train CONFIG (torchrun itself ends with 1 "
         "whenever a rank ends with another code than 0).",
         epilog="CONFIG is YAML with the sections and fields below.\n\n" + config_help(),
-    )  # fmt: skip
+    )
     add_config(parser)
 
 

@@ -11,10 +11,11 @@ from nft_megatron.cli.arguments import describe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
     describe(
-        parser, _run,
+        parser,
+        _run,
         "Grade the answers in FILE (JSONL or Parquet) and print how the verdicts came about. Where a row has a "
         "finish_reason, as in the ledger of a run, length is wrong (simplerl: judged by its text) and abort is unknown.",
-    )  # fmt: skip
+    )
     parser.add_argument("file", metavar="FILE", type=Path, help="one answer a row")
     parser.add_argument("--answer-field", default="text", help="field with the whole answer (default: %(default)s)")
     parser.add_argument("--gold-field", default="gold", help="field with the right answer (default: %(default)s)")
@@ -27,6 +28,10 @@ def _run(options: argparse.Namespace) -> None:
     from nft_megatron.evaluate.grade_file import verify_file
 
     verify_file(
-        options.file, answer_field=options.answer_field, gold_field=options.gold_field, mode=options.mode, out=options.out,
+        options.file,
+        answer_field=options.answer_field,
+        gold_field=options.gold_field,
+        mode=options.mode,
+        out=options.out,
         workers=options.workers,
-    )  # fmt: skip
+    )

@@ -24,15 +24,15 @@ _POLL_SECONDS = 0.5  # between looks at a request to stop
 _CLOSE_SECONDS = 10.0
 
 
-class CollectAhead:
+class AsyncCollector:
     """Collects steps ``state``'s next to ``last_step``; :meth:`take` hands them out in order.
 
     ``version`` is that of the weights which the engine holds; :meth:`published` tells of newer ones.
     """
 
     def __init__(self, collector: Collector, state: CollectorState, *, version: int, last_step: int) -> None:
-        asker = replace(collector.asker, timer=PhaseTimer(), progress=Progress())
-        self._collector = replace(collector, asker=asker, interrupted=self._closing_reason)
+        client = replace(collector.client, timer=PhaseTimer(), progress=Progress())
+        self._collector = replace(collector, client=client, interrupted=self._closing_reason)
         self._version, self._first_step, self._last_step = version, version + 1, last_step
         self._changed = threading.Condition()
         self._collected: dict[int, Collected] = {}

@@ -12,7 +12,7 @@ import torch
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Sampling
-from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.schema import Config
 from nft_megatron.data.prompts import PromptSet, make_prompts
 from nft_megatron.data.questions import HELD_OUT_SPLIT, TRAIN_SPLIT, load_questions
@@ -44,8 +44,12 @@ def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
         log.warning(
             "%s: of %d questions %d are left out because the same question has another gold too, %d because they are longer "
             "than %d tokens",
-            field, prompts.num_questions, prompts.num_conflicting, prompts.num_overlong, config.data.max_prompt_tokens,
-        )  # fmt: skip
+            field,
+            prompts.num_questions,
+            prompts.num_conflicting,
+            prompts.num_overlong,
+            config.data.max_prompt_tokens,
+        )
     return prompts
 
 
@@ -54,9 +58,11 @@ def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sam
     rollout, end = config.rollout, stop_token_ids(model_folder, tokenizer)
     if not end and not rollout.stop:
         raise UserError(
-            "rollout.stop", "[]", f"{model_folder} names no end-of-text token either, so no answer would end",
+            "rollout.stop",
+            "[]",
+            f"{model_folder} names no end-of-text token either, so no answer would end",
             "add eos_token_id to its generation_config.json, or name a text that ends an answer",
-        )  # fmt: skip
+        )
     return Sampling(rollout.temperature, rollout.top_p, rollout.max_answer_tokens, end, rollout.stop)
 
 
@@ -82,13 +88,13 @@ def open_engine(config: Config, model_folder: Path) -> Engine:
     )
 
 
-def open_asker(
+def open_rollout_client(
     config: Config, model_folder: Path, tokenizer: Any, stack: contextlib.ExitStack, timer: PhaseTimer, progress: Progress
-) -> Asker:
+) -> RolloutClient:
     """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
     engine = open_engine(config, model_folder)
     stack.callback(engine.close)
     if config.rollout.max_staleness and not engine.overlaps:
         engine = ExclusiveEngine(engine, config.rollout.step_deadline_seconds)
     verifier = stack.enter_context(Verifier(config.verify))
-    return Asker(engine, verifier, tokenizer, config.seed, config.rollout.deadline_seconds, timer, progress)
+    return RolloutClient(engine, verifier, tokenizer, config.seed, config.rollout.deadline_seconds, timer, progress)

@@ -19,9 +19,9 @@ from pathlib import Path
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Group, Sampling
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.rounds import Rounds
-from nft_megatron.config.schema import RolloutSection
+from nft_megatron.config.schema import RolloutConfig
 from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.observe.collected import sampled_metrics, trained_metrics
@@ -82,16 +82,16 @@ class Collector:
 
     folder: RunFolder
     order: PromptOrder
-    asker: Asker
+    client: RolloutClient
     sampling: Sampling
-    settings: RolloutSection
+    settings: RolloutConfig
     filters_prompts: bool = True
     left_out: Mapping[str, int] = field(default_factory=dict)
     interrupted: Callable[[], str | None] = lambda: None
 
     @functools.cached_property
     def rounds(self) -> Rounds:
-        return Rounds(self.folder, self.order, self.asker, self.sampling, self.settings, self.interrupted)
+        return Rounds(self.folder, self.order, self.client, self.sampling, self.settings, self.interrupted)
 
     @functools.cached_property
     def questions(self) -> str:
@@ -113,7 +113,7 @@ class Collector:
         generated_tokens = 0 if path.exists() else self._fill(path, step, state)
         for finished_round in self.folder.rounds(step):
             finished_round.unlink()
-        with self.asker.timer.phase("ledger"):
+        with self.client.timer.phase("ledger"):
             meta = read_meta(path)
             self._check_questions(meta["questions"])
             surplus = (
@@ -126,9 +126,11 @@ class Collector:
     def _check_questions(self, known: str) -> None:
         if known not in ("", self.questions):
             raise UserError(
-                "data.train", f"{len(self.order.prompts)} questions", "are not those that this run began with",
+                "data.train",
+                f"{len(self.order.prompts)} questions",
+                "are not those that this run began with",
                 "restore the files, or start a new run in another run_dir",
-            )  # fmt: skip
+            )
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         quota = self.settings.questions_per_step
@@ -150,14 +152,15 @@ class Collector:
             answers = [answer for group in sampled for answer in group.answers]
             count = Counter(answer.verdict.label for answer in answers)
             raise UserError(
-                "rollout.max_rounds", self.settings.max_rounds,
+                "rollout.max_rounds",
+                self.settings.max_rounds,
                 f"none of {len(sampled)} questions had both right and wrong answers "
                 f"({count['correct']} right, {count['wrong']} wrong, {count['unknown']} unknown)",
                 "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers",
-            )  # fmt: skip
+            )
         if len(mixed) < quota:
             log.warning("step %d trains on %d of %d questions: %d rounds gave no more", step, len(mixed), quota, num_rounds)
-        with self.asker.timer.phase("ledger"):
+        with self.client.timer.phase("ledger"):
             surplus = mixed[quota:] if self.settings.max_staleness else []
             metrics: MetricsRow = {
                 **self.left_out,
@@ -166,7 +169,7 @@ class Collector:
                 "groups_surplus": max(len(mixed) - quota, 0),
                 "answers_too_old": sum(len(group.answers) for group in [*state.surplus, *sampled])
                 - sum(len(without_older(group, oldest).answers) for group in [*state.surplus, *sampled]),
-                **sampled_metrics(sampled, self.settings.answers_per_question),
+                **sampled_metrics(sampled, self.settings.group_size),
                 **trained_metrics(step, mixed[:quota]),
             }
             fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]

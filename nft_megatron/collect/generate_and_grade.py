@@ -77,7 +77,7 @@ class _Unwanted(set[int]):
 
 
 @dataclass(frozen=True)
-class Asker:
+class RolloutClient:
     """Engine, tokenizer and verifier as one: prompts in, judged answers out. Lives on rank 0."""
 
     engine: Engine

@@ -19,7 +19,7 @@ _ANY = Verdict("correct", reason="gate", verifier="none")  # as which Trainer.mi
 
 
 @dataclass(frozen=True)
-class Gate:
+class LogprobProbe:
     """Asks ``engine`` for one answer to each of ``prompts`` and writes them to ``path``, a ledger file."""
 
     engine: Engine

@@ -16,8 +16,8 @@ from pathlib import Path
 from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.base.records import Group, Sampling
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.collect.generate_and_grade import Asker
-from nft_megatron.config.schema import RolloutSection
+from nft_megatron.collect.generate_and_grade import RolloutClient
+from nft_megatron.config.schema import RolloutConfig
 from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 
@@ -40,9 +40,9 @@ class Rounds:
 
     folder: RunFolder
     order: PromptOrder
-    asker: Asker
+    client: RolloutClient
     sampling: Sampling
-    settings: RolloutSection
+    settings: RolloutConfig
     interrupted: Callable[[], str | None] = lambda: None
     lengths: dict[str, int] = field(default_factory=dict)
     """Mean length of the last answers to a question: a hint for engines, which does not outlive the process."""
@@ -54,13 +54,13 @@ class Rounds:
         """
         path = self.folder.ledger_round(step, number)
         if path.exists():
-            with self.asker.timer.phase("ledger"):
+            with self.client.timer.phase("ledger"):
                 return Round(self._read([path]), read_meta(path)["num_asked"])
-        with self.asker.timer.phase("ledger"):
+        with self.client.timer.phase("ledger"):
             earlier = self._read(self.folder.round_parts(step, number))
         new = self._stream(step, number, cursor, num_questions, missing, label, earlier)
         groups = tuple(sorted([*earlier, *new], key=lambda group: group.group_id))
-        with self.asker.timer.phase("ledger"):
+        with self.client.timer.phase("ledger"):
             self._write(path, groups, {"num_asked": num_questions})
             for part in self.folder.round_parts(step, number):
                 part.unlink()
@@ -87,10 +87,16 @@ class Rounds:
             reason = reason or self.interrupted()  # once there is one, answers are being broken off
             return reason
 
-        answers = self.asker.stream(
-            prompts, settings.answers_per_question, self.sampling, purpose="train", label=label,
-            expected_tokens=self.lengths, give_up_after=settings.give_up_after, interrupted=look,
-        )  # fmt: skip
+        answers = self.client.stream(
+            prompts,
+            settings.group_size,
+            self.sampling,
+            purpose="train",
+            label=label,
+            expected_tokens=self.lengths,
+            give_up_after=settings.give_up_after,
+            interrupted=look,
+        )
         with contextlib.closing(answers):
             for group_id, of_group in answers:
                 group = Group(group_id, step, prompts[group_id], of_group)
@@ -98,7 +104,7 @@ class Rounds:
                 num_mixed += group.is_mixed
                 self.lengths[group.prompt.question_id] = _mean_length(group)
                 if time.monotonic() - written_at >= settings.save_seconds:
-                    with self.asker.timer.phase("ledger"):
+                    with self.client.timer.phase("ledger"):
                         self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
                     num_written, num_parts, written_at = len(new), num_parts + 1, time.monotonic()
                 if settings.stop_at_quota and num_mixed >= missing:
@@ -107,7 +113,7 @@ class Rounds:
                     break
         if reason:
             if num_written < len(new):
-                with self.asker.timer.phase("ledger"):
+                with self.client.timer.phase("ledger"):
                     self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
             raise StoppedEarly(
                 f"stopped while collecting step {step} by {reason}; what is finished is saved, the same command goes on"

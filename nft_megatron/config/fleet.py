@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nft_megatron.base.config_model import LoosePath, PositiveFloat, Section, TextList
+from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, TextList
 
 
-class FleetSection(Section):
+class FleetConfig(ConfigModel):
     """The vLLM servers that generate answers (``rollout.engine: vllm``): started here, named here, or found in RUN/fleet."""
 
     servers: Annotated[int, Field(ge=0)] = 0

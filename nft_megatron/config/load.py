@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.config.renamed import RENAMED, is_record, translate
 from nft_megatron.config.schema import Config
 
 
@@ -39,6 +40,8 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``overrides`` in order (``train.num_steps=3``; values are YAML), check everything.
 
+    A key that was renamed is an error, except in the file that an earlier run left in its own folder.
+
     Raises :class:`UserError` that names the field, its value and the remedy.
     """
     if not path.is_file():
@@ -49,6 +52,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError("CONFIG", path, f"not readable as YAML: {error}", "correct that line") from error
     if not isinstance(tree, dict):
         raise UserError("CONFIG", path, "holds no sections", "start from a file in examples/")
+    if is_record(path):
+        translate(tree)
     return config_from(tree, overrides)
 
 
@@ -196,6 +201,8 @@ def _expected(path: list[str]) -> str:
 
 def _nearest(path: list[str]) -> str:
     """Which key was probably meant: one of the same section first, then one of that name anywhere."""
+    if new := RENAMED.get(".".join(path)):
+        return f"it is called '{new}' now"
     *parents, leaf = path
     owners = [model for section, model in _sections() if [section] == parents and leaf in model.model_fields]
     if owners:  # another algorithm's

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from nft_megatron.algorithms import ALGORITHMS, Algorithm
-from nft_megatron.base.config_model import LoosePath, PathList, PositiveFloat, Section, TextList
+from nft_megatron.base.config_model import ConfigModel, LoosePath, PathList, PositiveFloat, TextList
 from nft_megatron.base.errors import UserError
-from nft_megatron.config.fleet import FleetSection
-from nft_megatron.config.slurm import SlurmSection
+from nft_megatron.config.fleet import FleetConfig
+from nft_megatron.config.slurm import SlurmConfig
 
 
-class ModelSection(Section):
+class ModelConfig(ConfigModel):
     """The model that is trained."""
 
     path: LoosePath
@@ -30,7 +30,7 @@ class ModelSection(Section):
     """Of weights and activations while training. Master weights, log-probs and reductions are float32 either way."""
 
 
-class DataSection(Section):
+class DataConfig(ConfigModel):
     """The questions to train on."""
 
     train: Annotated[PathList, Field(min_length=1)]
@@ -53,14 +53,14 @@ class DataSection(Section):
     """What to do with a longer question: refuse to start and name it, or leave such questions out and count them."""
 
 
-class RolloutSection(Section):
+class RolloutConfig(ConfigModel):
     """How answers are collected: lines 5-11 of the paper's Algorithm 1."""
 
     engine: Literal["embedded", "vllm"] = "embedded"
     """``embedded``: a transformers model beside the trainer, for small models. ``vllm``: the servers of section ``fleet``."""
     questions_per_step: PositiveInt = 512
     """Groups with both right and wrong answers that a rollout step trains on."""
-    answers_per_question: Annotated[int, Field(ge=2)] = 16
+    group_size: Annotated[int, Field(ge=2)] = 16
     """K, answers drawn for each question."""
     temperature: PositiveFloat = 1.0
     """Of sampling. Training log-probs use logits / temperature too."""
@@ -97,10 +97,10 @@ class RolloutSection(Section):
     max_mismatch: PositiveFloat = 0.1
     """Largest mean |log-prob of the engine − of the trainer| of the same weights, in nats; beyond it the run ends: the engine
     then serves other weights, another precision or a renormalised distribution."""
-    gate_questions: Annotated[int, Field(ge=0)] | None = None
+    probe_questions: Annotated[int, Field(ge=0)] | None = None
     """Answers to so many fixed questions are asked before the first step and after each publishing, and compared with the
     trainer's log-probs. 0: none. null: 16 with the engine ``vllm``, none with the embedded one."""
-    gate_tokens: PositiveInt = 32
+    probe_tokens: PositiveInt = 32
     """Longest of these answers."""
     deadline_seconds: PositiveFloat = 3600.0
     """Longest wait for the next finished answer."""
@@ -108,7 +108,7 @@ class RolloutSection(Section):
     """Longest wait of other ranks for rank 0 to collect or evaluate a whole step; a rank 0 that dies is noticed at once."""
 
 
-class VerifySection(Section):
+class VerifyConfig(ConfigModel):
     """Who says right or wrong."""
 
     mode: Literal["strict", "math-verify", "dapo", "simplerl"] = "strict"
@@ -125,16 +125,16 @@ class VerifySection(Section):
 
 
 if TYPE_CHECKING:
-    AlgorithmSection = Algorithm
+    AlgorithmConfig = Algorithm
 else:
-    AlgorithmSection = Annotated[
+    AlgorithmConfig = Annotated[
         Union[tuple(ALGORITHMS.values())],  # noqa: UP007 (known only at run time)
         Field(discriminator="name"),
         BeforeValidator(lambda value: {"name": "nft", **value} if isinstance(value, dict) else value),
     ]
 
 
-class OptimizerSection(Section):
+class OptimizerConfig(ConfigModel):
     """AdamW with float32 master weights, sharded over data-parallel ranks."""
 
     learning_rate: PositiveFloat = 1e-6
@@ -155,7 +155,7 @@ class OptimizerSection(Section):
     """Share of master weights and moments that live, and are updated, in the memory of the host."""
 
 
-class TrainSection(Section):
+class TrainConfig(ConfigModel):
     """The loop."""
 
     num_steps: PositiveInt
@@ -176,7 +176,7 @@ class TrainSection(Section):
     """D of loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
 
 
-class ParallelSection(Section):
+class ParallelConfig(ConfigModel):
     """How model and sequences are cut. Data-parallel ranks are what is left of the world size."""
 
     tensor: PositiveInt = 1
@@ -197,7 +197,7 @@ class ParallelSection(Section):
     """Longest wait in a collective before the run stops with an error."""
 
 
-class DeadlinesSection(Section):
+class DeadlinesConfig(ConfigModel):
     """Longest silence in each phase of a run. A rank silent for longer leaves its stacks in RUN/logs and ends with 70."""
 
     setup_seconds: PositiveFloat = 1800.0
@@ -227,7 +227,7 @@ class DeadlinesSection(Section):
         return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items() if name not in others}
 
 
-class ClusterSection(Section):
+class ClusterConfig(ConfigModel):
     """Machines, for ``plan`` and ``slurm``; training itself takes the processes that it is started with."""
 
     gpu: str = "h100"
@@ -240,7 +240,7 @@ class ClusterSection(Section):
     """Nodes that only generate answers. 0: the trainers' nodes do both."""
 
 
-class CheckpointSection(Section):
+class CheckpointConfig(ConfigModel):
     """What survives. Written whole or not at all; a run goes on from the newest one by itself."""
 
     every: PositiveInt = 10
@@ -254,7 +254,7 @@ class CheckpointSection(Section):
     """Rollout steps between Hugging Face exports; 0: only the last step's."""
 
 
-class EvaluateSection(Section):
+class EvaluateConfig(ConfigModel):
     """Held-out questions, answered with the current weights while training."""
 
     data: PathList = ()
@@ -269,7 +269,7 @@ class EvaluateSection(Section):
     """Nucleus sampling; here it may be below 1."""
 
 
-class ObserveSection(Section):
+class ObserveConfig(ConfigModel):
     """Where metrics go, beside RUN/metrics.jsonl."""
 
     tensorboard: bool = True
@@ -281,100 +281,120 @@ class ObserveSection(Section):
     second forward and backward pass of one update. 0: never."""
 
 
-class Config(Section):
+class Config(ConfigModel):
     """A whole run."""
 
     run_dir: LoosePath
     """Folder of everything the run writes. Starting again with the same folder goes on where it stopped."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the order of questions, of every answer and of the mini-batches."""
-    model: ModelSection
-    data: DataSection
-    rollout: RolloutSection = RolloutSection()
-    fleet: FleetSection = FleetSection()
-    verify: VerifySection = VerifySection()
-    algorithm: AlgorithmSection = ALGORITHMS["nft"](name="nft")
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection
-    parallel: ParallelSection = ParallelSection()
-    deadlines: DeadlinesSection = DeadlinesSection()
-    cluster: ClusterSection = ClusterSection()
-    slurm: SlurmSection = SlurmSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    observe: ObserveSection = ObserveSection()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    fleet: FleetConfig = FleetConfig()
+    verify: VerifyConfig = VerifyConfig()
+    algorithm: AlgorithmConfig = ALGORITHMS["nft"](name="nft")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    slurm: SlurmConfig = SlurmConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:
         rollout, train = self.rollout, self.train
         if rollout.top_p != 1.0:
             raise UserError(
-                "rollout.top_p", rollout.top_p, "training answers must come from the policy itself, not a renormalised one",
+                "rollout.top_p",
+                rollout.top_p,
+                "training answers must come from the policy itself, not a renormalised one",
                 "leave it at 1.0 (evaluate.top_p may differ)",
-            )  # fmt: skip
+            )
         if rollout.questions_per_step % train.updates_per_step:
             raise UserError(
-                "train.updates_per_step", train.updates_per_step,
+                "train.updates_per_step",
+                train.updates_per_step,
                 f"does not divide rollout.questions_per_step = {rollout.questions_per_step}",
                 "choose a divisor, so that every update has the same number of questions",
-            )  # fmt: skip
+            )
         if self.max_sequence_tokens > train.micro_batch_tokens:
             raise UserError(
-                "train.micro_batch_tokens", train.micro_batch_tokens,
+                "train.micro_batch_tokens",
+                train.micro_batch_tokens,
                 f"a sequence may have data.max_prompt_tokens + rollout.max_answer_tokens = {self.max_sequence_tokens} tokens",
                 f"raise it to at least {self.max_sequence_tokens}, or lower those two",
-            )  # fmt: skip
-        group_tokens = rollout.answers_per_question * self.max_sequence_tokens
+            )
+        group_tokens = rollout.group_size * self.max_sequence_tokens
         if self.algorithm.coupling == "group" and group_tokens > train.micro_batch_tokens:
             raise UserError(
-                "train.micro_batch_tokens", train.micro_batch_tokens,
+                "train.micro_batch_tokens",
+                train.micro_batch_tokens,
                 f"{self.algorithm.name} keeps the answers to a question together, and they may have "
-                f"rollout.answers_per_question × {self.max_sequence_tokens} = {group_tokens} tokens",
-                f"raise it to at least {group_tokens}, or lower rollout.answers_per_question or rollout.max_answer_tokens",
-            )  # fmt: skip
+                f"rollout.group_size × {self.max_sequence_tokens} = {group_tokens} tokens",
+                f"raise it to at least {group_tokens}, or lower rollout.group_size or rollout.max_answer_tokens",
+            )
         if self.algorithm.coupling != "token" and train.importance_cap is not None:
             raise UserError(
-                "train.importance_cap", train.importance_cap,
+                "train.importance_cap",
+                train.importance_cap,
                 f"weights tokens one by one, and the loss of {self.algorithm.name} is of whole answers",
                 "leave it at null",
-            )  # fmt: skip
+            )
         fleet = self.fleet
         if rollout.engine == "embedded" and (fleet.servers or fleet.urls):
             raise UserError(
-                "rollout.engine", rollout.engine, "asks no servers, and section fleet names some",
+                "rollout.engine",
+                rollout.engine,
+                "asks no servers, and section fleet names some",
                 "set rollout.engine=vllm, or leave fleet.servers and fleet.urls empty",
-            )  # fmt: skip
+            )
         if not self.filters_prompts and self.algorithm.needs_mixed_groups:
             raise UserError(
-                "rollout.prompt_filter", rollout.prompt_filter,
-                f"{self.algorithm.name} needs it: where all answers agree its loss is zero or not defined", "leave it at null",
-            )  # fmt: skip
+                "rollout.prompt_filter",
+                rollout.prompt_filter,
+                f"{self.algorithm.name} needs it: where all answers agree its loss is zero or not defined",
+                "leave it at null",
+            )
         if not self.filters_prompts and (rollout.give_up_after is not None or rollout.stop_at_quota):
             field = "stop_at_quota" if rollout.stop_at_quota else "give_up_after"
             raise UserError(
-                f"rollout.{field}", getattr(rollout, field), "looks for mixed questions, and all questions are trained on",
+                f"rollout.{field}",
+                getattr(rollout, field),
+                "looks for mixed questions, and all questions are trained on",
                 "leave it out, or set rollout.prompt_filter=true",
-            )  # fmt: skip
+            )
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise UserError(
-                "parallel.virtual_pipeline", self.parallel.virtual_pipeline, "interleaves pipeline stages, and there is one",
+                "parallel.virtual_pipeline",
+                self.parallel.virtual_pipeline,
+                "interleaves pipeline stages, and there is one",
                 "set parallel.pipeline to 2 or more, or leave it at 1",
-            )  # fmt: skip
+            )
         if self.data.template == "plain" and "{question}" not in self.data.plain_format:
             raise UserError(
-                "data.plain_format", repr(self.data.plain_format), "has no {question}, so all prompts would be the same",
+                "data.plain_format",
+                repr(self.data.plain_format),
+                "has no {question}, so all prompts would be the same",
                 "put {question} where the question belongs",
-            )  # fmt: skip
+            )
         if self.data.template == "plain" and self.data.system_prompt is not None:
             raise UserError(
-                "data.system_prompt", repr(self.data.system_prompt), "has no place under data.template = plain",
+                "data.system_prompt",
+                repr(self.data.system_prompt),
+                "has no place under data.template = plain",
                 "write it into data.plain_format, or set data.template=chat",
-            )  # fmt: skip
+            )
         if self.verify.hard_seconds < self.verify.soft_seconds:
             raise UserError(
-                "verify.hard_seconds", self.verify.hard_seconds, f"below verify.soft_seconds = {self.verify.soft_seconds}",
+                "verify.hard_seconds",
+                self.verify.hard_seconds,
+                f"below verify.soft_seconds = {self.verify.soft_seconds}",
                 "a grader must be able to give up by itself before it is killed",
-            )  # fmt: skip
+            )
         return self
 
     @property
@@ -392,7 +412,8 @@ class Config(Section):
         """Raise ``UserError`` where a sequence may be longer than a model's context of ``max_positions`` tokens."""
         if self.max_sequence_tokens > max_positions:
             raise UserError(
-                "rollout.max_answer_tokens", self.rollout.max_answer_tokens,
+                "rollout.max_answer_tokens",
+                self.rollout.max_answer_tokens,
                 f"with data.max_prompt_tokens = {self.data.max_prompt_tokens} it exceeds the model's context",
                 f"lower their sum to {max_positions}",
-            )  # fmt: skip
+            )

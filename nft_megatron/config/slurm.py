@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PositiveInt
 
-from nft_megatron.base.config_model import LoosePath, PositiveFloat, Section, TextList
+from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, TextList
 from nft_megatron.base.errors import UserError
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
@@ -22,7 +22,7 @@ def _time_limit(value: object) -> object:
     return value
 
 
-class SlurmSection(Section):
+class SlurmConfig(ConfigModel):
     """The batch job that `nft-megatron slurm` renders and submits. Its nodes are those of section ``cluster``."""
 
     partition: str | None = None

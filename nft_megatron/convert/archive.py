@@ -79,9 +79,15 @@ class _Storage:
         return self._tensor(self.dtype, offset, shape, stride)
 
     def tensor_of(
-        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], _gradient: bool, _hooks: object,
-        dtype: torch.dtype, *_: object,
-    ) -> TensorAt | None:  # fmt: skip
+        self,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        _gradient: bool,
+        _hooks: object,
+        dtype: torch.dtype,
+        *_: object,
+    ) -> TensorAt | None:
         """Of a dtype that has no storage class of its own."""
         return self._tensor(dtype, offset, shape, stride)
 
@@ -97,10 +103,18 @@ class _Storage:
 _STORAGES = {
     f"torch.{name}Storage": dtype
     for name, dtype in {
-        "BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32, "Double": torch.float64, "Byte": torch.uint8,
-        "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool,
+        "BFloat16": torch.bfloat16,
+        "Half": torch.float16,
+        "Float": torch.float32,
+        "Double": torch.float64,
+        "Byte": torch.uint8,
+        "Char": torch.int8,
+        "Short": torch.int16,
+        "Int": torch.int32,
+        "Long": torch.int64,
+        "Bool": torch.bool,
     }.items()
-} | {"torch.storage.UntypedStorage": torch.uint8}  # fmt: skip
+} | {"torch.storage.UntypedStorage": torch.uint8}
 
 _ALLOWED: Mapping[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,

@@ -120,7 +120,7 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
 
         problems += compare_log_probs(*paths, prompt, lambda path, folder: to_hf(path, folder, model=described))
     for path, label in zip(paths, "AB", strict=True):
-        if (manifest := read_manifest(path, label)) is not None and manifest.receipt is None:
+        if (manifest := read_manifest(path, label)) is not None and manifest.fingerprint is None:
             print(f"{label} was converted without proof: no hash of its tensors is on record")
     for problem in problems:
         print(problem)
@@ -212,7 +212,7 @@ def _convert(
     for name, record in manifest.tensors.items():
         if record.non_finite is not None:
             print(f"warning: {name} is not finite at {record.non_finite}; copied as it is (--strict refuses)")
-    proven = f"receipt {manifest.receipt}" if proof else "unproven: neither hashed nor searched for NaN and infinity"
+    proven = f"fingerprint {manifest.fingerprint}" if proof else "unproven: neither hashed nor searched for NaN and infinity"
     print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, {proven}")
 
 

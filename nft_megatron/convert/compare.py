@@ -26,7 +26,7 @@ from nft_megatron.convert.engine import (
     thread_buffer,
 )
 from nft_megatron.convert.manifest import NAME, Manifest, gaps, read_manifest
-from nft_megatron.weights.receipt import begin_digest
+from nft_megatron.weights.fingerprint import begin_digest
 from nft_megatron.weights.shape import ModelShape
 
 Advance = Callable[[int], None]

@@ -145,10 +145,11 @@ class Files:
             position += len(band)
         if crc32 != checksum.crc32:
             raise UserError(
-                self.field, checksum.file,
+                self.field,
+                checksum.file,
                 f"is damaged: the bytes of {what} do not have the checksum that was stored with them",
                 "copy the checkpoint again, or use an older one",
-            )  # fmt: skip
+            )
 
 
 _LOCAL = threading.local()

@@ -1,8 +1,8 @@
 """What a conversion has written, so that anyone can prove later that nothing of it has changed: ``conversion.json``.
 
-Every byte of the folder is under one hash. A tensor's is the SHA-256 of :func:`nft_megatron.weights.receipt.tensor_digest`,
+Every byte of the folder is under one hash. A tensor's is the SHA-256 of :func:`nft_megatron.weights.fingerprint.tensor_digest`,
 over its Hugging Face name, dtype, shape and bytes in row-major order, so it is the same in every format and layout; together
-they give the receipt that a run reports for the same weights. A file's is over all of its bytes that belong to no tensor.
+they give the fingerprint that a run reports for the same weights. A file's is over all of its bytes that belong to no tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from nft_megatron import __version__
 from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import StoredTensor
-from nft_megatron.weights.receipt import combine_digests
+from nft_megatron.weights.fingerprint import combine_digests
 
 NAME = "conversion.json"
 
@@ -46,14 +46,14 @@ class Manifest:
     tool: str = f"nft_megatron {__version__}"
 
     @property
-    def receipt(self) -> str | None:
+    def fingerprint(self) -> str | None:
         """One hash over all tensors; None where one has none."""
         digests = [record.sha256 for record in self.tensors.values() if record.sha256 is not None]
         return combine_digests(digests) if len(digests) == len(self.tensors) else None
 
     def to_json(self) -> str:
         """The content of the file."""
-        return json.dumps({"receipt": self.receipt, **asdict(self)}, indent=1) + "\n"
+        return json.dumps({"fingerprint": self.fingerprint, **asdict(self)}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path, field: str) -> Manifest | None:
@@ -67,13 +67,13 @@ def read_manifest(folder: Path, field: str) -> Manifest | None:
         return None
     try:
         content = json.loads(path.read_text())
-        receipt = content.pop("receipt")
+        fingerprint = content.pop("fingerprint" if "fingerprint" in content else "receipt")  # as earlier versions named it
         tensors = {
             name: TensorRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in content.pop("tensors").items()
         }
         manifest = Manifest(tensors, **content)
-        if manifest.receipt != receipt:
-            raise ValueError("its receipt does not belong to its tensors")
+        if manifest.fingerprint != fingerprint:
+            raise ValueError("its fingerprint does not belong to its tensors")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(field, path, f"is damaged ({error})", "copy the checkpoint again") from error
     return manifest

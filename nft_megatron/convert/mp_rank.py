@@ -80,8 +80,11 @@ def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict
             content = read_archive(path, descriptor, 0, path.stat().st_size, field)
         finally:
             os.close(descriptor)
-        chunks = {match[1]: key for key in content if isinstance(key, str) and (match := _CHUNK.match(key))} \
-            if isinstance(content, dict) else {}  # fmt: skip
+        chunks = (
+            {match[1]: key for key in content if isinstance(key, str) and (match := _CHUNK.match(key))}
+            if isinstance(content, dict)
+            else {}
+        )
         if not chunks or not all(isinstance(content[key], dict) for key in chunks.values()):
             raise UserError(field, path, "has no 'model' with the state of one", "give a checkpoint of Megatron-Core")
         for number, key in chunks.items():

@@ -23,9 +23,12 @@ class Meter:
         self._bar = None
         if console.is_terminal:
             columns = (
-                TextColumn("{task.description}"), BarColumn(bar_width=36), DownloadColumn(), TransferSpeedColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=36),
+                DownloadColumn(),
+                TransferSpeedColumn(),
                 TimeRemainingColumn(),
-            )  # fmt: skip
+            )
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task(title, total=num_bytes)
 

@@ -63,8 +63,14 @@ _ALLOWED: Mapping[str, Any] = {
     **{
         f"torch.distributed.checkpoint.metadata.{name}": getattr(metadata, name)
         for name in (
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex",
-            "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
         )
     },
     "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
@@ -72,7 +78,7 @@ _ALLOWED: Mapping[str, Any] = {
     "torch.serialization._get_layout": lambda name: torch.strided,
     "collections.OrderedDict": collections.OrderedDict,
     "pathlib.PosixPath": pathlib.PurePosixPath,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -247,15 +253,19 @@ class _ChunkReader:
         descriptor, size = self._open[chunk.file]
         if chunk.start + chunk.num_bytes > size:
             raise UserError(
-                self._field, path, f"is truncated: {key} ends at byte {chunk.start + chunk.num_bytes}, the file at {size}",
+                self._field,
+                path,
+                f"is truncated: {key} ends at byte {chunk.start + chunk.num_bytes}, the file at {size}",
                 "copy or write the checkpoint again",
-            )  # fmt: skip
+            )
         tensor = read_archive(path, descriptor, chunk.start, chunk.num_bytes, self._field)
         if not isinstance(tensor, TensorAt) or math.prod(tensor.shape) != math.prod(chunk.sizes):
             raise UserError(
-                self._field, path, f"does not hold {key} of shape {list(chunk.sizes)} at byte {chunk.start}",
+                self._field,
+                path,
+                f"does not hold {key} of shape {list(chunk.sizes)} at byte {chunk.start}",
                 "copy or write the checkpoint again",
-            )  # fmt: skip
+            )
         return tensor
 
 

@@ -106,11 +106,13 @@ def plan_torch_dist(folder: Path, table: WeightTable, dtypes: Mapping[str, torch
         "common.pt": saved_bytes({"checkpoint_version": 3.0, "iteration": 0}),
         "metadata.json": json.dumps(
             {
-                "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                "common_backend": "torch", "common_backend_version": 1,
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
             }
         ).encode(),
-    }  # fmt: skip
+    }
     return Target(folder, tensors, files.sizes, tuple(parts), small)
 
 

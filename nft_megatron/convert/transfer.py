@@ -19,8 +19,8 @@ from nft_megatron.convert.engine import Bytes, Files, bands, cast_band, element,
 from nft_megatron.convert.journal import PartialFolder
 from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
 from nft_megatron.convert.plan import Target
+from nft_megatron.weights.fingerprint import begin_digest
 from nft_megatron.weights.hf_writer import copy_model_files, state_dtype
-from nft_megatron.weights.receipt import begin_digest
 
 Advance = Callable[[int], None]
 
@@ -200,10 +200,11 @@ class _Proof:
         """Of the tensor as written. Raises :class:`UserError` where what was read is not what was recorded for the source."""
         if self._expected not in (None, self._read.hexdigest()):
             raise UserError(
-                "SRC", place(self._source),
+                "SRC",
+                place(self._source),
                 f"is damaged: {self._name} does not have the hash that {NAME} recorded for it",
                 f"copy the checkpoint again; where weights were changed on purpose, delete {NAME}",
-            )  # fmt: skip
+            )
         return self._written.hexdigest()
 
 

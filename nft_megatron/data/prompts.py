@@ -11,7 +11,7 @@ import numpy as np
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt, Question
-from nft_megatron.config.schema import DataSection
+from nft_megatron.config.schema import DataConfig
 from nft_megatron.data.conflicts import find_conflicts
 from nft_megatron.data.templates import TEMPLATES
 from nft_megatron.data.wording import reword
@@ -36,7 +36,7 @@ class PromptSet:
         return {"questions_conflicting": self.num_conflicting, "questions_overlong": self.num_overlong}
 
 
-def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataSection, field: str = "data.train") -> PromptSet:
+def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str = "data.train") -> PromptSet:
     """The prompts of ``questions`` in the same order, without conflicting and overlong ones where ``settings`` drop those.
 
     ``tokenizer`` is a Hugging Face tokenizer. Raises :class:`UserError` for a question longer than
@@ -48,24 +48,27 @@ def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataSe
     if questions and not clear:
         first = conflicts[0]
         raise UserError(
-            field, f"{len(questions)} questions", f"all conflict, like {first[0].question_id!r} and {first[1].question_id!r}",
+            field,
+            f"{len(questions)} questions",
+            f"all conflict, like {first[0].question_id!r} and {first[1].question_id!r}",
             "correct their golds, or set data.conflicting=keep",
-        )  # fmt: skip
+        )
     prompts = tokenize(clear, tokenizer, settings)
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= settings.max_prompt_tokens]
     dropped = len(prompts) - len(kept)
     if dropped and (settings.overlong == "error" or not kept):
         longest = max(prompts, key=lambda prompt: len(prompt.tokens))
         raise UserError(
-            "data.max_prompt_tokens", settings.max_prompt_tokens,
+            "data.max_prompt_tokens",
+            settings.max_prompt_tokens,
             f"{dropped} of {len(prompts)} questions of {field} are longer; the longest, {longest.question_id!r}, has "
             f"{len(longest.tokens)} tokens",
             f"raise it to {len(longest.tokens)}" + (", or set data.overlong=drop" if kept else ""),
-        )  # fmt: skip
+        )
     return PromptSet(tuple(kept), len(questions) - len(clear), dropped)
 
 
-def tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataSection) -> list[Prompt]:
+def tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataConfig) -> list[Prompt]:
     """The prompts of all ``questions`` under the instruction and the template of ``settings``, however long.
 
     Raises :class:`UserError` where the template needs a chat template and the tokenizer has none.
@@ -77,7 +80,7 @@ def tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataSectio
     ]
 
 
-def _token_ids(questions: Sequence[Question], tokenizer: Any, settings: DataSection) -> list[list[int]]:
+def _token_ids(questions: Sequence[Question], tokenizer: Any, settings: DataConfig) -> list[list[int]]:
     template = TEMPLATES[settings.template]
     if not template.uses_chat:
         # Not str.format: a question or a format with LaTeX is full of braces.

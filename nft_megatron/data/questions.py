@@ -54,9 +54,11 @@ def load_questions(
                 known = questions.setdefault(question.question_id, question)
                 if known != question:
                     raise UserError(
-                        field, f"{file}, row {number}", f"id {question.question_id!r} belongs to another question or gold too",
+                        field,
+                        f"{file}, row {number}",
+                        f"id {question.question_id!r} belongs to another question or gold too",
                         "give every question its own id, or remove the ids",
-                    )  # fmt: skip
+                    )
     if not questions:
         raise UserError(field, ", ".join(map(str, paths)), "holds no questions", "name a file with at least one row")
     return list(questions.values())

@@ -14,10 +14,10 @@ from typing import Any, get_args
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Sampling
-from nft_megatron.collect.build import open_asker, read_prompts, training_sampling
-from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
+from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import config_from
-from nft_megatron.config.schema import Config, VerifySection
+from nft_megatron.config.schema import Config, VerifyConfig
 from nft_megatron.data.overlap import read_overlapping_ids
 from nft_megatron.data.prompts import tokenize
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
@@ -34,7 +34,7 @@ from nft_megatron.weights.hf_reader import HFReader
 
 log = logging.getLogger(__name__)
 
-GRADERS: tuple[str, ...] = get_args(VerifySection.model_fields["mode"].annotation)
+GRADERS: tuple[str, ...] = get_args(VerifyConfig.model_fields["mode"].annotation)
 _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 
 
@@ -45,13 +45,15 @@ def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> Non
     """
     if not config.evaluate.data:
         raise UserError(
-            "evaluate.data", "(nothing)", "no questions to evaluate on",
+            "evaluate.data",
+            "(nothing)",
+            "no questions to evaluate on",
             "name a file: evaluate.data=questions.parquet, or measure benchmarks: --benchmarks FOLDER",
-        )  # fmt: skip
+        )
     tokenizer = load_tokenizer(model_folder, "MODEL")
     prompts = read_prompts(config, tokenizer, "evaluate.data").prompts
-    with _open_model(config, model_folder, tokenizer, num_steps=1) as (asker, _):
-        result = evaluate(asker, prompts, config.evaluate, training_sampling(config, model_folder, tokenizer))
+    with _open_model(config, model_folder, tokenizer, num_steps=1) as (client, _):
+        result = evaluate(client, prompts, config.evaluate, training_sampling(config, model_folder, tokenizer))
     summary = {
         "model": str(model_folder),
         "data": [str(path) for path in config.evaluate.data],
@@ -125,8 +127,10 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     settings = {"grader": options.grader, "sampling": asdict(sampling), "seed": config.seed}
     summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping)}
     _write_json(options.out / "summary.json", summary)
-    print(f"{model_folder}, in percent (temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most "
-          f"{sampling.max_tokens} tokens, grader {options.grader})\n")  # fmt: skip
+    print(
+        f"{model_folder}, in percent (temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most "
+        f"{sampling.max_tokens} tokens, grader {options.grader})\n"
+    )
     print(table_of(results, overlapping))
     if others:
         print("\n" + comparison([Scores(str(model_folder), summary["scores"]), *others]))
@@ -134,7 +138,7 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
 
 
 def _with_grader(config: Config, grader: str) -> Config:
-    """``config`` with the grader of the evaluation, and patience: an unknown verdict is a hole in the table."""
+    """``config`` with the grader of the evaluation, and deadline: an unknown verdict is a hole in the table."""
     if grader not in GRADERS:
         raise UserError("--grader", grader, "no such grader", f"one of {', '.join(GRADERS)}")
     verify = config.verify.model_dump() | {
@@ -142,7 +146,7 @@ def _with_grader(config: Config, grader: str) -> Config:
         "soft_seconds": max(config.verify.soft_seconds, _SOFT_SECONDS),
         "hard_seconds": max(config.verify.hard_seconds, _HARD_SECONDS),
     }
-    return config.model_copy(update={"verify": VerifySection(**verify)})
+    return config.model_copy(update={"verify": VerifyConfig(**verify)})
 
 
 def _sampling(config: Config, model_folder: Path, tokenizer: Any, options: BenchmarkOptions) -> Sampling:
@@ -181,8 +185,8 @@ def _answer(
     for own in parts:
         own[0].path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(own[0].path.parent)
-    with _open_model(config, model_folder, tokenizer, num_steps=len(everything), first_step=len(done)) as (asker, receipt):
-        common = {"weights": receipt, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
+    with _open_model(config, model_folder, tokenizer, num_steps=len(everything), first_step=len(done)) as (client, fingerprint):
+        common = {"weights": fingerprint, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
         common = json.loads(json.dumps(common))  # as it will be read back
         settings = {
             own[0].task.benchmark.name: common
@@ -192,39 +196,45 @@ def _answer(
         for part in done:
             check_part(part, settings[part.task.benchmark.name])
         if len(done) < len(everything):
-            _check_golds([own[0].task for own in parts], asker, config.verify.mode)
+            _check_golds([own[0].task for own in parts], client, config.verify.mode)
         for number, part in enumerate((part for part in everything if part not in done), start=len(done) + 1):
-            result = answer_part(part, asker, sampling, settings[part.task.benchmark.name])
-            asker.progress.step_done({"step": number, "eval_accuracy": result.accuracy})
+            result = answer_part(part, client, sampling, settings[part.task.benchmark.name])
+            client.progress.step_done({"step": number, "eval_accuracy": result.accuracy})
 
 
-def _check_golds(tasks: Sequence[Task], asker: Asker, grader: str) -> None:
+def _check_golds(tasks: Sequence[Task], client: RolloutClient, grader: str) -> None:
     """Warn of questions that no answer can get right: their gold, in a box, is not correct to the grader."""
     for task in tasks:
         golds = [prompt.gold for prompt in task.prompts]
-        verdicts = asker.verifier.verify_many((rf"\boxed{{{gold}}}", gold, "stop") for gold in golds)
+        verdicts = client.verifier.verify_many((rf"\boxed{{{gold}}}", gold, "stop") for gold in golds)
         missed = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.label != "correct"]
         if missed:
             log.warning(
                 "%s: %d of %d golds are not correct to the grader %s themselves, such as %s",
-                task.benchmark.title, len(missed), len(golds), grader, ", ".join(missed[:3]),
-            )  # fmt: skip
+                task.benchmark.title,
+                len(missed),
+                len(golds),
+                grader,
+                ", ".join(missed[:3]),
+            )
 
 
 @contextlib.contextmanager
 def _open_model(
     config: Config, model_folder: Path, tokenizer: Any, *, num_steps: int, first_step: int = 0
-) -> Iterator[tuple[Asker, str]]:
-    """Engine and verifier with the weights of ``model_folder``, and their receipt."""
+) -> Iterator[tuple[RolloutClient, str]]:
+    """Engine and verifier with the weights of ``model_folder``, and their fingerprint."""
     shape = read_shape(model_folder, "MODEL")
     table = weight_table(shape)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(HFReader(model_folder, "MODEL"))
         reader.check(table)
         progress = stack.enter_context(open_progress(num_steps, first_step))
-        asker = open_asker(_apart(config, model_folder, shape), model_folder, tokenizer, stack, PhaseTimer(), progress)
+        client = open_rollout_client(
+            _apart(config, model_folder, shape), model_folder, tokenizer, stack, PhaseTimer(), progress
+        )
         tensors = ((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items())
-        yield asker, asker.engine.load(tensors, version=0)
+        yield client, client.engine.load(tensors, version=0)
 
 
 def _apart(config: Config, model_folder: Path, shape: ModelShape) -> Config:

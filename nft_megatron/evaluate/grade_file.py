@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason
-from nft_megatron.config.schema import VerifySection
+from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import REASONS, reason_of
@@ -39,7 +39,7 @@ def verify_file(
     """
     if mode not in MODES:
         raise UserError("--mode", mode, "no such mode", f"use one of {', '.join(MODES)}")
-    settings = VerifySection.model_validate({"mode": mode, "workers": workers or os.cpu_count() or 1})
+    settings = VerifyConfig.model_validate({"mode": mode, "workers": workers or os.cpu_count() or 1})
     num_rows = _count(path)
     rows, to_grade = itertools.tee(_rows_of(path))
     counts: Counter[str] = Counter()

@@ -17,7 +17,7 @@ import numpy as np
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Group, Prompt, Sampling
-from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
 from nft_megatron.evaluate.benchmarks import Benchmark
 from nft_megatron.evaluate.run import Evaluation
@@ -56,9 +56,11 @@ def plan_parts(task: Task, max_tokens: int, context: int, folder: Path) -> list[
     if min(room) < 1:
         longest = max(task.prompts, key=lambda prompt: len(prompt.tokens))
         raise UserError(
-            "--benchmarks", longest.question_id, f"has {len(longest.tokens)} tokens, the model's context is {context}",
+            "--benchmarks",
+            longest.question_id,
+            f"has {len(longest.tokens)} tokens, the model's context is {context}",
             "measure a model with a longer context, or remove the question from its file",
-        )  # fmt: skip
+        )
     most = max(1, ANSWERS_PER_PART // task.samples)
     starts = [0]
     for position in range(1, len(room)):
@@ -84,16 +86,18 @@ def check_part(part: Part, settings: dict[str, Any]) -> None:
     for key in sorted(settings.keys() | recorded.keys()):
         if recorded.get(key) != settings.get(key):
             raise UserError(
-                "--out", part.path, f"has answers with {key} = {recorded.get(key)}, now it is {settings.get(key)}",
+                "--out",
+                part.path,
+                f"has answers with {key} = {recorded.get(key)}, now it is {settings.get(key)}",
                 "set it back, or name another folder",
-            )  # fmt: skip
+            )
 
 
-def answer_part(part: Part, asker: Asker, sampling: Sampling, settings: dict[str, Any]) -> Evaluation:
+def answer_part(part: Part, client: RolloutClient, sampling: Sampling, settings: dict[str, Any]) -> Evaluation:
     """Ask and judge a part, write its file and return what is in it. ``settings`` is what :func:`check_part` compares."""
     prompts = part.task.prompts[part.first : part.stop]
     name = part.task.benchmark.name
-    answers = asker.ask(
+    answers = client.ask(
         prompts,
         part.task.samples,
         replace(sampling, max_tokens=part.max_tokens),

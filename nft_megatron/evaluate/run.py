@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from nft_megatron.base.records import Answer, Prompt, Sampling
-from nft_megatron.collect.generate_and_grade import Asker
-from nft_megatron.config.schema import EvaluateSection
+from nft_megatron.collect.generate_and_grade import RolloutClient
+from nft_megatron.config.schema import EvaluateConfig
 from nft_megatron.evaluate.statistics import Judged, average, majority, pass_at, standard_error
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.verify.simplerl import extract, respell
@@ -85,12 +85,12 @@ def vote_of(answer: Answer) -> str | None:
     return (respell(extract(answer.text)) or None) if answer.completion.finish_reason == "stop" else None
 
 
-def evaluate(asker: Asker, prompts: Sequence[Prompt], settings: EvaluateSection, training: Sampling) -> Evaluation:
+def evaluate(client: RolloutClient, prompts: Sequence[Prompt], settings: EvaluateConfig, training: Sampling) -> Evaluation:
     """Answer and judge every prompt ``settings.samples`` times with the engine's current weights.
 
     Lengths and stops are those of training. The seeds don't depend on the step: the same weights give the same answers.
     """
     sampling = replace(training, temperature=settings.temperature, top_p=settings.top_p)
     # A clock of its own: to a training step all of this is "evaluate", not "generate" and "verify".
-    answers = replace(asker, timer=PhaseTimer()).ask(prompts, settings.samples, sampling, purpose="evaluate")
+    answers = replace(client, timer=PhaseTimer()).ask(prompts, settings.samples, sampling, purpose="evaluate")
     return Evaluation(tuple(prompts), tuple(answers))

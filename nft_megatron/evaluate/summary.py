@@ -118,9 +118,11 @@ def read_scores(path: Path, field: str = "--beside") -> list[Scores]:
         return [Scores(str(row["name"]), {name: float(score) for name, score in row["scores"].items()}) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            field, path, f"holds no scores ({error})",
+            field,
+            path,
+            f"holds no scores ({error})",
             'name a summary.json of another evaluation, or write [{"name": "…", "scores": {"aime24": 30.0}}], in percent',
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _or_none(value: float) -> float | None:

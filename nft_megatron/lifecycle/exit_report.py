@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nft_megatron.base.atomic_io import atomic_file
-from nft_megatron.base.rank_info import place
+from nft_megatron.base.rank_info import rank_info
 from nft_megatron.base.run_folder import RunFolder
 
 _LONGEST_MESSAGE = 2000
@@ -26,7 +26,7 @@ _LONGEST_WRITE = 10.0
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitReport:
     """One rank's end. ``host``: Slurm's name of the node, else the machine's. ``phase``: of the run, where it was in one.
 
     ``time``: seconds since 1970. ``message``: for a fault "ErrorType: text".
@@ -40,13 +40,13 @@ class Ending:
     time: float
 
     @classmethod
-    def here(cls, code: int, message: str, phase: str | None = None) -> Ending:
+    def here(cls, code: int, message: str, phase: str | None = None) -> ExitReport:
         """Of this process, now."""
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        return cls(place().rank, host, code, message[:_LONGEST_MESSAGE], phase, time.time())
+        return cls(rank_info().rank, host, code, message[:_LONGEST_MESSAGE], phase, time.time())
 
 
-def write_ending(run_dir: Path, ending: Ending) -> None:
+def write_exit_report(run_dir: Path, ending: ExitReport) -> None:
     """Leave ``ending`` in the run folder, if that is there and answers within ten seconds; says nothing if not."""
 
     def write() -> None:
@@ -57,24 +57,24 @@ def write_ending(run_dir: Path, ending: Ending) -> None:
     if_it_answers(write)
 
 
-def read_endings(run_dir: Path) -> list[Ending]:
+def read_exit_reports(run_dir: Path) -> list[ExitReport]:
     """Those in the run folder, the earliest first. What cannot be read, or is not of this form, is left out.
 
     >>> import tempfile
     >>> run_dir = Path(tempfile.mkdtemp())
     >>> for rank, seconds in ((0, 12.5), (1, 11.0)):
-    ...     write_ending(run_dir, Ending(rank, "n1", 70, "stood still", "update", seconds))
-    >>> [(ending.rank, ending.code, ending.phase) for ending in read_endings(run_dir)]
+    ...     write_exit_report(run_dir, ExitReport(rank, "n1", 70, "stood still", "update", seconds))
+    >>> [(ending.rank, ending.code, ending.phase) for ending in read_exit_reports(run_dir)]
     [(1, 70, 'update'), (0, 70, 'update')]
     """
-    endings = []
+    reports = []
     for path in RunFolder(run_dir).logs.glob("end_rank*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            endings.append(Ending(**json.loads(path.read_text())))
-    return sorted(endings, key=lambda ending: ending.time)
+            reports.append(ExitReport(**json.loads(path.read_text())))
+    return sorted(reports, key=lambda ending: ending.time)
 
 
-def forget_ending(run_dir: Path, rank: int) -> None:
+def remove_exit_report(run_dir: Path, rank: int) -> None:
     """Delete what the rank's last end left: code, fault, stacks. A folder that cannot be written is somebody else's message."""
     folder = RunFolder(run_dir)
     for path in (folder.end(rank), folder.fault(rank), folder.stall(rank)):

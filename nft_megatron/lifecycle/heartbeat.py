@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from nft_megatron.base.rank_info import place
+from nft_megatron.base.rank_info import rank_info
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.schema import Config
 
@@ -21,7 +21,7 @@ EVERY_SECONDS = 5.0
 @contextlib.contextmanager
 def alive(config: Config) -> Iterator[None]:
     """Rank 0 touches its file inside the ``with`` block, also while it takes a run apart."""
-    heartbeat = Heartbeat(RunFolder(config.run_dir).heartbeat) if place().rank == 0 else None
+    heartbeat = Heartbeat(RunFolder(config.run_dir).heartbeat) if rank_info().rank == 0 else None
     try:
         yield
     finally:

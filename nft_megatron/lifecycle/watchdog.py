@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from nft_megatron.base.errors import EXIT_STALLED
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.lifecycle.exit_report import Ending, if_it_answers, note_phase, write_ending
+from nft_megatron.lifecycle.exit_report import ExitReport, if_it_answers, note_phase, write_exit_report
 from nft_megatron.observe.progress import Progress
 
 _LOOKS_A_DEADLINE = 20
@@ -109,7 +109,7 @@ class Watchdog:
                 faulthandler.dump_traceback(report, all_threads=True)
 
         if_it_answers(write)  # the folder may be what has gone away
-        write_ending(self._run_dir, Ending.here(EXIT_STALLED, line, watched.phase))
+        write_exit_report(self._run_dir, ExitReport.here(EXIT_STALLED, line, watched.phase))
 
 
 class LifeSigns(Progress):

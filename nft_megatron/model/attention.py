@@ -94,9 +94,12 @@ def pack_sequences(
     starts = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
     packed = PackedSequences(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
-    )  # fmt: skip
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
     pieces = [(length, length) for length in lengths]
     if context_size > 1:
         chunks = [length // (2 * context_size) for length in lengths]
@@ -288,9 +291,14 @@ class PackedAttention(torch.nn.Module):
             query, key, value = (x.unflatten(0, (bucket.num_pieces, -1)).transpose(1, 2) for x in qkv)
             is_square = bucket.num_queries == bucket.num_keys
             output_nALD = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=None if is_square else _sight(bucket), is_causal=is_square,
-                scale=self.softmax_scale, enable_gqa=True,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                attn_mask=None if is_square else _sight(bucket),
+                is_causal=is_square,
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
             outputs.append(output_nALD.transpose(1, 2).flatten(0, 1))
         return _FromRows.apply(torch.cat(outputs), query_rows.rows_T)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.rank_info import Place
+from nft_megatron.base.rank_info import RankInfo
 from nft_megatron.model.build import build_parts
 from nft_megatron.model.cpu import adapt_to_cpu
 from nft_megatron.model.load import table_parameters
@@ -100,8 +100,14 @@ def _fake_place(rank: int, layout: ParallelLayout) -> Iterator[Topology]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.num_gpus)
     try:
         yield take_place(
-            Place(rank, layout.num_gpus), torch.device("meta"), layout.tensor, layout.pipeline, layout.context,
-            layout.virtual_pipeline, timeout_seconds=600.0, control_group=dist.new_group(),
-        )  # fmt: skip
+            RankInfo(rank, layout.num_gpus),
+            torch.device("meta"),
+            layout.tensor,
+            layout.pipeline,
+            layout.context,
+            layout.virtual_pipeline,
+            timeout_seconds=600.0,
+            control_group=dist.new_group(),
+        )
     finally:
         shutdown()

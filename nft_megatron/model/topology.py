@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.rank_info import Place, place
+from nft_megatron.base.rank_info import RankInfo, rank_info
 from nft_megatron.model.cpu import adapt_to_cpu
 
 ProcessGroup = dist.ProcessGroup
@@ -127,7 +127,7 @@ def init_topology(
     Raises:
         UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when they do not divide the number of processes.
     """
-    here = place()
+    here = rank_info()
     rank, world_size, local_rank = here.rank, here.world_size, here.local_rank
     _check_sizes(world_size, tensor, pipeline, context, expert)
     if threads is not None:
@@ -148,15 +148,22 @@ def init_topology(
     control_timeout = datetime.timedelta(seconds=control_timeout_seconds)
     control_group = dist.new_group(backend="gloo", timeout=control_timeout)
     topology = take_place(
-        here, device, tensor, pipeline, context, virtual_pipeline,
-        expert=expert, timeout_seconds=timeout_seconds, control_group=control_group,
-    )  # fmt: skip
+        here,
+        device,
+        tensor,
+        pipeline,
+        context,
+        virtual_pipeline,
+        expert=expert,
+        timeout_seconds=timeout_seconds,
+        control_group=control_group,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return topology
 
 
 def take_place(
-    here: Place,
+    here: RankInfo,
     device: torch.device,
     tensor: int,
     pipeline: int,

@@ -27,9 +27,20 @@ MAX_CHARACTERS = 12_000
 MAX_BYTES = 5_000_000
 
 _TEXT_COLUMNS = (
-    "group_id", "question_id", "fate", "correct_rate", "question", "gold", "answer", "behaviour_logprobs", "answer_length",
-    "label", "reason", "finish_reason", "weight_version",
-)  # fmt: skip
+    "group_id",
+    "question_id",
+    "fate",
+    "correct_rate",
+    "question",
+    "gold",
+    "answer",
+    "behaviour_logprobs",
+    "answer_length",
+    "label",
+    "reason",
+    "finish_reason",
+    "weight_version",
+)
 
 
 @dataclass(frozen=True)

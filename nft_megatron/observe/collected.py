@@ -12,7 +12,7 @@ from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.verify.reasons import reason_rates
 
 
-def sampled_metrics(sampled: Sequence[Group], answers_per_question: int) -> MetricsRow:
+def sampled_metrics(sampled: Sequence[Group], group_size: int) -> MetricsRow:
     """Of all questions asked in a step, before the prompt filter; of none only their number."""
     metrics: MetricsRow = {"groups_sampled": len(sampled), "groups_mixed": sum(group.is_mixed for group in sampled)}
     if not sampled:
@@ -21,7 +21,7 @@ def sampled_metrics(sampled: Sequence[Group], answers_per_question: int) -> Metr
     judged = sum(group.num_judged for group in sampled)
     lengths = np.array([len(answer.completion.tokens) for answer in answers])
     rates = [group.correct_rate for group in sampled if group.num_judged]
-    bins = np.histogram(rates, bins=answers_per_question + 1, range=(0, 1))[0]
+    bins = np.histogram(rates, bins=group_size + 1, range=(0, 1))[0]
     logprobs = np.concatenate([answer.completion.logprobs for answer in answers])
     return metrics | {
         "accuracy": sum(group.num_correct for group in sampled) / judged if judged else math.nan,

@@ -53,14 +53,18 @@ def overview(rows: Sequence[Mapping[str, Any]]) -> Figure:
     instruments = [
         draw
         for draw, name in (
-            (_draw_clamp_rates, "clamp_rate/"), (_draw_gradient_shares, "gradient_share/"), (_draw_cosine, "gradient_cosine"),
+            (_draw_clamp_rates, "clamp_rate/"),
+            (_draw_gradient_shares, "gradient_share/"),
+            (_draw_cosine, "gradient_cosine"),
         )
         if any(key.startswith(name) for row in rows for key in row)
-    ]  # fmt: skip
+    ]
     figure = Figure(
-        figsize=(12, 10 if instruments else 7), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
+        figsize=(12, 10 if instruments else 7),
+        dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
         facecolor=_PAPER,
-    )  # fmt: skip
+    )
     FigureCanvasAgg(figure)
     panels = (_draw_accuracy, _draw_entropy), (_draw_rates, _draw_seconds), instruments
     grid = figure.add_gridspec(3 if instruments else 2, 6)

@@ -31,7 +31,7 @@ _SUMMARY = (
     ("algorithm.name", "{}"),
     ("model.path", "model {}"),
     ("rollout.questions_per_step", "{} questions a step"),
-    ("rollout.answers_per_question", "{} answers a question"),
+    ("rollout.group_size", "{} answers a question"),
     ("train.updates_per_step", "{} updates a step"),
     ("optimizer.learning_rate", "learning rate {}"),
     ("seed", "seed {}"),

@@ -49,10 +49,11 @@ def plan_run(
         raise _too_large(plan.training, found or search(config, shape, cluster, assumptions))
     if plan.generation is None:
         raise UserError(
-            "cluster.rollout_nodes", config.cluster.rollout_nodes,
+            "cluster.rollout_nodes",
+            config.cluster.rollout_nodes,
             f"{cluster.gpus_per_node} {cluster.gpu.name} of a node have no room for the weights and one longest answer",
             "give generation nodes of its own" if not cluster.num_rollout else "use GPUs with more memory",
-        )  # fmt: skip
+        )
     return plan
 
 

@@ -79,11 +79,16 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
     dtype, cpu_offload = config.model.dtype, config.optimizer.cpu_offload
     stages = tuple(
         stage_memory(
-            shape, layout, stage, dtype=dtype, on_gpu=cluster.gpu.is_gpu, num_micro_batches=packs.num_micro_batches,
+            shape,
+            layout,
+            stage,
+            dtype=dtype,
+            on_gpu=cluster.gpu.is_gpu,
+            num_micro_batches=packs.num_micro_batches,
             cpu_offload=cpu_offload,
         )
         for stage in range(layout.pipeline)
-    )  # fmt: skip
+    )
     time = train_time(shape, layout, cluster, packs, num_updates=work.num_updates, dtype=dtype, cpu_offload=cpu_offload)
     return TrainPlan(cluster, layout, packs, stages, time)
 
@@ -127,8 +132,12 @@ def _utilisation(config: Config, shape: ModelShape, work: Workload, training: Tr
 def check_model(config: Config, shape: ModelShape) -> None:
     """Raise :class:`UserError` for what no layout changes: experts, and a context longer than the model's."""
     if shape.experts is not None:
-        raise UserError("model.path", config.model.path, "has experts, and plans are made for dense models only",
-            "train it without a plan, on the layout of a similar one")  # fmt: skip
+        raise UserError(
+            "model.path",
+            config.model.path,
+            "has experts, and plans are made for dense models only",
+            "train it without a plan, on the layout of a similar one",
+        )
     config.check_context(shape.max_positions)
 
 

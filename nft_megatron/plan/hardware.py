@@ -48,27 +48,62 @@ ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (
         Accelerator(
-            "a100-80gb", 312 * TFLOPS, 19.5 * TFLOPS, 80 * GB, 2.039 * TB, 300 * GB, 25 * GB, 32 * GB,
+            "a100-80gb",
+            312 * TFLOPS,
+            19.5 * TFLOPS,
+            80 * GB,
+            2.039 * TB,
+            300 * GB,
+            25 * GB,
+            32 * GB,
             "https://www.nvidia.com/en-us/data-center/a100/ (SXM; network: DGX A100, 8 x 200 Gb/s)",
         ),
         Accelerator(
-            "h100", 989.4 * TFLOPS, 67 * TFLOPS, 80 * GB, 3.35 * TB, 450 * GB, 50 * GB, 64 * GB,
+            "h100",
+            989.4 * TFLOPS,
+            67 * TFLOPS,
+            80 * GB,
+            3.35 * TB,
+            450 * GB,
+            50 * GB,
+            64 * GB,
             "https://www.nvidia.com/en-us/data-center/h100/ (SXM, without sparsity; network: DGX H100, 8 x 400 Gb/s)",
         ),
         Accelerator(
-            "h200", 989.4 * TFLOPS, 67 * TFLOPS, 141 * GB, 4.8 * TB, 450 * GB, 50 * GB, 64 * GB,
+            "h200",
+            989.4 * TFLOPS,
+            67 * TFLOPS,
+            141 * GB,
+            4.8 * TB,
+            450 * GB,
+            50 * GB,
+            64 * GB,
             "https://www.nvidia.com/en-us/data-center/h200/ (SXM, without sparsity; network: DGX H200, 8 x 400 Gb/s)",
         ),
         Accelerator(
-            "b200", 2250 * TFLOPS, 75 * TFLOPS, 180 * GB, 8 * TB, 900 * GB, 50 * GB, 64 * GB,
+            "b200",
+            2250 * TFLOPS,
+            75 * TFLOPS,
+            180 * GB,
+            8 * TB,
+            900 * GB,
+            50 * GB,
+            64 * GB,
             "https://www.nvidia.com/en-us/data-center/dgx-b200/ (without sparsity; network: 8 x 400 Gb/s)",
         ),
         Accelerator(
-            "cpu", 0.1 * TFLOPS, 0.1 * TFLOPS, 16 * GB, 10 * GB, 2 * GB, 1 * GB, 10 * GB,
+            "cpu",
+            0.1 * TFLOPS,
+            0.1 * TFLOPS,
+            16 * GB,
+            10 * GB,
+            2 * GB,
+            1 * GB,
+            10 * GB,
             "one core of a server, order of magnitude; for trying things out",
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

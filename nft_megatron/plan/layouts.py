@@ -51,8 +51,12 @@ def cluster_of(config: Config, gpus: int | None = None, kind: str | None = None)
         )
     if gpus <= per_node:
         if roll:
-            raise UserError("--gpus", gpus, "is a single node, and cluster.rollout_nodes wants nodes of its own",
-                "use more, or add cluster.rollout_nodes=0")  # fmt: skip
+            raise UserError(
+                "--gpus",
+                gpus,
+                "is a single node, and cluster.rollout_nodes wants nodes of its own",
+                "use more, or add cluster.rollout_nodes=0",
+            )
         return Cluster(gpu, min(per_node, gpus), gpus, 0)
     nodes = gpus // per_node
     train = min(nodes - (roll > 0), max(1, round(nodes * train / (train + roll))))

@@ -64,6 +64,8 @@ def find_shape(path: Path) -> tuple[ModelShape, str]:
     if path.name in PUBLIC_MODELS:
         return PUBLIC_MODELS[path.name], f"the public sizes of {path.name}; {path} is not here yet"
     raise UserError(
-        "model.path", path, "no such folder",
+        "model.path",
+        path,
+        "no such folder",
         f"put the model's config.json there (no weights are needed), or plan one of {', '.join(PUBLIC_MODELS)} by its name",
-    )  # fmt: skip
+    )

@@ -44,14 +44,14 @@ class Workload:
 
     num_updates: int
     num_questions: int
-    answers_per_question: int
+    group_size: int
     prompt_tokens: int
     answer_lengths: tuple[int, ...]
     longest_sequence: int
 
     @property
     def num_asked(self) -> int:
-        return self.num_questions * self.answers_per_question
+        return self.num_questions * self.group_size
 
     @property
     def mean_answer(self) -> float:
@@ -76,7 +76,7 @@ def workload_of(config: Config, assumptions: Assumptions) -> Workload:
     rollout, limit = config.rollout, config.rollout.max_answer_tokens
     mean = min(assumptions.answer_tokens or math.ceil(limit / 4), limit)
     num_questions = rollout.questions_per_step
-    num_answers = num_questions // config.train.updates_per_step * rollout.answers_per_question
+    num_answers = num_questions // config.train.updates_per_step * rollout.group_size
     if config.filters_prompts:
         num_questions = math.ceil(num_questions / assumptions.mixed_share)
     else:
@@ -84,7 +84,7 @@ def workload_of(config: Config, assumptions: Assumptions) -> Workload:
     return Workload(
         num_updates=config.train.updates_per_step,
         num_questions=num_questions,
-        answers_per_question=rollout.answers_per_question,
+        group_size=rollout.group_size,
         prompt_tokens=math.ceil(config.data.max_prompt_tokens / 4),
         answer_lengths=tuple(spread(num_answers, mean, limit)),
         longest_sequence=config.max_sequence_tokens,
@@ -146,9 +146,14 @@ def _pack(plan: Layout, answers: tuple[int, ...], prompt: int, longest: int) -> 
 
     def packed(lengths: np.ndarray) -> list[list[np.ndarray]]:
         return plan_micro_batches(
-            lengths, token_budget=plan.token_budget, num_ranks=plan.num_ranks, multiple=plan.multiple,
-            sequence_multiple=plan.sequence_multiple, count_multiple=plan.count_multiple, hidden_size=plan.hidden_size,
-        )  # fmt: skip
+            lengths,
+            token_budget=plan.token_budget,
+            num_ranks=plan.num_ranks,
+            multiple=plan.multiple,
+            sequence_multiple=plan.sequence_multiple,
+            count_multiple=plan.count_multiple,
+            hidden_size=plan.hidden_size,
+        )
 
     packed(np.array([longest]))  # the longest there may be, which is not among the lengths
     ranks = []

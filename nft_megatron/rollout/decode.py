@@ -50,9 +50,9 @@ class Decoder:
         self._version = -1
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        receipt = self._model.load(tensors)
+        fingerprint = self._model.load(tensors)
         self._version = version
-        return receipt
+        return fingerprint
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         return chain.from_iterable(self.steps(requests, sampling))
@@ -89,9 +89,15 @@ class _Batch:
         self._tokens_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.int32)
         self._logprobs_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.float32)
         self._arrays = (
-            self._live_B, self._started_B, self._key_B, self._count_B, self._position_B, self._last_B,
-            self._tokens_BT, self._logprobs_BT,
-        )  # fmt: skip
+            self._live_B,
+            self._started_B,
+            self._key_B,
+            self._count_B,
+            self._position_B,
+            self._last_B,
+            self._tokens_BT,
+            self._logprobs_BT,
+        )
 
     def run(self) -> Iterator[list[Completion]]:
         """The answers that each step finished, for steps that finished any."""

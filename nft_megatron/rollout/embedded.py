@@ -68,9 +68,9 @@ class EmbeddedEngine:
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         self._has_weights = False  # a load that fails midway leaves none to serve
-        receipt = self._engine.load(tensors, version)
+        fingerprint = self._engine.load(tensors, version)
         self._has_weights = True
-        return receipt
+        return fingerprint
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()

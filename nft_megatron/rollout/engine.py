@@ -33,10 +33,10 @@ class Engine(Protocol):
     def overlaps(self) -> bool: ...
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """Take over the weights in ``tensors``, a stream under Hugging Face's names, and return their receipt.
+        """Take over the weights in ``tensors``, a stream under Hugging Face's names, and return their fingerprint.
 
         Waits for: every process of the engine to hold them. Unblocks: ``generate``, whose answers carry ``version`` from
-        here on. The receipt is :func:`nft_megatron.weights.receipt.weights_receipt` of the stream, computed where the
+        here on. The fingerprint is that of :mod:`nft_megatron.weights.fingerprint`, of the stream, computed where the
         weights arrived. Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape; the engine
         is then without weights.
         """
@@ -82,9 +82,11 @@ context of 16 tokens; set it to at most 6, or leave out longer prompts
             raise UserError("prompt", f"request {request.request_id}", "has no tokens", "check the prompt template")
         if not 0 <= int(request.prompt_tokens.min()) <= int(request.prompt_tokens.max()) < vocab_size:
             raise UserError(
-                "prompt", f"request {request.request_id}", f"has token ids outside the vocabulary of {vocab_size}",
+                "prompt",
+                f"request {request.request_id}",
+                f"has token ids outside the vocabulary of {vocab_size}",
                 "use the tokenizer that belongs to the model",
-            )  # fmt: skip
+            )
         if num_tokens + sampling.max_tokens > max_positions:
             raise UserError(
                 "rollout.max_answer_tokens",

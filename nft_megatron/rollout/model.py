@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.slots import ATTENTION_NAME, PromptState, SlotState
-from nft_megatron.weights.receipt import combine_digests, tensor_digest
+from nft_megatron.weights.fingerprint import combine_digests, tensor_digest
 
 
 class CausalModel:
@@ -33,7 +33,7 @@ class CausalModel:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        """Copy the stream into the model, cast to its dtype, and return the receipt of what arrived.
+        """Copy the stream into the model, cast to its dtype, and return the fingerprint of what arrived.
 
         Raises ``UserError`` when a name is missing, unexpected or repeated, or a shape differs; the weights are then mixed.
         """

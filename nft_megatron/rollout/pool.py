@@ -1,9 +1,9 @@
 """The parent's side of the worker processes: split the work, collect the answers, replace what dies.
 
-A worker's life: started → asked to load → *ready* once its receipt equals the parent's → generating → ready. One that exits or
-stays silent past the deadline is killed, its unfinished answers come back as ``abort``, and its successor is asked to load the
-current weights before anything else, so that no worker ever serves older ones. A place whose workers die again and again, with
-no answer finished in between, is a fault of the engine.
+A worker's life: started → asked to load → *ready* once its fingerprint equals the parent's → generating → ready. One that
+exits or stays silent past the deadline is killed, its unfinished answers come back as ``abort``, and its successor is asked to
+load the current weights before anything else, so that no worker ever serves older ones. A slot whose workers die
+again and again, with no answer finished in between, is a fault of the engine.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Worker:
         self.index, self.num_deaths = index, num_deaths
         self.ticket = 0
         self.ready = False
-        self.patience = 0.0  # seconds of further silence before it counts as hung
+        self.deadline = 0.0  # seconds of further silence before it counts as hung
         self.connection, child = Pipe()
         # A stopped process would block a send for ever; with this the kernel ends it with an error.
         with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
@@ -87,9 +87,9 @@ class _Worker:
         )
         child.close()
 
-    def command(self, ticket: int, name: str, arguments: Any, patience: float) -> None:
+    def command(self, ticket: int, name: str, arguments: Any, deadline: float) -> None:
         """Send a command; replies to earlier ones no longer count."""
-        self.ticket, self.patience = ticket, patience
+        self.ticket, self.deadline = ticket, deadline
         try:
             self.connection.send((ticket, name, arguments))
         except OSError as error:  # it has died or is stopped; half a message may be in the pipe
@@ -211,23 +211,23 @@ class WorkerPool:
         self._workers[worker.index] = successor
         self._ask_to_load(successor)
 
-    def _receive(self, workers: list[_Worker], patience: float) -> list[tuple[_Worker, str, Any]]:
+    def _receive(self, workers: list[_Worker], deadline: float) -> list[tuple[_Worker, str, Any]]:
         """Wait for replies to the workers' current commands: ``(worker, kind, payload)``.
 
-        A worker that exited, or kept silent for its ``patience``, gives the kind ``died`` with the cause. Raises what a worker
+        A worker that exited, or kept silent for its ``deadline``, gives the kind ``died`` with the cause. Raises what a worker
         refused, and ``EngineFault`` with its traceback when it failed.
         """
         started = time.monotonic()
-        heard = wait([worker.connection for worker in workers], timeout=max(0.0, min(worker.patience for worker in workers)))
+        heard = wait([worker.connection for worker in workers], timeout=max(0.0, min(worker.deadline for worker in workers)))
         waited = time.monotonic() - started
         replies: list[tuple[_Worker, str, Any]] = []
         for worker in workers:
             if worker.connection not in heard:
-                worker.patience -= waited
-                if worker.patience <= 0:
-                    replies.append((worker, "died", f"gave no sign for {patience:g} s"))
+                worker.deadline -= waited
+                if worker.deadline <= 0:
+                    replies.append((worker, "died", f"gave no sign for {deadline:g} s"))
                 continue
-            worker.patience = patience
+            worker.deadline = deadline
             try:
                 ticket, kind, payload = worker.connection.recv()
             except (EOFError, OSError):

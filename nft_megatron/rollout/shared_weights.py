@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nft_megatron.weights.receipt import combine_digests, tensor_bytes, tensor_digest
+from nft_megatron.weights.fingerprint import combine_digests, tensor_bytes, tensor_digest
 
 _ALIGNMENT = 64
 
@@ -38,7 +38,7 @@ def open_anonymous() -> int:
 
 
 def write_weights(descriptor: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[Entry], str]:
-    """Replace the file's contents by the stream; holds one tensor at a time. Returns its table and its receipt."""
+    """Replace the file's contents by the stream; holds one tensor at a time. Returns its table and its fingerprint."""
     entries, digests, offset = [], [], 0
     for name, tensor in tensors:
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), offset))

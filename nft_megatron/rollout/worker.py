@@ -3,7 +3,7 @@
 Started by ``pool.py`` as ``python -m nft_megatron.rollout.worker``, not by multiprocessing, so that the trainer's own main
 module is never imported a second time. Commands are ``(ticket, name, arguments)``; every reply carries its command's ticket:
 
-    load (entries, version)         → loaded (receipt)
+    load (entries, version)         → loaded (fingerprint)
     generate (requests, sampling)   → answer (completion) …, done
     any                             → refused (a UserError's four fields) or fault (traceback)
 
@@ -78,8 +78,8 @@ def main(settings: WorkerSettings) -> None:
             decoder = decoder or Decoder(Path(settings.model_folder), settings.batch_size, getattr(torch, settings.dtype))
             if command == "load":
                 entries, version = arguments
-                receipt = decoder.load(read_weights(settings.weights, entries), version)
-                connection.send((ticket, "loaded", receipt))
+                fingerprint = decoder.load(read_weights(settings.weights, entries), version)
+                connection.send((ticket, "loaded", fingerprint))
             else:
                 assert command == "generate", command
                 for finished in decoder.steps(*arguments):

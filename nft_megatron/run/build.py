@@ -12,20 +12,20 @@ import torch
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.rank_info import is_attempt, place
+from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.records import Prompt, Sampling
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.batching.minibatches import Layout
-from nft_megatron.collect.build import open_asker, read_prompts, training_sampling
+from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.collector import Collector
-from nft_megatron.collect.generate_and_grade import Asker
-from nft_megatron.collect.logprob_probe import Gate
+from nft_megatron.collect.generate_and_grade import RolloutClient
+from nft_megatron.collect.logprob_probe import LogprobProbe
 from nft_megatron.config.load import dump_config, flatten, load_config
 from nft_megatron.config.schema import Config
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.evaluate.run import evaluate
-from nft_megatron.lifecycle.exit_report import forget_ending
+from nft_megatron.lifecycle.exit_report import remove_exit_report
 from nft_megatron.lifecycle.stop_requests import StopRequests
 from nft_megatron.lifecycle.walltime import TimeLimit
 from nft_megatron.lifecycle.watchdog import LifeSigns, Watchdog
@@ -40,21 +40,40 @@ from nft_megatron.observe.progress import Progress, open_progress
 from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.run.checkpoints import Checkpoints
-from nft_megatron.run.join import join_ranks
-from nft_megatron.run.rank0 import Host
+from nft_megatron.run.join import init_distributed
+from nft_megatron.run.rank0 import Rank0Services
 from nft_megatron.run.run import Run
-from nft_megatron.run.weight_sync import Publisher
+from nft_megatron.run.weight_sync import WeightSync
 from nft_megatron.verify.modes import check_for_training
 from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
-    "run_dir", "model.recompute", "train.num_steps", "train.micro_batch_tokens", "train.pad_to_budget",
-    "train.max_skipped_updates", "optimizer.cpu_offload",
-    "fleet", "parallel", "deadlines", "cluster", "slurm",
-    "checkpoint", "evaluate", "observe", "verify.workers", "rollout.processes",
-    "rollout.batch_size", "rollout.max_rounds", "rollout.deadline_seconds", "rollout.step_deadline_seconds",
-    "rollout.save_seconds", "rollout.max_mismatch", "rollout.gate_questions", "rollout.gate_tokens",
-)  # fmt: skip
+    "run_dir",
+    "model.recompute",
+    "train.num_steps",
+    "train.micro_batch_tokens",
+    "train.pad_to_budget",
+    "train.max_skipped_updates",
+    "optimizer.cpu_offload",
+    "fleet",
+    "parallel",
+    "deadlines",
+    "cluster",
+    "slurm",
+    "checkpoint",
+    "evaluate",
+    "observe",
+    "verify.workers",
+    "rollout.processes",
+    "rollout.batch_size",
+    "rollout.max_rounds",
+    "rollout.deadline_seconds",
+    "rollout.step_deadline_seconds",
+    "rollout.save_seconds",
+    "rollout.max_mismatch",
+    "rollout.probe_questions",
+    "rollout.probe_tokens",
+)
 """What may differ between two starts of one run. All else decides what the run computes."""
 WAIT_FOR_SERVERS = ("collect", "publish", "evaluate")
 """Phases that may wait for servers."""
@@ -63,19 +82,19 @@ LOCK_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def assemble(config: Config) -> Iterator[Run]:
+def build_run(config: Config) -> Iterator[Run]:
     """The run of ``config``, resumed or new, ready for its next step. Called on every rank.
 
     Everything that a user can get wrong is checked before the model is built.
     """
-    here = place()
-    forget_ending(config.run_dir, here.rank)
+    here = rank_info()
+    remove_exit_report(config.run_dir, here.rank)
     if here.rank == 0:
         stop = StopRequests(RunFolder(config.run_dir).stop, TimeLimit.of_job(config.deadlines.leave_seconds))
     else:
         stop = StopRequests(None)
     with (
-        join_ranks(config) as topology,
+        init_distributed(config) as topology,
         contextlib.ExitStack() as stack,
         stop.watching(),
     ):
@@ -94,16 +113,16 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
     folder, timer = RunFolder(config.run_dir), PhaseTimer()
     shape = together(topology, lambda: read_shape(config.model.path))
     config.check_context(shape.max_positions)
-    hosts: list[Host] = []
-    on_main(topology, lambda: hosts.append(_open_host(config, folder, timer, stop, watchdog, stack)))
-    host = hosts[0] if hosts else None
+    services: list[Rank0Services] = []
+    on_main(topology, lambda: services.append(_open_rank0_services(config, folder, timer, stop, watchdog, stack)))
+    rank0 = services[0] if services else None
     trainer = together(topology, lambda: build_trainer(config, topology, shape))
     run = Run(
         config=config,
         folder=folder,
         topology=topology,
         trainer=trainer,
-        publisher=Publisher(trainer, host.collector.asker.engine if host else None, config.model.path),
+        weight_sync=WeightSync(trainer, rank0.collector.client.engine if rank0 else None, config.model.path),
         checkpoints=Checkpoints(
             folder,
             trainer,
@@ -112,10 +131,10 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
             deadline_seconds=config.deadlines.save_seconds,
         ),
         timer=timer,
-        progress=host.collector.asker.progress if host else LifeSigns(Progress(), watchdog),
+        progress=rank0.collector.client.progress if rank0 else LifeSigns(Progress(), watchdog),
         watchdog=watchdog,
         stop=stop,
-        host=host,
+        rank0=rank0,
     )
     stack.callback(run.close)
     return run
@@ -166,17 +185,18 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
     )
     if config.max_sequence_tokens > layout.longest_sequence:
         raise UserError(
-            "train.micro_batch_tokens", layout.token_budget,
+            "train.micro_batch_tokens",
+            layout.token_budget,
             f"packs are multiples of {layout.multiple} here: one has room for {layout.longest_sequence} tokens, "
             f"and a sequence may have {config.max_sequence_tokens}",
             f"raise it to at least {-(-config.max_sequence_tokens // layout.multiple) * layout.multiple}",
-        )  # fmt: skip
+        )
     return layout
 
 
-def _open_host(
+def _open_rank0_services(
     config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
-) -> Host:
+) -> Rank0Services:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
     stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
     check_for_training(config.verify.mode)
@@ -186,7 +206,7 @@ def _open_host(
     questions = read_prompts(config, tokenizer, "data.train")
     held_out = read_prompts(config, tokenizer, "evaluate.data")
     progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
-    asker = open_asker(config, config.model.path, tokenizer, stack, timer, progress)
+    client = open_rollout_client(config, config.model.path, tokenizer, stack, timer, progress)
     metrics = MetricsLog(
         folder.root,
         tensorboard=config.observe.tensorboard,
@@ -198,11 +218,11 @@ def _open_host(
     folder.make_folders()
     with atomic_file(folder.config) as temporary:
         temporary.write_text(dump_config(config))
-    return Host(
+    return Rank0Services(
         collector=Collector(
             folder,
             PromptOrder(questions.prompts, config.seed),
-            asker,
+            client,
             sampling,
             config.rollout,
             filters_prompts=config.filters_prompts,
@@ -210,24 +230,24 @@ def _open_host(
             interrupted=stop.reason,
         ),
         evaluate=(
-            (lambda progress: evaluate(replace(asker, progress=progress), held_out.prompts, config.evaluate, sampling))
+            (lambda progress: evaluate(replace(client, progress=progress), held_out.prompts, config.evaluate, sampling))
             if held_out.prompts
             else None
         ),
-        gate=_gate(config, folder, asker, questions.prompts, sampling),
-        fleet=_fleet_metrics(asker.engine),
+        probe=_open_probe(config, folder, client, questions.prompts, sampling),
+        fleet=_fleet_metrics(client.engine),
         metrics=metrics,
     )
 
 
-def _gate(
-    config: Config, folder: RunFolder, asker: Asker, prompts: Sequence[Prompt], sampling: Sampling
+def _open_probe(
+    config: Config, folder: RunFolder, client: RolloutClient, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Callable[[int], Path] | None:
-    number = config.rollout.gate_questions
+    number = config.rollout.probe_questions
     if number is None:
         number = 16 if config.rollout.engine == "vllm" else 0
-    gate = Gate(asker.engine, prompts[:number], sampling, config.rollout.gate_tokens, folder.gate, config.seed)
-    return gate.ask if number else None
+    probe = LogprobProbe(client.engine, prompts[:number], sampling, config.rollout.probe_tokens, folder.gate, config.seed)
+    return probe.ask if number else None
 
 
 def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
@@ -242,9 +262,11 @@ def _check_same_run(config: Config, folder: RunFolder) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise UserError(
-                key, now.get(key), f"the run in {folder.root} was started with {before.get(key)}",
+                key,
+                now.get(key),
+                f"the run in {folder.root} was started with {before.get(key)}",
                 f"set it back, or start a new run in another run_dir (only {', '.join(CHANGEABLE)} may change)",
-            )  # fmt: skip
+            )
 
 
 def _meaning(config: Config) -> dict[str, Any]:
@@ -263,6 +285,8 @@ def _check_steps(config: Config, folder: RunFolder) -> None:
     done = folder.latest_step() or 0
     if config.train.num_steps < done:
         raise UserError(
-            "train.num_steps", config.train.num_steps, f"the run in {folder.root} has already finished {done} steps",
+            "train.num_steps",
+            config.train.num_steps,
+            f"the run in {folder.root} has already finished {done} steps",
             f"set it to {done} or more, or write an older checkpoint's name into {folder.latest}",
-        )  # fmt: skip
+        )

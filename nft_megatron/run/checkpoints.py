@@ -131,6 +131,8 @@ class Checkpoints:
     def _check_is_there(self, path: Path) -> None:
         if not path.is_dir():
             raise DamagedCheckpointError(
-                "checkpoints/latest", path.name, "that checkpoint is not there",
+                "checkpoints/latest",
+                path.name,
+                "that checkpoint is not there",
                 f"restore it, or write one of {self._folder.checkpoint_steps()} into {self._folder.latest}",
-            )  # fmt: skip
+            )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from nft_megatron.base.rank_info import place
+from nft_megatron.base.rank_info import rank_info
 from nft_megatron.collect.build import num_cores
 from nft_megatron.config.schema import Config
 from nft_megatron.model.topology import Topology, distributed
 
 
-def join_ranks(config: Config) -> AbstractContextManager[Topology]:
+def init_distributed(config: Config) -> AbstractContextManager[Topology]:
     """This process's place under ``config.parallel``, until the block ends. Called on every rank.
 
     Raises:
@@ -25,6 +25,6 @@ def join_ranks(config: Config) -> AbstractContextManager[Topology]:
         expert=parallel.expert,
         timeout_seconds=parallel.timeout_seconds,
         control_timeout_seconds=config.rollout.step_deadline_seconds,
-        threads=parallel.threads or max(1, num_cores() // place().local_size),
+        threads=parallel.threads or max(1, num_cores() // rank_info().local_size),
         seed=config.seed + 1,
     )

@@ -13,7 +13,7 @@ from nft_megatron.observe.progress import Progress
 
 
 @dataclass(frozen=True)
-class Host:
+class Rank0Services:
     """``evaluate`` is None without held-out questions, ``gate`` without a gate; ``gate(version)`` asks the engine fixed
     questions and returns a ledger of its answers. ``fleet`` gives the metrics of the servers since the last call, nothing for
     the embedded engine.
@@ -21,7 +21,7 @@ class Host:
 
     collector: Collector
     evaluate: Callable[[Progress], Evaluation] | None
-    gate: Callable[[int], Path] | None
+    probe: Callable[[int], Path] | None
     fleet: Callable[[], MetricsRow]
     metrics: MetricsLog
 

@@ -28,7 +28,7 @@ from nft_megatron.config.schema import Config
 from nft_megatron.model.control import on_main, together
 from nft_megatron.observe.metrics import MetricsRow, read_metrics
 from nft_megatron.run.build import build_trainer
-from nft_megatron.run.join import join_ranks
+from nft_megatron.run.join import init_distributed
 from nft_megatron.weights import read_shape
 
 _METRICS_KEY = "nft_megatron.metrics"
@@ -56,7 +56,7 @@ def replay(run_dir: Path, step: int, overrides: Sequence[str], save: Path | None
     """
     folder = RunFolder(run_dir)
     config = replay_config(folder, overrides)
-    with join_ranks(config) as topology:
+    with init_distributed(config) as topology:
         on_main(topology, lambda: _check_is_there(folder, step))
         reference = on_main(topology, lambda: _recorded(folder, step) if against is None else _load_metrics(against))
         trainer = together(topology, lambda: build_trainer(config, topology, read_shape(config.model.path)))
@@ -97,9 +97,11 @@ def _check_is_there(folder: RunFolder, step: int) -> None:
     if step not in possible:
         lacks = "ledger" if step not in ledgers else f"checkpoint of step {step - 1}, whose weights it started from"
         raise UserError(
-            "--step", step, f"has no {lacks}",
+            "--step",
+            step,
+            f"has no {lacks}",
             f"one of {', '.join(map(str, possible)) or 'none'}; checkpoint.every and checkpoint.keep decide what a run keeps",
-        )  # fmt: skip
+        )
 
 
 def _recorded(folder: RunFolder, step: int) -> MetricsRow:

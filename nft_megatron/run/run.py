@@ -12,7 +12,7 @@ from nft_megatron.base.background import in_background
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.batching.batch import MiniBatch
-from nft_megatron.collect.async_collector import CollectAhead
+from nft_megatron.collect.async_collector import AsyncCollector
 from nft_megatron.collect.collector import CollectorState
 from nft_megatron.config.schema import Config
 from nft_megatron.lifecycle.stop_requests import StopRequests
@@ -24,8 +24,8 @@ from nft_megatron.model.update_stats import UpdateStats
 from nft_megatron.observe.metrics import MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.run.checkpoints import Checkpoints
-from nft_megatron.run.rank0 import Host
-from nft_megatron.run.weight_sync import Publisher
+from nft_megatron.run.rank0 import Rank0Services
+from nft_megatron.run.weight_sync import WeightSync
 
 WATCHED_AS = {"prepare": "update"}
 """Phases under the deadline of another one."""
@@ -44,24 +44,24 @@ class Dataset:
 
 @dataclass
 class Run:
-    """``step`` counts the finished steps. ``host`` is None but on rank 0."""
+    """``step`` counts the finished steps. ``rank0`` is None but on rank 0."""
 
     config: Config
     folder: RunFolder
     topology: Topology
     trainer: Trainer
-    publisher: Publisher
+    weight_sync: WeightSync
     checkpoints: Checkpoints
     timer: PhaseTimer
     progress: Progress
     watchdog: Watchdog
     stop: StopRequests
-    host: Host | None
+    rank0: Rank0Services | None
     step: int = 0
     collected: CollectorState = field(default_factory=CollectorState)
     _notes: MetricsRow = field(default_factory=dict)
     """Metrics that were measured between steps, for the next row."""
-    _ahead: CollectAhead | None = None
+    _ahead: AsyncCollector | None = None
     _evaluation: Future[MetricsRow] | None = None
     _evaluates_beside: bool = False
     _update: int = 0
@@ -93,7 +93,7 @@ class Run:
 
     def _may_evaluate_beside(self) -> bool:
         """Whether evaluations go on while the next step is collected and trained."""
-        return self.host is not None and self.host.evaluate is not None and self.host.collector.asker.engine.overlaps
+        return self.rank0 is not None and self.rank0.evaluate is not None and self.rank0.collector.client.engine.overlaps
 
     def _is_due_beside(self, step: int) -> bool:
         """Not in the last step, whose row comes too early, nor in the one before, as the last row has its own evaluation."""
@@ -101,10 +101,10 @@ class Run:
         return is_due and self._evaluates_beside
 
     def _start_collecting(self) -> None:
-        assert self.host is not None
+        assert self.rank0 is not None
         if self.config.rollout.max_staleness and self.step < self.config.train.num_steps:
             last = self.config.train.num_steps
-            self._ahead = CollectAhead(self.host.collector, self.collected, version=self.step, last_step=last)
+            self._ahead = AsyncCollector(self.rank0.collector, self.collected, version=self.step, last_step=last)
 
     def close(self) -> None:
         """End what goes on in the background; the engine is closed after that."""
@@ -114,8 +114,8 @@ class Run:
 
     def _forget_later_metrics(self) -> None:
         """Rows of steps after the checkpoint: those steps are trained again, with the same outcome."""
-        assert self.host is not None
-        self.host.metrics.truncate_from(self.step + 1)
+        assert self.rank0 is not None
+        self.rank0.metrics.truncate_from(self.step + 1)
 
     def collect(self, step: int) -> Dataset:
         """The step's ledger, filled by rank 0 while the others wait.
@@ -127,9 +127,9 @@ class Run:
         self.stop.limit.phases = self._phases_of(step)
 
         def action() -> Dataset:
-            assert self.host is not None
+            assert self.rank0 is not None
             if self._ahead is None:
-                collected = self.host.collector.collect(step, self.collected)
+                collected = self.rank0.collector.collect(step, self.collected)
             else:
                 with self.phase("generate"):
                     collected = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
@@ -139,7 +139,7 @@ class Run:
             return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
 
         try:
-            with self.watchdog.phase("collect" if self.host is not None and self._ahead is None else UNWATCHED):
+            with self.watchdog.phase("collect" if self.rank0 is not None and self._ahead is None else UNWATCHED):
                 return on_main(self.topology, action)
         except StoppedEarly:
             self._finish_saving()
@@ -181,15 +181,15 @@ class Run:
         """π ← π_θ⁺: the trained weights to the engine, proven by fixed questions where there is a gate."""
         self._finish_evaluation()  # it is of the weights before these
         with self.phase("publish"):
-            self.publisher.publish(version)
-            self._pass_gate(version)
+            self.weight_sync.publish(version)
+            self._check_probe(version)
         if self._ahead is not None:
             self._ahead.published(version)
 
-    def _pass_gate(self, version: int) -> None:
+    def _check_probe(self, version: int) -> None:
         def ask() -> Path | None:
-            assert self.host is not None
-            return self.host.gate(version) if self.host.gate is not None else None
+            assert self.rank0 is not None
+            return self.rank0.probe(version) if self.rank0.probe is not None else None
 
         if (answers := on_main(self.topology, ask)) is not None:
             measured = self.trainer.mismatch(answers, version + 1)
@@ -200,11 +200,12 @@ class Run:
         limit, mean = self.config.rollout.max_mismatch, measured["mismatch_mean"]
         if not mean <= limit:  # type: ignore[operator]  # NaN is refused too
             raise UserError(
-                "rollout.max_mismatch", limit,
+                "rollout.max_mismatch",
+                limit,
                 f"in {what} the log-probs of engine and trainer differ by {mean:.3g} nats on average, "
                 f"{measured['mismatch_max']:.3g} at most",
                 "check that the engine serves this model in this dtype, without top-p or penalties, or raise the limit",
-            )  # fmt: skip
+            )
 
     def after_step(self, step: int, dataset: Dataset, batch: StepBatch, updates: Sequence[UpdateStats]) -> None:
         """Evaluate when it is due, write the metrics, save when it is due or somebody asked to stop.
@@ -231,7 +232,7 @@ class Run:
             on_main(self.topology, lambda: self.folder.save_request.unlink(missing_ok=True))
         if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
             with self.phase("save"):
-                self.publisher.export(self.folder.export(step))
+                self.weight_sync.export(self.folder.export(step))
         if reason:
             self.stop.clear()
         if reason and not is_last:
@@ -243,19 +244,19 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure the current weights on held-out questions, if there are any, for the next row."""
-        watched = self.watchdog.phase("evaluate" if self.host is not None else UNWATCHED)
+        watched = self.watchdog.phase("evaluate" if self.rank0 is not None else UNWATCHED)
         with self.timer.phase("evaluate"), watched, self.stop.limit.measuring("evaluate"):
             self._notes |= on_main(self.topology, self._measure)
 
     def _measure(self) -> MetricsRow:
-        assert self.host is not None
-        return self.host.measure(self.step, self.progress)
+        assert self.rank0 is not None
+        return self.rank0.measure(self.step, self.progress)
 
     def _begin_evaluation(self) -> None:
         """The same beside the next step, whose row gets the results."""
-        step, host = self.step, self.host
-        if host is not None:
-            self._evaluation = in_background("evaluate", lambda: host.measure(step, Progress()) | {"eval_step": step})
+        step, rank0 = self.step, self.rank0
+        if rank0 is not None:
+            self._evaluation = in_background("evaluate", lambda: rank0.measure(step, Progress()) | {"eval_step": step})
 
     def _finish_evaluation(self) -> None:
         """Wait for the evaluation under way, if there is one."""
@@ -272,13 +273,13 @@ class Run:
 
     def _write_row(self, row: MetricsRow, num_tokens: dict[str, int]) -> None:
         """Write the step's row with its timings."""
-        assert self.host is not None
+        assert self.rank0 is not None
         self.folder.check_is_open()
         timings: MetricsRow = dict(
             self.timer.finish_step(generated_tokens=num_tokens["generate"], trained_tokens=num_tokens["update"])
         )
-        row = row | self._notes | timings | self.host.fleet()
-        self.host.metrics.write(row)
+        row = row | self._notes | timings | self.rank0.fleet()
+        self.rank0.metrics.write(row)
         self.progress.step_done(row)
         self._notes = {}
 
@@ -296,4 +297,4 @@ class Run:
 
     def finish(self) -> None:
         """Export the trained model. A second call finds it there."""
-        self.publisher.export(self.folder.export(self.step))
+        self.weight_sync.export(self.folder.export(self.step))

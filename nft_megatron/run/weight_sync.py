@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Publisher:
+class WeightSync:
     """Every method is called on all ranks; ``engine`` is rank 0's, None elsewhere."""
 
     trainer: Trainer
@@ -29,7 +29,7 @@ class Publisher:
     model_folder: Path
 
     def publish(self, version: int) -> str | None:
-        """Give the engine the current weights under ``version``. Returns its receipt, a hash over all tensors, on rank 0."""
+        """Give the engine the current weights under ``version``. Returns their fingerprint on rank 0."""
         engine = self.engine
         return self._send(lambda tensors: engine.load(tensors, version) if engine is not None else None)
 

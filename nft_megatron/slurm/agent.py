@@ -29,7 +29,7 @@ from nft_megatron.base.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import dump_config
 from nft_megatron.config.schema import Config
-from nft_megatron.lifecycle.exit_report import read_endings
+from nft_megatron.lifecycle.exit_report import read_exit_reports
 from nft_megatron.lifecycle.stop_requests import SIGNALS
 from nft_megatron.slurm.cause import Cause, find_cause, read_tail
 from nft_megatron.slurm.decide import Decision, decide
@@ -98,16 +98,22 @@ class Agent:
             return
         self._keep_logs()
         self._attempt = replace(
-            self._attempt, ended=time.time(), kind=kind, cause=cause.text, blamed=cause.blamed,
+            self._attempt,
+            ended=time.time(),
+            kind=kind,
+            cause=cause.text,
+            blamed=cause.blamed,
             progress=self._folder.progress(),
-        )  # fmt: skip
+        )
         self._folder.save_attempt(self._attempt)
         self._act(
             decide(
-                self._folder.attempts_since_submit(), self._config.slurm,
-                stopped=self._folder.stopping.exists(), excluded=self._excluded,
+                self._folder.attempts_since_submit(),
+                self._config.slurm,
+                stopped=self._folder.stopping.exists(),
+                excluded=self._excluded,
             )
-        )  # fmt: skip
+        )
 
     def _read_excluded(self) -> dict[str, str]:
         try:
@@ -124,10 +130,13 @@ class Agent:
             if earlier.kind is None:
                 self._folder.save_attempt(
                     replace(
-                        earlier, ended=time.time(), kind="lost", progress=self._folder.progress(),
+                        earlier,
+                        ended=time.time(),
+                        kind="lost",
+                        progress=self._folder.progress(),
                         cause=f"the agent on {earlier.nodes[0]} ended without a word: node lost, job killed or preempted",
                     )
-                )  # fmt: skip
+                )
                 self._keep_logs(self._folder.logs(earlier.number))
 
     def _begin(self) -> None:
@@ -199,9 +208,9 @@ class Agent:
         per_node = self._config.cluster.gpus_per_node
         node_of_rank = [node for node in nodes for _ in range(per_node)]
         text = read_tail(output) + "\n" + read_tail(srun_log)
-        endings = read_endings(self._run.root)
-        cause = find_cause(step.returncode, endings, text, node_of_rank)
-        if silent and not endings:
+        reports = read_exit_reports(self._run.root)
+        cause = find_cause(step.returncode, reports, text, node_of_rank)
+        if silent and not reports:
             text = f"rank 0 on {nodes[0]} gave no sign of life for {self._config.deadlines.heartbeat_seconds:g} s"
             return "failed", Cause(EXIT_STALLED, text, (nodes[0],))
         if cause.code == 0:
@@ -277,9 +286,11 @@ class Agent:
         if decision.action == "fatal":
             self._folder.set_end("fatal", decision.reason)
             raise UserError(
-                "run", self._run.root, decision.reason,
+                "run",
+                self._run.root,
+                decision.reason,
                 f"read {self._logs}, mend it, and submit again (it goes on from the last checkpoint)",
-            )  # fmt: skip
+            )
         if decision.action != "go on":
             self._folder.set_end(decision.action, decision.reason)
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nft_megatron.base.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR
 from nft_megatron.base.run_folder import TAKEN
-from nft_megatron.lifecycle.exit_report import Ending
+from nft_megatron.lifecycle.exit_report import ExitReport
 
 _SRUN_LINE = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
 _EXITED = "Exited with exit code"
@@ -38,15 +38,15 @@ class TaskEnd:
     what: str
 
 
-def find_cause(code: int, endings: Sequence[Ending], log: str, node_of_rank: Sequence[str]) -> Cause:
+def find_cause(code: int, reports: Sequence[ExitReport], log: str, node_of_rank: Sequence[str]) -> Cause:
     """Of a trainer step that ended with ``code``.
 
-    ``endings`` are what ranks wrote, oldest first; ``log`` is the end of their common output, with srun's lines;
+    ``reports`` are what ranks wrote, oldest first; ``log`` is the end of their common output, with srun's lines;
     ``node_of_rank[r]`` is where rank r ran. A rank that fails takes the others with it, so the order tells cause from echo.
     """
     if code == 0:
         return Cause(0, "all steps are done")
-    for ending in endings:
+    for ending in reports:
         if ending.code == EXIT_USER_ERROR and TAKEN in ending.message:
             return Cause(1, ending.message)  # by an earlier attempt's rank 0, on a node that was thought lost
         if ending.code == EXIT_USER_ERROR:
@@ -54,17 +54,17 @@ def find_cause(code: int, endings: Sequence[Ending], log: str, node_of_rank: Seq
     if code == EXIT_USER_ERROR:  # before the run folder was known
         return Cause(code, _last_word(log))
     if code == EXIT_STOPPED_EARLY:
-        return Cause(code, next((ending.message for ending in endings), _last_word(log)))
-    if endings and all(ending.code == EXIT_STOPPED_EARLY for ending in endings):  # one took too long to close, and was killed
-        return Cause(EXIT_STOPPED_EARLY, endings[0].message)
+        return Cause(code, next((ending.message for ending in reports), _last_word(log)))
+    if reports and all(ending.code == EXIT_STOPPED_EARLY for ending in reports):  # one took too long to close, and was killed
+        return Cause(EXIT_STOPPED_EARLY, reports[0].message)
     ends = task_ends(log)
     if ends and _EXITED not in ends[0].what:
         ranks = ", ".join(map(str, ends[0].ranks))
         return Cause(1, f"rank {ranks} on {ends[0].node}: {ends[0].what}", (ends[0].node,))
-    waited = [ending for ending in endings if ending.code == EXIT_STALLED or _TIMED_OUT.search(ending.message)]
+    waited = [ending for ending in reports if ending.code == EXIT_STALLED or _TIMED_OUT.search(ending.message)]
     if waited:
-        return _stall(waited, endings, node_of_rank)
-    faults = [ending for ending in endings if ending.code not in (0, EXIT_STOPPED_EARLY)]
+        return _stall(waited, reports, node_of_rank)
+    faults = [ending for ending in reports if ending.code not in (0, EXIT_STOPPED_EARLY)]
     if faults:
         first = next((fault for fault in faults if not _ECHO.search(fault.message)), faults[0])
         blamed = (first.host,) if _HARDWARE.search(first.message) else ()
@@ -91,17 +91,17 @@ def read_tail(path: Path) -> str:
         return ""
 
 
-def _stall(waited: Sequence[Ending], endings: Sequence[Ending], node_of_rank: Sequence[str]) -> Cause:
+def _stall(waited: Sequence[ExitReport], reports: Sequence[ExitReport], node_of_rank: Sequence[str]) -> Cause:
     """Ranks that ``waited`` in vain did so for those without a word: these were stopped, or hang where no watchdog looks."""
     phase = f"in phase {waited[0].phase}" if waited[0].phase else ""
-    silent = sorted(set(range(len(node_of_rank))) - {ending.rank for ending in endings})
+    silent = sorted(set(range(len(node_of_rank))) - {ending.rank for ending in reports})
     if not silent:
         return Cause(EXIT_STALLED, f"all ranks stood still {phase}: {waited[0].message}")
     where = tuple(sorted({node_of_rank[rank] for rank in silent}))
     who, others = (", ".join(map(str, ranks)) for ranks in (silent, sorted(ending.rank for ending in waited)))
     return Cause(
         EXIT_STALLED, f"rank {who} on {', '.join(where)} gave no sign of life while rank {others} waited {phase}", where
-    )  # fmt: skip
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
 
-from nft_megatron.config.slurm import SlurmSection
+from nft_megatron.config.slurm import SlurmConfig
 from nft_megatron.slurm.job_folder import Attempt
 
 
@@ -21,7 +21,7 @@ class Decision:
 
 
 def decide(
-    attempts: Sequence[Attempt], settings: SlurmSection, *, stopped: bool = False, excluded: Mapping[str, str] | None = None
+    attempts: Sequence[Attempt], settings: SlurmConfig, *, stopped: bool = False, excluded: Mapping[str, str] | None = None
 ) -> Decision:
     """Look at all attempts so far, the last of which has just ended.
 
@@ -32,9 +32,9 @@ def decide(
     the disk, and when more than ``max_excluded`` nodes are bad. Preemptions don't count: they say nothing of the run.
 
     >>> crash = [Attempt(n, "7", ("n1",), 0.0, 9.0, "failed", "rank 0: no memory") for n in range(1, 4)]
-    >>> decide(crash[:2], SlurmSection()).action
+    >>> decide(crash[:2], SlurmConfig()).action
     'go on'
-    >>> decide(crash, SlurmSection()).reason
+    >>> decide(crash, SlurmConfig()).reason
     '3 attempts in a row made no progress; the last one: rank 0: no memory'
     """
     last, excluded = attempts[-1], excluded or {}

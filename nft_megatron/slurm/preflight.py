@@ -116,9 +116,12 @@ def all_reduce(rank: int, world: int, local_rank: int, seconds: float) -> str | 
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     try:
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=seconds),
+            "nccl" if on_gpu else "gloo",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=seconds),
             init_method=f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-        )  # fmt: skip
+        )
         ones = torch.ones(_ELEMENTS if on_gpu else 1024, device=device)
         dist.all_reduce(ones)
         dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo"))  # what ranks agree over

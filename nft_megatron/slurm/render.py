@@ -105,6 +105,8 @@ def check(config: Config, *, rollouts: bool = False) -> None:
     """Raise ``UserError`` where nodes would stand idle."""
     if (config.cluster.rollout_nodes or rollouts) and config.rollout.engine != "vllm":
         raise UserError(
-            "rollout.engine", config.rollout.engine, "asks no servers, and the job has nodes for them",
+            "rollout.engine",
+            config.rollout.engine,
+            "asks no servers, and the job has nodes for them",
             "set rollout.engine=vllm, or cluster.rollout_nodes=0",
-        )  # fmt: skip
+        )

@@ -80,9 +80,13 @@ def show(status: Status, console: Console) -> None:
             took = (attempt.ended or time.time()) - attempt.began
             began = time.strftime("%d %b %H:%M", time.localtime(attempt.began))
             table.add_row(
-                str(attempt.number), " ".join(attempt.nodes[:4]) + (" …" if len(attempt.nodes) > 4 else ""), began,
-                format_duration(took), attempt.kind or "running", escape(attempt.cause),
-            )  # fmt: skip
+                str(attempt.number),
+                " ".join(attempt.nodes[:4]) + (" …" if len(attempt.nodes) > 4 else ""),
+                began,
+                format_duration(took),
+                attempt.kind or "running",
+                escape(attempt.cause),
+            )
         console.print(table)
 
 

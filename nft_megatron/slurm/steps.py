@@ -36,9 +36,18 @@ def trainer_step(config: Config, config_path: Path, nodes: Sequence[str], cpus_p
     per_node = config.cluster.gpus_per_node
     return [
         *_srun(config, nodes, tasks_per_node=per_node, cpus_per_node=cpus_per_node),
-        "--kill-on-bad-exit=0", f"--wait={SECONDS_AFTER_FIRST_END}", f"--output={log}", f"--error={log}", "--open-mode=append",
-        python_of(config), "-u", "-m", "nft_megatron", "train", str(config_path),
-    ]  # fmt: skip
+        "--kill-on-bad-exit=0",
+        f"--wait={SECONDS_AFTER_FIRST_END}",
+        f"--output={log}",
+        f"--error={log}",
+        "--open-mode=append",
+        python_of(config),
+        "-u",
+        "-m",
+        "nft_megatron",
+        "train",
+        str(config_path),
+    ]
 
 
 def rollout_step(config: Config, config_path: Path, node: str, cpus_per_node: int, log: Path) -> list[str]:
@@ -46,9 +55,19 @@ def rollout_step(config: Config, config_path: Path, node: str, cpus_per_node: in
     servers = servers_per_node(config)
     return [
         *_srun(config, [node], tasks_per_node=servers, cpus_per_node=cpus_per_node),
-        "--kill-on-bad-exit=0", f"--output={log}", f"--error={log}", "--open-mode=append",
-        python_of(config), "-u", "-m", "nft_megatron", "serve", str(config_path), "--devices=auto", "fleet.host=0.0.0.0",
-    ]  # fmt: skip
+        "--kill-on-bad-exit=0",
+        f"--output={log}",
+        f"--error={log}",
+        "--open-mode=append",
+        python_of(config),
+        "-u",
+        "-m",
+        "nft_megatron",
+        "serve",
+        str(config_path),
+        "--devices=auto",
+        "fleet.host=0.0.0.0",
+    ]
 
 
 def preflight_step(config: Config, nodes: Sequence[str], cpus_per_node: int, folder: Path) -> list[str]:
@@ -56,10 +75,16 @@ def preflight_step(config: Config, nodes: Sequence[str], cpus_per_node: int, fol
     tasks = config.cluster.gpus_per_node if config.slurm.gres else 1
     command = [
         *_srun(config, nodes, tasks_per_node=tasks, cpus_per_node=cpus_per_node),
-        "--kill-on-bad-exit=0", f"--output={folder}/output.log", f"--error={folder}/output.log",
-        python_of(config), "-m", "nft_megatron.slurm.preflight", str(folder),
-        f"--gpus={config.cluster.gpus_per_node if config.slurm.gres else 0}", f"--seconds={config.slurm.preflight_seconds:g}",
-    ]  # fmt: skip
+        "--kill-on-bad-exit=0",
+        f"--output={folder}/output.log",
+        f"--error={folder}/output.log",
+        python_of(config),
+        "-m",
+        "nft_megatron.slurm.preflight",
+        str(folder),
+        f"--gpus={config.cluster.gpus_per_node if config.slurm.gres else 0}",
+        f"--seconds={config.slurm.preflight_seconds:g}",
+    ]
     if config.slurm.preflight_command:
         command.append(f"--command={config.slurm.preflight_command}")
     return command
@@ -73,10 +98,16 @@ def servers_per_node(config: Config) -> int:
 def _srun(config: Config, nodes: Sequence[str], *, tasks_per_node: int, cpus_per_node: int) -> list[str]:
     settings = config.slurm
     command = [
-        "srun", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}",
-        f"--ntasks-per-node={tasks_per_node}", f"--cpus-per-task={max(1, cpus_per_node // tasks_per_node)}",
-        "--distribution=block", "--cpu-bind=none", "--overlap",
-    ]  # fmt: skip
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--ntasks={len(nodes) * tasks_per_node}",
+        f"--ntasks-per-node={tasks_per_node}",
+        f"--cpus-per-task={max(1, cpus_per_node // tasks_per_node)}",
+        "--distribution=block",
+        "--cpu-bind=none",
+        "--overlap",
+    ]
     if settings.gres:
         command.append(f"--gres={gres_of(config)}")
     if settings.container_image:

@@ -1,4 +1,4 @@
-"""Ending a run before its last step, for good or until it is submitted again."""
+"""ExitReport a run before its last step, for good or until it is submitted again."""
 
 from __future__ import annotations
 

@@ -32,9 +32,11 @@ def prepare(config: Config) -> Config:
     _check_files(config)
     if (job_id := active_job(folder, job_name(config))) is not None:
         raise UserError(
-            "run_dir", config.run_dir, f"job {job_id} works on it",
+            "run_dir",
+            config.run_dir,
+            f"job {job_id} works on it",
             f"wait for it, or `nft-megatron slurm stop {config.run_dir}`",
-        )  # fmt: skip
+        )
     script = render(config, folder.config)
     for path, text in (
         (folder.root / "plan.txt", _plan(config)),
@@ -104,9 +106,11 @@ def _sbatch(*arguments: str) -> str:
         return call("sbatch", *arguments)
     except SlurmError as error:
         raise UserError(
-            "slurm", arguments[-1], str(error),
+            "slurm",
+            arguments[-1],
+            str(error),
             "change section slurm of the configuration, or, where nodes are only away for now, give that script to sbatch",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _absolute(config: Config) -> Config:

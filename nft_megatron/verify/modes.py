@@ -41,10 +41,12 @@ MODES: dict[str, Mode] = {
     "math-verify": Mode(_whole_text, judge="math-verify", version=""),
     "dapo": Mode(grade_dapo, judge=None, version=DAPO),
     "simplerl": Mode(
-        _whole_text_even_cut, judge="simplerl", version=SIMPLERL,
+        _whole_text_even_cut,
+        judge="simplerl",
+        version=SIMPLERL,
         forgives="a factor of 100, a relative error of 1e-4, a missing box and being cut off",
     ),
-}  # fmt: skip
+}
 """By the names that ``verify.mode`` may have."""
 
 
@@ -61,6 +63,8 @@ def check_for_training(mode: str) -> None:
     if forgiven := MODES[mode].forgives:
         others = [name for name in MODES if not MODES[name].forgives]
         raise UserError(
-            "verify.mode", mode, f"forgives {forgiven}, which training would learn to use",
+            "verify.mode",
+            mode,
+            f"forgives {forgiven}, which training would learn to use",
             f"set {', '.join(others[:-1])} or {others[-1]} (eval --grader takes any)",
-        )  # fmt: skip
+        )

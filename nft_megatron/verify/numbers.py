@@ -54,9 +54,7 @@ _FRACTION = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{
 _NOT_IN_NAMES = re.compile(
     r"[,;:<>!≤≥≈≠±]|\\(?:n?[lg]eq?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pm|mp|in|quad|qquad|to|rightarrow)(?![A-Za-z])"
 )
-_ARITHMETIC = re.compile(
-    r"(?:[0-9.+*/^!(){} -]|\\(?:frac|sqrt(?:\s*\[[0-9]+\])?|cdot|times|div|[dt]?binom)(?![A-Za-z]))+"
-)  # fmt: skip
+_ARITHMETIC = re.compile(r"(?:[0-9.+*/^!(){} -]|\\(?:frac|sqrt(?:\s*\[[0-9]+\])?|cdot|times|div|[dt]?binom)(?![A-Za-z]))+")
 
 
 def read_bare_number(text: str) -> Fraction | None:

@@ -32,7 +32,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from nft_megatron.base.records import FinishReason, Verdict
-from nft_megatron.config.schema import VerifySection
+from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.grade import Undecided
 from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
@@ -49,7 +49,7 @@ class Worker:
     The thread that starts it must outlive it: the kernel counts the end of that *thread* as the parent's death.
     """
 
-    def __init__(self, judge: JudgeName, settings: VerifySection, memory_bytes: int) -> None:
+    def __init__(self, judge: JudgeName, settings: VerifyConfig, memory_bytes: int) -> None:
         self.num_tasks = 0
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
@@ -145,12 +145,12 @@ class Verifier:
 
     def __init__(
         self,
-        settings: VerifySection | None = None,
+        settings: VerifyConfig | None = None,
         *,
         memory_bytes: int = 2 * 2**30,
         tasks_per_worker: int = 2000,
     ) -> None:
-        self._settings = settings = settings or VerifySection()
+        self._settings = settings = settings or VerifyConfig()
         self._mode = MODES[settings.mode]
         self._memory_bytes, self._tasks_per_worker = memory_bytes, tasks_per_worker
         math_verify = f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge == "math-verify" else ""

@@ -4,7 +4,7 @@ An answer is read out of the text: after "final answer is", from the last box, o
 and gold are brought to one spelling (:func:`respell`) and compared (:func:`equal`): as texts; as numbers, where a relative
 error of 1e-4 and a factor of 100 either way (percent) are forgiven; as lists, matrices and equations part by part; last by
 computer algebra. The truncated answer is judged by what it says. Pure, but algebra may take for ever: whoever cannot wait uses
-``Verifier(VerifySection(mode="simplerl"))``.
+``Verifier(VerifyConfig(mode="simplerl"))``.
 
 Departures from the public code, all where its spelling rules turn one answer into another:
 
@@ -68,7 +68,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
         (r"\\frac(\w)\{", r"\\frac{\1}{"),
         (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"),
     )
-]  # fmt: skip
+]
 
 
 def grade(answer_text: str, gold: str) -> Verdict:

@@ -30,9 +30,13 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The first of a kind costs up to a third of a second in imports and tables of the parser: paid before any task comes.
 _FIRST_TASKS = (
-    (r"\frac{\sqrt{2}}{2}", r"\frac{\sqrt{3}}{2}"), ("x^2-1", "(x-1)(x+1)"), (r"(3,\frac{\pi}{2})", r"(\frac{\pi}{2},3)"),
-    (r"\{1,2\}", "2, 1"), ("y=2x", "2x-y=0"), ("[0,1)", r"x \ge 0"),
-)  # fmt: skip
+    (r"\frac{\sqrt{2}}{2}", r"\frac{\sqrt{3}}{2}"),
+    ("x^2-1", "(x-1)(x+1)"),
+    (r"(3,\frac{\pi}{2})", r"(\frac{\pi}{2},3)"),
+    (r"\{1,2\}", "2, 1"),
+    ("y=2x", "2x-y=0"),
+    ("[0,1)", r"x \ge 0"),
+)
 
 
 class SoftLimit(BaseException):

@@ -148,7 +148,9 @@ def decoder_config(shape: ModelShape, model_type: str) -> dict[str, Any]:
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.norm_epsilon,
         "rope_theta": shape.rope_theta,
-        "rope_scaling": None if scaling is None else {
+        "rope_scaling": None
+        if scaling is None
+        else {
             "rope_type": "llama3",
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
@@ -161,4 +163,4 @@ def decoder_config(shape: ModelShape, model_type: str) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-    }  # fmt: skip
+    }

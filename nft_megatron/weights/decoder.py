@@ -59,9 +59,12 @@ def _layer(shape: ModelShape, number: int) -> Iterator[Entry]:
         yield Entry(f"{ours}mlp.router.weight", (f"{theirs}mlp.gate.weight",), (router,), Layout.WHOLE)
         for expert in range(shape.experts.num_experts):
             yield from _gated_mlp(
-                f"{ours}mlp.experts.local_experts.{expert}.", f"{theirs}mlp.experts.{expert}.",
-                shape.hidden_size, shape.experts.ffn_hidden_size, expert,
-            )  # fmt: skip
+                f"{ours}mlp.experts.local_experts.{expert}.",
+                f"{theirs}mlp.experts.{expert}.",
+                shape.hidden_size,
+                shape.experts.ffn_hidden_size,
+                expert,
+            )
     # Megatron fuses a norm into the linear layer that follows; before a router there is none to fuse it into.
     mlp_norm = "mlp.linear_fc1.layer_norm_weight" if shape.experts is None else "pre_mlp_layernorm.weight"
     yield _norm(f"{ours}self_attention.linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight", shape.hidden_size)

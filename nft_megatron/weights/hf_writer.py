@@ -22,10 +22,20 @@ T = TypeVar("T")
 MAX_SHARD_BYTES = 5_000_000_000
 
 _COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json", "chat_template.jinja",
-    "chat_template.json", "LICENSE",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
 """Byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other."""
 
 

@@ -185,9 +185,18 @@ def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
     answers = [(40, "correct", 2), (40, "wrong", 2)]
     write_ledger(tmp_path / "ledger.parquet", [make_group(0, 10, answers, itertools.count(1))], fates=["train"], meta={})
     layout = Layout(
-        num_updates=1, num_ranks=1, token_budget=96, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
-        context_size=1, count_multiple=1, pad_to_budget=False, keep_groups=True,
-    )  # fmt: skip
+        num_updates=1,
+        num_ranks=1,
+        token_budget=96,
+        hidden_size=8,
+        denominator="tokens",
+        seed=0,
+        tensor_size=1,
+        context_size=1,
+        count_multiple=1,
+        pad_to_budget=False,
+        keep_groups=True,
+    )
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 96: .* have 100 tokens; raise it to at least 100"):
         read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], layout, 0, 0, CPU)
 
@@ -200,9 +209,18 @@ def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp
     ledger = tmp_path / "ledger.parquet"
     write_ledger(ledger, groups, fates=["train"] * 5, meta={})
     layout = Layout(
-        num_updates=2, num_ranks=1, token_budget=128, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
-        context_size=2, count_multiple=1, pad_to_budget=False, keep_groups=True,
-    )  # fmt: skip
+        num_updates=2,
+        num_ranks=1,
+        token_budget=128,
+        hidden_size=8,
+        denominator="tokens",
+        seed=0,
+        tensor_size=1,
+        context_size=2,
+        count_multiple=1,
+        pad_to_budget=False,
+        keep_groups=True,
+    )
     group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
     first, second = (
         read_minibatches(ledger, STEP, build_algorithm("infonca"), layout, 0, context_rank, CPU) for context_rank in range(2)
@@ -234,9 +252,18 @@ def test_length_and_truncation_reach_the_advantage(tmp_path):
     answers = (*group.answers[:2], dataclasses.replace(group.answers[2], completion=cut))
     write_ledger(tmp_path / "ledger.parquet", [dataclasses.replace(group, answers=answers)], fates=["train"], meta={})
     layout = Layout(
-        num_updates=1, num_ranks=1, token_budget=32, hidden_size=8, denominator="tokens", seed=0, tensor_size=1,
-        context_size=1, count_multiple=1, pad_to_budget=False, length_limit=100,
-    )  # fmt: skip
+        num_updates=1,
+        num_ranks=1,
+        token_budget=32,
+        hidden_size=8,
+        denominator="tokens",
+        seed=0,
+        tensor_size=1,
+        context_size=1,
+        count_multiple=1,
+        pad_to_budget=False,
+        length_limit=100,
+    )
     (minibatch,) = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("dapo"), layout, 0, 0, CPU)
     reward = np.array([1.0, -1.0, -2.0])
     expected = (reward - reward.mean()) / reward.std()

@@ -137,10 +137,14 @@ def test_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
     answer_position = {token: t for _, answer in rows for t, token in enumerate(answer)}
 
     plan = plan_micro_batches(
-        [sum(pair) for pair in case["lengths"]], token_budget=case["budget"], num_ranks=case["num_ranks"],
-        multiple=case["multiple"], sequence_multiple=case["sequence_multiple"], count_multiple=case["count_multiple"],
+        [sum(pair) for pair in case["lengths"]],
+        token_budget=case["budget"],
+        num_ranks=case["num_ranks"],
+        multiple=case["multiple"],
+        sequence_multiple=case["sequence_multiple"],
+        count_multiple=case["count_multiple"],
         groups=case["groups"],
-    )  # fmt: skip
+    )
     seen = Counter()
     for members in (members.tolist() for rank in plan for members in rank):
         whole = pack(

@@ -9,9 +9,17 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.batching.minibatches import Answers, Layout, plan_minibatches
 
 LAYOUT = Layout(
-    num_updates=3, num_ranks=2, token_budget=64, hidden_size=8, denominator="tokens", seed=5, tensor_size=1, context_size=1,
-    count_multiple=1, pad_to_budget=False,
-)  # fmt: skip
+    num_updates=3,
+    num_ranks=2,
+    token_budget=64,
+    hidden_size=8,
+    denominator="tokens",
+    seed=5,
+    tensor_size=1,
+    context_size=1,
+    count_multiple=1,
+    pad_to_budget=False,
+)
 
 
 def change(**fields) -> Layout:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_megatron import __version__, commands
+from nft_megatron import __version__, cli
 from nft_megatron.cli.main import COMMANDS, main
 
 HEAVY = {"torch", "transformers", "megatron", "sympy", "pyarrow", "numpy", "matplotlib"}
@@ -35,7 +35,7 @@ def output_of(capsys, *words: str) -> tuple[int, str, str]:
 
 
 def test_every_command_has_its_file_and_its_line(capsys):
-    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__", "arguments", "main"}
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "arguments", "main"}
     assert files == set(COMMANDS)
     code, listed, _ = output_of(capsys, "--help")
     assert code == 0

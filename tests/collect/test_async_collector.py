@@ -13,9 +13,9 @@ from waiting import until
 
 from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.base.records import Request, Sampling
-from nft_megatron.collect.async_collector import CollectAhead
+from nft_megatron.collect.async_collector import AsyncCollector
 from nft_megatron.collect.collector import Collected, CollectorState
-from nft_megatron.config.schema import RolloutSection
+from nft_megatron.config.schema import RolloutConfig
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
@@ -30,9 +30,11 @@ def ledgers(run: Path) -> list[Path]:
 @pytest.mark.parametrize(("staleness", "num_steps"), [(1, 6), (2, 5)])
 def test_a_run_ahead_trains_on_answers_within_the_bound(run_config, command, metrics_of, tmp_path, staleness, num_steps):
     config = run_config(
-        rollout={"max_staleness": staleness, "questions_per_step": 2}, train={"num_steps": num_steps}, evaluate={"every": 2},
+        rollout={"max_staleness": staleness, "questions_per_step": 2},
+        train={"num_steps": num_steps},
+        evaluate={"every": 2},
         checkpoint={"every": 2, "export_every": 2, "keep": 9},
-    )  # fmt: skip
+    )
     done = command("train", config)
     assert done.returncode == 0, done.stderr
     rows = metrics_of(tmp_path / "run")
@@ -105,10 +107,10 @@ class FakeAsker:
 class FakeCollector:
     """Notes each step with the version that the engine held when its collecting began."""
 
-    settings: RolloutSection
+    settings: RolloutConfig
     began: list
     version: list
-    asker: FakeAsker = FakeAsker()
+    client: FakeAsker = FakeAsker()
     interrupted: object = None
     fails_at: int = 0
 
@@ -121,8 +123,8 @@ class FakeCollector:
 
 def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
     began, versions = [], [version]
-    collector = FakeCollector(RolloutSection(max_staleness=staleness), began, versions, fails_at=fails_at)
-    return CollectAhead(collector, CollectorState(), version=version, last_step=last_step), began, versions
+    collector = FakeCollector(RolloutConfig(max_staleness=staleness), began, versions, fails_at=fails_at)
+    return AsyncCollector(collector, CollectorState(), version=version, last_step=last_step), began, versions
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
@@ -176,7 +178,7 @@ class SlowEngine:
 
     def load(self, tensors, version):
         self._alone(f"load {version}")
-        return "receipt"
+        return "fingerprint"
 
     def generate(self, requests, sampling, given_up=frozenset()):
         for request in requests:
@@ -196,8 +198,8 @@ def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
         assert list(engine.generate(requests, Sampling())) == [first + i for i in range(4)]
 
     threads = [threading.Thread(target=ask, args=(first,)) for first in (0, 10, 20)]
-    receipts: list[str] = []
-    threads.append(threading.Thread(target=lambda: receipts.append(engine.load([], 7))))
+    fingerprints: list[str] = []
+    threads.append(threading.Thread(target=lambda: fingerprints.append(engine.load([], 7))))
     slow.may_end.clear()
     for thread in threads:
         thread.start()
@@ -206,7 +208,7 @@ def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
     slow.may_end.set()
     for thread in threads:
         thread.join(10)
-    assert receipts == ["receipt"]
+    assert fingerprints == ["fingerprint"]
     assert slow.log[4] == "load 7", "it waits for the answers under way and for nothing else"
     calls = [line for line in slow.log if line != "load 7"]
     assert [calls[i : i + 4] for i in (0, 4, 8)] == [[f"answer {first + i}" for i in range(4)] for first in (0, 10, 20)] or [
@@ -221,11 +223,11 @@ def test_a_turn_that_does_not_come_is_a_fault():
     with pytest.raises(EngineFault, match="busy for 0 s"):
         engine.load([], 1)
     under_way.close()
-    assert engine.load([], 1) == "receipt"
+    assert engine.load([], 1) == "fingerprint"
 
 
 def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, command, metrics_of, tmp_path):
-    config = run_config(rollout={"gate_questions": 5, "gate_tokens": 2}, train={"num_steps": 2})
+    config = run_config(rollout={"probe_questions": 5, "probe_tokens": 2}, train={"num_steps": 2})
     assert command("train", config).returncode == 0
     rows = metrics_of(tmp_path / "run")
     assert all(0 < row["gate_mean"] <= row["gate_max"] < 1e-5 for row in rows)
@@ -237,7 +239,7 @@ def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, comma
 @pytest.mark.parametrize("gate", [0, 4])
 def test_an_engine_unlike_the_trainer_is_refused_before_the_first_update(run_config, command, tmp_path, gate):
     """Float32 noise is beyond a limit of 1e-12: found by the gate, or else in the step's own answers."""
-    refused = command("train", run_config(rollout={"gate_questions": gate, "max_mismatch": 1e-12}))
+    refused = command("train", run_config(rollout={"probe_questions": gate, "max_mismatch": 1e-12}))
     assert refused.returncode == 2
     what = "the gate's answers of version 0" if gate else "the answers of step 1"
     assert f"rollout.max_mismatch = 1e-12: in {what} the log-probs of engine and trainer differ by" in refused.stderr

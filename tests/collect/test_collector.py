@@ -13,9 +13,9 @@ import pytest
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.collect import generate_and_grade as ask
-from nft_megatron.collect.build import open_asker, read_prompts, training_sampling
+from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.collector import Collector, CollectorState
-from nft_megatron.collect.generate_and_grade import Asker
+from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import load_config
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.data.prompts import PromptOrder
@@ -52,10 +52,10 @@ def collector(run_config, model_folder):
     with contextlib.ExitStack() as stack:
         config = load_config(run_config())
         tokenizer = load_tokenizer(model_folder)
-        asker = open_asker(config, model_folder, tokenizer, stack, PhaseTimer(), Progress())
+        client = open_rollout_client(config, model_folder, tokenizer, stack, PhaseTimer(), Progress())
         with HFReader(model_folder) as reader:
             shapes = weight_table(read_shape(model_folder)).shapes
-            asker.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
+            client.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
         order = PromptOrder(read_prompts(config, tokenizer, "data.train").prompts, seed=0)
 
         def build(folder, fails_in=None, **settings) -> Collector:
@@ -64,7 +64,7 @@ def collector(run_config, model_folder):
             return Collector(
                 RunFolder(folder),
                 order,
-                replace(asker, engine=Counting(asker.engine, fails_in)),
+                replace(client, engine=Counting(client.engine, fails_in)),
                 training_sampling(config, model_folder, tokenizer),
                 config.rollout.model_copy(update={"oversample": 1.0, **settings}),
             )
@@ -83,7 +83,7 @@ def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector,
     built = collector(tmp_path / "run")
     collected = built.collect(1, CollectorState())
     index = read_index(collected.ledger)
-    asked = [position for asked_round in built.asker.engine.rounds for position in asked_round]
+    asked = [position for asked_round in built.client.engine.rounds for position in asked_round]
     assert asked == list(range(collected.state.cursor)) == list(range(collected.metrics["groups_sampled"]))
     groups = np.unique(index.group_id)
     assert len(groups) == 4 == collected.metrics["groups_trained"]
@@ -97,22 +97,22 @@ def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector,
         for answer in group.answers:
             right = answer.completion.finish_reason == "stop" and answer.text.endswith(f"\\boxed{{{gold}}}")
             assert (answer.verdict.label == "correct") == right, answer
-    assert collected.metrics["rounds"] == len(built.asker.engine.rounds)
+    assert collected.metrics["rounds"] == len(built.client.engine.rounds)
     assert collected.state.mixed_rate == pytest.approx(collected.metrics["groups_mixed"] / len(asked))
 
 
 @dataclass
 class Recording:
-    """The asker, and every prompt with its answers."""
+    """The client, and every prompt with its answers."""
 
-    asker: Asker
+    client: RolloutClient
     asked: list = field(default_factory=list)
 
     def __getattr__(self, name):
-        return getattr(self.asker, name)
+        return getattr(self.client, name)
 
     def stream(self, prompts, *arguments, **named):
-        for prompt_id, answers in self.asker.stream(prompts, *arguments, **named):
+        for prompt_id, answers in self.client.stream(prompts, *arguments, **named):
             self.asked.append((prompts[prompt_id], answers))
             yield prompt_id, answers
 
@@ -120,8 +120,8 @@ class Recording:
 def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
     """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos>, or at the limit."""
     built = collector(tmp_path / "run")
-    recording = Recording(built.asker)
-    metrics = replace(built, asker=recording).collect(1, CollectorState()).metrics
+    recording = Recording(built.client)
+    metrics = replace(built, client=recording).collect(1, CollectorState()).metrics
     expected = Counter()
     for prompt, answers in recording.asked:
         for answer in answers:
@@ -145,14 +145,14 @@ def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tm
     assert not RunFolder(tmp_path / "broken").ledger(1).exists()
     resumed = collector(tmp_path / "broken", **settings)
     collected = resumed.collect(1, CollectorState())
-    assert resumed.asker.engine.rounds[0] == broken.asker.engine.rounds[2]
-    assert len(resumed.asker.engine.rounds) == whole.metrics["rounds"] - 2
+    assert resumed.client.engine.rounds[0] == broken.client.engine.rounds[2]
+    assert len(resumed.client.engine.rounds) == whole.metrics["rounds"] - 2
     assert content(collected.ledger) == content(whole.ledger)
     assert collected.metrics == whole.metrics
     assert not RunFolder(tmp_path / "broken").rounds(1)
     again = collector(tmp_path / "broken", **settings)
     assert again.collect(1, CollectorState()).metrics == whole.metrics
-    assert again.asker.engine.rounds == []
+    assert again.client.engine.rounds == []
 
 
 def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
@@ -168,7 +168,7 @@ def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
     assert trained == [group.group_id for group in surplus[:2]]
     assert second.metrics["staleness_max"] == 1
     assert second.metrics["groups_sampled"] == 0
-    built.asker.engine.version = 2
+    built.client.engine.version = 2
     third = built.collect(3, second.state)
     assert third.metrics["staleness_max"] == 0
     assert third.metrics["answers_too_old"] == 8 * len(second.state.surplus) > 0
@@ -178,10 +178,10 @@ def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
 def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path):
     """Half of each group's answers began on weights that are too old: r̂ is over the other half."""
     built = collector(tmp_path / "run", max_staleness=1)
-    recording = Recording(built.asker)
-    engine = built.asker.engine
+    recording = Recording(built.client)
+    engine = built.client.engine
     engine.version = lambda completion: 3 - completion.index % 2
-    collected = replace(built, asker=recording).collect(5, CollectorState())
+    collected = replace(built, client=recording).collect(5, CollectorState())
     assert collected.metrics["answers_too_old"] == sum(len(answers) for _, answers in recording.asked) / 2
     assert collected.metrics["staleness_max"] == 1
     rates = {}
@@ -210,7 +210,7 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
     assert len(parts) == num_parts and len(saved) == 4
     resumed = collector(tmp_path / "broken", **settings)
     collected = resumed.collect(1, CollectorState())
-    assert resumed.asker.engine.rounds[0] == [i for i in range(16) if i not in saved]
+    assert resumed.client.engine.rounds[0] == [i for i in range(16) if i not in saved]
     assert content(collected.ledger) == content(whole.ledger)
     assert not RunFolder(tmp_path / "broken").rounds(1)
 
@@ -235,9 +235,9 @@ class Silent(Counting):
 def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
     whole = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
     built = collector(tmp_path / "run", oversample=4.0)
-    engine = Silent(built.asker.engine)
+    engine = Silent(built.client.engine)
     stopping = replace(
-        built, asker=replace(built.asker, engine=engine), interrupted=lambda: "a test" if engine.is_silent else None
+        built, client=replace(built.client, engine=engine), interrupted=lambda: "a test" if engine.is_silent else None
     )
     with pytest.raises(StoppedEarly, match="by a test"):
         stopping.collect(1, CollectorState())
@@ -249,8 +249,8 @@ def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
 
 def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
     built = collector(tmp_path / "run", stop_at_quota=True, oversample=8.0)
-    recording = Recording(built.asker)
-    collected = replace(built, asker=recording).collect(1, CollectorState())
+    recording = Recording(built.client)
+    collected = replace(built, client=recording).collect(1, CollectorState())
     verdicts = [[answer.verdict.label for answer in answers] for _, answers in recording.asked]
     assert len([labels for labels in verdicts if len(set(labels)) == 2]) == 4
     assert collected.state.cursor == 32
@@ -260,11 +260,11 @@ def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
 
 def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collector, tmp_path):
     plain = collector(tmp_path / "plain", oversample=4.0)
-    recording = Recording(plain.asker)
-    replace(plain, asker=recording).collect(1, CollectorState())
+    recording = Recording(plain.client)
+    replace(plain, client=recording).collect(1, CollectorState())
     saving = collector(tmp_path / "saving", oversample=4.0, give_up_after=7)
-    kept = Recording(saving.asker)
-    collected = replace(saving, asker=kept).collect(1, CollectorState())
+    kept = Recording(saving.client)
+    collected = replace(saving, client=kept).collect(1, CollectorState())
     assert len(kept.asked) == 16 - collected.metrics["groups_abandoned"] < 16
     for prompt, answers in recording.asked:
         if prompt.question_id not in {each.question_id for each, _ in kept.asked}:
@@ -286,7 +286,7 @@ class Reversed:
 def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
     whole = collector(tmp_path / "whole").collect(1, CollectorState())
     built = collector(tmp_path / "reversed")
-    other = replace(built, asker=replace(built.asker, engine=Reversed(built.asker.engine)))
+    other = replace(built, client=replace(built.client, engine=Reversed(built.client.engine)))
     collected = other.collect(1, CollectorState())
     assert content(collected.ledger) == content(whole.ledger)
     assert collected.metrics == whole.metrics
@@ -294,11 +294,11 @@ def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
 
 def test_lengths_of_earlier_answers_are_a_hint_to_the_engine(collector, tmp_path):
     built = collector(tmp_path / "run", oversample=4.0, questions_per_step=8)
-    engine = Reversed(built.asker.engine)
-    recording = Recording(replace(built.asker, engine=engine))
-    other = replace(built, asker=recording)
+    engine = Reversed(built.client.engine)
+    recording = Recording(replace(built.client, engine=engine))
+    other = replace(built, client=recording)
     first = other.collect(1, CollectorState())
-    built.asker.engine.version = 1
+    built.client.engine.version = 1
     last_answers = {prompt.question_id: answers for prompt, answers in recording.asked}
     num_rounds = len(engine.hints)
     other.collect(2, first.state)
@@ -318,7 +318,7 @@ def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
 
 def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
     built = collector(tmp_path / "run")
-    built.asker.engine.aborts = True
+    built.client.engine.aborts = True
     with pytest.raises(EngineFault, match="broke off 32 of 32 answers"):
         built.collect(1, CollectorState())
     assert not RunFolder(tmp_path / "run").rounds(1)

@@ -20,7 +20,7 @@ def minimal(tmp_path: Path) -> Path:
 def test_defaults_are_the_papers_7b_settings(minimal):
     config = load_config(minimal)
     assert config.rollout.questions_per_step == 512
-    assert config.rollout.answers_per_question == 16
+    assert config.rollout.group_size == 16
     assert config.train.updates_per_step == 16
     assert config.max_sequence_tokens == 4096
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.beta2) == (1e-6, 0.1, 0.999)
@@ -74,7 +74,7 @@ def test_dump_reads_back_equal(minimal, tmp_path):
         ("verify.hard_seconds=0.5", "verify.hard_seconds = 0.5: below verify.soft_seconds = 1.0"),
         ("no-equals", "override = no-equals: is not of the form section.key=value"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_name_field_value_and_remedy(minimal, override, message):
     if override == "seed.x=3":
         minimal.write_text(yaml.safe_dump(MINIMAL | {"seed": 1}))

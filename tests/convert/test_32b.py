@@ -23,10 +23,17 @@ from nft_megatron.convert.transfer import _write_around_tensors
 from nft_megatron.weights import read_shape, weight_table
 
 CONFIG = {
-    "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
-    "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "vocab_size": 152064,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
     "rope_theta": 1e6,
-}  # fmt: skip
+}
 NUM_SHARDS, NUM_BYTES = 17, 65_527_752_704  # as model.safetensors.index.json of Qwen/Qwen2.5-32B says
 TENSOR, PIPELINE = 8, 4
 

@@ -15,7 +15,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.convert import engine, torch_dist_plan
 from nft_megatron.convert.commands import check, to_hf, to_megatron
 from nft_megatron.convert.manifest import Manifest, read_manifest
-from nft_megatron.weights.receipt import weights_receipt
+from nft_megatron.weights.fingerprint import weights_fingerprint
 
 
 @pytest.mark.parametrize("name", ["untied", "tied", "sharded"])
@@ -29,8 +29,8 @@ def test_there_and_back_is_the_same_to_the_bit(sources, tmp_path: Path, name: st
         assert torch.equal(after[key], tensor), key
     for file in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / file).read_bytes() == (sources[name] / file).read_bytes()
-    receipts = {read_manifest(tmp_path / folder, "").receipt for folder in ("megatron", "hf")}
-    assert receipts == {weights_receipt(before.items())}
+    fingerprints = {read_manifest(tmp_path / folder, "").fingerprint for folder in ("megatron", "hf")}
+    assert fingerprints == {weights_fingerprint(before.items())}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
@@ -111,14 +111,18 @@ def test_without_proof_the_bytes_are_the_same_and_the_manifest_says_so(sources, 
         if path.name != "conversion.json":
             assert path.read_bytes() == (tmp_path / "megatron" / path.name).read_bytes(), path.name
     content = json.loads((tmp_path / "megatron" / "conversion.json").read_text())
-    assert content["receipt"] is None
+    assert content["fingerprint"] is None
     assert {(record["sha256"], record["non_finite"]) for record in content["tensors"].values()} == {(None, None)}
     with pytest.raises(UserError, match=r"2 problems in .*non-finite"):  # on both sides, and no hash is missed
         check(source, tmp_path / "megatron")
     assert "B was converted without proof" in capsys.readouterr().out
     to_hf(tmp_path / "megatron", tmp_path / "hf")  # what is unproven is proven from here on
     after, before = tensors_of(tmp_path / "hf"), tensors_of(source)
-    assert read_manifest(tmp_path / "hf", "").receipt == weights_receipt(before.items()) == weights_receipt(after.items())
+    assert (
+        read_manifest(tmp_path / "hf", "").fingerprint
+        == weights_fingerprint(before.items())
+        == weights_fingerprint(after.items())
+    )
 
 
 def test_a_dry_run_prints_the_mapping_and_writes_nothing(sources, tmp_path: Path, capsys):
@@ -138,9 +142,9 @@ def test_a_manifest_that_contradicts_itself(converted: Path):
     content = json.loads(path.read_text())
     content["tensors"]["lm_head.weight"]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="its receipt does not belong to its tensors"):
+    with pytest.raises(UserError, match="its fingerprint does not belong to its tensors"):
         read_manifest(converted, "SRC")
-    assert isinstance(Manifest({}, {}, {}).receipt, str)
+    assert isinstance(Manifest({}, {}, {}).fingerprint, str)
 
 
 def test_safetensors_reads_what_is_written(sources, converted: Path, tmp_path: Path):

@@ -31,7 +31,7 @@ FAULTS = {
         lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}),
         "gate_proj.weight is bfloat16, model.layers.0.mlp.up_proj.weight is float32",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -143,14 +143,16 @@ OF_BOTH = {
 OF_SHARDS = OF_BOTH | {
     "missing shard": (lambda folder: (folder / SHARD).unlink(), f"names {SHARD}, which is not there"),
     "absent tensor in the index": (
-        lambda folder: edit_index(folder, **{"model.absent": SHARD}), f"{SHARD}: lacks model.absent, which .*index.json places",
+        lambda folder: edit_index(folder, **{"model.absent": SHARD}),
+        f"{SHARD}: lacks model.absent, which .*index.json places",
     ),
     "truncated shard": (lambda folder: cut_short(folder / SHARD), f"{SHARD}: is not a whole safetensors file"),
-}  # fmt: skip
+}
 OF_TORCH_DIST = OF_BOTH | {
     "missing file": (lambda folder: (folder / DISTCP).unlink(), f"lacks its file {DISTCP}"),
     "absent tensor in the metadata": (
-        lambda folder: edit_metadata(folder, misplace_final_norm), "does not hold decoder.final_layernorm.weight of shape",
+        lambda folder: edit_metadata(folder, misplace_final_norm),
+        "does not hold decoder.final_layernorm.weight of shape",
     ),
     "missing tensor": (
         lambda folder: edit_metadata(folder, lambda it: it.state_dict_metadata.pop("decoder.final_layernorm.weight")),
@@ -158,7 +160,7 @@ OF_TORCH_DIST = OF_BOTH | {
     ),
     "truncated file": (lambda folder: cut_short(folder / DISTCP), f"{DISTCP}: is truncated"),
     "truncated metadata": (cut_metadata_short, "is no metadata of a torch_dist checkpoint"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", OF_SHARDS)
@@ -264,10 +266,14 @@ def test_check_lists_everything(sources, changed, tmp_path: Path, capsys):
         check(sources["untied"], changed(sources["untied"], spoil))
     found = {tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()}
     assert found == {
-        ("missing:", "model.norm.weight"), ("unexpected:", "new"), ("dtype:", "lm_head.weight"),
-        ("shape:", "model.layers.0.mlp.gate_proj.weight"), ("bits:", "model.layers.0.input_layernorm.weight"),
-        ("bits:", "model.layers.1.mlp.up_proj.weight"), ("non-finite:", "model.layers.1.mlp.up_proj.weight"),
-    }  # fmt: skip
+        ("missing:", "model.norm.weight"),
+        ("unexpected:", "new"),
+        ("dtype:", "lm_head.weight"),
+        ("shape:", "model.layers.0.mlp.gate_proj.weight"),
+        ("bits:", "model.layers.0.input_layernorm.weight"),
+        ("bits:", "model.layers.1.mlp.up_proj.weight"),
+        ("non-finite:", "model.layers.1.mlp.up_proj.weight"),
+    }
 
 
 def test_check_of_other_settings(sources, tmp_path: Path):
@@ -332,8 +338,9 @@ def test_a_disk_that_fills_up_meanwhile(sources, converted: Path, tmp_path: Path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for convert, source, file in (
-        (to_megatron, sources["untied"], "__0_0.distcp"), (to_hf, converted, "model.safetensors"),
-    ):  # fmt: skip
+        (to_megatron, sources["untied"], "__0_0.distcp"),
+        (to_hf, converted, "model.safetensors"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(engine.os, "pwrite", fail)
             with pytest.raises(OSError, match="No space left") as caught:

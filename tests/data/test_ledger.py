@@ -49,8 +49,10 @@ def assert_same_array(one: np.ndarray, other: np.ndarray) -> None:
 def assert_same_group(one: Group, other: Group) -> None:
     assert (one.group_id, one.step, len(one.answers)) == (other.group_id, other.step, len(other.answers))
     assert (one.prompt.question_id, one.prompt.question, one.prompt.gold) == (
-        other.prompt.question_id, other.prompt.question, other.prompt.gold,
-    )  # fmt: skip
+        other.prompt.question_id,
+        other.prompt.question,
+        other.prompt.gold,
+    )
     assert_same_array(one.prompt.tokens, other.prompt.tokens)
     for a, b in zip(one.answers, other.answers, strict=True):
         assert (a.text, a.verdict) == (b.text, b.verdict)

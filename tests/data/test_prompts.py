@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt, Question
-from nft_megatron.config.schema import DataSection
+from nft_megatron.config.schema import DataConfig
 from nft_megatron.data.prompts import PromptOrder, PromptSet, make_prompts
 from nft_megatron.data.wording import instruct, reword
 
@@ -46,8 +46,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, chat_template=CHAT_TEMPLATE)
 
 
-def settings(**fields: Any) -> DataSection:
-    return DataSection(train=("unused",), **{"max_prompt_tokens": 1000, **fields})
+def settings(**fields: Any) -> DataConfig:
+    return DataConfig(train=("unused",), **{"max_prompt_tokens": 1000, **fields})
 
 
 def text_of(prompt: Prompt) -> str:

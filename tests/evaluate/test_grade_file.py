@@ -18,9 +18,13 @@ ROWS = [
     {"id": 12, "text": r"\boxed{34}", "gold": "34", "finish_reason": "stop"},
 ]
 EXPECTED = [
-    ("correct", "exact"), ("wrong", "another number"), ("wrong", "no closed box"), ("wrong", "truncated"),
-    ("unknown", "engine fault"), ("correct", "exact"),
-]  # fmt: skip
+    ("correct", "exact"),
+    ("wrong", "another number"),
+    ("wrong", "no closed box"),
+    ("wrong", "truncated"),
+    ("unknown", "engine fault"),
+    ("correct", "exact"),
+]
 FIELDS = {"answer_field": "text", "gold_field": "gold", "mode": "strict"}
 
 

@@ -17,8 +17,14 @@ from nft_megatron.data.ledger import read_groups
 from nft_megatron.evaluate.benchmarks import BENCHMARKS
 from nft_megatron.evaluate.measure import Task, plan_parts
 
-OPTIONS = ["--max-answer-tokens", "4", "data.template=plain", 'data.plain_format="What is {question}"', "rollout.processes=0",
-           "model.dtype=float32"]  # fmt: skip
+OPTIONS = [
+    "--max-answer-tokens",
+    "4",
+    "data.template=plain",
+    'data.plain_format="What is {question}"',
+    "rollout.processes=0",
+    "model.dtype=float32",
+]
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
@@ -64,8 +70,21 @@ def test_the_table_is_that_of_the_answers(model, sums, command, tmp_path):
     paper = tmp_path / "paper.json"
     paper.write_text(json.dumps([{"name": "published", "scores": {benchmark.name: 12.3 for benchmark in BENCHMARKS}}]))
     out = tmp_path / "out"
-    done = command("eval", model, "--benchmarks", sums, *OPTIONS, "--out", out, "--overlap", overlap, "--beside", paper,
-                   "--grader", "strict")  # fmt: skip
+    done = command(
+        "eval",
+        model,
+        "--benchmarks",
+        sums,
+        *OPTIONS,
+        "--out",
+        out,
+        "--overlap",
+        overlap,
+        "--beside",
+        paper,
+        "--grader",
+        "strict",
+    )
     assert done.returncode == 0, done.stderr
     assert "AIME 2024 has 15 questions, not 30" in done.stderr
     rows, summary = table(done.stdout), json.loads((out / "summary.json").read_text())
@@ -140,9 +159,22 @@ def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_pat
     out, overlap = tmp_path / "out", tmp_path / "overlap.jsonl"
     overlap.write_text('{"bench_id": "of another file", "overlap": 1.0}')
     done = command(
-        "eval", model, "--benchmarks", sums / "math500.jsonl", "rollout.max_answer_tokens=3", "--temperature", "0", config,
-        "--grader", "strict", "--out", out, "--overlap", overlap, "seed=7",
-    )  # fmt: skip
+        "eval",
+        model,
+        "--benchmarks",
+        sums / "math500.jsonl",
+        "rollout.max_answer_tokens=3",
+        "--temperature",
+        "0",
+        config,
+        "--grader",
+        "strict",
+        "--out",
+        out,
+        "--overlap",
+        overlap,
+        "seed=7",
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["sampling"]["max_tokens"], summary["sampling"]["temperature"], summary["seed"]) == (3, 0.0, 7)

@@ -60,12 +60,19 @@ def test_curves_over_samples_and_their_last_quarter():
 @pytest.mark.parametrize(
     ("kind", "mean", "expected"),
     [
-        ("above", 0.021, "seen"), ("above", 0.019, "not shown"), ("above", -0.021, "the opposite"),
-        ("below", -0.021, "seen"), ("below", 0.021, "the opposite"),
-        ("at least", -0.009, "seen"), ("at least", -0.011, "not shown"), ("at least", -0.021, "the opposite"),
-        ("about", 0.009, "seen"), ("about", -0.011, "not shown"), ("about", -0.051, "the opposite"),
+        ("above", 0.021, "seen"),
+        ("above", 0.019, "not shown"),
+        ("above", -0.021, "the opposite"),
+        ("below", -0.021, "seen"),
+        ("below", 0.021, "the opposite"),
+        ("at least", -0.009, "seen"),
+        ("at least", -0.011, "not shown"),
+        ("at least", -0.021, "the opposite"),
+        ("about", 0.009, "seen"),
+        ("about", -0.011, "not shown"),
+        ("about", -0.051, "the opposite"),
     ],
-)  # fmt: skip
+)
 def test_a_finding_is_seen_where_the_whole_interval_says_so(kind, mean, expected):
     """Half of the interval is 2 points, and 3 points count as about equal."""
     from statistics_of_runs import verdict
@@ -115,9 +122,10 @@ def test_it_runs_what_it_compares(run_config, model_folder, question_file, tmp_p
 
     monkeypatch.setattr(compare, "PRELOAD", ["launcher_preload"])  # the tests have one fork server
     config = run_config(
-        train={"num_steps": 1, "updates_per_step": 1, "micro_batch_tokens": 128}, evaluate={"every": 1},
-        rollout={"questions_per_step": 2, "answers_per_question": 4},
-    )  # fmt: skip
+        train={"num_steps": 1, "updates_per_step": 1, "micro_batch_tokens": 128},
+        evaluate={"every": 1},
+        rollout={"questions_per_step": 2, "group_size": 4},
+    )
     start = tmp_path / "paper" / "start" / "seed0"
     start.mkdir(parents=True)
     shutil.copytree(model_folder, start / "model")

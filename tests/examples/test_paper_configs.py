@@ -24,12 +24,15 @@ def config_of(name: str) -> Config:
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_are_those_of_the_paper(name: str):
     config = config_of(name)
-    assert (config.rollout.questions_per_step, config.rollout.answers_per_question) == (512, 16)
+    assert (config.rollout.questions_per_step, config.rollout.group_size) == (512, 16)
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_staleness) == (1.0, 1.0, 0)
     assert (config.train.updates_per_step, config.train.num_steps, config.train.denominator) == (16, 320, "tokens")
     assert config.algorithm.model_dump() == {
-        "name": "nft", "epsilon": 1.0, "prompt_weight": "one_minus_rate", "negative_weight": 1.0,
-    }  # fmt: skip
+        "name": "nft",
+        "epsilon": 1.0,
+        "prompt_weight": "one_minus_rate",
+        "negative_weight": 1.0,
+    }
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_updates, optimizer.weight_decay) == (1e-6, 10, 0.1)
     assert (optimizer.beta1, optimizer.beta2, optimizer.clip_grad) == (0.9, 0.999, 1.0)

@@ -14,7 +14,7 @@ from waiting import until
 
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
 from nft_megatron.lifecycle import exit_report as ending
-from nft_megatron.lifecycle.exit_report import Ending, read_endings, write_ending
+from nft_megatron.lifecycle.exit_report import ExitReport, read_exit_reports, write_exit_report
 
 
 def wait_for_a_step(process, run, count: int = 1) -> None:
@@ -28,40 +28,40 @@ def test_every_rank_says_that_it_stopped_early_and_the_next_start_forgets_it(run
     wait_for_a_step(process, run)
     process.signal(signal.SIGTERM)
     process.wait()
-    endings = {each.rank: each for each in read_endings(run)}
-    assert endings.keys() == {0, 1}
-    for each in endings.values():
+    reports = {each.rank: each for each in read_exit_reports(run)}
+    assert reports.keys() == {0, 1}
+    for each in reports.values():
         assert each.code == 75 and "by SIGTERM" in each.message and begin < each.time < time.time()
     assert (run / "logs" / "end_rank1.json").exists()
     steps = len((run / "metrics.jsonl").read_text().splitlines())
     assert command("train", config, f"train.num_steps={steps + 1}", ranks=2).returncode == 0
-    assert read_endings(run) == []
+    assert read_exit_reports(run) == []
 
 
 def test_the_host_is_what_slurm_calls_the_node(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    assert Ending.here(1, "a fault").host == "n7"
+    assert ExitReport.here(1, "a fault").host == "n7"
     monkeypatch.delenv("SLURMD_NODENAME")
-    assert Ending.here(1, "a fault").host == socket.gethostname()
+    assert ExitReport.here(1, "a fault").host == socket.gethostname()
 
 
 def test_wrong_input_and_an_interruption(run_config, start, command, tmp_path):
     assert command("train", run_config(train={"num_steps": 2})).returncode == 0
     assert command("train", run_config(), "train.num_steps=1").returncode == 2
-    (end,) = read_endings(tmp_path / "run")
+    (end,) = read_exit_reports(tmp_path / "run")
     assert end.code == 2 and "has already finished 2 steps" in end.message and end.phase == "setup"
     process = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}))
     wait_for_a_step(process, tmp_path / "run", 3)
     process.signal(signal.SIGINT)
     process.signal(signal.SIGINT)
     if (outcome := process.wait()).returncode == 130:  # 75 where the step was over between the two
-        (end,) = read_endings(tmp_path / "run")
+        (end,) = read_exit_reports(tmp_path / "run")
         assert end.code == 130 and end.message.startswith("interrupted"), outcome.stderr
 
 
 def test_a_fault_names_its_phase(run_config, tmp_path):
     Ranks(train_with_broken_update, (str(run_config()),), 1, tmp_path).wait()
-    (end,) = read_endings(tmp_path / "run")
+    (end,) = read_exit_reports(tmp_path / "run")
     assert (end.code, end.message, end.phase) == (1, "RuntimeError: the second update broke", "update")
 
 
@@ -70,7 +70,7 @@ def test_who_is_kept_out_leaves_nothing_in_the_folder_of_another(run_config, sta
     process = start("train", config)
     wait_for_a_step(process, tmp_path / "run")
     assert command("train", config).returncode == 2
-    assert process.is_running and read_endings(tmp_path / "run") == []
+    assert process.is_running and read_exit_reports(tmp_path / "run") == []
 
 
 def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path):
@@ -85,10 +85,10 @@ def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path):
 
 
 def test_unreadable_files_are_left_out(tmp_path):
-    write_ending(tmp_path, Ending(3, "n1", 70, "stood still", "update", 5.0))
+    write_exit_report(tmp_path, ExitReport(3, "n1", 70, "stood still", "update", 5.0))
     (tmp_path / "logs" / "end_rank1.json").write_text('{"rank": 1, "ho')
     (tmp_path / "logs" / "end_rank2.json").write_text('{"rank": 2, "surprise": true}')
-    assert [each.rank for each in read_endings(tmp_path)] == [3]
+    assert [each.rank for each in read_exit_reports(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("what", ["gone", "not a folder", "silent"])
@@ -100,8 +100,8 @@ def test_a_folder_that_has_gone_away_keeps_nobody(tmp_path, monkeypatch, what):
     if what == "silent":
         (run / "logs").mkdir(parents=True)
         monkeypatch.setattr(ending.json, "dumps", lambda _: time.sleep(3600))
-    write_ending(run, Ending.here(1, "a fault"))
-    assert read_endings(run) == []
+    write_exit_report(run, ExitReport.here(1, "a fault"))
+    assert read_exit_reports(run) == []
     assert os.path.exists(run) == (what != "gone")
 
 

@@ -10,7 +10,7 @@ from faults import train_in_environment, train_with_infinite_loss, train_with_ti
 from launcher import Ranks
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.lifecycle.exit_report import read_endings
+from nft_megatron.lifecycle.exit_report import read_exit_reports
 from nft_megatron.lifecycle.walltime import TimeLimit
 
 
@@ -82,7 +82,7 @@ def test_a_run_in_pieces_of_limited_time_equals_an_uninterrupted_one(run_config,
         steps.append(int((run / "checkpoints" / "latest").read_text().removeprefix("step_")))
         if codes[-1] == 75:
             assert "by the end of its time" in outcome.stderr
-            assert "by the end of its time" in read_endings(run)[0].message
+            assert "by the end of its time" in read_exit_reports(run)[0].message
     assert len(codes) >= 2 and steps == sorted(set(steps)), steps
     assert metrics_of(run) == metrics_of(tmp_path / "whole")
 
@@ -131,7 +131,7 @@ def test_fewer_updates_that_are_not_finite_than_allowed_are_skipped(run_config, 
 def test_too_many_in_a_row_end_the_run_without_another_checkpoint(run_config, tmp_path):
     outcome = Ranks(train_with_infinite_loss, (str(run_config()), 2, 3, 4), 2, tmp_path).wait()
     assert outcome.returncode == 1
-    (end, other) = read_endings(tmp_path / "run")
+    (end, other) = read_exit_reports(tmp_path / "run")
     assert end.message.startswith("RuntimeError: update 2 of step 2: the loss is inf; 3 updates in a row")
     assert end.phase == "update" and other.message == end.message
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_000001"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from nft_megatron.base.rank_info import place
+from nft_megatron.base.rank_info import rank_info
 from nft_megatron.config.load import load_config
-from nft_megatron.lifecycle.exit_report import read_endings
+from nft_megatron.lifecycle.exit_report import read_exit_reports
 from nft_megatron.lifecycle.watchdog import LifeSigns, Watchdog
 from nft_megatron.run.build import longest_silences
 
@@ -60,8 +60,8 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     assert first == "rank 3 has been silent for 0 s in phase update (allowed by deadlines.update_seconds: 0.2 s) of step 12"
     assert "the_thread_that_hangs" in stacks and "_watch" in stacks
     assert first in capsys.readouterr().err
-    (ending,) = read_endings(tmp_path)
-    assert (ending.rank, ending.code, ending.phase) == (place().rank, 70, "update")
+    (ending,) = read_exit_reports(tmp_path)
+    assert (ending.rank, ending.code, ending.phase) == (rank_info().rank, 70, "update")
     assert ending.message == first
 
 
@@ -94,10 +94,13 @@ def test_a_wait_for_servers_ends_before_the_watchdog_does(run_config):
 def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, metrics_of, tmp_path):
     """Rank 1 is stopped (SIGSTOP) in the middle of training: rank 0 waits for it in a collective and says so."""
     config = run_config(
-        train={"num_steps": 500}, checkpoint={"every": 1000}, parallel={"timeout_seconds": 600.0},
+        train={"num_steps": 500},
+        checkpoint={"every": 1000},
+        parallel={"timeout_seconds": 600.0},
         deadlines=dict.fromkeys([f"{name}_seconds" for name in ("update", "publish", "save", "collect", "other")], 3.0),
-        rollout={"step_deadline_seconds": 600.0}, evaluate={"data": []},
-    )  # fmt: skip
+        rollout={"step_deadline_seconds": 600.0},
+        evaluate={"data": []},
+    )
     process, run = start("train", config, ranks=2), tmp_path / "run"
     until(lambda: (run / "metrics.jsonl").exists() and metrics_of(run))
     process.processes[1].join(0.37)
@@ -106,6 +109,6 @@ def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, met
     assert process.processes[0].exitcode == 70
     report = Path(run / "logs" / "stall_rank0.txt").read_text()
     assert report.startswith("rank 0 has been silent for 3 s in phase ")
-    (ending,) = read_endings(run)
+    (ending,) = read_exit_reports(run)
     assert (ending.rank, ending.code) == (0, 70) and f"in phase {ending.phase} " in report
     assert "nft_megatron/run.py" in report or "nft_megatron/train.py" in report

@@ -87,9 +87,12 @@ def test_vocabulary_rows_are_even_between_ranks_and_aligned_on_cuda():
 @pytest.fixture(scope="module")
 def measured(model_folder: Path) -> dict:
     result = subprocess.run(
-        [sys.executable, __file__, str(model_folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, __file__, str(model_folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1]) | {"stderr": result.stderr}
 

@@ -18,9 +18,12 @@ def messages(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     """What happened in each case: the error's class and text, or null."""
     folder = tmp_path_factory.mktemp("checkpoints")
     result = subprocess.run(
-        [sys.executable, __file__, str(model_folder), str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, __file__, str(model_folder), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 

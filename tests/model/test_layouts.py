@@ -13,9 +13,14 @@ from parity_worker import Run, reshard, restore
 from recorded_step import KINDS, LAYOUTS, write_config
 
 NAMES = (
-    "alone", "tensor 2", "pipeline 2, recompute layers", "pipeline 2 interleaved", "data 2, half of the optimizer on the host",
-    "context 2", "tensor 2 × pipeline 2 × context 2",
-)  # fmt: skip
+    "alone",
+    "tensor 2",
+    "pipeline 2, recompute layers",
+    "pipeline 2 interleaved",
+    "data 2, half of the optimizer on the host",
+    "context 2",
+    "tensor 2 × pipeline 2 × context 2",
+)
 FIRST = NAMES[0]
 
 

@@ -29,9 +29,15 @@ def small_blocks(monkeypatch):
 def ours(hidden, weight, targets, upstream, temperature, group=None, chunk_size=8, entropy="value"):
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     logprob, entropies = token_logprobs(
-        hidden, weight, targets,
-        temperature=temperature, vocab_size=VOCAB, group=group, chunk_size=chunk_size, entropy=entropy,
-    )  # fmt: skip
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        vocab_size=VOCAB,
+        group=group,
+        chunk_size=chunk_size,
+        entropy=entropy,
+    )
     total = (logprob * upstream[0]).sum()
     if entropy == "gradient":
         total = total + (entropies * upstream[1]).sum()
@@ -249,9 +255,15 @@ def run_rank(rank, folder):
         hidden.requires_grad_()
         weight.requires_grad_()
         loss, logprob_N = token_loss_sum(
-            hidden, weight, targets, lambda logprob_C, chunk, upstream=upstream: upstream[0, chunk] * logprob_C,
-            temperature=0.7, vocab_size=VOCAB, group=dist.group.WORLD, chunk_size=8,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            lambda logprob_C, chunk, upstream=upstream: upstream[0, chunk] * logprob_C,
+            temperature=0.7,
+            vocab_size=VOCAB,
+            group=dist.group.WORLD,
+            chunk_size=8,
+        )
         results.append((logprobs, (loss.detach(), logprob_N, *torch.autograd.grad(loss, (hidden, weight)))))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -21,9 +21,12 @@ NUM_UPDATES = 5
 @pytest.fixture(scope="module")
 def measured(model_folder: Path) -> dict:
     result = subprocess.run(
-        [sys.executable, __file__, str(model_folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, __file__, str(model_folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 

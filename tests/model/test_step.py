@@ -59,9 +59,13 @@ def test_importance_weights_are_truncated_and_leave_older_answers_alone():
     object.__setattr__(trainer, "importance_cap", 1.5)
     ones = torch.ones(3)
     batch = MicroBatch(
-        packed=None, weight_N=0.5 * ones, is_correct_N=ones.bool(), correct_rate_N=ones,
-        engine_logprob_N=torch.tensor([-1.0, -1.0, -1.0]), is_stale_N=torch.tensor([False, False, True]),
-    )  # fmt: skip
+        packed=None,
+        weight_N=0.5 * ones,
+        is_correct_N=ones.bool(),
+        correct_rate_N=ones,
+        engine_logprob_N=torch.tensor([-1.0, -1.0, -1.0]),
+        is_stale_N=torch.tensor([False, False, True]),
+    )
     weighted = trainer._with_old_policy(batch, torch.tensor([-1.2, -0.1, -0.1]))
     assert weighted.weight_N.tolist() == pytest.approx([0.5 * np.exp(-0.2), 0.75, 0.5])
     assert weighted.old_logprob_N.tolist() == pytest.approx([-1.2, -0.1, -1.0])

@@ -15,25 +15,41 @@ from nft_megatron.observe import answers
 from nft_megatron.observe.metrics import METRICS, MetricsLog
 from nft_megatron.observe.plots import write_overview_png
 from nft_megatron.observe.report import write_report
-from nft_megatron.rollout.fleet.keeper import ServerStats
 from nft_megatron.rollout.fleet.metrics import fleet_metrics
+from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.rollout.fleet.usage import FleetUsage, ServerUsage
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & \u2028 &lt; {{ 7*7 }} \x00 ]]>"
 SECONDS = {
-    "generate": 3.0, "verify": 0.5, "prepare": 1.0, "update": 4.5,
-    "publish": 0.125, "ledger": 0.125, "evaluate": 0.5, "save": 0.0, "other": 0.25,
-}  # fmt: skip
+    "generate": 3.0,
+    "verify": 0.5,
+    "prepare": 1.0,
+    "update": 4.5,
+    "publish": 0.125,
+    "ledger": 0.125,
+    "evaluate": 0.5,
+    "save": 0.0,
+    "other": 0.25,
+}
 CONFIG = {"seed": 3, "model": {"path": "models/<tiny>"}, "algorithm": {"name": "nft"}, "train": {"num_steps": 5}}
 
 
 def row(step):
     timings = {f"time/{phase}": seconds for phase, seconds in SECONDS.items()} | {"time/step": sum(SECONDS.values())}
     return {
-        "step": step, "updates": 4 * step, "loss": -0.0123456789 * step, "entropy": 0.3 + step / 7, "accuracy": 0.4 + step / 10,
-        "entropy_sampled": 0.4 + step / 7, "mismatch_mean": 1e-7 * step, "mismatch_max": 1e-5 * step,
-        "skipped_updates": step % 2, "correct_rate_histogram": [step, 2, 3], "eval_accuracy": 0.5 + step / 10, **timings,
-    }  # fmt: skip
+        "step": step,
+        "updates": 4 * step,
+        "loss": -0.0123456789 * step,
+        "entropy": 0.3 + step / 7,
+        "accuracy": 0.4 + step / 10,
+        "entropy_sampled": 0.4 + step / 7,
+        "mismatch_mean": 1e-7 * step,
+        "mismatch_max": 1e-5 * step,
+        "skipped_updates": step % 2,
+        "correct_rate_histogram": [step, 2, 3],
+        "eval_accuracy": 0.5 + step / 10,
+        **timings,
+    }
 
 
 def group(step, group_id, labels, text="The answer is \\boxed{4}.", question="What is 2+2?"):
@@ -165,9 +181,15 @@ def test_answers_of_the_ledger(run_dir):
     assert groups["q/7"]["correct_rate"] == 0.5  # the unknown one does not count
     assert [answer["label"] for answer in groups["q/7"]["answers"]] == ["correct", "wrong", "unknown"]
     assert plain["answers"][0] == {
-        "text": "The answer is \\boxed{4}.", "cut": 0, "label": "wrong", "reason": "because", "finish_reason": "stop",
-        "num_tokens": 4, "mean_logprob": -1.625, "weight_version": 3,
-    }  # fmt: skip
+        "text": "The answer is \\boxed{4}.",
+        "cut": 0,
+        "label": "wrong",
+        "reason": "because",
+        "finish_reason": "stop",
+        "num_tokens": 4,
+        "mean_logprob": -1.625,
+        "weight_version": 3,
+    }
 
 
 def test_hostile_text_stays_text(run_dir):

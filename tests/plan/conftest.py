@@ -30,10 +30,19 @@ def make_layout():
     """A layout of one GPU, with other fields where they are given."""
 
     def make(**fields) -> ParallelLayout:
-        return ParallelLayout(**{
-            "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1, "sequence_parallel": True,
-            "recompute": "none", "micro_batch_tokens": 4096, **fields,
-        })  # fmt: skip
+        return ParallelLayout(
+            **{
+                "tensor": 1,
+                "pipeline": 1,
+                "virtual_pipeline": 1,
+                "context": 1,
+                "data": 1,
+                "sequence_parallel": True,
+                "recompute": "none",
+                "micro_batch_tokens": 4096,
+                **fields,
+            }
+        )
 
     return make
 
@@ -47,7 +56,7 @@ def make_config():
             "run_dir": "run",
             "model": {"path": "Qwen2.5-7B"},
             "data": {"train": "questions.parquet", "max_prompt_tokens": 512},
-            "rollout": {"questions_per_step": 64, "answers_per_question": 8, "max_answer_tokens": 3584},
+            "rollout": {"questions_per_step": 64, "group_size": 8, "max_answer_tokens": 3584},
             "train": {"num_steps": 10, "updates_per_step": 4, "micro_batch_tokens": 8192},
             "cluster": {"trainer_nodes": 1, "rollout_nodes": 1},
         }

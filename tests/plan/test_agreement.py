@@ -18,9 +18,13 @@ SHAPE = PUBLIC_MODELS["Qwen2.5-7B"]
 def place(layout) -> SimpleNamespace:
     """As much of a topology as checks look at."""
     return SimpleNamespace(
-        data_size=layout.data, tensor_size=layout.tensor, context_size=layout.context, pipeline_size=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline, expert_size=1,
-    )  # fmt: skip
+        data_size=layout.data,
+        tensor_size=layout.tensor,
+        context_size=layout.context,
+        pipeline_size=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        expert_size=1,
+    )
 
 
 def test_constants():
@@ -43,10 +47,16 @@ def test_packs_are_cut_as_by_the_trainer(make_config, make_layout, fields: dict)
 @pytest.mark.parametrize(
     "fields",
     [
-        {}, {"tensor": 3}, {"tensor": 7}, {"tensor": 4}, {"pipeline": 3}, {"pipeline": 7},
-        {"pipeline": 2, "virtual_pipeline": 7}, {"pipeline": 2, "virtual_pipeline": 4},
+        {},
+        {"tensor": 3},
+        {"tensor": 7},
+        {"tensor": 4},
+        {"pipeline": 3},
+        {"pipeline": 7},
+        {"pipeline": 2, "virtual_pipeline": 7},
+        {"pipeline": 2, "virtual_pipeline": 4},
     ],
-)  # fmt: skip
+)
 def test_a_layout_is_refused_where_the_trainer_refuses_it(make_layout, fields: dict):
     def refusal(check) -> str | None:
         try:

@@ -89,8 +89,13 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
         (["model.path=somewhere"], "model.path = somewhere: no such folder; put the model's config.json there"),
         (["model.path=Qwen2.5-Math-7B", "data.max_prompt_tokens=600"], "exceeds the model's context; lower their sum to 4096"),
         (
-            ["model.path=Qwen2.5-72B", "model.recompute=full", "cluster.trainer_nodes=64", "cluster.gpus_per_node=1",
-             "parallel.pipeline=16"],
+            [
+                "model.path=Qwen2.5-72B",
+                "model.recompute=full",
+                "cluster.trainer_nodes=64",
+                "cluster.gpus_per_node=1",
+                "parallel.pipeline=16",
+            ],
             "1 h100 of a node have no room for the weights and one longest answer; use GPUs with more memory",
         ),
         (["--mixed-share", "0"], "--mixed-share = 0.0: is no share"),
@@ -99,7 +104,7 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
             "--check = cpu: builds models as GPUs hold them",
         ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named_with_their_remedy(plan, arguments: list[str], message: str):
     code, _, err = plan(*arguments)
     assert code == 2
@@ -111,11 +116,21 @@ def test_experts_are_refused(plan, tmp_path: Path):
     folder = tmp_path / "experts"
     folder.mkdir()
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
-        "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
         "mlp_only_layers": [],
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     code, _, err = plan(f"model.path={folder}")
     assert code == 2

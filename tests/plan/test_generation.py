@@ -54,7 +54,7 @@ def test_an_engine_is_as_large_as_the_weights_need(make_config):
 
 def test_decoding_alone_is_bound_by_reading_the_weights(make_config):
     """One answer at a time on one GPU: at best the memory's bandwidth over the bytes of the weights."""
-    rollout = {"questions_per_step": 4, "answers_per_question": 2, "max_answer_tokens": 1000}
+    rollout = {"questions_per_step": 4, "group_size": 2, "max_answer_tokens": 1000}
     config = make_config(rollout=rollout, train={"updates_per_step": 4})
     work = workload_of(config, Assumptions(answer_tokens=1000, mixed_share=1.0))
     engines = generation(SHAPE, Cluster(ACCELERATORS["h100"], 1, 1, 8), work, 72e9)

@@ -76,9 +76,14 @@ def test_sizes_come_from_a_folder_without_weights_or_from_a_public_name(tmp_path
     assert (shape.num_layers, "not here yet" in source) == (28, True)
     folder.mkdir()
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     shape, source = find_shape(folder)
     assert (shape.num_layers, "config.json" in source) == (3, True)

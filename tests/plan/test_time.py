@@ -66,8 +66,11 @@ def test_one_gpu_computes_at_the_assumed_share_of_its_peak(make_layout):
     compute = work.matmul / (989.4e12 * ACHIEVABLE.matmul) + work.attention / (989.4e12 * ACHIEVABLE.attention)
     assert time.forward == pytest.approx(compute + work.bytes / (3.35e12 * ACHIEVABLE.memory))
     communication = [
-        time.tensor_communication, time.context_communication, time.pipeline_communication, time.data_communication,
-    ]  # fmt: skip
+        time.tensor_communication,
+        time.context_communication,
+        time.pipeline_communication,
+        time.data_communication,
+    ]
     assert [*communication, time.pipeline_bubble] == [0] * 5
 
 

@@ -18,7 +18,7 @@ from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.decode import Decoder
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import EngineFault
-from nft_megatron.weights.receipt import weights_receipt
+from nft_megatron.weights.fingerprint import weights_fingerprint
 
 VOCAB = 61
 SIZES: dict = {
@@ -236,7 +236,7 @@ def test_answers_come_while_others_are_still_generated(model, folder):
 
 def test_the_receipt_is_that_of_the_stream_in_any_order(model, folder):
     engine = EmbeddedEngine(folder, num_processes=0, batch_size=2)
-    expected = weights_receipt(model.named_parameters())
+    expected = weights_fingerprint(model.named_parameters())
     assert engine.load(reversed(list(model.named_parameters())), version=1) == expected
     changed = {name: tensor.clone() for name, tensor in model.named_parameters()}
     changed["model.norm.weight"][3] += 1e-3

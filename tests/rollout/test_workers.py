@@ -17,7 +17,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import EngineFault
-from nft_megatron.weights.receipt import weights_receipt
+from nft_megatron.weights.fingerprint import weights_fingerprint
 
 VOCAB = 61
 SAMPLING = Sampling(max_tokens=20, stop_token_ids=(5, 6, 7))
@@ -30,9 +30,16 @@ REQUESTS = [
 def build(seed):
     torch.manual_seed(seed)
     config = Qwen2Config(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=4096, initializer_range=0.2, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
     config.architectures = ["Qwen2ForCausalLM"]
     return Qwen2ForCausalLM(config).eval().float()
 
@@ -88,7 +95,7 @@ def worker_pids(parent):
 
 
 def test_workers_answer_as_one_process_does(engine, models, expected):
-    assert engine.load(models[0].named_parameters(), version=4) == weights_receipt(models[0].named_parameters())
+    assert engine.load(models[0].named_parameters(), version=4) == weights_fingerprint(models[0].named_parameters())
     completions = list(engine.generate(REQUESTS, SAMPLING))
     assert as_table(completions) == expected[0]
     assert {c.weight_version for c in completions} == {4}
@@ -113,7 +120,7 @@ def test_new_weights_replace_the_old_ones(engine, models, expected):
 
 def test_bfloat16_weights_cross_unchanged(engine, models):
     stream = [(name, tensor.detach().bfloat16()) for name, tensor in models[0].named_parameters()]
-    assert engine.load(stream, version=7) == weights_receipt(stream)
+    assert engine.load(stream, version=7) == weights_fingerprint(stream)
 
 
 def test_a_refused_stream_leaves_the_workers_without_weights(engine, models, expected):

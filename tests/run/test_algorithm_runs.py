@@ -41,9 +41,11 @@ def test_all_questions_where_nothing_is_filtered(run_config, command, metrics_of
 def test_a_step_whose_questions_teach_nothing_is_survived(run_config, command, metrics_of, tmp_path):
     """One question a step: where its answers all agree, no token is forwarded, and the weights move by decay alone."""
     sections = {
-        "rollout": {"questions_per_step": 1, "answers_per_question": 2},
-        "train": {"num_steps": 6, "updates_per_step": 1}, "evaluate": {"data": []}, "checkpoint": {"every": 100},
-    }  # fmt: skip
+        "rollout": {"questions_per_step": 1, "group_size": 2},
+        "train": {"num_steps": 6, "updates_per_step": 1},
+        "evaluate": {"data": []},
+        "checkpoint": {"every": 100},
+    }
     done = command("train", run_config(algorithm={"name": "dr_grpo"}, **sections))
     assert done.returncode == 0, done.stderr
     empty = [row for row in metrics_of(tmp_path / "run") if row["trained_tokens"] == 0]

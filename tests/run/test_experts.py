@@ -15,10 +15,23 @@ def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    )
     model = Qwen3MoeForCausalLM(config)
     model.generation_config.eos_token_id = [1, *map(WORDS.index, BOXES)]
     model.save_pretrained(folder)

@@ -70,9 +70,12 @@ def test_export_loads_in_transformers_and_answers_the_same(run_config, command, 
 
 def test_nft_learns_the_sums(run_config, command, metrics_of, tmp_path):
     config = run_config(
-        train={"num_steps": 30, "micro_batch_tokens": 1024}, rollout={"questions_per_step": 12},
-        optimizer={"learning_rate": 4e-3}, checkpoint={"every": 100}, evaluate={"every": 100},
-    )  # fmt: skip
+        train={"num_steps": 30, "micro_batch_tokens": 1024},
+        rollout={"questions_per_step": 12},
+        optimizer={"learning_rate": 4e-3},
+        checkpoint={"every": 100},
+        evaluate={"every": 100},
+    )
     done = command("train", config)
     assert done.returncode == 0, done.stderr
     rows = metrics_of(tmp_path / "run")

@@ -62,9 +62,13 @@ def main() -> None:
                 output = [(os.POSIX_SPAWN_OPEN, 1, order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)]
                 output += [(os.POSIX_SPAWN_DUP2, 1, 2), (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
                 os.posix_spawnp(
-                    order["command"][0], order["command"], order["env"], file_actions=output, setsid=True,
+                    order["command"][0],
+                    order["command"],
+                    order["env"],
+                    file_actions=output,
+                    setsid=True,
                     setsigdef=[signal.SIGCHLD, signal.SIGINT],
-                )  # fmt: skip
+                )
     finally:
         while processes := descendants(os.getpid()):
             kill(processes)

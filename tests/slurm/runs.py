@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.lifecycle.exit_report import read_endings
+from nft_megatron.lifecycle.exit_report import read_exit_reports
 from nft_megatron.observe.metrics import is_wall_clock
 from nft_megatron.slurm.job_folder import JobFolder
 
@@ -61,7 +61,7 @@ class SlurmRun:
     def known(self) -> str:
         """Logs and states, for a failed test."""
         texts = [str(self.lab.job(self.job_id))] if self.job_id else []
-        texts += [str(attempt) for attempt in self.attempts] + [str(ending) for ending in read_endings(self.root)]
+        texts += [str(attempt) for attempt in self.attempts] + [str(ending) for ending in read_exit_reports(self.root)]
         for log in [*self.root.glob("slurm/*.log"), *self.root.glob("logs/attempt_*/*.log")]:
             texts.append(f"---- {log.relative_to(self.root)}\n{log.read_text()[-3000:]}")
         return "\n".join(texts)

@@ -2,31 +2,31 @@
 
 import pytest
 
-from nft_megatron.lifecycle.exit_report import Ending
+from nft_megatron.lifecycle.exit_report import ExitReport
 from nft_megatron.slurm.cause import find_cause
 
 NODES = ["n1", "n1", "n2", "n2"]
 
 
 def ending(rank, code, message="", phase="update", seconds=0.0):
-    return Ending(rank, NODES[rank], code, message, phase, 1.8e9 + seconds)
+    return ExitReport(rank, NODES[rank], code, message, phase, 1.8e9 + seconds)
 
 
 def test_the_first_killed_task_is_the_cause_and_not_those_that_lost_their_peer():
     log = "srun: error: n2: task 3: Killed\nsrun: error: n1: tasks 0-1: Exited with exit code 1\n"
-    endings = [ending(0, 1, "RuntimeError: Connection closed by peer"), ending(1, 1, "RuntimeError: Connection reset")]
-    cause = find_cause(137, endings, log, NODES)
+    reports = [ending(0, 1, "RuntimeError: Connection closed by peer"), ending(1, 1, "RuntimeError: Connection reset")]
+    cause = find_cause(137, reports, log, NODES)
     assert (cause.code, cause.text, cause.blamed) == (1, "rank 3 on n2: Killed", ("n2",))
 
 
 def test_the_first_fault_that_is_no_echo_of_another_is_the_cause():
-    endings = [
+    reports = [
         ending(2, 1, "RuntimeError: [../gloo] Connection closed by peer", seconds=0),
         ending(1, 1, "ValueError: odd", seconds=1),
         ending(0, 1, "RuntimeError: Broken pipe", seconds=2),
     ]
     log = "srun: error: n1: task 1: Exited with exit code 1\n"
-    cause = find_cause(1, endings, log, NODES)
+    cause = find_cause(1, reports, log, NODES)
     assert (cause.text, cause.blamed) == ("rank 1 on n1: ValueError: odd", ())
 
 
@@ -36,19 +36,19 @@ def test_a_fault_of_the_hardware_blames_its_node():
 
 
 def test_ranks_without_a_word_are_who_the_others_waited_for():
-    endings = [ending(rank, 70, "silent for 10 s", "update") for rank in (0, 1, 3)]
-    cause = find_cause(70, endings, "srun: error: n2: task 2: Killed", NODES)
+    reports = [ending(rank, 70, "silent for 10 s", "update") for rank in (0, 1, 3)]
+    cause = find_cause(70, reports, "srun: error: n2: task 2: Killed", NODES)
     assert cause.code == 1  # killed before anybody noticed a silence
     log = "srun: error: n1: tasks 0-1: Exited with exit code 70\nsrun: error: n2: task 2: Killed"
-    cause = find_cause(137, endings, log, NODES)
+    cause = find_cause(137, reports, log, NODES)
     assert cause.code == 70
     assert cause.text == "rank 2 on n2 gave no sign of life while rank 0, 1, 3 waited in phase update"
     assert cause.blamed == ("n2",)
 
 
 def test_a_collective_that_timed_out_was_waiting_for_the_rank_without_a_word():
-    endings = [ending(rank, 1, "RuntimeError: Timed out waiting 60000ms for send operation", "save") for rank in (0, 1, 2)]
-    cause = find_cause(137, endings, "srun: error: n1: tasks 0-1: Exited with exit code 1", NODES)
+    reports = [ending(rank, 1, "RuntimeError: Timed out waiting 60000ms for send operation", "save") for rank in (0, 1, 2)]
+    cause = find_cause(137, reports, "srun: error: n1: tasks 0-1: Exited with exit code 1", NODES)
     assert (cause.code, cause.blamed) == (70, ("n2",))
     assert cause.text == "rank 3 on n2 gave no sign of life while rank 0, 1, 2 waited in phase save"
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nft_megatron.config.slurm import SlurmSection
+from nft_megatron.config.slurm import SlurmConfig
 from nft_megatron.slurm.decide import decide
 from nft_megatron.slurm.job_folder import Attempt
 
@@ -16,7 +16,7 @@ def attempt(number, kind, progress=(0, 0, 0), blamed=(), cause="why"):
 
 
 def decided(*attempts, **others):
-    return decide(attempts, SlurmSection(max_failures=3, max_excluded=2, exclude_after=2), **others)
+    return decide(attempts, SlurmConfig(max_failures=3, max_excluded=2, exclude_after=2), **others)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_a_node_is_excluded_after_the_preflight_or_when_blamed_twice_in_a_row():
 def test_finding_another_bad_node_each_time_is_no_failure():
     found = [attempt(n, "bad nodes", blamed=(f"n{n}",)) for n in range(1, 5)]
     excluded = {"n1": "", "n2": "", "n3": ""}
-    assert decide(found, SlurmSection(max_failures=3, max_excluded=8), excluded=excluded).action == "go on"
+    assert decide(found, SlurmConfig(max_failures=3, max_excluded=8), excluded=excluded).action == "go on"
     again = [attempt(n, "bad nodes", blamed=("n1",)) for n in range(1, 5)]
-    assert decide(again, SlurmSection(max_failures=3, max_excluded=8), excluded=excluded).action == "fatal"
+    assert decide(again, SlurmConfig(max_failures=3, max_excluded=8), excluded=excluded).action == "fatal"
 
 
 def test_input_that_was_right_before_gets_another_chance():

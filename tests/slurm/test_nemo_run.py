@@ -40,8 +40,13 @@ def test_a_run_is_requeued_and_goes_on(slurm_run):
     assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=180).stdout
     job, name_of_job = run.lab.job(run.job_id), job_name(load_config(run.config))
     assert {name: job[name] for name in ("JobName", "Account", "Comment", "NumNodes", "TimeLimit", "Requeue")} == {
-        "JobName": name_of_job, "Account": "us", "Comment": "ours", "NumNodes": "2", "TimeLimit": "00:30:00", "Requeue": "1",
-    }  # fmt: skip
+        "JobName": name_of_job,
+        "Account": "us",
+        "Comment": "ours",
+        "NumNodes": "2",
+        "TimeLimit": "00:30:00",
+        "Requeue": "1",
+    }
     run.wait_step(2)
     run.lab.run("scancel", "--signal=USR1", run.job_id)
     run.wait(lambda: len(run.attempts) == 2, 120, "no second attempt")

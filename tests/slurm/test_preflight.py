@@ -41,9 +41,7 @@ def test_missing_failing_and_busy_gpus_are_named(program):
 
 def test_an_nvidia_smi_that_fails_or_is_missing_is_a_problem(program, monkeypatch, tmp_path):
     program("nvidia-smi", "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error", 15)
-    assert gpu_problems(8) == [
-        "nvidia-smi failed: Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error"
-    ]  # fmt: skip
+    assert gpu_problems(8) == ["nvidia-smi failed: Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error"]
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert gpu_problems(8) == ["there is no nvidia-smi"]
 

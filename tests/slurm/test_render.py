@@ -6,7 +6,7 @@ import pytest
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import load_config
-from nft_megatron.config.slurm import SlurmSection
+from nft_megatron.config.slurm import SlurmConfig
 from nft_megatron.slurm.render import render, render_rollouts
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
 from nft_megatron.slurm.submit import _absolute
@@ -30,16 +30,33 @@ def options_of(script):
 
 def test_the_script_asks_for_what_the_configuration_says(config):
     settings, path = config(
-        "slurm.account=me", "slurm.partition=batch", "slurm.time=2-12", "slurm.sbatch=[--qos=high, --nice=5]",
-        "slurm.setup=[module load cuda]", "slurm.signal_seconds=900", "slurm.job_name=night", "slurm.python=/opt/python",
-    )  # fmt: skip
+        "slurm.account=me",
+        "slurm.partition=batch",
+        "slurm.time=2-12",
+        "slurm.sbatch=[--qos=high, --nice=5]",
+        "slurm.setup=[module load cuda]",
+        "slurm.signal_seconds=900",
+        "slurm.job_name=night",
+        "slurm.python=/opt/python",
+    )
     script = render(settings, path, ["a.b=c d"])
     options = options_of(script)
     for option in (
-        "--job-name=night", "--nodes=5", "--gres=gpu:8", "--account=me", "--partition=batch", "--time=2-12", "--qos=high",
-        "--nice=5", "--requeue", "--open-mode=append", "--signal=B:USR1@900", "--dependency=singleton", "--exclusive",
+        "--job-name=night",
+        "--nodes=5",
+        "--gres=gpu:8",
+        "--account=me",
+        "--partition=batch",
+        "--time=2-12",
+        "--qos=high",
+        "--nice=5",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR1@900",
+        "--dependency=singleton",
+        "--exclusive",
         f"--chdir={Path.cwd()}",
-    ):  # fmt: skip
+    ):
         assert option in options
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
@@ -72,7 +89,7 @@ def test_rollout_nodes_need_an_engine_that_asks_them(config):
     ("value", "kept"), [("24:00:00", "24:00:00"), (86400, "24:00:00"), (5400, "1:30:00"), ("2-12", "2-12"), ("90", "90")]
 )
 def test_time_limits_survive_yaml(value, kept):
-    assert SlurmSection(time=value).time == kept
+    assert SlurmConfig(time=value).time == kept
 
 
 def test_steps_put_every_process_where_it_belongs(config, tmp_path):

@@ -26,8 +26,9 @@ EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; 
 
 def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_config, command, metrics_of, small_disk, tmp_path):
     settings = {  # of a collective, long before any watchdog
-        "parallel": {"threads": 1, "timeout_seconds": 10.0}, "deadlines": {"heartbeat_seconds": 20.0},
-    }  # fmt: skip
+        "parallel": {"threads": 1, "timeout_seconds": 10.0},
+        "deadlines": {"heartbeat_seconds": 20.0},
+    }
     run = slurm_run(small_disk("256m") / "run", train={"num_steps": 10_000}, slurm={"max_failures": 3}, **settings)
     run.submit()
     for incident, kind, cause in EVENTS:

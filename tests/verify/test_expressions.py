@@ -51,13 +51,42 @@ def expression(rng: random.Random, depth: int) -> str:
     if depth == 0 or rng.random() < 0.2:
         return rng.choice([str(rng.randint(0, 30)), str(rng.randint(2, 9)), rng.choice("xynabk"), rng.choice(LETTERS), r"\pi"])
     a, b, digit = expression(rng, depth - 1), expression(rng, depth - 1), rng.randint(1, 9)
-    return rng.choice([
-        f"{a} + {b}", f"{a}-{b}", f"{a}{b}", f"{a} {b}", f"{a}({b})", f"({a})({b})", f"({a}){b}", f"{digit}{b}",
-        f"{digit}({b})", rf"\frac{{{a}}}{{{b}}}", rf"\dfrac{{{a}}}{{{b}}}", rf"\frac{{{a}}}{{{b}}}{a[0]}",
-        rf"\frac{digit}{digit}", rf"\frac{digit}{{{b}}}", f"{a}/{b}", f"{a}/({b})", rf"\sqrt{{{a}}}", rf"\sqrt{a[-1]}",
-        rf"{digit}\sqrt{{{b}}}", f"{a}^{b}", f"{a}^{{{b}}}", f"({a})^{digit % 4}", f"{a}^{digit % 4}", rf"{a}\cdot {b}",
-        rf"{a}\times{b}", f"{a}*{b}", f"-{a}", f"-({a})", f"{{{a}}}", rf"\left({a}+{b}\right)", rf"{a}\pi {b}", f"{a}+-{b}",
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            f"{a} + {b}",
+            f"{a}-{b}",
+            f"{a}{b}",
+            f"{a} {b}",
+            f"{a}({b})",
+            f"({a})({b})",
+            f"({a}){b}",
+            f"{digit}{b}",
+            f"{digit}({b})",
+            rf"\frac{{{a}}}{{{b}}}",
+            rf"\dfrac{{{a}}}{{{b}}}",
+            rf"\frac{{{a}}}{{{b}}}{a[0]}",
+            rf"\frac{digit}{digit}",
+            rf"\frac{digit}{{{b}}}",
+            f"{a}/{b}",
+            f"{a}/({b})",
+            rf"\sqrt{{{a}}}",
+            rf"\sqrt{a[-1]}",
+            rf"{digit}\sqrt{{{b}}}",
+            f"{a}^{b}",
+            f"{a}^{{{b}}}",
+            f"({a})^{digit % 4}",
+            f"{a}^{digit % 4}",
+            rf"{a}\cdot {b}",
+            rf"{a}\times{b}",
+            f"{a}*{b}",
+            f"-{a}",
+            f"-({a})",
+            f"{{{a}}}",
+            rf"\left({a}+{b}\right)",
+            rf"{a}\pi {b}",
+            f"{a}+-{b}",
+        ]
+    )
 
 
 def by_math_verify(text: str) -> Decimal | None:
@@ -88,11 +117,21 @@ def test_an_expression_has_the_value_that_math_verify_reads() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("2^{10}", 1024), ("-2^2", -4), (r"\frac{1}{2}+\frac14", Decimal("0.75")), (r"\frac{3}{4}-2^{-2}", Decimal("0.5")),
-        ("3/4/5", Decimal("0.15")), (r"2\sqrt{9}", 6), (r"\sqrt4", 2), (r"\left(1+2\right)\cdot 3", 9), ("2(x+1)-2x", 2),
-        ("(x+1)^2(x-1)-(x^2-1)(x+1)", 0), ("AB-ab", 0), (r"\pi r^2/r^2-\pi", 0), ("x^{y+1}-x*x^y", 0),
+        ("2^{10}", 1024),
+        ("-2^2", -4),
+        (r"\frac{1}{2}+\frac14", Decimal("0.75")),
+        (r"\frac{3}{4}-2^{-2}", Decimal("0.5")),
+        ("3/4/5", Decimal("0.15")),
+        (r"2\sqrt{9}", 6),
+        (r"\sqrt4", 2),
+        (r"\left(1+2\right)\cdot 3", 9),
+        ("2(x+1)-2x", 2),
+        ("(x+1)^2(x-1)-(x^2-1)(x+1)", 0),
+        ("AB-ab", 0),
+        (r"\pi r^2/r^2-\pi", 0),
+        ("x^{y+1}-x*x^y", 0),
     ],
-)  # fmt: skip
+)
 def test_values(text: str, value: Decimal) -> None:
     read = value_of(text)
     assert read is not None
@@ -102,12 +141,52 @@ def test_values(text: str, value: Decimal) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "x", "abc", "1/2x", "1/2(3)", "3(4)", "(3)(4)", "2^3^4", "x^23", r"2\frac13", r"2\frac{1}{3}", "f(x)", r"\pi(x)",
-        "5m", r"\frac{1}{2}c", "3ab", "2 3", "a b", "x2", "0.5", "1,000", "50%", "3!", "x=2", "i+1", "e^2", "dx+1", "x_1+1",
-        r"\sqrt[3]{8}", r"\sqrt{-1}", "1/0", "1/(x-x)", "{1}", "(1", "1)", "1+", "*2", "x+-y", r"\sin x", "9^{9^9}", "10^{20}",
-        "(-1)^{1/2}", "9" * 300, "(" * 150 + "x" + ")" * 150 + "+1",
+        "",
+        "x",
+        "abc",
+        "1/2x",
+        "1/2(3)",
+        "3(4)",
+        "(3)(4)",
+        "2^3^4",
+        "x^23",
+        r"2\frac13",
+        r"2\frac{1}{3}",
+        "f(x)",
+        r"\pi(x)",
+        "5m",
+        r"\frac{1}{2}c",
+        "3ab",
+        "2 3",
+        "a b",
+        "x2",
+        "0.5",
+        "1,000",
+        "50%",
+        "3!",
+        "x=2",
+        "i+1",
+        "e^2",
+        "dx+1",
+        "x_1+1",
+        r"\sqrt[3]{8}",
+        r"\sqrt{-1}",
+        "1/0",
+        "1/(x-x)",
+        "{1}",
+        "(1",
+        "1)",
+        "1+",
+        "*2",
+        "x+-y",
+        r"\sin x",
+        "9^{9^9}",
+        "10^{20}",
+        "(-1)^{1/2}",
+        "9" * 300,
+        "(" * 150 + "x" + ")" * 150 + "+1",
     ],
-)  # fmt: skip
+)
 def test_what_could_mean_something_else_is_not_read(text: str) -> None:
     assert value_of(text) is None
 
@@ -115,12 +194,28 @@ def test_what_could_mean_something_else_is_not_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [
-        ("x^2-4", "(x-2)(x+2)"), (r"\sqrt{8}", r"2\sqrt2"), ("(1,2)", "(1,2,3)"), ("(2,1)", r"\{1,2\}"), ("[1,2]", "(1,3)"),
-        ("n+1", "m+1"), ("x+1", "X+1"), ("2", "2m"), ("0.33", r"\frac13"), ("1, 2", "2, 1"), (r"(1,\frac{2}{4})", "(1, 2/4)"),
-        (r"\frac{m}{2}m", r"\frac{m}{2}"), ("[1,3)", "(1,2)"), ("(3,2]", "(3,1]"), ("y=x", "z=x"), ("2x", "y=3x"),
-        ("x=y=1", "x=y=2"), ("(1,2)(3,4)", "(1,2)(3,5)"), ("y=0.5x", "y=x"), ("f(x)=2x", "f(x)=3x"),
+        ("x^2-4", "(x-2)(x+2)"),
+        (r"\sqrt{8}", r"2\sqrt2"),
+        ("(1,2)", "(1,2,3)"),
+        ("(2,1)", r"\{1,2\}"),
+        ("[1,2]", "(1,3)"),
+        ("n+1", "m+1"),
+        ("x+1", "X+1"),
+        ("2", "2m"),
+        ("0.33", r"\frac13"),
+        ("1, 2", "2, 1"),
+        (r"(1,\frac{2}{4})", "(1, 2/4)"),
+        (r"\frac{m}{2}m", r"\frac{m}{2}"),
+        ("[1,3)", "(1,2)"),
+        ("(3,2]", "(3,1]"),
+        ("y=x", "z=x"),
+        ("2x", "y=3x"),
+        ("x=y=1", "x=y=2"),
+        ("(1,2)(3,4)", "(1,2)(3,5)"),
+        ("y=0.5x", "y=x"),
+        ("f(x)=2x", "f(x)=3x"),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_said_of_what_may_be_equal(answer: str, gold: str) -> None:
     assert not differ(answer, gold)
 
@@ -132,10 +227,13 @@ def test_what_differs_in_random_answers_differs_for_math_verify() -> None:
         a, b, c, d = (expression(rng, rng.randint(0, 2)) for _ in range(4))
         gold, answer = rng.choice(
             [
-                (a, b), (f"y={a}", f"y={b}"), (f"({a},{b})", f"({b},{a})"), (f"[{a},{b}]", f"[{a},{c}]"),
+                (a, b),
+                (f"y={a}", f"y={b}"),
+                (f"({a},{b})", f"({b},{a})"),
+                (f"[{a},{b}]", f"[{a},{c}]"),
                 (f"({a},{b},{c})", f"({a},{d},{c})"),
             ]
-        )  # fmt: skip
+        )
         if differ(answer, gold):
             with suppress(TooLongError), at_most(0.5):
                 num_compared += 1

@@ -148,7 +148,7 @@ WRONG = [
     (r"\boxed{\frac13}, \boxed{\frac12}", r"\frac12"),
     (r"\boxed{\frac13}", r"\frac12"),
     (r"\boxed{3}", r"\frac12"),
-]  # fmt: skip
+]
 
 UNDECIDED = [
     # (answer text, gold, what math-verify is to compare)

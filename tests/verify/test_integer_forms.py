@@ -29,18 +29,44 @@ SPELLINGS = [
     lambda n: rf"\dfrac{{{2 * n}}}{{2}}",
     lambda n: rf"-\frac{{{-n * 7}}}{{7}}" if n < 0 else rf"\tfrac{{{7 * n}}}{{7}}",
     lambda n: f"{4 * n}/4",
-]  # fmt: skip
+]
 DECORATIONS = [
-    "{}", "{}", " {} ", "${}$", r"\({}\)", r"\text{{{}}}", r"\mathbf{{{}}}", r"\textbf{{{}}}", "{{{}}}", r"\left({}\right)",
-    "({})", r"\boxed{{{}}}", r"\displaystyle {}",
-    "n = {}", "m+n={}", "x_1 = {}", "f(2) = {}", r"|S| = {}", r"\angle ABC = {}",
-    r"{}^\circ", r"{}^{{\circ}}", r"{} \text{{ cm}}", r"{}\text{{ degrees}}", r"{} \mathrm{{~km/h}}", r"{}\text{{ ways}}",
+    "{}",
+    "{}",
+    " {} ",
+    "${}$",
+    r"\({}\)",
+    r"\text{{{}}}",
+    r"\mathbf{{{}}}",
+    r"\textbf{{{}}}",
+    "{{{}}}",
+    r"\left({}\right)",
+    "({})",
+    r"\boxed{{{}}}",
+    r"\displaystyle {}",
+    "n = {}",
+    "m+n={}",
+    "x_1 = {}",
+    "f(2) = {}",
+    r"|S| = {}",
+    r"\angle ABC = {}",
+    r"{}^\circ",
+    r"{}^{{\circ}}",
+    r"{} \text{{ cm}}",
+    r"{}\text{{ degrees}}",
+    r"{} \mathrm{{~km/h}}",
+    r"{}\text{{ ways}}",
     r"{} \mbox{{ inches}}",
-]  # fmt: skip
+]
 FRAMES = [
-    r"\boxed{{{}}}", r"So $\boxed{{{}}}$.", r"\[\boxed{{{}}}\]", r"**Answer:** \(\boxed{{{}}}\)", r"\boxed {{{}}}",
-    r"\fbox{{{}}}", "Let $x=7$. Then $y^2=12$ and so\n\n\\[\n\\boxed{{{}}}\n\\]\nas claimed.",
-]  # fmt: skip
+    r"\boxed{{{}}}",
+    r"So $\boxed{{{}}}$.",
+    r"\[\boxed{{{}}}\]",
+    r"**Answer:** \(\boxed{{{}}}\)",
+    r"\boxed {{{}}}",
+    r"\fbox{{{}}}",
+    "Let $x=7$. Then $y^2=12$ and so\n\n\\[\n\\boxed{{{}}}\n\\]\nas claimed.",
+]
 
 
 def forms(count: int) -> Iterator[tuple[int, str]]:

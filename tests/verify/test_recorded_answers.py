@@ -13,7 +13,7 @@ import pytest
 from bench_data import bench_rows
 
 from nft_megatron.base.records import Verdict
-from nft_megatron.config.schema import VerifySection
+from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.boxes import closed_boxes, last_boxes
 from nft_megatron.verify.grade import Undecided, grade
 from nft_megatron.verify.modes import MODES
@@ -26,7 +26,7 @@ BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva_
 
 
 def open_verifier(mode: str) -> Verifier:
-    return Verifier(VerifySection.model_validate({"mode": mode, **UNHURRIED}))
+    return Verifier(VerifyConfig.model_validate({"mode": mode, **UNHURRIED}))
 
 
 def verdicts_of(verifier: Verifier, rows: list[dict[str, Any]]) -> list[Verdict]:
@@ -90,8 +90,10 @@ def test_integer_golds() -> None:
     ]
     # \boxed{7\%} for 7, \boxed{3.999999} for 4, and a money sum whose "$10,455$" stands outside of any box.
     assert sorted(missed) == [
-        ("mathcoder_recorded", "another number"), ("mathcoder_recorded", "not a number"), ("mv_tests", "another number"),
-    ]  # fmt: skip
+        ("mathcoder_recorded", "another number"),
+        ("mathcoder_recorded", "not a number"),
+        ("mv_tests", "another number"),
+    ]
 
 
 def test_strict_differs_from_math_verify_only_in_the_classes_of_the_docs(
@@ -171,7 +173,7 @@ def test_math_verify_mode_agrees_with_the_reference_implementation(by_math_verif
 def test_pathological_answers(mode: Any) -> None:
     """Each is answered, none is right but two, and the pool survives. All of them in the mode of training, some in others."""
     rows = bench_rows("patho_cases.jsonl")[:: 1 if mode in ("strict", "dapo") else 8]
-    with Verifier(VerifySection(mode=mode, workers=1, soft_seconds=0.2, hard_seconds=0.6)) as verifier:
+    with Verifier(VerifyConfig(mode=mode, workers=1, soft_seconds=0.2, hard_seconds=0.6)) as verifier:
         futures = [verifier.submit(row["pred_text"], row["gold"], "stop") for row in rows]
         verdicts = [future.result(120) for future in futures]
         power = r"\boxed{2^{%d}}" if MODES[mode].judge else r"\boxed{%d}"  # in a grader, where the mode has any

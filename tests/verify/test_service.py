@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 from waiting import until
 
-from nft_megatron.config.schema import VerifySection
+from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier
@@ -23,7 +23,7 @@ from nft_megatron.verify.service import Verifier
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
 ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
-PATIENT = VerifySection(workers=1, soft_seconds=600.0, hard_seconds=600.0)
+PATIENT = VerifyConfig(workers=1, soft_seconds=600.0, hard_seconds=600.0)
 CASES = [
     (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}", "correct"),
     (r"\boxed{(x+1)^2}", "x^2+2x+1", "correct"),
@@ -58,7 +58,7 @@ def kill_workers() -> bool:
 
 @pytest.fixture(scope="module")
 def verifier() -> Verifier:
-    with Verifier(VerifySection(workers=2, soft_seconds=20.0, hard_seconds=30.0)) as shared:
+    with Verifier(VerifyConfig(workers=2, soft_seconds=20.0, hard_seconds=30.0)) as shared:
         yield shared
 
 
@@ -109,7 +109,7 @@ def test_integers_start_no_process() -> None:
 
 
 def test_math_verify_mode_reads_the_whole_text() -> None:
-    with Verifier(VerifySection(mode="math-verify", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
+    with Verifier(VerifyConfig(mode="math-verify", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
         assert verifier.submit("The answer is 34", "34", "stop").result(60).label == "correct"
         assert verifier.submit("The answer is 34", "34", "length").result(60).label == "wrong"
         assert verifier.submit("The answer is 34", "34", "abort").result(60).label == "unknown"
@@ -123,7 +123,7 @@ def test_a_remembered_verdict_does_not_keep_the_text() -> None:
     class Text(str):  # a plain str takes no weak references
         pass
 
-    with Verifier(VerifySection(mode="math-verify", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
+    with Verifier(VerifyConfig(mode="math-verify", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
         text = Text("so it is $34$")
         first = verifier.submit(text, "34", "stop")
         assert first.result(60).label == "correct"
@@ -134,7 +134,7 @@ def test_a_remembered_verdict_does_not_keep_the_text() -> None:
 
 
 def test_soft_limit() -> None:
-    with Verifier(VerifySection(workers=1, soft_seconds=0.3, hard_seconds=60.0)) as verifier:
+    with Verifier(VerifyConfig(workers=1, soft_seconds=0.3, hard_seconds=60.0)) as verifier:
         verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
         pids = workers_of(os.getpid())
         assert (verdict.label, verdict.reason) == ("unknown", "soft limit")
@@ -162,7 +162,7 @@ except SoftLimit:
 
 
 def test_hard_limit_kills_and_replaces_the_worker() -> None:
-    with Verifier(VerifySection(workers=1, soft_seconds=600.0, hard_seconds=1.0)) as verifier:
+    with Verifier(VerifyConfig(workers=1, soft_seconds=600.0, hard_seconds=1.0)) as verifier:
         verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
         assert (verdict.label, verdict.reason) == ("unknown", "hard limit")
         assert verdict.seconds >= 0.8, "a fifth is kept for the killing"
@@ -199,7 +199,7 @@ def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() 
                 killed += 1
 
     killer = threading.Thread(target=kill_now_and_then)
-    with Verifier(VerifySection(workers=2, soft_seconds=600.0, hard_seconds=600.0)) as verifier:
+    with Verifier(VerifyConfig(workers=2, soft_seconds=600.0, hard_seconds=600.0)) as verifier:
         killer.start()
         verdicts = []
         for verdict in verifier.verify_many(golds):
@@ -226,12 +226,12 @@ def test_a_task_whose_worker_is_killed_is_tried_again() -> None:
 
 
 def test_the_table_has_every_mode_that_a_config_may_name() -> None:
-    assert set(get_args(VerifySection.model_fields["mode"].annotation)) == set(MODES)
+    assert set(get_args(VerifyConfig.model_fields["mode"].annotation)) == set(MODES)
 
 
 def test_dapo_mode_starts_no_process() -> None:
     before = workers_of(os.getpid())
-    with Verifier(VerifySection(mode="dapo")) as verifier:
+    with Verifier(VerifyConfig(mode="dapo")) as verifier:
         texts = ["Answer: 34", r"Answer: $\frac{68}{2}$", "Answer: 2^{10}", "34"]
         assert [v.label for v in verifier.verify_many((t, "34", "stop") for t in texts)] == ["correct"] * 2 + ["wrong"] * 2
         assert workers_of(os.getpid()) == before
@@ -239,7 +239,7 @@ def test_dapo_mode_starts_no_process() -> None:
 
 def test_simplerl_mode() -> None:
     """Cut answers are judged by what they say, as the public grader does; so is a last number without a box."""
-    with Verifier(VerifySection(mode="simplerl", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
+    with Verifier(VerifyConfig(mode="simplerl", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
         verdict = verifier.submit(r"\boxed{(x+1)^2}", "x^2+2x+1", "length").result(60)
         assert (verdict.label, verdict.reason, verdict.verifier) == ("correct", "equal", "simplerl/1")
         assert verifier.submit("so we get 34", "34", "stop").result(60).label == "correct"
@@ -248,7 +248,7 @@ def test_simplerl_mode() -> None:
 
 
 def test_workers_are_recycled() -> None:
-    with Verifier(VerifySection(workers=1, soft_seconds=20.0, hard_seconds=30.0), tasks_per_worker=2) as verifier:
+    with Verifier(VerifyConfig(workers=1, soft_seconds=20.0, hard_seconds=30.0), tasks_per_worker=2) as verifier:
         seen = set()
         for root in range(2, 8):
             assert verifier.submit(rf"\boxed{{\sqrt{{{root * root}}}}}", str(root), "stop").result(60).label == "correct"
@@ -258,7 +258,7 @@ def test_workers_are_recycled() -> None:
 
 def test_memory_limit() -> None:
     """A text of 48 MB does not fit into a worker of 128 MB, of which imports take the half."""
-    settings = VerifySection(mode="math-verify", workers=1, soft_seconds=60.0, hard_seconds=60.0)
+    settings = VerifyConfig(mode="math-verify", workers=1, soft_seconds=60.0, hard_seconds=60.0)
     with Verifier(settings, memory_bytes=128 * 2**20) as verifier:
         verdict = verifier.submit("x" * (48 * 2**20), "34", "stop").result(120)
         assert verdict.label == "unknown"
@@ -290,9 +290,9 @@ def test_close_answers_everybody_and_leaves_nobody() -> None:
 def test_no_worker_outlives_a_killed_parent() -> None:
     program = f"""
 import time
-from nft_megatron.config.schema import VerifySection
+from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.service import Verifier
-verifier = Verifier(VerifySection(workers=2, soft_seconds=600.0, hard_seconds=600.0))
+verifier = Verifier(VerifyConfig(workers=2, soft_seconds=600.0, hard_seconds=600.0))
 verifier.submit(r"\\boxed{{\\sqrt{{9}}}}", "3", "stop").result(60)
 verifier.submit({ENDLESS!r}, "34", "stop")
 verifier.submit({ENDLESS!r}, "35", "stop")

@@ -45,7 +45,7 @@ RIGHT = [
     ("First 17, then 1,234", "1234"),
     ("\\boxed{33}, no: \\boxed{34}", "34"),
     (r"\boxed{3 \pm 2\sqrt{2}}", r"3\pm2\sqrt{2}"),
-]  # fmt: skip
+]
 
 WRONG = [
     (r"\boxed{35}", "34"),
@@ -68,7 +68,7 @@ WRONG = [
     (r"\boxed{\text{west}}", r"\text{east}"),
     (r"\boxed{B}", "A"),
     (r"\boxed{3 + 2\sqrt{2}}", r"3\pm2\sqrt{2}"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "gold"), RIGHT)

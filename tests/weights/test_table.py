@@ -65,6 +65,7 @@ def test_split_gives_back_what_was_merged(entry: Entry, padded_vocab: int, tenso
 
 
 def test_the_vocabulary_is_padded_up():
-    shape = ModelShape("", 1, 1, 1, 1, 1, 1, vocab_size=131, norm_epsilon=0, rope_theta=0, max_positions=1,
-                       tied_embeddings=True, qkv_bias=True)  # fmt: skip
+    shape = ModelShape(
+        "", 1, 1, 1, 1, 1, 1, vocab_size=131, norm_epsilon=0, rope_theta=0, max_positions=1, tied_embeddings=True, qkv_bias=True
+    )
     assert [shape.padded_vocab(multiple) for multiple in (1, 2, 128, 131)] == [131, 132, 256, 131]

@@ -32,8 +32,8 @@ from nft_megatron.rollout.fleet.client import (
     runs_of_seeds,
 )
 from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
-from nft_megatron.rollout.fleet.keeper import ServerStats
 from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.rollout.fleet.usage import FleetUsage, Meter
 from nft_megatron.rollout.pool import aborted
 
@@ -116,9 +116,13 @@ class Asking:
             runs = runs_of_seeds(request.seeds) if together else [range(i, i + 1) for i in range(len(request.seeds))]
             for indices in runs:
                 self._dispatcher.add(
-                    call.number, request.request_id, indices, prompt_tokens=len(request.prompt_tokens),
-                    hint=request.expected_tokens, max_tokens=call.sampling.max_tokens,
-                )  # fmt: skip
+                    call.number,
+                    request.request_id,
+                    indices,
+                    prompt_tokens=len(request.prompt_tokens),
+                    hint=request.expected_tokens,
+                    max_tokens=call.sampling.max_tokens,
+                )
         self.send()
 
     def give_up(self, call: Call, request: int | None = None) -> None:
@@ -226,9 +230,14 @@ class Asking:
                         tally(member.name).num_answers += 1
                         self._count(member.name, -1)
                         completion = Completion(
-                            piece.request, index, event.tokens, event.logprobs, event.finish_reason, version,
+                            piece.request,
+                            index,
+                            event.tokens,
+                            event.logprobs,
+                            event.finish_reason,
+                            version,
                             seconds=time.monotonic() - asked.sent_at,
-                        )  # fmt: skip
+                        )
                         call.answers.put((completion, member.name))
                         self.send()
             self._fleet.report(member, True)

@@ -79,9 +79,9 @@ class Control:
     def finish_update(self, version: int, seconds: float) -> None:
         self._call("POST", "/finish_weight_update", {"weight_version": str(version)}, seconds=seconds)
 
-    def receipts(self, seconds: float) -> list[str]:
+    def fingerprints(self, seconds: float) -> list[str]:
         """What each of its workers took over in the last update."""
-        return self._rpc("nft_receipt", seconds, lambda results: [str(result["receipt"]) for result in results])
+        return self._rpc("nft_receipt", seconds, lambda results: [str(result["fingerprint"]) for result in results])
 
     def wrongly_held(self, seconds: float) -> list[str]:
         """Names of the tensors whose values in the model are not those of the last update."""
@@ -93,9 +93,13 @@ class Control:
         """Log-probs of a fixed short text of token ids, given its beginning: how the weights work, not only what they are."""
         tokens = [(7 * position + 1) % vocab_size for position in range(_CANARY_TOKENS)]
         body = {
-            "model": MODEL_NAME, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0,
+            "model": MODEL_NAME,
+            "prompt": tokens,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,
             "detokenize": False,
-        }  # fmt: skip
+        }
 
         def read(answer: Any) -> list[float]:
             (choice,) = answer["choices"]
@@ -120,14 +124,20 @@ class Control:
         read: Callable[[Any], T] = _nothing,
     ) -> T:
         """What ``read`` makes of the answer."""
-        patience = self._seconds if seconds is None else seconds
+        deadline = self._seconds if seconds is None else seconds
         try:
             reply = httpx.request(
-                method, f"{self.url}{path}", json=body, params=params, headers=self._headers,
-                timeout=httpx.Timeout(patience, connect=min(patience, self._seconds)), trust_env=False, verify=_TLS,
-            )  # fmt: skip
+                method,
+                f"{self.url}{path}",
+                json=body,
+                params=params,
+                headers=self._headers,
+                timeout=httpx.Timeout(deadline, connect=min(deadline, self._seconds)),
+                trust_env=False,
+                verify=_TLS,
+            )
         except httpx.TimeoutException as error:
-            raise ControlError(f"{self.url}{path} gave no answer within {patience:g} s", silent=True) from error
+            raise ControlError(f"{self.url}{path} gave no answer within {deadline:g} s", silent=True) from error
         except httpx.HTTPError as error:
             raise ControlError(f"{self.url}{path}: {error}", silent=True) from error
         if reply.status_code != 200:

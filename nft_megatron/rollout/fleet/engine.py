@@ -79,9 +79,9 @@ class FleetEngine:
             self._do(lambda: self._asking.begin_load(version))
             succeeded = False
             try:
-                receipt = self._fleet.publish(tensors, version)
+                fingerprint = self._fleet.publish(tensors, version)
                 succeeded = True
-                return receipt
+                return fingerprint
             finally:
                 self._has_weights = succeeded
                 self._do(lambda: self._asking.end_load(version, succeeded))

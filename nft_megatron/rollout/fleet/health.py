@@ -30,7 +30,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Health:
-    """One server's state, the version of its weights with their receipt, and what went wrong in a row.
+    """One server's state, the version of its weights with their fingerprint, and what went wrong in a row.
 
     ``num_failures`` counts checks that failed since it last answered one, ``num_refusals`` weights that failed to arrive, and
     ``num_doubts`` how often requests failed although checks went well; with too many in a row of either it is DEAD, and started
@@ -47,7 +47,7 @@ class Health:
 
     state: State = State.STARTING
     version: int | None = None
-    receipt: str | None = None
+    fingerprint: str | None = None
     num_failures: int = 0
     num_refusals: int = 0
     num_doubts: int = 0
@@ -70,7 +70,9 @@ class Health:
         A version other than the one it was given shows that it was started again behind our back.
         """
         if self.state in (State.STARTING, State.DEAD) or (self.state is not State.STALE and version != self.version):
-            return replace(self, state=State.STALE, version=None, receipt=None, num_failures=0, num_refusals=0, num_doubts=0)
+            return replace(
+                self, state=State.STALE, version=None, fingerprint=None, num_failures=0, num_refusals=0, num_doubts=0
+            )
         if self.state is State.SUSPECT:
             return replace(self, state=State.HEALTHY, num_failures=0, reason="")
         return replace(self, num_failures=0)
@@ -104,25 +106,27 @@ class Health:
 
     def exited(self, reason: str) -> Health:
         """Its process is gone, its start took too long, or it left the fleet."""
-        return replace(self, state=State.DEAD, version=None, receipt=None, reason=reason)
+        return replace(self, state=State.DEAD, version=None, fingerprint=None, reason=reason)
 
-    def weights_loaded(self, version: int, receipt: str) -> Health:
+    def weights_loaded(self, version: int, fingerprint: str) -> Health:
         """It proved that it holds ``version``. A dead or starting server must be heard of first."""
         if self.state in (State.STARTING, State.DEAD):
             return self
-        return replace(self, state=State.HEALTHY, version=version, receipt=receipt, num_failures=0, num_refusals=0, reason="")
+        return replace(
+            self, state=State.HEALTHY, version=version, fingerprint=fingerprint, num_failures=0, num_refusals=0, reason=""
+        )
 
     def weights_refused(self, reason: str) -> Health:
-        """A load failed or left the wrong receipt: whatever it holds now, it is no published version."""
+        """A load failed or left the wrong fingerprint: whatever it holds now, it is no published version."""
         if self.state in (State.STARTING, State.DEAD):
             return self
         num_refusals = self.num_refusals + 1
         if num_refusals >= self.max_refusals:
             return self.exited(reason)
-        return replace(self, state=State.STALE, version=None, receipt=None, num_refusals=num_refusals, reason=reason)
+        return replace(self, state=State.STALE, version=None, fingerprint=None, num_refusals=num_refusals, reason=reason)
 
-    def weights_behind(self, version: int, receipt: str) -> Health:
+    def weights_behind(self, version: int, fingerprint: str) -> Health:
         """``version`` was published, perhaps anew with other weights, and this server does not hold it yet."""
-        if self.state in (State.HEALTHY, State.SUSPECT) and (self.version, self.receipt) != (version, receipt):
+        if self.state in (State.HEALTHY, State.SUSPECT) and (self.version, self.fingerprint) != (version, fingerprint):
             return replace(self, state=State.STALE)
         return self

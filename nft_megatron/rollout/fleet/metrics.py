@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nft_megatron.rollout.fleet.keeper import ServerStats
+from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.rollout.fleet.usage import FleetUsage
 
 

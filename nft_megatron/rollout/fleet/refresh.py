@@ -1,7 +1,7 @@
 """How one server takes over a version: the order that vLLM 0.32.0 turned out to need.
 
-Pause; update; compare the receipt; forget the prefix cache; resume; canary; only then it is given work. A paused server answers
-nothing, so a failure anywhere leaves one that serves nobody until good weights arrive.
+Pause; update; compare the fingerprint; forget the prefix cache; resume; canary; only then it is given work. A paused server
+answers nothing, so a failure anywhere leaves one that serves nobody until good weights arrive.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class WrongWeights(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Patience:
+class Deadline:
     """Seconds left of a deadline, for one call after the other."""
 
     until: float
 
     @classmethod
-    def of(cls, seconds: float) -> Patience:
+    def of(cls, seconds: float) -> Deadline:
         return cls(time.monotonic() + seconds)
 
     @property
@@ -38,17 +38,17 @@ class Patience:
         return max(0.1, self.until - time.monotonic())
 
 
-def load_folder(control: Control, published: Published, in_flight: InFlight, patience: Patience) -> None:
+def load_folder(control: Control, published: Published, in_flight: InFlight, deadline: Deadline) -> None:
     """Make a server read the version's files. It is paused afterwards; :func:`verify_and_resume` follows."""
     assert published.folder is not None
-    control.pause(in_flight, patience.left)
-    control.start_update(patience.left)
-    control.update({"folder": str(published.folder)}, patience.left)
-    control.finish_update(published.version, patience.left)
+    control.pause(in_flight, deadline.left)
+    control.start_update(deadline.left)
+    control.update({"folder": str(published.folder)}, deadline.left)
+    control.finish_update(published.version, deadline.left)
 
 
 def verify_and_resume(
-    control: Control, published: Published, vocab_size: int, check_held: bool, patience: Patience
+    control: Control, published: Published, vocab_size: int, check_held: bool, deadline: Deadline
 ) -> list[float]:
     """Let a paused server serve if it holds ``published``, and return its canary.
 
@@ -57,16 +57,16 @@ def verify_and_resume(
 
     Raises ``WrongWeights``, or ``ControlError`` where it does not answer; it is then still paused, or must not be given work.
     """
-    receipts = control.receipts(patience.left)
-    if set(receipts) != {published.receipt}:
-        raise WrongWeights(f"{control.url} took over weights {', '.join(receipts)}, not {published.receipt}")
-    if check_held and (wrong := control.wrongly_held(patience.left)):
+    fingerprints = control.fingerprints(deadline.left)
+    if set(fingerprints) != {published.fingerprint}:
+        raise WrongWeights(f"{control.url} took over weights {', '.join(fingerprints)}, not {published.fingerprint}")
+    if check_held and (wrong := control.wrongly_held(deadline.left)):
         raise WrongWeights(f"{control.url} holds other values than it was given in {', '.join(wrong[:5])} ({len(wrong)})")
-    if control.version(patience.left) != published.version:
+    if control.version(deadline.left) != published.version:
         raise WrongWeights(f"{control.url} did not take the number of version {published.version}")
     control.reset_prefix_cache()
     control.resume()
-    canary = control.canary(vocab_size, patience.left)
+    canary = control.canary(vocab_size, deadline.left)
     if not all(math.isfinite(value) and value <= 0 for value in canary):
         raise WrongWeights(f"{control.url} has log-probs {canary} after version {published.version}")
     return canary

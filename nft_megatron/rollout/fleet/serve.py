@@ -25,11 +25,11 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import load_config
 from nft_megatron.config.schema import Config
 from nft_megatron.rollout.fleet.control import Control, ControlError
+from nft_megatron.rollout.fleet.fleet import server_seed
 from nft_megatron.rollout.fleet.health import Health, State
 from nft_megatron.rollout.fleet.registry import Registration, register, withdraw
 from nft_megatron.rollout.fleet.server import Server, check_installed
 from nft_megatron.rollout.fleet.settings import server_settings
-from nft_megatron.rollout.fleet.supervisor import server_seed
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Node:
         heard = started
         registration = Registration(
             self._name, server.url, socket.gethostname(), os.getpid(), started=time.time(), heartbeat=time.time()
-        )  # fmt: skip
+        )
         while server.is_alive() and health.state is not State.DEAD and not self._leaving.is_set():
             try:
                 health = health.answered(control.version())
@@ -136,9 +136,11 @@ def task_devices(tensor_parallel: int) -> str | None:
     first = int(os.environ.get("SLURM_LOCALID", 0)) * tensor_parallel
     if first + tensor_parallel > len(devices):
         raise UserError(
-            "--devices", "auto", f"task {os.environ.get('SLURM_LOCALID')} has no {tensor_parallel} of {len(devices)} GPUs left",
+            "--devices",
+            "auto",
+            f"task {os.environ.get('SLURM_LOCALID')} has no {tensor_parallel} of {len(devices)} GPUs left",
             "start as many tasks on a node as GPUs / fleet.tensor_parallel",
-        )  # fmt: skip
+        )
     return ",".join(devices[first : first + tensor_parallel])
 
 

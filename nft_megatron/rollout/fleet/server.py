@@ -49,7 +49,7 @@ _LOG_TAIL = 15  # lines of the log that a failed start shows
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to start servers of one model; see ``FleetSection`` of the configuration.
+    """How to start servers of one model; see ``FleetConfig`` of the configuration.
 
     ``folder`` is RUN/fleet, for what the processes need. ``host`` is where they listen; ``threads`` and ``kv_cache_gib`` matter
     on a CPU only. ``transfer`` names the engine of vLLM's weight transfer.
@@ -82,7 +82,7 @@ class ServerSettings:
             "--tensor-parallel-size": self.tensor_parallel,
             "--logprobs-mode": "processed_logprobs",
             "--generation-config": "vllm",
-            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WeightKeeper",
+            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WeightHolder",
             "--weight-transfer-config": f'{{"backend": "{self.transfer}"}}',
             "--middleware": "nft_megatron.rollout.fleet.access.RequireKey",
         }
@@ -217,9 +217,11 @@ def check_installed(python: str) -> None:
         raise UserError("fleet.python", python, f"cannot be run: {error.strerror}", "give the path of a Python") from error
     if not found:
         raise UserError(
-            "fleet.python", python, "has no vLLM",
+            "fleet.python",
+            python,
+            "has no vLLM",
             "run `make vllm` (without a GPU), or install the extra `vllm` in an environment of its own and give its Python",
-        )  # fmt: skip
+        )
 
 
 def new_key() -> str:

@@ -7,9 +7,9 @@ import sys
 import torch
 
 from nft_megatron.config.schema import Config
+from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.rollout.fleet.registry import run_key
 from nft_megatron.rollout.fleet.server import ServerSettings, check_installed
-from nft_megatron.rollout.fleet.supervisor import Fleet
 from nft_megatron.weights import read_shape
 
 

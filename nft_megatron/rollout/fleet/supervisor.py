@@ -1,8 +1,7 @@
-"""The fleet as a whole: which servers there are, what they are to hold, and how weights reach them.
+"""What keeps one server going: a thread that starts it, checks it, gives it the current weights, and starts it again.
 
-Each server has a thread of its own (``keeper.py``); here is what concerns all of them. A version is published by naming it:
-from then on no server serves until it has proved that it holds it, whether it was there at the time, joined later, or was
-started again.
+The thread alone changes the server; other threads read its health and report what they saw, under one lock. Every step of the
+thread has a deadline, so a server that hangs delays nobody but itself.
 """
 
 from __future__ import annotations
@@ -10,291 +9,297 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from nft_megatron.base.atomic_io import remove_leftovers
-from nft_megatron.base.errors import StoppedEarly, UserError
-from nft_megatron.config.fleet import FleetSection
-from nft_megatron.rollout.fleet import transfer
-from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, ServerStats, Target
+from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
+from nft_megatron.rollout.fleet.health import Health, State
 from nft_megatron.rollout.fleet.member import Member
-from nft_megatron.rollout.fleet.registry import Registration, discover, read_key, run_key
-from nft_megatron.rollout.fleet.server import Server, ServerSettings
-from nft_megatron.rollout.fleet.versions import CheckedStream, Published, VersionWriter, remove_versions
-from nft_megatron.weights import read_shape, weight_table
-
-if TYPE_CHECKING:
-    import torch
+from nft_megatron.rollout.fleet.refresh import Deadline, WrongWeights, compare_canaries, load_folder, verify_and_resume
+from nft_megatron.rollout.fleet.server import Server
+from nft_megatron.rollout.fleet.versions import Published
 
 log = logging.getLogger(__name__)
 
-_DISCOVER_SECONDS = 1.0
-_LOOK_SECONDS = 0.5
-_CLOSE_SECONDS = 10.0
-_MAX_SHARD_BYTES = 1 << 30
-_NUM_KEPT = 2
+_CHECK_SECONDS = 1.0
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
+_STOP_SECONDS = 5.0
 
 
-class Fleet:
-    """Servers and their weights. Every method may be called from any thread; ``start`` comes first, ``close`` last.
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds: a start, the taking over of weights, and a health check."""
 
-    ``settings`` says how servers are started and ``settings.folder`` where they register; ``seed`` is the run's.
+    start: float
+    sync: float
+    silence: float
+
+
+@dataclass(frozen=True)
+class ServerStats:
+    """One server in the metrics. ``sync_*`` are of the last version it took over; ``num_restarts`` since the fleet began."""
+
+    name: str
+    state: str
+    version: int
+    num_restarts: int
+    sync_seconds: float
+    sync_bytes: int
+    reason: str
+
+
+@dataclass
+class Target:
+    """What all servers are to hold, shared by the supervisors of a fleet under ``changed``.
+
+    ``canary`` is the first one of the current version: the others must agree with it.
     """
 
-    def __init__(self, config: FleetSection, settings: ServerSettings, weights_dir: Path, seed: int = 0) -> None:
-        self._config, self._settings, self._weights_dir, self._seed = config, settings, weights_dir, seed
-        shape = read_shape(settings.model_folder)
-        self._vocab_size, self._shapes = shape.vocab_size, weight_table(shape).shapes
-        self._deadlines = Deadlines(config.start_seconds, config.sync_seconds, config.silence_seconds)
-        self._target = Target()
-        self._keepers: dict[str, Keeper] = {}
-        self._registered: dict[str, Registration] = {}
-        self._publishing = threading.Lock()
-        self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
+    changed: threading.Condition = field(default_factory=lambda: threading.Condition(threading.RLock()))
+    published: Published | None = None
+    canary: list[float] | None = None
+    closed: bool = False
 
-    def start(self) -> None:
-        """Start the servers of ``fleet.servers``, take those of ``fleet.urls``, and begin to look for others. Returns at once.
 
-        Raises ``UserError`` where ``devices`` or the key don't fit.
-        """
-        config = self._config
-        if config.devices and len(config.devices) != config.servers:
-            raise UserError(
-                "fleet.devices", config.devices,
-                f"are those of {len(config.devices)} servers, not of fleet.servers = {config.servers}",
-                "name the GPUs of every server, or leave it empty",
-            )  # fmt: skip
-        self._settings.folder.mkdir(parents=True, exist_ok=True)
-        remove_versions(self._weights_dir, keep=set())  # of an earlier process of this run
-        remove_leftovers(self._weights_dir)
-        for index in range(config.servers):
-            self._add(f"local-{index}", self._settings.api_key, launch=self._launcher(index))
-        key = read_key(config.key_file) if config.key_file is not None else self._settings.api_key
-        for index, url in enumerate(config.urls):
-            self._add(f"url-{index}", key, url=url.rstrip("/"))
-        self._watcher.start()
+class ServerSupervisor:
+    """``launch`` starts the server; None: somebody else runs it at ``url``.
 
-    def serving(self) -> list[Member]:
-        """The servers that may be given work: healthy and on the version that was published last."""
+    ``claim`` is held while its weights are worked on, by this thread or by a broadcast.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        target: Target,
+        deadlines: Deadlines,
+        in_flight: InFlight,
+        vocab_size: int,
+        api_key: str,
+        url: str = "",
+        launch: Callable[[], Server] | None = None,
+    ) -> None:
+        self.name, self.api_key, self.url = name, api_key, url
+        self.claim = threading.Lock()
+        self.reading: int | None = None  # version whose files it reads
+        self._target, self._deadlines, self._in_flight, self._vocab_size = target, deadlines, in_flight, vocab_size
+        self._launch = launch
+        self._server: Server | None = None
+        self._started = time.monotonic()
+        self._health, self._incarnation = Health(), 0
+        self._vouched = False  # the model of this process was compared with what arrived
+        self._delay, self._not_before = _FIRST_DELAY, 0.0
+        self._sync_seconds, self._sync_bytes = 0.0, 0
+        self._left = False
+        self._thread = threading.Thread(target=self._keep, name=f"fleet-{name}", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------------- for other threads
+
+    def member(self) -> Member:
+        """What others may know of it."""
         with self._target.changed:
-            return [keeper.member() for keeper in self._keepers.values() if keeper.serves()]
+            version = self._health.version
+            return Member(
+                self.name, self.url, self.api_key, self._health, -1 if version is None else version, self._incarnation
+            )
 
-    def report(self, member: Member, ok: bool, error: str | None = None) -> None:
-        """Tell how a request to ``member`` ended, ``error`` being what went wrong with the server."""
+    def stats(self) -> ServerStats:
         with self._target.changed:
-            keeper = self._keepers.get(member.name)
-        if keeper is not None:
-            keeper.report(member.incarnation, ok, error)
+            version = self._health.version
+            return ServerStats(
+                self.name,
+                self._health.state.value,
+                -1 if version is None else version,
+                max(0, self._incarnation - 1),
+                self._sync_seconds,
+                self._sync_bytes,
+                self._health.reason,
+            )
 
-    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """Give all servers the stream as ``version``, and return its receipt.
-
-        Waits for: ``fleet.min_servers`` servers that proved to hold it; the others follow by themselves. Unblocks: requests to
-        them, whose answers carry ``version``.
-
-        Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape (no server holds it then, those
-        that had begun are paused), ``StoppedEarly`` when too few servers have it after ``fleet.wait_seconds``.
-        """
-        with self._publishing:
-            stream = CheckedStream(tensors, self._shapes)
-            if self._config.weights == "folder":
-                folder = self._writer(version).write(stream)
-                self._set(Published(version, stream.receipt, stream.num_bytes, folder))
-            else:
-                self._transfer(stream, version)
-            self._remove_old(version)
-        self.wait_for_servers(self._config.wait_seconds)
-        return stream.receipt
-
-    def wait_for_servers(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Return once ``fleet.min_servers`` serve, or nobody wants them any more.
-
-        Raises ``StoppedEarly`` (exit code 75) when they don't within ``seconds``.
-        """
-        deadline = time.monotonic() + seconds
-        while not is_over():  # asked without the lock: it may look at files
-            with self._target.changed:
-                if len(self.serving()) >= self._config.min_servers:
-                    return
-                left = deadline - time.monotonic()
-                if left <= 0 or self._target.closed:
-                    text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
-                    raise StoppedEarly(
-                        f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers serve after "
-                        f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
-                    )
-                self._target.changed.wait(min(left, _LOOK_SECONDS))
-
-    def stats(self) -> list[ServerStats]:
-        """Of every server that the fleet knows."""
-        return [keeper.stats() for keeper in self._all()]
-
-    def close(self) -> None:
-        """End the servers that were started here and all threads; other servers stay as they are."""
+    def serves(self) -> bool:
+        """Whether it may be given work now."""
         with self._target.changed:
-            self._target.closed = True
+            published = self._target.published
+            return published is not None and self._health.serves(published.version)
+
+    def is_reachable(self) -> bool:
+        """Whether it answered when it was asked last."""
+        with self._target.changed:
+            return self._health.state in (State.HEALTHY, State.STALE)
+
+    def report(self, incarnation: int, ok: bool, error: str | None) -> None:
+        """A client's request ended. What concerns an earlier process of this server is no news."""
+        with self._target.changed:
+            if incarnation != self._incarnation or self._health.state not in (State.HEALTHY, State.SUSPECT):
+                return
+            self._become(self._health.worked() if ok else self._health.doubted(error or "a request failed"))
+
+    def is_behind(self, version: int, fingerprint: str) -> None:
+        """``version`` was published; it gets no more work until it holds it."""
+        self._event(lambda health: health.weights_behind(version, fingerprint))
+
+    def moved(self, url: str) -> None:
+        """Another process serves under this name now."""
+        with self._target.changed:
+            if url != self.url:
+                self.url = url
+                self._incarnation += 1
+                self._vouched = False
+                self._become(self._health.started())
+
+    def leave(self) -> None:
+        """It has left the fleet."""
+        with self._target.changed:
+            self._left = True
+            self._become(self._health.exited("left the fleet"))
+
+    def close(self, seconds: float) -> None:
+        """End the thread, and the server with it if it is ours."""
+        with self._target.changed:
+            self._left = True
             self._target.changed.notify_all()
-        _all_at_once([partial(keeper.close, _CLOSE_SECONDS) for keeper in self._all()])
-        if self._watcher.is_alive():
-            self._watcher.join(_CLOSE_SECONDS)
-        remove_versions(self._weights_dir, keep=set())
+        server = self._server
+        if server is not None:
+            server.stop(min(seconds, _STOP_SECONDS))  # calls under way fail at once
+        self._thread.join(seconds)
 
-    # --------------------------------------------------------------------------------------------------------- servers
+    def control(self) -> Control:
+        return Control(self.url, self.api_key, self._deadlines.silence)
 
-    def _all(self) -> list[Keeper]:
-        with self._target.changed:
-            return list(self._keepers.values())
+    # ------------------------------------------------------------------------------------------------------- its thread
 
-    def _add(self, name: str, api_key: str, url: str = "", launch: Callable[[], Server] | None = None) -> None:
-        keeper = Keeper(
-            name, self._target, self._deadlines, self._config.in_flight, self._vocab_size, api_key, url, launch
-        )  # fmt: skip
-        with self._target.changed:
-            self._keepers[name] = keeper
-
-    def _launcher(self, index: int) -> Callable[[], Server]:
-        devices = self._config.devices[index] if self._config.devices else None
-        return lambda: Server(self._settings, f"local-{index}", seed=server_seed(self._seed, f"local-{index}"), devices=devices)
-
-    def _watch(self) -> None:
-        """Look for servers that register, move or leave."""
-        told: set[tuple[type, int | None]] = set()
-        while True:
+    def _keep(self) -> None:
+        while not self._is_over():
             try:
-                self._look()
-                told.clear()
-            except Exception as error:  # a disk that is away for a while: what was known still holds
-                kind = type(error), getattr(error, "errno", None)
-                if kind not in told:
-                    log.warning("fleet: could not look for servers, which goes on: %s", error, exc_info=True)
-                told.add(kind)
-            with self._target.changed:
-                if self._target.changed.wait_for(lambda: self._target.closed, _DISCOVER_SECONDS):
-                    return
+                self._attend()
+            except Exception:  # a supervisor that ends would leave its server unattended without a word
+                log.exception("fleet: supervisor of %s", self.name)
+                self._event(lambda health: health.failed("fault of the fleet itself, see the log"))
+            self._rest()
+        if self._server is not None:
+            self._server.stop(0)
 
-    def _look(self) -> None:
-        """Once. Raises ``OSError`` and ``UserError`` where the folder or the key cannot be read; the rest follows next time."""
-        found = discover(self._settings.folder, self._registered)
-        for name in self._registered.keys() - found.keys():
-            del self._registered[name]
-            with self._target.changed:
-                keeper = self._keepers.pop(name)
-            log.info("fleet: %s left", name)
-            keeper.leave()
-        for name, registration in found.items():
-            if name in self._registered:
-                self._keepers[name].moved(registration.url)
-            else:
-                self._add(name, run_key(self._settings.folder), url=registration.url)
-                log.info("fleet: %s joined at %s", name, registration.url)
-            self._registered[name] = registration
-
-    # --------------------------------------------------------------------------------------------------------- weights
-
-    def _set(self, published: Published) -> None:
-        """From here on this is what servers are to hold."""
+    def _is_over(self) -> bool:
         with self._target.changed:
-            self._target.published, self._target.canary = published, None
-            for keeper in self._keepers.values():
-                keeper.is_behind(published.version, published.receipt)
-            self._target.changed.notify_all()
+            return self._left or self._target.closed
 
-    def _writer(self, version: int) -> VersionWriter:
-        return VersionWriter(self._weights_dir, version, min(self._config.bucket_bytes, _MAX_SHARD_BYTES))
+    def _rest(self) -> None:
+        """Until the next check, or until there is something to do."""
+        with self._target.changed:
+            self._target.changed.wait_for(lambda: self._is_over() or self._wants_refresh(), _CHECK_SECONDS)
 
-    def _transfer(self, stream: CheckedStream, version: int) -> None:
-        """Broadcast to all servers that answer; whoever is not reached reads the files, if there are any."""
-        config = self._config
-        started = time.monotonic()
-        keepers = self._claim_idle()
-        for keeper in keepers:
-            keeper.is_behind(version, receipt="not known yet")
-        writer = self._writer(version) if config.keep_copy or not keepers else None
-        shard: list[tuple[str, torch.Tensor]] = []
+    def _wants_refresh(self) -> bool:
+        return self._health.state is State.STALE and self._source() is not None and time.monotonic() >= self._not_before
 
-        def copied() -> Iterator[tuple[str, torch.Tensor]]:
-            """The stream, of which the files are written on the way."""
-            num_bytes = 0
-            for name, tensor in stream:
-                if writer is not None:
-                    shard.append((name, tensor))
-                    num_bytes += tensor.nbytes
-                    if num_bytes >= min(config.bucket_bytes, _MAX_SHARD_BYTES):
-                        writer.add(shard)
-                        num_bytes = 0
-                yield name, tensor
-            if writer is not None and shard:
-                writer.add(shard)
+    def _source(self) -> Published | None:
+        """What it can take over by itself: a version with files."""
+        published = self._target.published
+        return published if published is not None and published.folder is not None else None
 
-        rest = copied()
+    def _attend(self) -> None:
+        """One round: see that it runs, see that it answers, see to its weights."""
+        if self._launch is not None and not self._is_running():
+            return
+        if self.claim.acquire(timeout=_CHECK_SECONDS):  # else a broadcast has it: its own deadlines hold
+            try:
+                self._check()
+                with self._target.changed:
+                    source = self._source() if self._wants_refresh() else None
+                if source is not None:
+                    self.refresh(lambda control, deadline: load_folder(control, source, self._in_flight, deadline), source)
+            finally:
+                self.claim.release()
+
+    def _is_running(self) -> bool:
+        """Start it, or start it again; False while it has to wait for that."""
+        assert self._launch is not None
+        if self._server is not None and not self._server.is_alive():
+            self._event(lambda health: health.exited("its processes ended"))
+        if self._server is None or self._health.state is State.DEAD:
+            if self._server is not None:
+                text = "fleet: %s is dead (%s) and is started again; the end of %s:\n%s"
+                log.warning(text, self.name, self._health.reason, self._server.log, self._server.log_tail())
+                self._server.stop(0)
+                self._server = None
+                self._put_off()
+            if time.monotonic() < self._not_before or self._is_over():
+                return False
+            server = self._launch()
+            with self._target.changed:
+                self._server, self.url = server, server.url
+                self._incarnation += 1
+                self._started, self._vouched = time.monotonic(), False
+                self._become(self._health.started())
+        return True
+
+    def _check(self) -> None:
+        """Ask for its version: that its API and its engine both answer, and that it is the process we know."""
         try:
-            reached = self._broadcast(keepers, rest, version)
-            for _ in rest:  # a broadcast that failed leaves the stream half read
-                pass
-            folder = writer.publish() if writer is not None else None
-            published = Published(version, stream.receipt, stream.num_bytes, folder)
-            self._set(published)
-            _all_at_once([partial(keeper.refresh, _nothing, published, started) for keeper in reached])
-        except BaseException:
-            if writer is not None:
-                writer.discard()
-            raise
+            version = self.control().version()
+        except ControlError as error:
+            if self._health.state is State.STARTING and self._launch and self._age() > self._deadlines.start:
+                self._event(lambda health: health.exited(f"not up after {self._deadlines.start:g} s"))
+            text = str(error)
+            self._event(lambda health: health.failed(text))
+            return
+        self._event(lambda health: health.answered(version))
+
+    def _put_off(self) -> None:
+        """No further attempt before a while, which doubles until it serves."""
+        self._not_before = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, _LONGEST_DELAY)
+
+    def _age(self) -> float:
+        return time.monotonic() - self._started
+
+    def refresh(self, load: Callable[[Control, Deadline], None], published: Published, started: float | None = None) -> bool:
+        """Give the server ``published`` by ``load``, and let it serve if it proves that it holds it. ``claim`` is held.
+
+        ``started``: when this began, where it was before now.
+        """
+        control, deadline = self.control(), Deadline.of(self._deadlines.sync)
+        started = time.monotonic() if started is None else started
+        incarnation, self.reading = self._incarnation, published.version
+        try:
+            load(control, deadline)
+            canary = verify_and_resume(control, published, self._vocab_size, not self._vouched, deadline)
+            self._agree(published, canary)
+        except (ControlError, WrongWeights) as error:
+            log.warning("fleet: %s did not take over version %d: %s", self.name, published.version, error)
+            text = str(error)
+            self._event(lambda health: health.weights_refused(text))
+            self._put_off()
+            return False
         finally:
-            for keeper in keepers:
-                keeper.claim.release()
+            self.reading = None
+        with self._target.changed:
+            if incarnation != self._incarnation:
+                return False
+            self._vouched, self._delay = True, _FIRST_DELAY
+            self._sync_seconds, self._sync_bytes = time.monotonic() - started, published.num_bytes
+            current = self._target.published
+            health = self._health.weights_loaded(published.version, published.fingerprint)
+            self._become(health.weights_behind(current.version, current.fingerprint) if current is not None else health)
+        return True
 
-    def _broadcast(self, keepers: list[Keeper], tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> list[Keeper]:
-        """Send to all of them; returns those that have it: all, or none."""
-        if not keepers:
-            return []
-        try:
-            transfer.send(
-                [keeper.control() for keeper in keepers], tensors, version=version, in_flight=self._config.in_flight,
-                bucket_bytes=self._config.bucket_bytes, seconds=self._config.sync_seconds,
-            )  # fmt: skip
-        except transfer.BroadcastFailed as error:
-            log.warning("fleet: the broadcast of version %d failed: %s", version, error)
-            return []
-        return keepers
+    def _agree(self, published: Published, canary: list[float]) -> None:
+        """Compare the canary with the first one of this version."""
+        with self._target.changed:
+            if self._target.published is not published:
+                return
+            if self._target.canary is None:
+                self._target.canary = canary
+            expected = self._target.canary
+        compare_canaries(self.url, canary, expected)
 
-    def _claim_idle(self) -> list[Keeper]:
-        """The servers that answer, each with its ``claim`` held."""
-        claimed = []
+    def _event(self, change: Callable[[Health], Health]) -> None:
+        with self._target.changed:
+            self._become(change(self._health))
 
-        def claim(keeper: Keeper) -> None:
-            if keeper.is_reachable() and keeper.claim.acquire(timeout=self._config.silence_seconds):
-                claimed.append(keeper)
-
-        _all_at_once([partial(claim, keeper) for keeper in self._all()])
-        return claimed
-
-    def _remove_old(self, version: int) -> None:
-        """Keep the newest files, those that a server is reading, and those of the version before."""
-        keep = {version - number for number in range(_NUM_KEPT)} | {keeper.reading for keeper in self._all()}
-        remove_versions(self._weights_dir, {number for number in keep if number is not None})
-
-
-def server_seed(seed: int, name: str) -> int:
-    """A seed of its own for every server, whose default would be the same for all.
-
-    >>> server_seed(0, "local-0") != server_seed(0, "local-1")
-    True
-    """
-    return zlib.crc32(f"{seed} {name}".encode()) & 0x7FFF_FFFF
-
-
-def _all_at_once(calls: list[Callable[[], object]]) -> None:
-    """Each on a thread of its own; all have deadlines."""
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def _nothing(control: object, patience: object) -> None:
-    """The weights are there already."""
+    def _become(self, health: Health) -> None:
+        """Take the new health, and wake whoever waits for it. The lock is held."""
+        if health.state is not self._health.state:
+            log.info("fleet: %s is %s%s", self.name, health.state.value, f" ({health.reason})" if health.reason else "")
+        if health != self._health:
+            self._health = health
+            self._target.changed.notify_all()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from nft_megatron.rollout.fleet.broadcast import SENDER, Group, Slot, fill_buckets
 from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
-from nft_megatron.rollout.fleet.refresh import Patience
+from nft_megatron.rollout.fleet.refresh import Deadline
 
 T = TypeVar("T")
 
@@ -47,19 +47,19 @@ def send(
     Raises ``BroadcastFailed`` when a server or the network fails, or ``seconds`` are over; the stream may then be half read.
     What the stream raises passes through.
     """
-    patience = Patience.of(seconds)
+    deadline = Deadline.of(seconds)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        _on_all(controls, lambda control: control.pause(in_flight, patience.left), patience)
-        _on_all(controls, lambda control: control.start_update(patience.left), patience)
+        _on_all(controls, lambda control: control.pause(in_flight, deadline.left), deadline)
+        _on_all(controls, lambda control: control.start_update(deadline.left), deadline)
         bucket_seconds = _CALL_SECONDS + bucket_bytes / _SLOWEST
-        group = _make_group(controls, device, min(patience.left, bucket_seconds))
+        group = _make_group(controls, device, min(deadline.left, bucket_seconds))
     except (ControlError, RuntimeError) as error:
         raise BroadcastFailed(str(error)) from error
     try:
         for slots, flat in fill_buckets(tensors, bucket_bytes, device):
-            _send_bucket(controls, group, slots, flat, min(patience.left, bucket_seconds))
-        _on_all(controls, lambda control: control.finish_update(version, patience.left), patience)
+            _send_bucket(controls, group, slots, flat, min(deadline.left, bucket_seconds))
+        _on_all(controls, lambda control: control.finish_update(version, deadline.left), deadline)
     except ControlError as error:
         raise BroadcastFailed(str(error)) from error
     finally:
@@ -71,15 +71,15 @@ def _send_bucket(controls: Sequence[Control], group: Group, slots: Sequence[Slot
     piece = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
     try:
         receiving = [_start(partial(control.update, piece, seconds)) for control in controls]
-        _await([*receiving, _start(partial(group.broadcast, flat))], Patience.of(seconds))
+        _await([*receiving, _start(partial(group.broadcast, flat))], Deadline.of(seconds))
     except (ControlError, RuntimeError) as error:
         raise BroadcastFailed(str(error)) from error
 
 
 def _make_group(controls: Sequence[Control], device: torch.device, seconds: float) -> Group:
     """The group of this process and all workers of the servers."""
-    patience = Patience.of(seconds)
-    sizes = [future.result() for future in _on_all(controls, lambda control: control.num_workers(), patience)]
+    deadline = Deadline.of(seconds)
+    sizes = [future.result() for future in _on_all(controls, lambda control: control.num_workers(), deadline)]
     host = _own_address(controls)
     timeout = datetime.timedelta(seconds=seconds)
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -89,7 +89,7 @@ def _make_group(controls: Sequence[Control], device: torch.device, seconds: floa
         joining.append(_start(partial(control.join, host, store.port, first_rank, num_ranks, seconds)))
         first_rank += size
     mine = _start(partial(Group, store, SENDER, num_ranks, device, seconds))
-    _await([*joining, mine], patience)
+    _await([*joining, mine], deadline)
     return mine.result()
 
 
@@ -99,10 +99,10 @@ def _own_address(controls: Sequence[Control]) -> str:
     return "127.0.0.1" if local else socket.gethostname()
 
 
-def _on_all(controls: Sequence[Control], work: Callable[[Control], T], patience: Patience) -> list[Future[T]]:
+def _on_all(controls: Sequence[Control], work: Callable[[Control], T], deadline: Deadline) -> list[Future[T]]:
     """Do something with all servers at once; the first failure is raised when all have ended."""
     futures = [_start(partial(work, control)) for control in controls]
-    _await(futures, patience)
+    _await(futures, deadline)
     return futures
 
 
@@ -120,13 +120,13 @@ def _start(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _await(futures: Sequence[Future[Any]], patience: Patience) -> None:
+def _await(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
     """Wait for all; raise the first failure at once, or ``ControlError`` at the deadline."""
     done = threading.Semaphore(0)
     for future in futures:
         future.add_done_callback(lambda _: done.release())
     for _ in futures:
-        if not done.acquire(timeout=patience.left):
+        if not done.acquire(timeout=deadline.left):
             raise ControlError("the broadcast of the weights took too long", silent=True)
         for future in futures:
             if future.done() and (error := future.exception()) is not None:

@@ -1,4 +1,4 @@
-"""A version of the weights on its way to the servers: what must be in it, its receipt, and its files.
+"""A version of the weights on its way to the servers: what must be in it, its fingerprint, and its files.
 
 The files are safetensors with their index, ``WEIGHTS/version_000007/model-….safetensors``; they appear whole or not at all.
 """
@@ -18,9 +18,9 @@ import torch
 
 from nft_megatron.base.atomic_io import fsync_path, make_temporary_folder, publish_folder
 from nft_megatron.base.errors import UserError
+from nft_megatron.weights.fingerprint import combine_digests, tensor_bytes, tensor_digest
 from nft_megatron.weights.hf_reader import DTYPES, INDEX
 from nft_megatron.weights.hf_writer import cut_into_shards, index_json
-from nft_megatron.weights.receipt import combine_digests, tensor_bytes, tensor_digest
 
 _HASH_THREADS = 4
 _REMEDY = "the trainer's model and the servers' config.json must be of one architecture"
@@ -30,10 +30,10 @@ _VERSION = re.compile(r"version_(\d+)")
 
 @dataclass(frozen=True)
 class Published:
-    """A version that servers can take over: its number, receipt and size, and its files (None: there are none)."""
+    """A version that servers can take over: its number, fingerprint and size, and its files (None: there are none)."""
 
     version: int
-    receipt: str
+    fingerprint: str
     num_bytes: int
     folder: Path | None
 
@@ -42,7 +42,7 @@ class CheckedStream:
     """The trainer's stream on its way: names and shapes are checked as they pass, digests computed on other threads.
 
     Iterating raises ``UserError`` for an unexpected or repeated name and a wrong shape, and at the end for a missing one: vLLM
-    itself would answer 200 and serve a mixture. Afterwards ``receipt`` and ``num_bytes`` hold.
+    itself would answer 200 and serve a mixture. Afterwards ``fingerprint`` and ``num_bytes`` hold.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -72,9 +72,9 @@ class CheckedStream:
         self._is_whole = True
 
     @property
-    def receipt(self) -> str:
+    def fingerprint(self) -> str:
         """Of the whole stream."""
-        assert self._is_whole, "a stream that broke off has no receipt"
+        assert self._is_whole, "a stream that broke off has no fingerprint"
         return combine_digests(digest.result() for digest in self._digests)
 
 
@@ -145,8 +145,10 @@ def _write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> N
     header, end = {}, 0
     for name, tensor in tensors:
         header[name] = {
-            "dtype": _FILE_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes],
-        }  # fmt: skip
+            "dtype": _FILE_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
         end += tensor.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)

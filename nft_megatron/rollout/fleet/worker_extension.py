@@ -2,7 +2,7 @@
 
 ``--worker-extension-cls`` loads this module into every worker, which registers ``nft_broadcast`` as an engine of vLLM's weight
 transfer. Its life is vLLM's own (start, update for each piece, finish); a piece is a folder of safetensors, or a bucket of a
-broadcast. Every tensor is hashed as it is handed to the model, so that the receipt says what the model consumed.
+broadcast. Every tensor is hashed as it is handed to the model, so that the fingerprint says what the model consumed.
 
 Works around vLLM 0.32.0: a failed update leaves layers half-loaded, and what they had collected would count for the next one;
 loaded tensors are kept until their layer is complete, so a bucket's memory is never used again; on a CPU a tied LM head goes on
@@ -26,8 +26,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from nft_megatron.rollout.fleet.broadcast import Group, Slot, open_bucket
+from nft_megatron.weights.fingerprint import combine_digests, tensor_digest
 from nft_megatron.weights.hf_reader import HFReader
-from nft_megatron.weights.receipt import combine_digests, tensor_digest
 
 _HASH_THREADS = 4
 _READ_AHEAD = 4  # tensors
@@ -70,8 +70,8 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         rank = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-        patience = timedelta(seconds=init_info.seconds)
-        store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=patience)
+        deadline = timedelta(seconds=init_info.seconds)
+        store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=deadline)
         self._group = Group(store, init_info.first_rank + rank, init_info.num_ranks, self.device, init_info.seconds)
 
     def start_weight_update(self) -> None:
@@ -146,7 +146,7 @@ if "nft_broadcast" not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine("nft_broadcast", Receiver)
 
 
-class WeightKeeper:
+class WeightHolder:
     """Methods that ``/collective_rpc`` finds on every vLLM worker."""
 
     weight_transfer_engine: Receiver
@@ -160,9 +160,9 @@ class WeightKeeper:
         return {}
 
     def nft_receipt(self) -> dict[str, Any]:
-        """What the last update brought: ``{"receipt": …, "num_tensors": …}``."""
+        """What the last update brought: ``{"fingerprint": …, "num_tensors": …}``."""
         digests = self.weight_transfer_engine.digests
-        return {"receipt": combine_digests(digests.values()), "num_tensors": len(digests)}
+        return {"fingerprint": combine_digests(digests.values()), "num_tensors": len(digests)}
 
     @torch.no_grad()
     def nft_check_held(self) -> dict[str, Any]:

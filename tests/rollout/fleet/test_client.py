@@ -64,11 +64,26 @@ def test_nothing_is_left_to_a_servers_defaults():
     sampling = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, stop_token_ids=(4, 6), stop=("\\boxed",))
     body = json.loads(make_body(PROMPT, 2**62, 3, sampling))
     assert body["token_ids"] == [1, 2, 3] and body["stream"] is True
-    assert body["sampling_params"].items() >= {
-        "n": 3, "seed": 2**62, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-        "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 9, "min_tokens": 0, "ignore_eos": True, "logprobs": 0,
-        "detokenize": True, "skip_special_tokens": False,
-    }.items()  # fmt: skip
+    assert (
+        body["sampling_params"].items()
+        >= {
+            "n": 3,
+            "seed": 2**62,
+            "temperature": 0.7,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": 9,
+            "min_tokens": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "detokenize": True,
+            "skip_special_tokens": False,
+        }.items()
+    )
     assert body["sampling_params"]["stop_token_ids"] == [4, 6] and body["sampling_params"]["stop"] == ["\\boxed"]
 
 
@@ -138,9 +153,13 @@ def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
 def event(**changes):
     """One as vLLM sends it, with parts changed, or left out where they are None."""
     choice = {
-        "index": 0, "finish_reason": "stop", "stop_reason": None, "token_ids": [3], "weight_versions": [],
+        "index": 0,
+        "finish_reason": "stop",
+        "stop_reason": None,
+        "token_ids": [3],
+        "weight_versions": [],
         "logprobs": {"content": [{"token_id": 3, "logprob": -0.5, "rank": 1, "top_logprobs": []}]},
-    }  # fmt: skip
+    }
     for name, value in changes.items():
         choice[name] = value
         if value is None:
@@ -151,10 +170,15 @@ def event(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"index": None}, {"token_ids": None}, {"finish_reason": None}, {"weight_versions": None}, {"logprobs": None},
-        {"token_ids": [2**31]}, {"token_ids": ["x"]},
+        {"index": None},
+        {"token_ids": None},
+        {"finish_reason": None},
+        {"weight_versions": None},
+        {"logprobs": None},
+        {"token_ids": [2**31]},
+        {"token_ids": ["x"]},
     ],
-)  # fmt: skip
+)
 def test_what_has_another_form_is_the_servers_fault(changes):
     choice, tokens, logprobs = client._parse(event())
     assert (choice["index"], tokens.tolist(), logprobs.tolist()) == (0, [3], [-0.5])

@@ -166,8 +166,10 @@ def test_many_groups_stay_whole_and_the_last_one_is_spread():
     assert [len(piece.indices) for piece in dispatcher.assign(SERVERS)] == [16] * 8
     add(dispatcher, 8, num=16)
     assert [(piece.indices, piece.server) for piece in dispatcher.assign(["x", "y", "z"])] == [
-        (range(0, 6), "x"), (range(6, 12), "y"), (range(12, 16), "z"),
-    ]  # fmt: skip
+        (range(0, 6), "x"),
+        (range(6, 12), "y"),
+        (range(12, 16), "z"),
+    ]
 
 
 def test_what_failed_goes_first_and_elsewhere_in_runs_of_neighbours():

@@ -38,9 +38,15 @@ def servers(processes):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=100_000, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=100_000,
+        tie_word_embeddings=True,
+    )
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(path)
     return path
@@ -52,7 +58,7 @@ def opened(folder, servers, version=3, **options):
     engine = FleetEngine(fleet, folder, **{"silence_seconds": 5.0, "servers_seconds": 5.0, **options})
     try:
         if version is not None:
-            assert engine.load([], version) == f"receipt {version}"
+            assert engine.load([], version) == f"fingerprint {version}"
         yield engine, fleet
     finally:
         engine.close()

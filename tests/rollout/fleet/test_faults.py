@@ -74,9 +74,15 @@ def places():
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=10_000, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=10_000,
+        tie_word_embeddings=True,
+    )
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(path)
     return path

@@ -14,18 +14,18 @@ EVENTS = {
     "doubted": lambda health: health.doubted("stream broke off"),
     "worked": lambda health: health.worked(),
     "exited": lambda health: health.exited("signal 9"),
-    "loaded 1": lambda health: health.weights_loaded(1, "receipt 1"),
-    "loaded 2": lambda health: health.weights_loaded(2, "receipt 2"),
-    "refused": lambda health: health.weights_refused("wrong receipt"),
-    "behind 2": lambda health: health.weights_behind(2, "receipt 2"),
-    "behind 1": lambda health: health.weights_behind(1, "receipt 1"),
-    "behind another 1": lambda health: health.weights_behind(1, "receipt 1b"),
+    "loaded 1": lambda health: health.weights_loaded(1, "fingerprint 1"),
+    "loaded 2": lambda health: health.weights_loaded(2, "fingerprint 2"),
+    "refused": lambda health: health.weights_refused("wrong fingerprint"),
+    "behind 2": lambda health: health.weights_behind(2, "fingerprint 2"),
+    "behind 1": lambda health: health.weights_behind(1, "fingerprint 1"),
+    "behind another 1": lambda health: health.weights_behind(1, "fingerprint 1b"),
 }
 EXAMPLES = {
     State.STARTING: Health(),
     State.STALE: Health().answered(None),
-    State.HEALTHY: Health().answered(None).weights_loaded(1, "receipt 1"),
-    State.SUSPECT: Health().answered(None).weights_loaded(1, "receipt 1").failed("reset"),
+    State.HEALTHY: Health().answered(None).weights_loaded(1, "fingerprint 1"),
+    State.SUSPECT: Health().answered(None).weights_loaded(1, "fingerprint 1").failed("reset"),
     State.DEAD: Health().exited("signal 9"),
 }
 TABLE = {
@@ -67,7 +67,7 @@ def reachable() -> dict[Health, list[tuple[str, Health]]]:
 
 def strip(health: Health) -> Health:
     """Without its reason; of its failures only what still counts."""
-    return Health(health.state, health.version, health.receipt, health.num_failures, health.num_refusals, health.num_doubts)
+    return Health(health.state, health.version, health.fingerprint, health.num_failures, health.num_refusals, health.num_doubts)
 
 
 GRAPH = reachable()
@@ -90,13 +90,13 @@ def test_it_serves_exactly_while_healthy_on_the_version_that_it_proved():
     assert len(GRAPH) > 20
     for health in GRAPH:
         for version in (1, 2):
-            assert health.serves(version) == (health.state is State.HEALTHY and health.receipt == f"receipt {version}")
+            assert health.serves(version) == (health.state is State.HEALTHY and health.fingerprint == f"fingerprint {version}")
 
 
 def test_what_it_holds_is_forgotten_with_the_process():
     for health in GRAPH:
         if health.state in (State.STARTING, State.DEAD):
-            assert health.version is None and health.receipt is None
+            assert health.version is None and health.fingerprint is None
 
 
 def test_dead_after_three_failures_in_a_row_and_not_before():

@@ -16,7 +16,7 @@ from nft_megatron.config.load import load_config
 from nft_megatron.rollout.fleet.registry import discover
 from nft_megatron.rollout.fleet.server import Server
 from nft_megatron.rollout.fleet.settings import open_fleet
-from nft_megatron.weights.receipt import weights_receipt
+from nft_megatron.weights.fingerprint import weights_fingerprint
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
 
@@ -89,17 +89,21 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
 ):
     run = tmp_path / "run"
     config = {
-        "run_dir": str(run), "seed": 3, "model": {"path": str(fleet_model), "dtype": "float32"},
-        "data": {"train": "unused.parquet", "max_prompt_tokens": 100}, "rollout": {"engine": "vllm", "max_answer_tokens": 100},
-        "train": {"num_steps": 1}, "fleet": {"silence_seconds": 5.0, "start_seconds": PATIENCE},
-    }  # fmt: skip
+        "run_dir": str(run),
+        "seed": 3,
+        "model": {"path": str(fleet_model), "dtype": "float32"},
+        "data": {"train": "unused.parquet", "max_prompt_tokens": 100},
+        "rollout": {"engine": "vllm", "max_answer_tokens": 100},
+        "train": {"num_steps": 1},
+        "fleet": {"silence_seconds": 5.0, "start_seconds": PATIENCE},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     node = subprocess.Popen([sys.executable, "-m", "nft_megatron", "serve", str(tmp_path / "config.yaml"), "--name", "node"])
     others = servers_of(os.getpid())  # of other tests
     fleet = open_fleet(load_config(tmp_path / "config.yaml", ["fleet.servers=1", f"fleet.wait_seconds={PATIENCE}"]))
     try:
-        receipt = fleet.publish(weights.items(), 1)
-        assert receipt == weights_receipt(weights.items())
+        fingerprint = fleet.publish(weights.items(), 1)
+        assert fingerprint == weights_fingerprint(weights.items())
         until(lambda: {member.name for member in fleet.serving()} == {"local-0", "node"}, PATIENCE)
         incarnations = {member.name: member.incarnation for member in fleet.serving()}
         urls = {member.name: member.url for member in fleet.serving()}
@@ -114,7 +118,7 @@ def test_killed_servers_come_back_with_the_current_weights_and_late_joiners_serv
         members = {member.name: member for member in fleet.serving()}
         assert members["local-0"].incarnation == incarnations["local-0"] + 1
         assert members["node"].url != urls["node"]
-        assert {member.health.receipt for member in members.values()} == {receipt}
+        assert {member.health.fingerprint for member in members.values()} == {fingerprint}
 
         node.terminate()
         until(lambda: discover(run / "fleet") == {}, 10.0)

@@ -15,8 +15,8 @@ from waiting import until
 
 import nft_megatron
 from nft_megatron.rollout.fleet import guard
-from nft_megatron.rollout.fleet.keeper import Deadlines, Keeper, Target
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
+from nft_megatron.rollout.fleet.supervisor import Deadlines, ServerSupervisor, Target
 
 PATIENCE = 20.0
 
@@ -57,7 +57,7 @@ def test_a_server_whose_log_is_gone_is_started_again(asleep):
         servers.append(Server(asleep, "local-0", seed=0))
         return servers[-1]
 
-    keeper = Keeper("local-0", Target(), Deadlines(60.0, 5.0, 0.2), "finish", 10, "key", launch=launch)
+    supervisor = ServerSupervisor("local-0", Target(), Deadlines(60.0, 5.0, 0.2), "finish", 10, "key", launch=launch)
     try:
         until(lambda: servers and servers[0].log.exists())
         servers[0].log.unlink()
@@ -66,7 +66,7 @@ def test_a_server_whose_log_is_gone_is_started_again(asleep):
         servers[1].log.unlink()
         assert "No such file" in servers[1].log_tail()
     finally:
-        keeper.close(PATIENCE)
+        supervisor.close(PATIENCE)
     assert not servers[1].is_alive()
 
 
@@ -88,9 +88,12 @@ def test_a_guard_watches_a_descriptor_above_1023():
     try:
         high = fcntl.fcntl(ours, fcntl.F_DUPFD, 1024)
         process = subprocess.Popen(
-            [sys.executable, guard.__file__, str(high), "sleep", "600"], pass_fds=(high,), start_new_session=True,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, guard.__file__, str(high), "sleep", "600"],
+            pass_fds=(high,),
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         os.close(high)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(2.0)

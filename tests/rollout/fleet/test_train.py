@@ -5,7 +5,7 @@ import pytest
 from test_ahead import greedy_accuracy
 
 from nft_megatron.data.ledger import read_groups, read_index
-from nft_megatron.rollout.fleet.supervisor import Fleet
+from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 
@@ -18,10 +18,10 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
     key.chmod(0o600)
     fields = {"urls": [server.url for server in vllm_servers], "key_file": str(key), "min_servers": 2, "wait_seconds": 120.0}
     yield fields
-    from nft_megatron.config.fleet import FleetSection
+    from nft_megatron.config.fleet import FleetConfig
 
     fleet = Fleet(
-        FleetSection(**{**fields, "urls": tuple(fields["urls"]), "key_file": key}), server_settings, tmp_path / "weights"
+        FleetConfig(**{**fields, "urls": tuple(fields["urls"]), "key_file": key}), server_settings, tmp_path / "weights"
     )
     fleet.start()
     with HFReader(fleet_model) as reader:
@@ -33,10 +33,12 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
 @pytest.mark.parametrize(("staleness", "in_flight"), [(0, "finish"), (1, "continue")])
 def test_a_run_with_vllm(run_config, command, metrics_of, fleet_model, fleet_of, tmp_path, staleness, in_flight):
     config = run_config(
-        model={"path": str(fleet_model)}, fleet={**fleet_of, "in_flight": in_flight},
-        rollout={"engine": "vllm", "max_staleness": staleness, "oversample": 4.0}, train={"num_steps": 4},
+        model={"path": str(fleet_model)},
+        fleet={**fleet_of, "in_flight": in_flight},
+        rollout={"engine": "vllm", "max_staleness": staleness, "oversample": 4.0},
+        train={"num_steps": 4},
         checkpoint={"export_every": 2},
-    )  # fmt: skip
+    )
     done = command("train", config)
     assert done.returncode == 0, done.stderr
     rows, run = metrics_of(tmp_path / "run"), tmp_path / "run"

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.fleet.broadcast import fill_buckets, open_bucket
 from nft_megatron.rollout.fleet.versions import CheckedStream, VersionWriter, remove_versions
+from nft_megatron.weights.fingerprint import weights_fingerprint
 from nft_megatron.weights.hf_reader import HFReader
-from nft_megatron.weights.receipt import weights_receipt
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_files_are_read_by_safetensors_and_by_our_reader(tensors, tmp_path):
         assert torch.equal(reader.read("d", 0, 0, 30), tensors["d"])
     with safe_open(paths[0], "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert stream.receipt == weights_receipt(tensors.items())
+    assert stream.fingerprint == weights_fingerprint(tensors.items())
     assert stream.num_bytes == 40 * 7 * 4 + 3 * 2 + 300 * 2 + 8 * 30 * 4 + 6 * 8
 
 

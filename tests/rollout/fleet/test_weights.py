@@ -14,13 +14,13 @@ from transformers import Qwen2ForCausalLM
 from waiting import until
 
 from nft_megatron.base.errors import StoppedEarly
-from nft_megatron.config.fleet import FleetSection
+from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet import broadcast, versions
 from nft_megatron.rollout.fleet.control import Control
-from nft_megatron.rollout.fleet.refresh import Patience, WrongWeights, load_folder, verify_and_resume
-from nft_megatron.rollout.fleet.supervisor import Fleet
+from nft_megatron.rollout.fleet.fleet import Fleet
+from nft_megatron.rollout.fleet.refresh import Deadline, WrongWeights, load_folder, verify_and_resume
 from nft_megatron.rollout.fleet.versions import Published
-from nft_megatron.weights.receipt import weights_receipt
+from nft_megatron.weights.fingerprint import weights_fingerprint
 
 pytestmark = pytest.mark.xdist_group("vllm")
 
@@ -39,11 +39,11 @@ def first_weights(fleet_model):
 def given_back(vllm_servers, fleet_model, first_weights):
     """Tests of other files find the servers on the weights of ``fleet_model``."""
     yield
-    published = Published(0, weights_receipt(first_weights.items()), 0, fleet_model)
+    published = Published(0, weights_fingerprint(first_weights.items()), 0, fleet_model)
     for server in vllm_servers:
         control = Control(server.url, server.api_key)
-        load_folder(control, published, "finish", Patience.of(PATIENCE))
-        verify_and_resume(control, published, 15, True, Patience.of(PATIENCE))
+        load_folder(control, published, "finish", Deadline.of(PATIENCE))
+        verify_and_resume(control, published, 15, True, Deadline.of(PATIENCE))
         label = {"new_version": "default"}
         httpx.post(
             f"{server.url}/update_weight_version", json=label, headers=server.headers, timeout=PATIENCE
@@ -64,7 +64,7 @@ def open_fleet(vllm_servers, server_settings, tmp_path):
     def begin(**fields):
         (tmp_path / "key").write_text(server_settings.api_key)
         fields = {"min_servers": 2, "sync_seconds": PATIENCE, "wait_seconds": PATIENCE, **fields}
-        section = FleetSection(urls=tuple(server.url for server in vllm_servers), key_file=tmp_path / "key", **fields)
+        section = FleetConfig(urls=tuple(server.url for server in vllm_servers), key_file=tmp_path / "key", **fields)
         settings = server_settings.__class__(**{**vars(server_settings), "folder": tmp_path / "fleet"})
         fleets.append(Fleet(section, settings, tmp_path / "weights"))
         fleets[-1].start()
@@ -98,9 +98,13 @@ def logprobs_of(model, prompt, answer):
 
 def greedy_answer(member):
     body = {
-        "model": "policy", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True,
+        "model": "policy",
+        "prompt": PROMPT,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
         "return_token_ids": True,
-    }  # fmt: skip
+    }
     reply = httpx.post(f"{member.url}/v1/completions", json=body, headers=member.headers, timeout=PATIENCE)
     return reply.json()["choices"][0]["token_ids"]
 
@@ -113,7 +117,7 @@ def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
     answers = []
     for version in (1, 2):
         weights = other_weights(first_weights, seed=version)
-        assert fleet.publish(weights.items(), version) == weights_receipt(weights.items())
+        assert fleet.publish(weights.items(), version) == weights_fingerprint(weights.items())
         members = fleet.serving()
         assert [member.weight_version for member in members] == [version] * 2
         expected = greedy_tokens(transformers_model(fleet_model, weights))
@@ -169,9 +173,9 @@ def test_what_a_broadcast_fails_to_bring_comes_from_the_files(fleet_model, first
 
     monkeypatch.setattr(broadcast.Group, "broadcast", faulty)
     weights = other_weights(first_weights, seed=6)
-    receipt = fleet.publish(weights.items(), 1)
+    fingerprint = fleet.publish(weights.items(), 1)
     assert num_buckets == 3 if fault == "broken off" else num_buckets > 3
-    assert {member.health.receipt for member in fleet.serving()} == {receipt}
+    assert {member.health.fingerprint for member in fleet.serving()} == {fingerprint}
     expected = greedy_tokens(transformers_model(fleet_model, weights))
     assert [greedy_answer(member) for member in fleet.serving()] == [expected] * 2
 
@@ -215,23 +219,23 @@ def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_
     server = vllm_servers[0]
     control = Control(server.url, server.api_key)
     incomplete = {name: tensor for name, tensor in first_weights.items() if name != "model.layers.1.self_attn.k_proj.weight"}
-    good = Published(7, weights_receipt(first_weights.items()), 0, tmp_path / "good")
+    good = Published(7, weights_fingerprint(first_weights.items()), 0, tmp_path / "good")
     for path, weights in (("good", first_weights), ("incomplete", incomplete), ("truncated", first_weights)):
         (tmp_path / path).mkdir()
         save_file(weights, tmp_path / path / "model.safetensors", metadata={"format": "pt"})
     with (tmp_path / "truncated" / "model.safetensors").open("r+b") as file:
         file.truncate(300_000)
 
-    bad = Published(6, good.receipt, 0, tmp_path / "incomplete")
-    load_folder(control, bad, "finish", Patience.of(PATIENCE))  # vLLM finds nothing wrong with it
+    bad = Published(6, good.fingerprint, 0, tmp_path / "incomplete")
+    load_folder(control, bad, "finish", Deadline.of(PATIENCE))  # vLLM finds nothing wrong with it
     with pytest.raises(WrongWeights, match="took over weights"):
-        verify_and_resume(control, bad, 15, True, Patience.of(PATIENCE))
+        verify_and_resume(control, bad, 15, True, Deadline.of(PATIENCE))
     with pytest.raises(RuntimeError, match="500"):
-        load_folder(control, Published(6, good.receipt, 0, tmp_path / "truncated"), "finish", Patience.of(PATIENCE))
+        load_folder(control, Published(6, good.fingerprint, 0, tmp_path / "truncated"), "finish", Deadline.of(PATIENCE))
     assert httpx.get(f"{server.url}/is_paused", headers=server.headers).json()["is_paused"]
 
-    load_folder(control, good, "finish", Patience.of(PATIENCE))
-    verify_and_resume(control, good, 15, True, Patience.of(PATIENCE))
+    load_folder(control, good, "finish", Deadline.of(PATIENCE))
+    verify_and_resume(control, good, 15, True, Deadline.of(PATIENCE))
     assert greedy_answer(server) == greedy_tokens(transformers_model(fleet_model, first_weights))
 
 
@@ -264,9 +268,14 @@ def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
 
     def ask():
         parameters = {
-            "n": NUM_ANSWERS, "max_tokens": ANSWER_TOKENS, "temperature": 1.0, "logprobs": 0, "ignore_eos": True, "seed": 5,
+            "n": NUM_ANSWERS,
+            "max_tokens": ANSWER_TOKENS,
+            "temperature": 1.0,
+            "logprobs": 0,
+            "ignore_eos": True,
+            "seed": 5,
             "stream_interval": 10,
-        }  # fmt: skip
+        }
         body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
         url = f"{member.url}/inference/v1/generate"
         with httpx.stream("POST", url, json=body, headers=member.headers, timeout=PATIENCE) as reply:

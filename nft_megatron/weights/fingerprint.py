@@ -1,7 +1,7 @@
-"""The receipt: one hash by which trainer, file and engine prove that they hold the same weights.
+"""The fingerprint: one hash by which trainer, file and engine prove that they hold the same weights.
 
 It covers every tensor's Hugging Face name, dtype, shape and bytes, and does not depend on the order of the stream. The bytes
-are hashed as given: the same numbers in another dtype have another receipt.
+are hashed as given: the same numbers in another dtype have another fingerprint.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> str:
 
 
 def combine_digests(digests: Iterable[str]) -> str:
-    """The receipt of a set of tensors from the digest of each, in any order: 32 hexadecimal digits."""
+    """The fingerprint of a set of tensors from the digest of each, in any order: 32 hexadecimal digits."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:32]
 
 
-def weights_receipt(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The receipt of a stream of named tensors.
+def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The fingerprint of a stream of named tensors.
 
     >>> a, b = ("a", torch.zeros(2)), ("b", torch.ones(2, 3))
-    >>> weights_receipt([a, b]) == weights_receipt([b, a])
+    >>> weights_fingerprint([a, b]) == weights_fingerprint([b, a])
     True
-    >>> weights_receipt([a, b]) == weights_receipt([a, ("b", torch.ones(3, 2))])
+    >>> weights_fingerprint([a, b]) == weights_fingerprint([a, ("b", torch.ones(3, 2))])
     False
     """
     return combine_digests(tensor_digest(name, tensor) for name, tensor in tensors)

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from waiting import until
 
 from nft_megatron.base.errors import StoppedEarly, UserError
-from nft_megatron.config.fleet import FleetSection
-from nft_megatron.rollout.fleet import supervisor
+from nft_megatron.config.fleet import FleetConfig
+from nft_megatron.rollout.fleet import fleet as fleet_module
 from nft_megatron.rollout.fleet.control import Control, ControlError
+from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.rollout.fleet.registry import Registration, register, run_key, withdraw
 from nft_megatron.rollout.fleet.server import ServerSettings
-from nft_megatron.rollout.fleet.supervisor import Fleet
-from nft_megatron.weights.receipt import weights_receipt
+from nft_megatron.weights.fingerprint import weights_fingerprint
 
 PATIENCE = 20.0
 
@@ -41,7 +41,7 @@ def open_fleet(tmp_path, model_folder):
     def begin(urls=(), **fields):
         (tmp_path / "key").write_text("secret")
         fields = {"sync_seconds": 5.0, "silence_seconds": 0.5, "wait_seconds": 1.0, **fields}
-        section = FleetSection(urls=tuple(urls), key_file=tmp_path / "key", **fields)
+        section = FleetConfig(urls=tuple(urls), key_file=tmp_path / "key", **fields)
         settings = ServerSettings(model_folder, tmp_path / "fleet", tmp_path / "logs", "secret")
         fleets.append(Fleet(section, settings, tmp_path / "weights"))
         fleets[-1].start()
@@ -68,22 +68,30 @@ def state(fleet, name):
 def test_all_servers_get_a_version_in_the_order_that_works(fakes, open_fleet, tensors, tmp_path):
     fleet = open_fleet([server.url for server in fakes], min_servers=2, wait_seconds=PATIENCE)
     assert fleet.serving() == []
-    assert fleet.publish(tensors.items(), 3) == weights_receipt(tensors.items())
+    assert fleet.publish(tensors.items(), 3) == weights_fingerprint(tensors.items())
     assert [(member.weight_version, member.headers["Authorization"]) for member in fleet.serving()] == [
         (3, "Bearer secret")
     ] * 2
     for server in fakes:
         calls = [call for call in server.calls if call != "/weight_info"]
         assert calls == [
-            "/pause", "nft_abandon", "/start_weight_update", "/update_weights", "/finish_weight_update", "nft_receipt",
-            "nft_check_held", "/reset_prefix_cache", "/resume", "/v1/completions",
-        ]  # fmt: skip
+            "/pause",
+            "nft_abandon",
+            "/start_weight_update",
+            "/update_weights",
+            "/finish_weight_update",
+            "nft_receipt",
+            "nft_check_held",
+            "/reset_prefix_cache",
+            "/resume",
+            "/v1/completions",
+        ]
     assert [stats.sync_bytes for stats in fleet.stats()] == [sum(tensor.nbytes for tensor in tensors.values())] * 2
     for version in (4, 5, 6):
         fleet.publish(tensors.items(), version)
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["version_000005", "version_000006"]
     saved = load_file(tmp_path / "weights" / "version_000006" / "model-00001.safetensors")
-    assert weights_receipt(saved.items()) == weights_receipt(tensors.items())
+    assert weights_fingerprint(saved.items()) == weights_fingerprint(tensors.items())
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
@@ -150,7 +158,7 @@ def test_a_restarted_server_is_found_out_by_its_version(fakes, open_fleet, tenso
     fakes[0].restart()
     until(lambda: fakes[0].calls.count("/update_weights") == 2)
     until(lambda: names(fleet) == {"url-0"})
-    assert fakes[0].receipt == weights_receipt(tensors.items())
+    assert fakes[0].fingerprint == weights_fingerprint(tensors.items())
 
 
 def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes, open_fleet, tensors):
@@ -226,7 +234,7 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
 def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
     fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog, what, number
 ):
-    monkeypatch.setattr(supervisor, "_DISCOVER_SECONDS", 0.02)
+    monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
     fleet = open_fleet(wait_seconds=PATIENCE)
     folder, now, num_asked = tmp_path / "fleet", time.time(), 0
     fakes[0].key = run_key(folder)
@@ -263,7 +271,7 @@ def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
 
 
 def test_a_key_that_cannot_be_read_yet_delays_a_joiner_alone(fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(supervisor, "_DISCOVER_SECONDS", 0.02)
+    monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
     fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
     folder, now = tmp_path / "fleet", time.time()
     (folder / "key").write_text("")
@@ -285,14 +293,14 @@ def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_togeth
         """A claim that others keep: it is asked for as long as allowed, and at the same time as all such claims."""
 
         def acquire(self, timeout):
-            if timeout == 0.5:  # silence_seconds; the keeper's own thread asks too
+            if timeout == 0.5:  # silence_seconds; the supervisor's own thread asks too
                 together.wait(PATIENCE)
             else:
                 time.sleep(timeout)
             return False
 
-    for keeper in held:
-        keeper.claim = Held()
+    for supervisor in held:
+        supervisor.claim = Held()
     assert fleet._claim_idle() == [free]
     assert not together.broken
     free.claim.release()
@@ -323,16 +331,16 @@ def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path)
     assert len(paths) > 1
     together = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     assert all(torch.equal(together[name], tensor) for name, tensor in tensors.items()) and len(together) == len(tensors)
-    assert fakes[0].receipt == weights_receipt(tensors.items())
+    assert fakes[0].fingerprint == weights_fingerprint(tensors.items())
 
 
 def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url], wait_seconds=PATIENCE)
     fleet.publish(tensors.items(), 1)
     other = {name: tensor + 1 for name, tensor in tensors.items()}
-    receipt = fleet.publish(other.items(), 1)
-    assert [member.health.receipt for member in fleet.serving()] == [receipt] != [weights_receipt(tensors.items())]
-    assert fakes[0].receipt == receipt
+    fingerprint = fleet.publish(other.items(), 1)
+    assert [member.health.fingerprint for member in fleet.serving()] == [fingerprint] != [weights_fingerprint(tensors.items())]
+    assert fakes[0].fingerprint == fingerprint
 
 
 def test_devices_must_be_those_of_the_servers(open_fleet):
@@ -341,6 +349,6 @@ def test_devices_must_be_those_of_the_servers(open_fleet):
 
 
 def test_a_missing_key_file_is_told(tmp_path, model_folder):
-    section = FleetSection(urls=("http://127.0.0.1:1",), key_file=Path(tmp_path / "none"))
+    section = FleetConfig(urls=("http://127.0.0.1:1",), key_file=Path(tmp_path / "none"))
     with pytest.raises(UserError, match=r"fleet\.key_file"):
         Fleet(section, ServerSettings(model_folder, tmp_path / "f", tmp_path, "k"), tmp_path / "w").start()

@@ -1,0 +1,33 @@
+"""Keys that had another name once: a user is told the new one, the files of an earlier run are read as if they had it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+RENAMED = {
+    "rollout.answers_per_question": "rollout.group_size",
+    "rollout.gate_questions": "rollout.probe_questions",
+    "rollout.gate_tokens": "rollout.probe_tokens",
+}
+"""Old name to new name."""
+_BESIDE_A_RECORD = ("ledger", "metrics.jsonl", "slurm")
+
+
+def is_record(path: Path) -> bool:
+    """Whether ``path`` is the configuration that a run left in its own folder, rather than one that a person maintains."""
+    return path.name == "config.yaml" and any((path.parent / name).exists() for name in _BESIDE_A_RECORD)
+
+
+def translate(tree: dict[str, Any]) -> None:
+    """Give the old keys of ``tree`` their new names, in place.
+
+    >>> tree = {"rollout": {"answers_per_question": 8}}
+    >>> translate(tree)
+    >>> tree
+    {'rollout': {'group_size': 8}}
+    """
+    for old, new in RENAMED.items():
+        section, _, leaf = old.partition(".")
+        if isinstance(fields := tree.get(section), dict) and leaf in fields:
+            fields[new.rpartition(".")[2]] = fields.pop(leaf)

@@ -1,0 +1,307 @@
+"""The fleet as a whole: which servers there are, what they are to hold, and how weights reach them.
+
+Each server has a thread of its own (``supervisor.py``); here is what concerns all of them. A version is published by naming it:
+from then on no server serves until it has proved that it holds it, whether it was there at the time, joined later, or was
+started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nft_megatron.base.atomic_io import remove_leftovers
+from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.config.fleet import FleetConfig
+from nft_megatron.rollout.fleet import transfer
+from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.registry import Registration, discover, read_key, run_key
+from nft_megatron.rollout.fleet.server import Server, ServerSettings
+from nft_megatron.rollout.fleet.supervisor import Deadlines, ServerStats, ServerSupervisor, Target
+from nft_megatron.rollout.fleet.versions import CheckedStream, Published, VersionWriter, remove_versions
+from nft_megatron.weights import read_shape, weight_table
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_DISCOVER_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
+_CLOSE_SECONDS = 10.0
+_MAX_SHARD_BYTES = 1 << 30
+_NUM_KEPT = 2
+
+
+class Fleet:
+    """Servers and their weights. Every method may be called from any thread; ``start`` comes first, ``close`` last.
+
+    ``settings`` says how servers are started and ``settings.folder`` where they register; ``seed`` is the run's.
+    """
+
+    def __init__(self, config: FleetConfig, settings: ServerSettings, weights_dir: Path, seed: int = 0) -> None:
+        self._config, self._settings, self._weights_dir, self._seed = config, settings, weights_dir, seed
+        shape = read_shape(settings.model_folder)
+        self._vocab_size, self._shapes = shape.vocab_size, weight_table(shape).shapes
+        self._deadlines = Deadlines(config.start_seconds, config.sync_seconds, config.silence_seconds)
+        self._target = Target()
+        self._supervisors: dict[str, ServerSupervisor] = {}
+        self._registered: dict[str, Registration] = {}
+        self._publishing = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
+
+    def start(self) -> None:
+        """Start the servers of ``fleet.servers``, take those of ``fleet.urls``, and begin to look for others. Returns at once.
+
+        Raises ``UserError`` where ``devices`` or the key don't fit.
+        """
+        config = self._config
+        if config.devices and len(config.devices) != config.servers:
+            raise UserError(
+                "fleet.devices",
+                config.devices,
+                f"are those of {len(config.devices)} servers, not of fleet.servers = {config.servers}",
+                "name the GPUs of every server, or leave it empty",
+            )
+        self._settings.folder.mkdir(parents=True, exist_ok=True)
+        remove_versions(self._weights_dir, keep=set())  # of an earlier process of this run
+        remove_leftovers(self._weights_dir)
+        for index in range(config.servers):
+            self._add(f"local-{index}", self._settings.api_key, launch=self._launcher(index))
+        key = read_key(config.key_file) if config.key_file is not None else self._settings.api_key
+        for index, url in enumerate(config.urls):
+            self._add(f"url-{index}", key, url=url.rstrip("/"))
+        self._watcher.start()
+
+    def serving(self) -> list[Member]:
+        """The servers that may be given work: healthy and on the version that was published last."""
+        with self._target.changed:
+            return [supervisor.member() for supervisor in self._supervisors.values() if supervisor.serves()]
+
+    def report(self, member: Member, ok: bool, error: str | None = None) -> None:
+        """Tell how a request to ``member`` ended, ``error`` being what went wrong with the server."""
+        with self._target.changed:
+            supervisor = self._supervisors.get(member.name)
+        if supervisor is not None:
+            supervisor.report(member.incarnation, ok, error)
+
+    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        """Give all servers the stream as ``version``, and return its fingerprint.
+
+        Waits for: ``fleet.min_servers`` servers that proved to hold it; the others follow by themselves. Unblocks: requests to
+        them, whose answers carry ``version``.
+
+        Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape (no server holds it then, those
+        that had begun are paused), ``StoppedEarly`` when too few servers have it after ``fleet.wait_seconds``.
+        """
+        with self._publishing:
+            stream = CheckedStream(tensors, self._shapes)
+            if self._config.weights == "folder":
+                folder = self._writer(version).write(stream)
+                self._set(Published(version, stream.fingerprint, stream.num_bytes, folder))
+            else:
+                self._transfer(stream, version)
+            self._remove_old(version)
+        self.wait_for_servers(self._config.wait_seconds)
+        return stream.fingerprint
+
+    def wait_for_servers(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Return once ``fleet.min_servers`` serve, or nobody wants them any more.
+
+        Raises ``StoppedEarly`` (exit code 75) when they don't within ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while not is_over():  # asked without the lock: it may look at files
+            with self._target.changed:
+                if len(self.serving()) >= self._config.min_servers:
+                    return
+                left = deadline - time.monotonic()
+                if left <= 0 or self._target.closed:
+                    text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
+                    raise StoppedEarly(
+                        f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers serve after "
+                        f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
+                    )
+                self._target.changed.wait(min(left, _LOOK_SECONDS))
+
+    def stats(self) -> list[ServerStats]:
+        """Of every server that the fleet knows."""
+        return [supervisor.stats() for supervisor in self._all()]
+
+    def close(self) -> None:
+        """End the servers that were started here and all threads; other servers stay as they are."""
+        with self._target.changed:
+            self._target.closed = True
+            self._target.changed.notify_all()
+        _all_at_once([partial(supervisor.close, _CLOSE_SECONDS) for supervisor in self._all()])
+        if self._watcher.is_alive():
+            self._watcher.join(_CLOSE_SECONDS)
+        remove_versions(self._weights_dir, keep=set())
+
+    # --------------------------------------------------------------------------------------------------------- servers
+
+    def _all(self) -> list[ServerSupervisor]:
+        with self._target.changed:
+            return list(self._supervisors.values())
+
+    def _add(self, name: str, api_key: str, url: str = "", launch: Callable[[], Server] | None = None) -> None:
+        supervisor = ServerSupervisor(
+            name, self._target, self._deadlines, self._config.in_flight, self._vocab_size, api_key, url, launch
+        )
+        with self._target.changed:
+            self._supervisors[name] = supervisor
+
+    def _launcher(self, index: int) -> Callable[[], Server]:
+        devices = self._config.devices[index] if self._config.devices else None
+        return lambda: Server(self._settings, f"local-{index}", seed=server_seed(self._seed, f"local-{index}"), devices=devices)
+
+    def _watch(self) -> None:
+        """Look for servers that register, move or leave."""
+        told: set[tuple[type, int | None]] = set()
+        while True:
+            try:
+                self._look()
+                told.clear()
+            except Exception as error:  # a disk that is away for a while: what was known still holds
+                kind = type(error), getattr(error, "errno", None)
+                if kind not in told:
+                    log.warning("fleet: could not look for servers, which goes on: %s", error, exc_info=True)
+                told.add(kind)
+            with self._target.changed:
+                if self._target.changed.wait_for(lambda: self._target.closed, _DISCOVER_SECONDS):
+                    return
+
+    def _look(self) -> None:
+        """Once. Raises ``OSError`` and ``UserError`` where the folder or the key cannot be read; the rest follows next time."""
+        found = discover(self._settings.folder, self._registered)
+        for name in self._registered.keys() - found.keys():
+            del self._registered[name]
+            with self._target.changed:
+                supervisor = self._supervisors.pop(name)
+            log.info("fleet: %s left", name)
+            supervisor.leave()
+        for name, registration in found.items():
+            if name in self._registered:
+                self._supervisors[name].moved(registration.url)
+            else:
+                self._add(name, run_key(self._settings.folder), url=registration.url)
+                log.info("fleet: %s joined at %s", name, registration.url)
+            self._registered[name] = registration
+
+    # --------------------------------------------------------------------------------------------------------- weights
+
+    def _set(self, published: Published) -> None:
+        """From here on this is what servers are to hold."""
+        with self._target.changed:
+            self._target.published, self._target.canary = published, None
+            for supervisor in self._supervisors.values():
+                supervisor.is_behind(published.version, published.fingerprint)
+            self._target.changed.notify_all()
+
+    def _writer(self, version: int) -> VersionWriter:
+        return VersionWriter(self._weights_dir, version, min(self._config.bucket_bytes, _MAX_SHARD_BYTES))
+
+    def _transfer(self, stream: CheckedStream, version: int) -> None:
+        """Broadcast to all servers that answer; whoever is not reached reads the files, if there are any."""
+        config = self._config
+        started = time.monotonic()
+        supervisors = self._claim_idle()
+        for supervisor in supervisors:
+            supervisor.is_behind(version, fingerprint="not known yet")
+        writer = self._writer(version) if config.keep_copy or not supervisors else None
+        shard: list[tuple[str, torch.Tensor]] = []
+
+        def copied() -> Iterator[tuple[str, torch.Tensor]]:
+            """The stream, of which the files are written on the way."""
+            num_bytes = 0
+            for name, tensor in stream:
+                if writer is not None:
+                    shard.append((name, tensor))
+                    num_bytes += tensor.nbytes
+                    if num_bytes >= min(config.bucket_bytes, _MAX_SHARD_BYTES):
+                        writer.add(shard)
+                        num_bytes = 0
+                yield name, tensor
+            if writer is not None and shard:
+                writer.add(shard)
+
+        rest = copied()
+        try:
+            reached = self._broadcast(supervisors, rest, version)
+            for _ in rest:  # a broadcast that failed leaves the stream half read
+                pass
+            folder = writer.publish() if writer is not None else None
+            published = Published(version, stream.fingerprint, stream.num_bytes, folder)
+            self._set(published)
+            _all_at_once([partial(supervisor.refresh, _nothing, published, started) for supervisor in reached])
+        except BaseException:
+            if writer is not None:
+                writer.discard()
+            raise
+        finally:
+            for supervisor in supervisors:
+                supervisor.claim.release()
+
+    def _broadcast(
+        self, supervisors: list[ServerSupervisor], tensors: Iterator[tuple[str, torch.Tensor]], version: int
+    ) -> list[ServerSupervisor]:
+        """Send to all of them; returns those that have it: all, or none."""
+        if not supervisors:
+            return []
+        try:
+            transfer.send(
+                [supervisor.control() for supervisor in supervisors],
+                tensors,
+                version=version,
+                in_flight=self._config.in_flight,
+                bucket_bytes=self._config.bucket_bytes,
+                seconds=self._config.sync_seconds,
+            )
+        except transfer.BroadcastFailed as error:
+            log.warning("fleet: the broadcast of version %d failed: %s", version, error)
+            return []
+        return supervisors
+
+    def _claim_idle(self) -> list[ServerSupervisor]:
+        """The servers that answer, each with its ``claim`` held."""
+        claimed = []
+
+        def claim(supervisor: ServerSupervisor) -> None:
+            if supervisor.is_reachable() and supervisor.claim.acquire(timeout=self._config.silence_seconds):
+                claimed.append(supervisor)
+
+        _all_at_once([partial(claim, supervisor) for supervisor in self._all()])
+        return claimed
+
+    def _remove_old(self, version: int) -> None:
+        """Keep the newest files, those that a server is reading, and those of the version before."""
+        keep = {version - number for number in range(_NUM_KEPT)} | {supervisor.reading for supervisor in self._all()}
+        remove_versions(self._weights_dir, {number for number in keep if number is not None})
+
+
+def server_seed(seed: int, name: str) -> int:
+    """A seed of its own for every server, whose default would be the same for all.
+
+    >>> server_seed(0, "local-0") != server_seed(0, "local-1")
+    True
+    """
+    return zlib.crc32(f"{seed} {name}".encode()) & 0x7FFF_FFFF
+
+
+def _all_at_once(calls: list[Callable[[], object]]) -> None:
+    """Each on a thread of its own; all have deadlines."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _nothing(control: object, deadline: object) -> None:
+    """The weights are there already."""
