@@ -49,10 +49,11 @@ quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few
 test: $(READY)  ## All tests, on the real Megatron-Core
 	$(BIN)/pytest -n 2 --dist loadgroup -q tests
 
-check: $(READY)  ## Format, lint, types, doctests: what a change must pass besides the tests
+check: $(READY)  ## Format, lint, types, import floors, doctests: what a change must pass besides the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest -q nft_megatron
 
 format: $(READY)  ## Rewrite the code in the house style

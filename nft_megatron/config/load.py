@@ -37,13 +37,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``overrides`` in order (``train.num_steps=3``; values are YAML), check everything.
 
     A key that was renamed is an error, except in the file that an earlier run left in its own folder.
 
     Raises :class:`UserError` that names the field, its value and the remedy.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError("CONFIG", path, "no such file", "give the path of a YAML file; examples/ has some")
     try:

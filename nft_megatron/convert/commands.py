@@ -95,6 +95,21 @@ def to_hf(
     _convert(checkpoint, target, table, destination, model_folder, workers, dry_run, strict, proof)
 
 
+def convert_checkpoint(source: Path | str, destination: Path | str, *, model: Path | str | None = None) -> None:
+    """Convert in the direction that ``source`` implies: a Hugging Face folder to Megatron-Core, any other checkpoint back.
+
+    ``model`` is the Hugging Face folder that a Megatron checkpoint without ``config.json`` belongs to.
+
+    Raises:
+        UserError, OSError: as :func:`to_megatron` and :func:`to_hf` do.
+    """
+    source, destination = Path(source), Path(destination)
+    if (source / SINGLE).is_file() or (source / INDEX).is_file():
+        to_megatron(source, destination)
+    else:
+        to_hf(source, destination, model=None if model is None else Path(model))
+
+
 def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = None, workers: int | None = None) -> None:
     """Compare two checkpoints of any format, bit by bit, and print every difference.
 

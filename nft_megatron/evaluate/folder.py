@@ -25,7 +25,7 @@ from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.data.wording import instruct
 from nft_megatron.evaluate.benchmarks import TOP_P, Benchmark, find_benchmarks, temperature_for
 from nft_megatron.evaluate.measure import Part, Task, answer_part, check_part, plan_parts, questions_hash, read_answers
-from nft_megatron.evaluate.run import evaluate
+from nft_megatron.evaluate.run import Evaluation, evaluate
 from nft_megatron.evaluate.summary import Scores, comparison, read_scores, summary_of, table_of
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
@@ -38,8 +38,10 @@ GRADERS: tuple[str, ...] = get_args(VerifyConfig.model_fields["mode"].annotation
 _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 
 
-def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> None:
+def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None = None) -> Evaluation:
     """Print the accuracy of ``model_folder`` on ``config.evaluate.data`` with its standard error; write it to ``out`` too.
+
+    Returns the judged answers.
 
     Raises :class:`UserError` when there are no held-out questions or the folder is not a whole model.
     """
@@ -50,6 +52,7 @@ def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> Non
             "no questions to evaluate on",
             "name a file: evaluate.data=questions.parquet, or measure benchmarks: --benchmarks FOLDER",
         )
+    model_folder = Path(model_folder)
     tokenizer = load_tokenizer(model_folder, "MODEL")
     prompts = read_prompts(config, tokenizer, "evaluate.data").prompts
     with _open_model(config, model_folder, tokenizer, num_steps=1) as (client, _):
@@ -72,6 +75,7 @@ def evaluate_folder(config: Config, model_folder: Path, out: Path | None) -> Non
         f"{model_folder}: {result.accuracy:.1%} ± {result.standard_error:.1%} of {len(prompts)} questions right "
         f"(avg@{config.evaluate.samples}, temperature {config.evaluate.temperature:g}), {result.truncated_rate:.1%} cut off"
     )
+    return result
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,19 @@ from nft_megatron.plan.workload import Assumptions
 
 def plan_run(
     config: Config,
-    assumptions: Assumptions,
+    assumptions: Assumptions | None = None,
     *,
     gpus: int | None = None,
     kind: str | None = None,
     with_layouts: bool = False,
     json_path: Path | None = None,
 ) -> Plan:
-    """Print the plan of ``config`` and, if asked, all layouts that fit; write both to ``json_path``.
+    """Print the plan of ``config`` and, if asked, all layouts that fit; write both to ``json_path``. Returns the plan.
 
     Raises:
         UserError: when the run is impossible as it is configured, after printing what there is to say about it.
     """
+    assumptions = assumptions or Assumptions()
     shape, source = find_shape(config.model.path)
     cluster = cluster_of(config, gpus, kind)
     check_model(config, shape)

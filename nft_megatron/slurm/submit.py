@@ -12,8 +12,6 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import dump_config
 from nft_megatron.config.schema import Config
-from nft_megatron.plan.command import plan_run
-from nft_megatron.plan.workload import Assumptions
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.render import job_name, render, render_rollouts
 from nft_megatron.slurm.tools import SlurmError, call, jobs_named, show_job
@@ -66,10 +64,12 @@ def _plan(config: Config) -> str:
     """The plan's report. Raises ``UserError`` for a run that does not fit, unless slurm.plan is false."""
     if not config.slurm.plan:
         return "slurm.plan = false\n"
+    from nft_megatron.plan.command import plan_run
+
     report = io.StringIO()
     with contextlib.redirect_stdout(report):
         try:
-            plan_run(config, Assumptions(None, 0.5))
+            plan_run(config)
         except UserError as error:
             remedy = f"{error.remedy}; or, if you know better, submit with slurm.plan=false"
             raise UserError(error.field, error.value, error.problem, remedy) from error

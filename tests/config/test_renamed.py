@@ -26,5 +26,5 @@ def test_the_configuration_in_the_folder_of_an_earlier_run_is_translated(run_con
     record.write_text(yaml.safe_dump(tree))
     config = load_config(record)
     assert (config.rollout.group_size, config.rollout.probe_questions, config.rollout.probe_tokens) == (5, 5, 7)
-    with pytest.raises(UserError, match="it is called 'rollout.group_size' now"):
+    with pytest.raises(UserError, match=r"it is called 'rollout\.group_size' now"):
         load_config(record, ["rollout.answers_per_question=5"])
