@@ -20,7 +20,7 @@ from nft_megatron import __version__
 from nft_megatron.base.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
-from nft_megatron.lifecycle.exit_report import ExitReport, if_it_answers, phase_of, write_exit_report
+from nft_megatron.lifecycle.exit_report import ExitReport, phase_of, write_exit_report, write_if_responsive
 
 COMMANDS = {
     "train": "train, or go on with a run",
@@ -134,7 +134,7 @@ def _leave_fault(options: argparse.Namespace, error: Exception) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
 
-        if_it_answers(write)
+        write_if_responsive(write)
     _leave_ending(options, EXIT_FAULT, f"{type(error).__name__}: {error}", error)
 
 

@@ -142,7 +142,7 @@ def test_a_manifest_that_contradicts_itself(converted: Path):
     content = json.loads(path.read_text())
     content["tensors"]["lm_head.weight"]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="its fingerprint does not belong to its tensors"):
+    with pytest.raises(UserError, match="its fingerprint does not match its tensors"):
         read_manifest(converted, "SRC")
     assert isinstance(Manifest({}, {}, {}).fingerprint, str)
 

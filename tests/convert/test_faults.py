@@ -146,7 +146,7 @@ OF_SHARDS = OF_BOTH | {
         lambda folder: edit_index(folder, **{"model.absent": SHARD}),
         f"{SHARD}: lacks model.absent, which .*index.json places",
     ),
-    "truncated shard": (lambda folder: cut_short(folder / SHARD), f"{SHARD}: is not a whole safetensors file"),
+    "truncated shard": (lambda folder: cut_short(folder / SHARD), f"{SHARD}: is not a complete safetensors file"),
 }
 OF_TORCH_DIST = OF_BOTH | {
     "missing file": (lambda folder: (folder / DISTCP).unlink(), f"lacks its file {DISTCP}"),
@@ -297,7 +297,7 @@ def test_an_existing_name_and_a_second_process_are_refused(sources, converted: P
 
     (tmp_path / "there").mkdir()
     for convert, source in ((to_megatron, sources["untied"]), (to_hf, converted)):
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="already exists"):
             convert(source, tmp_path / "there")
     assert not list((tmp_path / "there").iterdir())
     (tmp_path / "out.partial").mkdir()

@@ -82,7 +82,7 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "v100"], "--gpu = v100: no such kind of GPU here; use one of a100-80gb, h100"),
+        (["--gpu", "v100"], "--gpu = v100: unknown kind of GPU; use one of a100-80gb, h100"),
         (["--gpus", "20"], "--gpus = 20: is not a number of whole nodes of 8"),
         (["parallel.tensor=8"], "parallel.tensor = 8: does not divide the model's 28 attention heads"),
         (["parallel.tensor=3"], "does not divide the 8 GPUs that train"),
@@ -134,7 +134,7 @@ def test_experts_are_refused(plan, tmp_path: Path):
     (folder / "config.json").write_text(json.dumps(config))
     code, _, err = plan(f"model.path={folder}")
     assert code == 2
-    assert "has experts, and plans are made for dense models only" in err
+    assert "has experts, but plans support only dense models" in err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture):
