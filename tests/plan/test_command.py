@@ -101,7 +101,7 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
         (["--mixed-share", "0"], "--mixed-share = 0.0: is no share"),
         (
             ["--gpu", "cpu", "--check", "model.path=Qwen2.5-0.5B", "model.recompute=full", "train.micro_batch_tokens=4096"],
-            "--check = cpu: builds models as GPUs hold them",
+            "--check = cpu: builds models as for GPUs",
         ),
     ],
 )
