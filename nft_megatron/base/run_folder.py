@@ -96,7 +96,7 @@ class RunFolder:
         return self.logs / f"stall_rank{rank}.txt"
 
     @property
-    def gate(self) -> Path:
+    def probe(self) -> Path:
         """The engine's latest answers to the log-prob probe."""
         return self.ledgers / "gate.parquet"
 

@@ -1,4 +1,4 @@
-"""A run whose job is about to end, one that is asked to save and go on, one whose updates are not finite."""
+"""A run whose job is about to end, one that is asked to save and continue, one whose updates are not finite."""
 
 import json
 import random

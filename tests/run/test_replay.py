@@ -48,7 +48,7 @@ def test_its_own_layout_repeats_every_step_to_the_bit_and_leaves_the_run_alone(r
     rows = [json.loads(line) for line in (recorded / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         output = replayed(command, recorded, row["step"])
-        assert output.splitlines()[-1] == "the same to the bit"
+        assert output.splitlines()[-1] == "bit-identical"
         measured = table(output)
         for name in ("loss", "loss_positive", "loss_negative", "grad_norm", "kl_old", "ratio_max", "entropy", "clamp_rate"):
             assert measured[name] == (row[name], row[name])

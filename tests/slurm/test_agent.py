@@ -65,7 +65,7 @@ def test_a_preflight_that_crashes_is_a_failure_and_its_node_a_bad_one(conduct, c
     assert requeued == [["n2"]]
     conduct(f"exit {code}")
     conduct(f"exit {code}")
-    with pytest.raises(UserError, match="no node wrote into the shared folder"):
+    with pytest.raises(UserError, match="no node wrote to the shared folder"):
         conduct(f"exit {code}")
     assert [attempt.kind for attempt in folder.attempts()] == ["bad nodes", "failed", "failed", "failed"]
     assert folder.attempts()[0].blamed == ("n2",)

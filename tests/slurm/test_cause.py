@@ -74,4 +74,4 @@ def test_a_run_folder_that_an_earlier_attempt_still_holds_is_no_wrong_input():
 
 def test_without_a_word_the_last_line_printed_is_what_there_is():
     cause = find_cause(127, [], "bash: python3: command not found\n", NODES)
-    assert cause.text == "the trainers ended with 127 and left no word: bash: python3: command not found"
+    assert cause.text == "the trainers exited with 127 without an exit report: bash: python3: command not found"

@@ -154,7 +154,7 @@ def test_the_time_limit_is_survived(slurm_run):
         (["data.train=/nowhere.parquet"], r"data.train = /nowhere.parquet: no such file"),
         (["slurm.partition=nothing"], r"slurm = .*invalid partition"),
         (["slurm.time=soon"], r"slurm.time = soon: is not a time limit"),
-        (["cluster.rollout_nodes=1"], r"rollout.engine = embedded: asks no servers"),
+        (["cluster.rollout_nodes=1"], r"rollout.engine = embedded: uses no servers"),
         (["cluster.gpu=abacus"], r"cluster.gpu = abacus: .*slurm.plan=false"),
         (["cluster.trainer_nodes=5"], r"slurm = .*(unavailable|not available|invalid)"),
     ],

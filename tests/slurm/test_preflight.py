@@ -43,7 +43,7 @@ def test_an_nvidia_smi_that_fails_or_is_missing_is_a_problem(program, monkeypatc
     program("nvidia-smi", "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error", 15)
     assert gpu_problems(8) == ["nvidia-smi failed: Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error"]
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert gpu_problems(8) == ["there is no nvidia-smi"]
+    assert gpu_problems(8) == ["nvidia-smi is missing"]
 
 
 def test_serious_xids_are_told_from_those_of_programs(program):
@@ -67,14 +67,14 @@ def write(folder, name, **content):
 
 
 def test_what_the_agent_makes_of_the_answers(tmp_path):
-    assert read_preflight(tmp_path, ["n1", "n2"]).problem == "no node wrote into the shared folder"
+    assert read_preflight(tmp_path, ["n1", "n2"]).problem == "no node wrote to the shared folder"
     write(tmp_path, "n1", node="n1", problems=[])
-    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "said nothing in the preflight"}
+    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "did not report in the preflight"}
     write(tmp_path, "n2", node="n2", problems=["7 GPUs in place of 8", "Xid 79 in the kernel's log"])
     assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "7 GPUs in place of 8; Xid 79 in the kernel's log"}
     write(tmp_path, "n2", node="n2", problems=[])
     found = read_preflight(tmp_path, ["n1", "n2"])
-    assert (found.bad, found.problem) == ({}, "the all-reduce over all nodes did not end")
+    assert (found.bad, found.problem) == ({}, "the all-reduce over all nodes did not complete")
     write(tmp_path, "all_reduce", problem="all-reduce: 2 ones add up to 1")
     assert read_preflight(tmp_path, ["n1", "n2"]).problem == "all-reduce: 2 ones add up to 1"
     write(tmp_path, "all_reduce", problem=None)
