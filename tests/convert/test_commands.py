@@ -113,7 +113,7 @@ def test_without_proof_the_bytes_are_the_same_and_the_manifest_says_so(sources, 
     content = json.loads((tmp_path / "megatron" / "conversion.json").read_text())
     assert content["fingerprint"] is None
     assert {(record["sha256"], record["non_finite"]) for record in content["tensors"].values()} == {(None, None)}
-    with pytest.raises(UserError, match=r"2 problems in .*non-finite"):  # on both sides, and no hash is missed
+    with pytest.raises(UserError, match=r"2 problems compared with .*non-finite"):  # on both sides, and no hash is missed
         check(source, tmp_path / "megatron")
     assert "B was converted without proof" in capsys.readouterr().out
     to_hf(tmp_path / "megatron", tmp_path / "hf")  # what is unproven is proven from here on

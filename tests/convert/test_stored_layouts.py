@@ -101,5 +101,5 @@ def test_what_is_no_checkpoint(deep: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no such folder"):
         to_hf(tmp_path / "absent", tmp_path / "hf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         to_hf(tmp_path / "empty", tmp_path / "hf", model=deep)

@@ -1,4 +1,4 @@
-"""What a rank that ends leaves for machines, by every way of ending but the watchdog's (test_watchdog.py)."""
+"""The exit report of a rank, for every way to exit except the watchdog's (test_watchdog.py)."""
 
 import os
 import shutil
@@ -92,7 +92,7 @@ def test_unreadable_files_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["gone", "not a folder", "silent"])
-def test_a_folder_that_has_gone_away_keeps_nobody(tmp_path, monkeypatch, what):
+def test_an_unreachable_folder_blocks_nobody(tmp_path, monkeypatch, what):
     monkeypatch.setattr(exit_report, "_LONGEST_WRITE", 0.2)
     run = tmp_path / "run"
     if what == "not a folder":

@@ -1,4 +1,4 @@
-"""A rank that stands still ends within its deadline and says where."""
+"""A rank that hangs ends within its deadline and says where."""
 
 import os
 import signal

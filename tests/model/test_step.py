@@ -71,8 +71,8 @@ def test_importance_weights_are_truncated_and_leave_older_answers_alone():
     assert weighted.old_logprob_N.tolist() == pytest.approx([-1.2, -0.1, -1.0])
 
 
-def test_the_gate_counts_every_answer_whatever_the_algorithm(models, ledger, tmp_path):
-    """One answer a question, all called right, as the gate writes them: under GRPO they have no advantage."""
+def test_the_probe_counts_every_answer_whatever_the_algorithm(models, ledger, tmp_path):
+    """One answer per question, all marked right, as the probe writes them: under GRPO they have no advantage."""
     alone = []
     for group, _ in read_groups(ledger):
         answer = next(answer for answer in group.answers if answer.verdict.label == "correct")

@@ -1,4 +1,4 @@
-"""A recorded step once more: to the bit under its own layout, to rounding under others, and what another algorithm would do."""
+"""Replay of a recorded step: to the bit under its own layout, to rounding under others, and what another algorithm would do."""
 
 import hashlib
 import json
@@ -93,7 +93,7 @@ def test_what_cannot_be_replayed_is_said(recorded, command, tmp_path):
     for arguments, message in (
         ((recorded, "--step", 9), "--step = 9: has no ledger; one of 1, 2, 3"),
         ((tmp_path, "--step", 1), "is not a run folder"),
-        ((recorded, "--step", 1, "--against", recorded / "config.yaml"), "is no saved replay"),
+        ((recorded, "--step", 1, "--against", recorded / "config.yaml"), "is not a saved replay"),
         ((recorded, "--step", 1, "algorithm.name=ppo"), "no such algorithm"),
     ):
         done = command("replay", *arguments)

@@ -117,7 +117,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
 
 
 @pytest.mark.parametrize("name", ["stop file", "signal"])
-def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, start, metrics_of, tmp_path, name):
+def test_stop_request_saves_and_the_next_start_resumes(run_config, command, start, metrics_of, tmp_path, name):
     config, run = run_config(train={"num_steps": 200}, checkpoint={"every": 1000}), tmp_path / "run"
     process = start("train", config)
     until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process=process)
@@ -156,7 +156,7 @@ def test_fewer_steps_than_are_done_are_refused(run_config, command, tmp_path):
     assert [folder.name for folder in (tmp_path / "run" / "hf").iterdir()] == ["step_000002"]
 
 
-def test_a_moved_run_goes_on_and_other_questions_are_refused(run_config, command, question_file, tmp_path):
+def test_a_moved_run_resumes_and_other_questions_are_refused(run_config, command, question_file, tmp_path):
     assert command("train", run_config("first", train={"num_steps": 1})).returncode == 0
     (tmp_path / "first").rename(tmp_path / "second")
     config = run_config("second", train={"num_steps": 2})

@@ -102,7 +102,7 @@ def test_a_job_that_begins_on_a_full_disk_is_requeued(conduct, full_disk):
     assert [attempt.kind for attempt in folder.attempts()] == [None]
 
 
-def test_a_job_that_begins_on_a_full_disk_goes_on_once_there_is_room(conduct, full_disk):
+def test_a_job_that_begins_on_a_full_disk_continues_once_there_is_room(conduct, full_disk):
     full_disk(failures=3)
     assert [attempt.kind for attempt in conduct("exit 143").attempts()] == ["left"]
 

@@ -55,7 +55,7 @@ def test_a_collective_that_timed_out_was_waiting_for_the_rank_without_a_word():
 
 def test_when_all_stand_still_nobody_is_blamed():
     cause = find_cause(70, [report(rank, 70, "silent for 10 s", "save") for rank in range(4)], "", NODES)
-    assert (cause.text, cause.blamed) == ("all ranks stood still in phase save: silent for 10 s", ())
+    assert (cause.text, cause.blamed) == ("all ranks hung in phase save: silent for 10 s", ())
 
 
 @pytest.mark.parametrize("code", [2, 75])

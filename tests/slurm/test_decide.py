@@ -1,4 +1,4 @@
-"""When a run goes on, and when it gives up."""
+"""When a run continues, and when it gives up."""
 
 from dataclasses import replace
 

@@ -34,7 +34,7 @@ def test_its_examples_hold():
 
 
 @needs_nemo_run
-def test_a_run_is_requeued_and_goes_on(slurm_run):
+def test_a_run_is_requeued_and_continues(slurm_run):
     settings = {"account": "us", "python": sys.executable, "sbatch": ["--comment=ours"], "signal_seconds": 120}
     run = slurm_run(slurm=settings, train={"num_steps": 200})
     assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=180).stdout

@@ -33,7 +33,7 @@ def test_good_gpus_have_no_problems(program):
 def test_missing_failing_and_busy_gpus_are_named(program):
     program("nvidia-smi", gpus(("0", "4"), ("3", "4"), ("0", "71234")))
     assert gpu_problems(4) == [
-        "3 GPUs in place of 4",
+        "3 GPUs instead of 4",
         "GPU 1 had 3 uncorrected ECC errors",
         "71234 MiB of GPU 2 are in use",
     ]
@@ -52,13 +52,13 @@ def test_serious_xids_are_told_from_those_of_programs(program):
         "[12.3] NVRM: Xid (PCI:0000:3b:00): 31, pid=7, name=python, Ch 00000008, MMU Fault\n"
         "[13.3] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.\n",
     )
-    assert xid_problems() == ["Xid 79 in the kernel's log"]
+    assert xid_problems() == ["Xid 79 in the kernel log"]
 
 
 def test_the_sites_own_check_counts():
     assert node_problems(0, "true") == []
     assert node_problems(0, "echo the fan stands still >&2; exit 3") == [
-        "slurm.preflight_command ended with 3: the fan stands still"
+        "slurm.preflight_command exited with 3: the fan stands still"
     ]
 
 
@@ -70,8 +70,8 @@ def test_what_the_agent_makes_of_the_answers(tmp_path):
     assert read_preflight(tmp_path, ["n1", "n2"]).problem == "no node wrote to the shared folder"
     write(tmp_path, "n1", node="n1", problems=[])
     assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "did not report in the preflight"}
-    write(tmp_path, "n2", node="n2", problems=["7 GPUs in place of 8", "Xid 79 in the kernel's log"])
-    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "7 GPUs in place of 8; Xid 79 in the kernel's log"}
+    write(tmp_path, "n2", node="n2", problems=["7 GPUs instead of 8", "Xid 79 in the kernel log"])
+    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "7 GPUs instead of 8; Xid 79 in the kernel log"}
     write(tmp_path, "n2", node="n2", problems=[])
     found = read_preflight(tmp_path, ["n1", "n2"])
     assert (found.bad, found.problem) == ({}, "the all-reduce over all nodes did not complete")

@@ -42,7 +42,7 @@ def test_slices_along_either_axis(tmp_path: Path, sharded: bool):
     [
         ({"a": TENSORS["a"]}, "lacks the tensor b"),
         ({**TENSORS, "c": torch.zeros(2)}, "unexpected tensor c"),
-        ({**TENSORS, "a": torch.zeros(4, 4)}, r"a has shape \[4, 4\] where config.json implies \[4, 3\]"),
+        ({**TENSORS, "a": torch.zeros(4, 4)}, r"a has shape \[4, 4\], but config.json implies \[4, 3\]"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, tensors: dict[str, torch.Tensor], problem: str):
