@@ -127,7 +127,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
             folder,
             trainer,
             config.checkpoint.keep,
-            in_background=config.checkpoint.asynchronous,
+            asynchronous=config.checkpoint.asynchronous,
             deadline_seconds=config.deadlines.save_seconds,
         ),
         timer=timer,

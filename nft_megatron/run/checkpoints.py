@@ -29,16 +29,16 @@ _GRACE_SECONDS = 60.0
 class Checkpoints:
     """Saves and restores trainer and collector together. Every method is called on all ranks.
 
-    ``in_background``: a thread on each rank writes while training continues. It has its own control group, with the deadline
+    ``asynchronous``: a thread on each rank writes while training continues. It has its own control group, with the deadline
     ``deadline_seconds``, so that its messages and those of the main thread never mix.
     """
 
     def __init__(
-        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, in_background: bool, deadline_seconds: float
+        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, asynchronous: bool, deadline_seconds: float
     ) -> None:
         self._folder, self._trainer, self._num_kept = folder, trainer, num_kept
         self._topology = trainer.topology
-        self._of_writer = with_own_control_group(self._topology, deadline_seconds) if in_background else None
+        self._of_writer = with_own_control_group(self._topology, deadline_seconds) if asynchronous else None
         self._pending: Future[float] | None = None
 
     def save(self, step: int, collector: CollectorState) -> None:
