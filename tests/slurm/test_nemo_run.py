@@ -73,10 +73,10 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("slurm.account=null", "slurm.account = None: NeMo-Run submits nothing without"),
+        ("slurm.account=null", "slurm.account = None: is required by NeMo-Run"),
         ("run_dir=/shared/nemo_runs/a", "run_dir = /shared/nemo_runs/a: has /nemo_run in it"),
-        ("slurm.restart=chain", "slurm.restart = chain: is not built for NeMo-Run"),
-        ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is no --option=value"),
+        ("slurm.restart=chain", "slurm.restart = chain: is not supported with NeMo-Run"),
+        ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is not of the form --option=value"),
     ],
 )
 def test_what_it_has_no_way_for_is_refused_before_anything_is_written(
