@@ -89,7 +89,7 @@ class RolloutConfig(ConfigModel):
     """Abandon a question once this many of its answers are judged and all agree: it will probably fail the prompt filter. Saves
     tokens; loses questions on which the policy is nearly always right or wrong. null: never."""
     save_seconds: PositiveFloat = 60.0
-    """How often the finished groups of the current round are written; a killed run regenerates only the rest."""
+    """Time between writes of the current round's finished groups; a killed run regenerates only the rest."""
     processes: Annotated[int, Field(ge=0)] | None = None
     """Worker processes of the embedded engine, one thread each. null: one per core. 0: inside the trainer."""
     batch_size: PositiveInt = 128

@@ -100,6 +100,6 @@ def write_if_responsive(write: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             write()
 
-    thread = threading.Thread(target=attempt, name="last words", daemon=True)
+    thread = threading.Thread(target=attempt, name="exit report", daemon=True)
     thread.start()
     thread.join(_LONGEST_WRITE)

@@ -96,7 +96,7 @@ class Run:
         return self.rank0 is not None and self.rank0.evaluate is not None and self.rank0.collector.client.engine.overlaps
 
     def _is_due_beside(self, step: int) -> bool:
-        """Not in the last step, whose row comes too early, nor in the one before: the last row has its own evaluation."""
+        """Not in the last step, whose row comes too early, nor in the step before it: the last row has its own evaluation."""
         is_due = step % self.config.evaluate.every == 0 and step < self.config.train.num_steps - 1
         return is_due and self._evaluates_concurrently
 

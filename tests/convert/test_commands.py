@@ -68,7 +68,7 @@ def test_workers_do_not_change_a_byte(sources, tmp_path: Path):
 
 
 def test_what_is_written_is_sent_to_the_disk_at_once_and_its_pages_given_back(sources, tmp_path: Path, monkeypatch):
-    """Each range is advised when it is written, and once more when sixteen others have been."""
+    """Each range is advised when it is written, and again sixteen writes later."""
     advised = []
     advise = os.posix_fadvise
     to_megatron(sources["untied"], tmp_path / "expected")

@@ -25,7 +25,7 @@ CASES = [(name, layout) for layout in {**DENSE, **EXPERT} for name in FAMILIES i
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The tiny models, with transformers' logits and gradients of Σ weight · log-prob beside their weights."""
+    """The tiny models, with transformers' logits and gradients of Σ weight · log-prob, next to their weights."""
     root = tmp_path_factory.mktemp("families")
     folders = {}
     for name in FAMILIES:

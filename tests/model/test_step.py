@@ -20,7 +20,7 @@ from nft_megatron.model.step import Trainer
 
 @pytest.mark.parametrize("name", ["alone", "tensor 2 × context 2"])
 def test_old_logprobs_make_every_ratio_one_before_the_first_update(models, ledger, tmp_path, name):
-    """With answers of the current weights (version step − 1), π_old is recomputed: R = 1, so the loss is 0 to the bit."""
+    """With answers of the current weights (version step − 1), π_old is recomputed: R = 1, so the loss is exactly 0."""
     fresh = [
         replace(group, answers=tuple(replace(a, completion=replace(a.completion, weight_version=0)) for a in group.answers))
         for group, _ in read_groups(ledger)

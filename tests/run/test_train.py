@@ -1,4 +1,4 @@
-"""Whole runs of the command: they learn, resume to the bit, and say what is wrong."""
+"""Whole runs of the command: they learn, resume bit for bit, and say what is wrong."""
 
 import random
 import signal
@@ -93,7 +93,7 @@ def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, start, metrics_of, tmp_path, attempt):
-    processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core
+    processes = 2 if attempt == 0 else 0  # of the engine; the default is one process per core
     sections = {"rollout": {"oversample": 1.0, "processes": processes}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
     assert command("train", run_config("whole", **sections)).returncode == 0
     config, run, moments = run_config("killed", **sections), tmp_path / "killed", random.Random(attempt)

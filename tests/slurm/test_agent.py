@@ -74,7 +74,7 @@ def test_a_preflight_that_crashes_is_a_failure_and_its_node_a_bad_one(conduct, c
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Atomic files fail for want of room, so many times; without a number for good."""
+    """Atomic files fail for lack of space the given number of times; without a number, forever."""
     write = agent.atomic_file
 
     def fill(failures=None):

@@ -1,4 +1,4 @@
-"""What the look at a node finds, with an nvidia-smi and a kernel's log that report faults on demand."""
+"""What the check of a node finds, with an nvidia-smi and a kernel log that report faults on demand."""
 
 import json
 
@@ -57,8 +57,8 @@ def test_serious_xids_are_told_from_those_of_programs(program):
 
 def test_the_sites_own_check_counts():
     assert node_problems(0, "true") == []
-    assert node_problems(0, "echo the fan stands still >&2; exit 3") == [
-        "slurm.preflight_command exited with 3: the fan stands still"
+    assert node_problems(0, "echo the fan is blocked >&2; exit 3") == [
+        "slurm.preflight_command exited with 3: the fan is blocked"
     ]
 
 
