@@ -1,4 +1,4 @@
-"""Replay of a recorded step: bit for bit under its own layout, to rounding under others, and what another algorithm would do."""
+"""Replay of a recorded step: bit for bit under its own layout, to rounding under others, and under another algorithm."""
 
 import hashlib
 import json
