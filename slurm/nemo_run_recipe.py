@@ -1,10 +1,10 @@
-"""The same as ``nft-megatron slurm submit``, by way of NeMo-Run (``pip install 'nft_megatron[slurm]'``); see README.md.
+"""``nft-megatron slurm submit`` through NeMo-Run (``pip install 'nft_megatron[slurm]'``); see README.md.
 
     python slurm/nemo_run_recipe.py CONFIG [section.key=value …] [--dry-run]
 
-The experiment is one script of one task, on the first node of the job: the agent that the plain batch script runs too, which
-starts all the rest. NeMo-Run's own retries are off, since the agent requeues the job. What NeMo-Run writes is in
-RUN/slurm/nemo, or in NEMORUN_HOME where that is set (a folder that all nodes see).
+The experiment is one script of one task, on the first node of the job: the same agent as in the plain batch script, which
+starts everything else. NeMo-Run's own retries are off, because the agent requeues the job. NeMo-Run writes to RUN/slurm/nemo,
+or to NEMORUN_HOME if that is set (a folder that all nodes see).
 """
 
 import argparse
@@ -27,7 +27,7 @@ AGENT_STEP = ["--nodes=1", "--ntasks=1", "--relative=0", "--overlap"]
 
 
 def sbatch_options(options: tuple[str, ...]) -> dict[str, str | bool]:
-    """``slurm.sbatch`` as NeMo-Run takes it.
+    """``slurm.sbatch`` in NeMo-Run's form.
 
     >>> sbatch_options(("--qos=high", "--contiguous"))
     {'qos': 'high', 'contiguous': True}
@@ -38,24 +38,24 @@ def sbatch_options(options: tuple[str, ...]) -> dict[str, str | bool]:
     for option in options:
         name, equals, value = option.removeprefix("--").partition("=")
         if not option.startswith("--") or " " in name:
-            raise UserError("slurm.sbatch", option, "is no --option=value", "write the option's long name and =")
+            raise UserError("slurm.sbatch", option, "is not of the form --option=value", "write the option's long name and a =")
         parameters[name] = value if equals else True
     return parameters
 
 
 def check(config: Config) -> None:
-    """Raise UserError for settings that NeMo-Run has no way for."""
+    """Raise UserError for settings that NeMo-Run cannot express."""
     if config.slurm.account is None:
-        raise UserError("slurm.account", None, "NeMo-Run submits nothing without", "set it to the account that is billed")
+        raise UserError("slurm.account", None, "is required by NeMo-Run", "set it to the account to bill")
     if config.slurm.restart == "chain":
-        raise UserError("slurm.restart", "chain", "is not built for NeMo-Run", "use `nft-megatron slurm submit`")
+        raise UserError("slurm.restart", "chain", "is not supported with NeMo-Run", "use `nft-megatron slurm submit`")
     if "/nemo_run" in str(config.run_dir.resolve()):
-        raise UserError("run_dir", config.run_dir, "has /nemo_run in it, which NeMo-Run replaces", "name it otherwise")
+        raise UserError("run_dir", config.run_dir, "contains /nemo_run, which NeMo-Run replaces", "choose another name")
     sbatch_options(config.slurm.sbatch)
 
 
 def submit(config: Config, dry_run: bool) -> str | None:
-    """Give ``config``, which has been prepared, to Slurm; the id of the job. A dry run prints the batch script instead."""
+    """Submit the prepared ``config``; returns the job's id. A dry run prints the batch script instead."""
     settings, folder = config.slurm, JobFolder(RunFolder(config.run_dir))
     os.environ.setdefault("NEMORUN_HOME", str(folder.root / "nemo"))  # read when it is imported
     try:
@@ -74,17 +74,19 @@ def submit(config: Config, dry_run: bool) -> str | None:
         mem="0",
         exclusive=True,
         exclude=",".join(folder.excluded()) or None,
-        # To the steps, of which the agent is one: the job's own script is NeMo-Run's, and USR1 would end it.
+        # To the steps, which include the agent: the job's own script is NeMo-Run's, and USR1 would end it.
         signal=f"USR1@{settings.signal_seconds}",
         setup_lines="\n".join(["trap '' USR1", *settings.setup]),
         srun_args=[*AGENT_STEP, f"--chdir={Path.cwd()}"],
         additional_parameters={"dependency": "singleton", "requeue": True, **sbatch_options(settings.sbatch)},
         job_details=SlurmJobDetails(job_name=job_name(config), folder=str(folder.root)),
-        packager=nemo_run.Packager(),  # the code is installed, not sent along
+        packager=nemo_run.Packager(),  # the code is installed, not packaged
         tunnel=nemo_run.LocalTunnel(job_dir=""),
         poll_estimated_start_time=False,
     )
-    python = sys.executable if settings.container_image else python_of(config)  # the agent runs where srun is
+    python = (
+        sys.executable if settings.container_image else python_of(config)
+    )  # the agent runs outside the container, where srun is
     agent = shlex.join([python, "-u", "-m", "nft_megatron", "slurm", "agent", str(folder.config)])
     with nemo_run.Experiment(job_name(config), skip_status_at_exit=True) as experiment:  # the status would need sacct
         experiment.add(nemo_run.Script(inline=f"exec {agent}\n"), executor=executor, name="agent")
@@ -98,7 +100,7 @@ def submit(config: Config, dry_run: bool) -> str | None:
 
 
 def main() -> None:
-    """Parse, check, submit; a mistake of the user's is one message and exit code 2."""
+    """Parse, check, submit; a user's mistake yields one message and exit code 2."""
     parser = argparse.ArgumentParser(description="Submit a run through NeMo-Run.")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

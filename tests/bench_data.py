@@ -1,4 +1,4 @@
-"""The development data, which is not part of the project: beside the repository, or where NFT_MEGATRON_BENCH says."""
+"""The development data, which is not part of the project: next to the repository, or in NFT_MEGATRON_BENCH."""
 
 import json
 import os

@@ -107,7 +107,7 @@ def _logits(chunks: Chunks, topology: Topology, shape: ModelShape) -> torch.Tens
 
 
 def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
-    """``torch_dist`` with optimizer state and, where no experts are spread, a file a rank as Megatron-LM names them."""
+    """``torch_dist`` with optimizer state and, where no experts are spread, one file per rank as Megatron-LM names them."""
     (folder / "torch_dist").mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / "torch_dist", chunks, PolicyOptimizer(chunks, AdamW(1e-3)), topology, {"step": 0})
     if topology.world_size > topology.tensor_size * topology.pipeline_size:

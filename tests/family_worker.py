@@ -115,7 +115,7 @@ class Lab:
 
 
 def measure(folders: dict[str, Path], out: Path, layout: Layout) -> None:
-    """Of every model the largest error of a logit and the export's faults to ``out/<name>.json``, gradients beside it."""
+    """Write every model's largest logit error and the export's faults to ``out/<name>.json``, with gradients next to it."""
 
     def measure_one(name: str, folder: Path, topology: Topology) -> None:
         lab = Lab(folder, topology)

@@ -59,8 +59,8 @@ def train_in_environment(config: str, variables: dict[str, str]) -> None:
     main(["train", config])
 
 
-def train_with_slow_writer(config: str, go_on: str, fault: dict[str, int]) -> None:
-    """``nft-megatron train`` that writes no shard of step 2 before the file ``go_on`` is there.
+def train_with_slow_writer(config: str, continue_file: str, fault: dict[str, int]) -> None:
+    """``nft-megatron train`` that writes no shard of step 2 before the file ``continue_file`` is there.
 
     ``fault``: with "rank", "step" and "errno", that rank then fails to write that step; with "broken_update", that update
     raises.
@@ -71,7 +71,7 @@ def train_with_slow_writer(config: str, go_on: str, fault: dict[str, int]) -> No
         step = int(Path(self.fs.concat_path(self.path, "")).name.rpartition("_")[2])
         wait_for_file = step == 2 or "broken_update" in fault
         limit = time.monotonic() + 60
-        while wait_for_file and not os.path.exists(go_on):
+        while wait_for_file and not os.path.exists(continue_file):
             assert time.monotonic() < limit
             time.sleep(0.02)
         if (rank_info().rank, step) == (fault.get("rank"), fault.get("step")):

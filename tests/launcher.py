@@ -30,7 +30,7 @@ class Outcome:
 class Ranks:
     """``function(*arguments)`` in ``count`` processes with the environment that torchrun would give them.
 
-    ``function`` belongs to a module that can be imported (one beside this file, or of the package).
+    ``function`` belongs to a module that can be imported (one next to this file, or of the package).
     """
 
     def __init__(self, function: Callable[..., object], arguments: tuple[object, ...], count: int, folder: Path) -> None:

@@ -110,7 +110,7 @@ def _measure(run: Run, topology: Topology) -> None:
 
 
 def mismatches(runs: list[Run]) -> None:
-    """``out/stats.json``: the mismatch of the ledger's answers, as the gate measures it. All runs have one layout."""
+    """``out/stats.json``: the mismatch of the ledger's answers, as the log-prob probe measures it. All runs have one layout."""
 
     def all_runs(topology: Topology) -> None:
         for run in runs:
@@ -183,7 +183,7 @@ def _reshard(run: Run, reference: Path, topology: Topology) -> None:
 
 
 def restore(runs: list[Run], references: list[Path]) -> None:
-    """One process goes on from every run's rewritten checkpoint; ``restored.json`` tells what differs from the references."""
+    """One process resumes from every run's rewritten checkpoint; ``restored.json`` lists what differs from the references."""
 
     def all_runs(topology: Topology) -> None:
         for run, reference in zip(runs, references, strict=True):

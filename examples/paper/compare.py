@@ -1,11 +1,11 @@
 """The paper's comparison at toy scale: six algorithms, ω and ε, several seeds, one page.
 
-    python examples/paper/compare.py --seeds 6                   everything, two runs beside each other
-    python examples/paper/compare.py --seeds 4 --pilot           NFT and GRPO alone: times, deviations, what the rest can show
-    python examples/paper/compare.py --seeds 6 --page-only       the page of what is there
+    python examples/paper/compare.py --seeds 6                   everything, two runs at a time
+    python examples/paper/compare.py --seeds 4 --pilot           NFT and GRPO only: times, deviations, what the rest can show
+    python examples/paper/compare.py --seeds 6 --page-only       only the page, from the finished runs
 
-A seed is a cold start, an order of questions and a stream of samples; all variants of a seed share it, so differences are
-taken in pairs. Run it again after an interruption: finished runs are kept, others go on. Further arguments are overrides of
+A seed is a cold start, an order of questions and a stream of samples; all variants of a seed share these, so differences
+are paired. Run it again after an interruption: finished runs are kept, others resume. Further arguments override settings of
 every run.
 """
 
@@ -30,12 +30,12 @@ from nft_megatron.config.load import load_config
 HERE = Path(__file__).resolve().parent
 FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = ["nft_megatron.train", "nft_megatron.rollout.decode", "transformers.models.qwen2.modeling_qwen2"]
-"""Imported once for all runs, which saves each of them some 8 s."""
+"""Imported once for all runs, which saves each about 8 s."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run: where, from which start, with which overrides."""
+    """One run: its folder, its start and its overrides."""
 
     folder: Path
     start: Path
@@ -43,7 +43,7 @@ class Task:
     overrides: tuple[str, ...]
 
     def command(self, config: Path) -> list[str]:
-        """What one would type behind ``nft-megatron``."""
+        """The arguments of ``nft-megatron``."""
         own = (f"run_dir={self.folder}", f"seed={self.seed}", f"model.path={self.start / 'model'}")
         data = (f"data.train={self.start / 'train.parquet'}", f"evaluate.data={self.start / 'held_out.parquet'}")
         return ["train", str(config), *own, *data, *self.overrides]
@@ -62,13 +62,13 @@ def tasks(root: Path, seeds: int, variants: Mapping[str, tuple[str, ...]], confi
 
 
 def run(task: Task, config: Path) -> None:
-    """Train it to its end, its output beside it; an error ends the comparison."""
+    """Train it to its end, with its output in its folder; an error ends the comparison."""
     task.folder.mkdir(parents=True, exist_ok=True)
     process = FORKS.Process(target=_train, args=(task.command(config), task.folder / "output.txt"))
     process.start()
     process.join()
     if process.exitcode:
-        sys.exit(f"{task.folder} ended with {process.exitcode}; its output.txt says why")
+        sys.exit(f"{task.folder} exited with {process.exitcode}; its output.txt says why")
     print(f"done  {task.folder}", flush=True)
 
 
@@ -81,7 +81,7 @@ def _train(command: list[str], output: Path) -> None:
 
 
 def prepare(start: Path, seed: int) -> None:
-    """The cold start of ``seed``, unless it is there."""
+    """Create the cold start of ``seed`` unless it exists."""
     if not start.exists():
         subprocess.run([sys.executable, HERE / "prepare.py", "--out", start, "--seed", str(seed)], check=True)
 
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=2, help="runs beside each other (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--root", type=Path, default=Path("runs/paper"), help="folder of all runs (default: %(default)s)")
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
     parser.add_argument("--pilot", action="store_true")

@@ -18,7 +18,7 @@ NUM_POINTS = 25
 
 
 def draw_curves(panels: Sequence[tuple[str, Mapping[str, Sequence[Points]]]], budget: int, path: Path) -> None:
-    """A panel a title, a colour a name, against sampled answers up to ``budget``; SVG, whole or not at all."""
+    """One panel per title, one colour per name, against sampled answers up to ``budget``; an SVG, complete or absent."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained", facecolor="#fdfdfc")
         counts = np.linspace(0, budget, NUM_POINTS)

@@ -26,7 +26,7 @@ from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.observe.metrics import read_metrics
 
 MARGIN = 0.03
-"""Of held-out accuracy: runs that differ by less count as about equal."""
+"""Difference in held-out accuracy below which runs count as about equal."""
 HOW_TO_READ = (
     "{seeds} seeds; a seed is a cold start, an order of questions and a stream of samples, shared by all variants. Every run "
     "is judged by the mean of its curve over the last quarter of {budget:,} sampled answers ({readings} readings), as many as "
@@ -53,7 +53,7 @@ class Runs:
     hours: float
 
     def judged(self, quantity: str, name: str) -> list[float]:
-        """Late mean of each seed's run."""
+        """Mean over the late readings of each seed's run."""
         return [late_mean(points, self.budget) for points in getattr(self, quantity)[name]]
 
     def start(self, quantity: str, name: str) -> list[float]:
@@ -62,7 +62,7 @@ class Runs:
 
 
 def read_runs(root: Path, seeds: int, group_size: int) -> Runs:
-    """Of all variants those that have ended with all ``seeds``."""
+    """The variants that have finished with all ``seeds``."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     seconds: dict[Path, float] = {}
     for name, overrides in (ALGORITHMS | OMEGA | EPSILON | WEIGHT).items():
@@ -79,7 +79,7 @@ def read_runs(root: Path, seeds: int, group_size: int) -> Runs:
 
 
 def write_page(root: Path, seeds: int, group_size: int, command: str, settings: str) -> Path:
-    """Write ROOT/comparison.md and its two pictures; returns the page's path. Without a finished variant, an error."""
+    """Write ROOT/comparison.md and its two pictures; returns the page's path. Raises an error without a finished variant."""
     runs = read_runs(root, seeds, group_size)
     lines = [
         "# The paper's comparison at toy scale",
@@ -157,7 +157,7 @@ def _table(runs: Runs, variants: Mapping[str, object], reference: str) -> list[s
 
 
 def _finding(runs: Runs, finding: Finding) -> str:
-    """Its row of the table: what is claimed, the difference here, whether that is seen."""
+    """Its row of the table: the claim, the difference here, whether it is seen."""
     values = runs.judged(finding.quantity, finding.left)
     other = runs.judged(finding.quantity, finding.right) if finding.right else runs.start(finding.quantity, finding.left)
     mean, deviation = mean_and_deviation(_less(values, other))

@@ -2,7 +2,7 @@
 
     python examples/paper/prepare.py --out DIR --seed N
 
-DIR is what the quickstart's prepare.py makes, with other settings of that file's constants.
+DIR has the same content as that of the quickstart's prepare.py, with different constants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Curves over sampled answers, means over seeds, differences of runs that share a start, and which so many seeds can show."""
+"""Curves over sampled answers, means over seeds, paired differences between runs, and the smallest that n seeds can show."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T_QUANTILES = {
 """Student's t at 97.5 % and at 80 %, by degrees of freedom."""
 
 LATE = (0.75, 0.8125, 0.875, 0.9375, 1.0)
-"""Shares of the budget at which a curve is read to judge a run: one evaluation alone is as noisy as the weights it meets."""
+"""Shares of the budget at which a curve is read to judge a run: a single evaluation is as noisy as its weights."""
 
 Points = list[tuple[int, float]]
 """(answers sampled so far, value), in order."""
@@ -43,7 +43,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def smallest_visible(deviation: float, num_seeds: int) -> float:
-    """The difference that a paired t-test at 5 % finds in four of five comparisons: (t₉₇.₅ + t₈₀)·deviation / √seeds.
+    """The difference that a paired t-test at 5 % detects in four of five comparisons: (t₉₇.₅ + t₈₀)·deviation / √seeds.
 
     ``deviation`` is that of the differences between two runs from one start.
 
@@ -54,17 +54,17 @@ def smallest_visible(deviation: float, num_seeds: int) -> float:
 
 
 def half_width(deviation: float, num_seeds: int) -> float:
-    """Of the 95 % interval around a mean of ``num_seeds``; NaN of one."""
+    """Half the 95 % interval around a mean of ``num_seeds``; NaN for one."""
     return _quantiles(num_seeds)[0] * deviation / math.sqrt(num_seeds)
 
 
 def _quantiles(num_seeds: int) -> tuple[float, float]:
-    """With fewer degrees of freedom where the table has none so many: wider, never narrower."""
+    """Uses fewer degrees of freedom if the table lacks the exact number: wider, never narrower."""
     return T_QUANTILES[max((df for df in T_QUANTILES if df <= num_seeds - 1), default=1)]
 
 
 def verdict(kind: Kind, mean: float, width: float, margin: float) -> str:
-    """What the interval ``mean`` ± ``width`` of a difference says of a finding; ``margin`` is what counts as equal.
+    """What the interval ``mean`` ± ``width`` of a difference says about a finding; ``margin`` counts as equal.
 
     >>> [verdict("above", mean, 0.01, 0.03) for mean in (0.02, 0.005, -0.02)]
     ['seen', 'not shown', 'the opposite']
@@ -91,7 +91,7 @@ def accuracy_by_samples(rows: Sequence[Mapping[str, Any]], group_size: int) -> P
 
 
 def entropy_by_samples(rows: Sequence[Mapping[str, Any]], group_size: int) -> Points:
-    """Entropy of the answers of each step, at the count before it: they come from the weights that the steps before left.
+    """Entropy of the answers of each step, at the count before it: they come from the weights that earlier steps left.
 
     >>> entropy_by_samples([{"groups_sampled": 10, "entropy_sampled": 0.2}, {"groups_sampled": 9, "entropy_sampled": 0.1}], 16)
     [(0, 0.2), (160, 0.1)]
@@ -101,7 +101,7 @@ def entropy_by_samples(rows: Sequence[Mapping[str, Any]], group_size: int) -> Po
 
 
 def value_at(points: Points, num_answers: float) -> float:
-    """Between two points on the straight line that joins them; after the last one its own.
+    """Linear interpolation between points; after the last point, its value.
 
     >>> value_at([(0, 0.2), (100, 0.4)], 50)
     0.30000000000000004

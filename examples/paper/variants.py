@@ -1,5 +1,5 @@
 """What is compared (the six algorithms of Table 1, ω as in Figure 9, ε as in Figure 10, the weight of wrong answers), and
-what the paper found of it.
+what the paper found.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHT = {
 }
 """Of wrong answers. 0 is RFT with NFT's ω; the authors' scripts suggest 0.5 for their largest model."""
 UNFILTERED = ("GRPO", "Dr. GRPO")
-"""They ask fewer questions a step, as none is left out, and get twice the steps; all are compared after equal samples."""
+"""These use fewer questions per step, because none is left out, and get twice the steps; all are compared at equal samples."""
 
 
 class Finding(NamedTuple):
@@ -66,7 +66,7 @@ FINDINGS = (
 
 
 def folder_name(overrides: tuple[str, ...]) -> str:
-    """Of the run with these overrides: equal ones share it.
+    """The folder name of the run with these overrides; equal ones share it.
 
     >>> folder_name(("algorithm.name=nft",)), folder_name(("algorithm.epsilon=0.1",))
     ('nft', 'epsilon-0.1')

@@ -1,7 +1,7 @@
-r"""The toy task: small sums such as ``7*8-9+6``, worked out a line at a time and answered in ``\boxed{}``.
+r"""The toy task: small sums such as ``7*8-9+6``, worked out line by line and answered in ``\boxed{}``.
 
 A *careless* answer stops after two operations: right for three numbers, wrong for more. The cold start shows the model mostly
-careless ones, so that its best guess is right on less than half of the questions and the better habit is within its reach.
+careless ones, so that its greedy answer is right on less than half of the questions and the better habit is within reach.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections.abc import Collection
 from dataclasses import dataclass
 
-NUM_NUMBERS = (3, 3, 3, 4, 4, 4, 5, 5)  # how many a question has is drawn from here
+NUM_NUMBERS = (3, 3, 3, 4, 4, 4, 5, 5)  # the number of numbers in a question is sampled from here
 CARELESS_OPERATIONS = 2
 
 
@@ -56,7 +56,7 @@ def question_text(task: Sum) -> str:
 
 
 def answer_text(task: Sum, careless: bool = False) -> str:
-    r"""One operation a line, then the last result in a box. ``careless`` forgets what comes after two operations.
+    r"""One operation per line, then the last result in a box. ``careless`` stops after two operations.
 
     >>> answer_text(Sum((7, 8, 9, 6), "*-+")).split("\n")
     ['7*8=56', '56-9=47', '47+6=53', '\\boxed{53}']

@@ -1,11 +1,11 @@
-"""Makes what the quickstart trains on and from: questions, a tokenizer, and a tiny Qwen2 that is right on some 40 % of them.
+"""Creates the quickstart's questions, tokenizer and starting model, a tiny Qwen2 that answers about 40 % of them correctly.
 
     DIR/model/             a Hugging Face model folder: config.json, model.safetensors, generation_config.json, the tokenizer
-    DIR/train.parquet      questions to train on, in the schema of DAPO-Math-17k
-    DIR/held_out.parquet   questions to measure on; never trained on, and not shown in the cold start either
+    DIR/train.parquet      questions to train on, with DAPO-Math-17k's schema
+    DIR/held_out.parquet   questions to measure on; never trained on, not even in the cold start
 
 The model starts from random weights and imitates demonstrations (arithmetic.py says of what) for a fixed number of updates:
-the "cold start". DIR appears whole or not at all; when it is there already, nothing is done.
+the "cold start". DIR appears complete or not at all; if it already exists, nothing is done.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# AutoTokenizer gives every folder of model type qwen2 this way of splitting text into words; every digit is one of its own.
+# AutoTokenizer gives every folder of model type qwen2 this way of splitting text into words; every digit is a word.
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 VOCABULARY_SIZE = 320
 
@@ -98,7 +98,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = HIDDEN_SIZ
 
 
 def write_questions(path: Path, tasks: list[Sum]) -> None:
-    """Parquet in the schema of DAPO-Math-17k."""
+    """Write Parquet with DAPO-Math-17k's schema."""
     rows = [
         {
             "data_source": "quickstart_arithmetic",
@@ -172,7 +172,7 @@ def cold_start(
 
 
 def prepare(folder: Path, seed: int, num_updates: int = NUM_UPDATES, hidden_size: int = HIDDEN_SIZE) -> None:
-    """Make ``folder``; the head of this file says what it holds."""
+    """Create ``folder``; the top of this file lists its content."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     held_out = draw_distinct(rng, NUM_HELD_OUT)
@@ -190,19 +190,21 @@ def prepare(folder: Path, seed: int, num_updates: int = NUM_UPDATES, hidden_size
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of questions, weights and demonstrations (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of questions, weights and demonstrations (default: %(default)s)"
+    )
     parser.add_argument(
         "--hidden-size",
         type=int,
         default=HIDDEN_SIZE,
-        help="of the model, in 4 heads (default: %(default)s; vLLM on the CPU takes heads of 32 and more: 128)",
+        help="hidden size, in 4 heads (default: %(default)s; vLLM on the CPU needs heads of 32 or more: 128)",
     )
-    parser.add_argument("--updates", type=int, default=NUM_UPDATES, help="of the cold start (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=NUM_UPDATES, help="updates of the cold start (default: %(default)s)")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     if options.out.exists():
-        print(f"{options.out} is there already; delete it to make it again")
+        print(f"{options.out} already exists; delete it to create it again")
         return
     prepare(options.out, options.seed, options.updates, options.hidden_size)
     print(f"wrote {options.out}: model, {NUM_TRAIN} questions to train on, {NUM_HELD_OUT} held out")

@@ -1,7 +1,7 @@
-"""The quickstart: make a toy task, measure a small model, train it with NFT, measure it again, write the report.
+"""The quickstart: create a toy task, measure a small model, train it with NFT, measure it again, write the report.
 
-It only runs commands that one could type, and prints each. Run it again after an interruption and it goes on. Arguments are
-overrides of config.yaml, such as ``algorithm.name=rft``.
+It only runs commands that you could type, and prints each. Run it again after an interruption to resume. Arguments override
+config.yaml, such as ``algorithm.name=rft``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ START = Path("runs/quickstart/start")
 
 
 def short(path: str | Path) -> Path:
-    """``path`` as one would type it: relative where it lies below the current folder."""
+    """``path`` as one would type it: relative if it is inside the current folder."""
     path = Path(path).absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -32,14 +32,14 @@ def run(*command: object) -> None:
     print(f"\n$ {shlex.join(words)}", flush=True)
     process = subprocess.Popen(words)
     while process.poll() is None:
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the command too, which saves what it has and ends
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C also reaches the command, which saves its work and exits
             process.wait()
     if process.returncode:
         sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
 
 
 def main(overrides: list[str]) -> None:
-    """All of it, in order."""
+    """Run all commands in order."""
     began = time.monotonic()
     example, programs = short(Path(__file__).parent), short(Path(sys.executable).parent)
     python, nft_megatron, config = programs / "python", programs / "nft-megatron", example / "config.yaml"
@@ -53,7 +53,7 @@ def main(overrides: list[str]) -> None:
     run(nft_megatron, "eval", export, config, *overrides, "--out", after)
     run(nft_megatron, "report", run_dir, "--png", run_dir / "overview.png")
 
-    print(f"\n{'held-out questions':20} {'right':>16} {'tokens an answer':>18}")
+    print(f"\n{'held-out questions':20} {'right':>16} {'tokens per answer':>18}")
     for name, path in (("before", before), ("after NFT", after)):
         result = json.loads(path.read_text())
         right = f"{result['accuracy']:.1%} ± {result['standard_error']:.1%}"

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def _found() -> dict[str, type[Algorithm]]:
-    """The classes with a ``name`` of their own in the files of this folder, each once, in the order of the files."""
+    """The classes in this folder's files that define their own ``name``, each once, in file order."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     named = [each for each in classes if issubclass(each, Algorithm) and not each.model_fields["name"].is_required()]

@@ -1,15 +1,15 @@
-"""What an algorithm is: a section of the configuration whose methods are pure functions of log-probs and verdicts.
+"""What an algorithm is: a config model whose methods are pure functions of log-probs and verdicts.
 
 The trainer minimises
 
-    Σ_tokens ω·ℓ_t / D        coupling "token": ℓ of a token depends on its own log-prob alone
+    Σ_tokens ω·ℓ_t / D        coupling "token": ℓ of a token depends only on its own log-prob
     Σ_answers ω·ℓ_k / D       coupling "sequence" or "group": ℓ of an answer depends on the log-ratios of whole answers
 
 An algorithm gives ω (:meth:`Algorithm.weight`) and ℓ (:meth:`Algorithm.token_loss` or :meth:`Algorithm.sequence_loss`); D
-belongs to :mod:`nft_megatron.batching.denominator`. Formulas use methods of tensors only, so that the configuration, which
+belongs to :mod:`nft_megatron.batching.denominator`. Formulas use only tensor methods, so that the configuration, which
 contains algorithms, needs no torch.
 
-Suffix ``_N``: one entry a loss token, that is an answer token that is trained on. ``_A``: one entry an answer.
+Suffix ``_N``: one entry per loss token, that is, per answer token that is trained on. ``_A``: one entry per answer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LOG_RATIO_CAP = 10.0
 
 
 class AnswerBatch(NamedTuple):
-    """The judged answers of a step's questions, what is known of them before any forward pass. Whole groups, in any order.
+    """The judged answers to a step's questions: what is known before any forward pass. Whole groups, in any order.
 
-    ``group_A`` (int64) are equal for the answers of one question, numbered from 0. ``is_correct_A`` (bool) is r,
-    ``correct_rate_A`` (float64) r̂ of the question. ``length_A`` (int64) are tokens of the answer, ``is_truncated_A`` (bool)
-    tells that it was cut, and ``length_limit`` at how many tokens answers are.
+    ``group_A`` (int64) numbers the questions from 0. ``is_correct_A`` (bool) is r, ``correct_rate_A`` (float64) r̂ of the
+    question, ``length_A`` (int64) the answer's number of tokens. ``is_truncated_A`` (bool) marks truncated answers;
+    ``length_limit`` is the number of tokens at which answers are truncated.
     """
 
     group_A: Tensor
@@ -44,7 +44,7 @@ class AnswerBatch(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """What a loss of coupling "token" may look at, for N loss tokens of any answers in any order.
+    """The inputs of a loss of coupling "token", for N loss tokens of any answers in any order.
 
     ``logprob_N`` is log π_θ⁺(a_t | q, a_<t) and carries the gradient; ``old_logprob_N`` is log π of the policy that generated
     the answer; both float32 (float64 in tests). ``is_correct_N`` (bool) is r of the token's answer, ``correct_rate_N`` is r̂ of
@@ -59,7 +59,7 @@ class TokenBatch(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """ℓ of every token, without ω and without any normalisation; differentiable in ``TokenBatch.logprob_N``.
+    """ℓ of every token, without ω or any normalisation; differentiable in ``TokenBatch.logprob_N``.
 
     ``clamped_N`` (bool) marks the tokens whose ratio the algorithm bounded: for NFT negative ratios below ε, for GRPO and its
     relatives ratios beyond the clip.
@@ -70,10 +70,10 @@ class TokenLoss(NamedTuple):
 
 
 class SequenceBatch(NamedTuple):
-    """What a loss of coupling "sequence" or "group" may look at, for some answers; under "group" all of their questions.
+    """The inputs of a loss of coupling "sequence" or "group", for some answers; under "group", all answers to their questions.
 
-    ``log_ratio_A`` = Σ_t log R_t, summed over all tokens of the answer wherever they lie, carries the gradient. ``length_A``
-    are its tokens, ``group_A`` as in :class:`AnswerBatch`, ``advantage_A`` is :meth:`Algorithm.advantage`.
+    ``log_ratio_A`` = Σ_t log R_t, summed over all tokens of the answer on all ranks, carries the gradient. ``length_A``
+    is its number of tokens, ``group_A`` as in :class:`AnswerBatch`, ``advantage_A`` is :meth:`Algorithm.advantage`.
     """
 
     log_ratio_A: Tensor
@@ -85,12 +85,12 @@ class SequenceBatch(NamedTuple):
 
 
 class Algorithm(ConfigModel):
-    """An objective with its options, and what it asks of the rooms around it. Subclasses are found by their ``name``.
+    """An objective with its options and its requirements on the trainer. Subclasses are found by their ``name``.
 
-    coupling: what ℓ depends on. "sequence": the trainer sums log-ratios over an answer before ℓ is known, context-parallel
-        ranks together. "group": besides, all answers to a question are in one micro-batch.
+    coupling: what ℓ depends on. "sequence": the trainer first sums log-ratios over each answer, across context-parallel
+        ranks. "group": in addition, all answers to a question are in one micro-batch.
     uses_wrong_answers: False means that wrong answers are never packed and never forwarded.
-    needs_mixed_groups: questions with r̂ = 0 or 1 have no loss, or one that is not defined. False: they may be trained on.
+    needs_mixed_groups: questions with r̂ = 0 or 1 have no loss or an undefined one. False: they may be trained on.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Algorithm(ConfigModel):
         return answers.correct_rate_A.new_ones(len(answers.correct_rate_A))
 
     def advantage(self, answers: AnswerBatch) -> Tensor | None:
-        """A number an answer, shape A, that its loss is told; an answer with 0 is never forwarded. None: no such number."""
+        """One number per answer, shape A, that its loss may use; answers with 0 are never forwarded. None: no such number."""
         return None
 
     def token_loss(self, batch: TokenBatch) -> TokenLoss:
@@ -116,7 +116,7 @@ class Algorithm(ConfigModel):
 
 
 def with_gradient(value_N: Tensor, gradient_N: Tensor, logprob_N: Tensor) -> Tensor:
-    """``value_N`` with ``gradient_N`` as its derivative in ``logprob_N``, neither of them differentiated.
+    """``value_N`` with ``gradient_N`` as its derivative in ``logprob_N``; neither is differentiated.
 
     For losses whose two closed forms are accurate where automatic differentiation is not, or, like the straight-through
     max_v of NFT, whose gradient is deliberately not that of the value.

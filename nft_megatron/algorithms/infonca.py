@@ -15,9 +15,9 @@ The trainer divides the sum over answers by the same D as the token losses of th
 a coefficient.
 
 Departures from the published algorithm:
- 1. The paper adds "an SFT regularisation term" without its form and its weight. Here it is the cross-entropy of the same target
-    distribution, −Σ_k p_k log π_θ(a_k) up to a constant, with λ = ``sft_weight``; 0.1 is our choice.
- 2. Answers that could not be judged, and empty ones, are not among the K.
+ 1. The paper adds "an SFT regularisation term" without giving its form or weight. Here it is the cross-entropy of the same
+    target distribution, −Σ_k p_k log π_θ(a_k) up to a constant, with λ = ``sft_weight``; 0.1 is our choice.
+ 2. Unjudged and empty answers are not among the K.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class InfoNCA(Algorithm):
     """Iterative DPO over all answers of a question (InfoNCA) with an SFT regulariser."""
 
     name: Literal["infonca"] = "infonca"
-    """Contrasts the right answers of a question with all of its answers; needs all of them in one micro-batch."""
+    """Contrasts a question's right answers with all of its answers; needs all of them in one micro-batch."""
     beta: PositiveFloat = 0.1
-    """β, of the implicit reward β·S. The paper tried 0.1, 0.02 and 0.01."""
+    """β of the implicit reward β·S. The paper tried 0.1, 0.02 and 0.01."""
     sft_weight: Annotated[float, Field(ge=0)] = 0.1
     """λ, weight of the supervised term on right answers."""
     coupling: ClassVar[Coupling] = "group"
@@ -49,7 +49,7 @@ class InfoNCA(Algorithm):
 
 
 def infonca_loss(batch: SequenceBatch, *, beta: float = 0.1, sft_weight: float = 0.0) -> Tensor:
-    """ℓ_k of every answer, shape A. The gradient of a question's loss reaches all of its answers, also those with ℓ_k = 0.
+    """ℓ_k of every answer, shape A. The gradient of a question's loss reaches all of its answers, even those with ℓ_k = 0.
 
     >>> import torch
     >>> log_ratio_A, is_correct_A, ones_A = torch.tensor([3.0, 1.0]), torch.tensor([True, False]), torch.ones(2)

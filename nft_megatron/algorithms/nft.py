@@ -10,16 +10,16 @@ With Δ = log R_t and a = r̂ / (1 − r̂) the negative ratio is x = 1 − a·e
     right answers:  ℓ = −Δ                   dℓ/dlogp = −1
     wrong answers:  ℓ = −log max(x, ε)       dℓ/dlogp = a·e^Δ / max(x, ε)
 
-These forms are exact in float32 where R itself is not: nothing is exponentiated only to take its logarithm again, and near
-Δ = 0 nothing cancels. RFT is Eq. 10 without its second term, with ω = 1 (section 5.1).
+These forms are exact in float32 where R itself is not: nothing is exponentiated just to take its logarithm again, and nothing
+cancels near Δ = 0. RFT is Eq. 10 without its second term, with ω = 1 (section 5.1).
 
 Departures from the published algorithm:
  1. In the wrong answers' formulas Δ is capped at ``LOG_RATIO_CAP`` = 10, and the gradient saturates there at
-    a·e¹⁰ / max(x, ε). Eq. 10 as it stands overflows float32 from Δ = 88 on; the authors' code caps Δ too, but by an operation
-    whose gradient is zero, so a wrong token that became e¹⁰ times as likely is never pushed down again. Saturation keeps the
-    direction and stays finite. ℓ itself is changed only where r̂ < 4.6e-5, because else x(10) < ε is clamped in any case.
+    a·e¹⁰ / max(x, ε). Taken literally, Eq. 10 overflows float32 from Δ = 88 on; the authors' code also caps Δ, but with a
+    zero gradient, so a wrong token that became e¹⁰ times as likely is never pushed down again. Saturation keeps the
+    direction and stays finite. ℓ itself changes only where r̂ < 4.6e-5, because otherwise x(10) < ε is clamped anyway.
  2. r̂ is not clamped to [0.02, 0.98], as in the authors' code. The prompt filter keeps 0 < r̂ < 1, so that with K answers r̂
-    is within [1/K, 1 − 1/K], and the clamp would be without effect up to K = 50.
+    is within [1/K, 1 − 1/K], and the clamp would have no effect up to K = 50.
  3. ``negative_weight`` multiplies ℓ of wrong answers. At 1, the default, this is Eq. 10; the authors' scripts suggest 0.5
     for 32B.
 """
@@ -59,7 +59,7 @@ class NFT(Algorithm):
 
 
 class RFT(Algorithm):
-    """Rejection-sampling fine-tuning: right answers alone, ω = 1."""
+    """Rejection-sampling fine-tuning: right answers only, ω = 1."""
 
     name: Literal["rft"] = "rft"
     """Wrong answers are not even forwarded."""
@@ -73,7 +73,7 @@ def nft_token_loss(batch: TokenBatch, *, epsilon: float = 1.0, negative_weight: 
     """ℓ of Eq. 10 with the gradient of :func:`nft_coefficient`. ``clamped_N``: wrong answers' tokens with x < ε."""
     delta_N = (batch.logprob_N - batch.old_logprob_N).detach()
     excess_N = negative_ratio_minus_one(delta_N, batch.correct_rate_N)
-    # x ≤ 0 is possible and has no logarithm: bounded at 0 before, and at log ε after. Bounding x itself at ε instead would
+    # x ≤ 0 is possible and has no logarithm: bounded at 0 before it, at log ε after it. Bounding x itself at ε instead would
     # need the float32 number ε − 1, which is −1 for small ε.
     log_ratio_N = excess_N.clamp(min=-1).log1p().clamp(min=math.log(epsilon))
     value_N = (-delta_N).where(batch.is_correct_N, -negative_weight * log_ratio_N)
@@ -85,7 +85,7 @@ def nft_token_loss(batch: TokenBatch, *, epsilon: float = 1.0, negative_weight: 
 def nft_coefficient(batch: TokenBatch, *, epsilon: float = 1.0, negative_weight: float = 1.0) -> Tensor:
     """dℓ/dlogp of every token in closed form, shape N, not differentiable: −1, or a·e^Δ / max(x, ε) for wrong answers.
 
-    This is Eq. 12's gradient weight times R (∇R = R·∇logp), and all that a backward pass needs to know of the loss.
+    This is Eq. 12's gradient weight times R (∇R = R·∇logp), and all that a backward pass needs from the loss.
     """
     delta_N = (batch.logprob_N - batch.old_logprob_N).detach()
     odds_N = batch.correct_rate_N / (1 - batch.correct_rate_N)

@@ -9,19 +9,20 @@ Eq. 3 of arXiv 2505.18116; the sum over tokens and its denominator are the train
     DAPO       A = (s − mean) / std,  s = (2r − 1) + overlong penalty           arXiv 2503.14476, Eq. 8, 9 and 13
 
 std is the population standard deviation: with it A = sqrt((1 − r̂)/r̂) for right and −sqrt(r̂/(1 − r̂)) for wrong answers
-(Proposition 4.1), and 0 where all answers agree. For A > 0 the gradient dℓ/dlogp = −A·R_t vanishes from R_t ≥ 1 + ε₊ on, for
-A < 0 from R_t ≤ 1 − ε₋ on. DAPO's four parts: clip-higher is ε₊ = 0.28 > ε₋ = 0.2; the token-level loss is
+(Proposition 4.1), and 0 where all answers agree. For A > 0 the gradient dℓ/dlogp = −A·R_t vanishes where R_t ≥ 1 + ε₊, for
+A < 0 where R_t ≤ 1 − ε₋. DAPO's four parts: clip-higher is ε₊ = 0.28 > ε₋ = 0.2; the token-level loss is
 ``train.denominator: tokens``; dynamic sampling is ``needs_mixed_groups``; the soft overlong punishment, in a buffer of
 B tokens before the length limit L, is
 
     penalty = − c · min(1, max(0, |a| − (L − B)) / B),   − c for every truncated answer
 
 Departures from the published algorithms:
- 1. GRPO and Dr. GRPO are those that the paper compares (appendix B.2.4): clip-higher and the token-level loss kept from DAPO,
-    no KL term. GRPO as first published is ``clip_high: 0.2``, ``per_answer_mean: true`` with ``train.denominator: sequences``.
- 2. For A < 0 Δ = log R_t is capped at ``LOG_RATIO_CAP`` = 10, where the gradient saturates: nothing overflows and the direction
-    stays. Published codes bound it by a second clip whose gradient is zero.
- 3. The buffer B is a share of L, by default the 4096 of 20480 tokens that DAPO used, so that it fits any limit.
+ 1. GRPO and Dr. GRPO are the variants compared in the paper (appendix B.2.4): with DAPO's clip-higher and token-level loss,
+    without a KL term. GRPO as first published is ``clip_high: 0.2``, ``per_answer_mean: true`` and
+    ``train.denominator: sequences``.
+ 2. For A < 0, Δ = log R_t is capped at ``LOG_RATIO_CAP`` = 10, where the gradient saturates: nothing overflows and the
+    direction stays. Published code bounds it by a second clip with zero gradient.
+ 3. The buffer B is a share of L, by default DAPO's 4096 of 20480 tokens, so that it fits any limit.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Clip = Annotated[float, Field(gt=0)]
 
 
 class _Clipped(Algorithm):
-    """What the three share."""
+    """Options and formulas that the three share."""
 
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """ε₋: a wrong answer's token is not pushed down once R_t ≤ 1 − ε₋."""
@@ -89,11 +90,11 @@ class DAPO(_Clipped):
     """GRPO with clip-higher, token-level loss, dynamic sampling and soft overlong punishment (arXiv 2503.14476)."""
 
     name: Literal["dapo"] = "dapo"
-    """Clipped policy gradient on mixed questions, long answers punished."""
+    """Clipped policy gradient on mixed questions, with a penalty on long answers."""
     overlong_buffer: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """B: share of rollout.max_answer_tokens, at its end, in which the reward of an answer falls with its length."""
+    """B: last share of rollout.max_answer_tokens, in which an answer's reward falls with its length."""
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
-    """c: what an answer of rollout.max_answer_tokens, or a truncated one, has lost; 0: no punishment."""
+    """c: penalty of an answer of rollout.max_answer_tokens, or of a truncated one; 0: none."""
 
     def advantage(self, answers: AnswerBatch) -> Tensor:
         reward_A = 2 * answers.is_correct_A.to(answers.correct_rate_A) - 1
@@ -102,7 +103,7 @@ class DAPO(_Clipped):
 
 
 def group_advantage(reward_A: Tensor, group_A: Tensor, *, normalise: bool) -> Tensor:
-    """r − mean, divided by the population standard deviation where ``normalise``; 0 where all rewards of a group are equal.
+    """r − mean, divided by the population standard deviation if ``normalise``; 0 where all rewards of a group are equal.
 
     >>> import torch
     >>> reward_A, group_A = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0, 0, 1])
@@ -153,7 +154,7 @@ def clipped_coefficient(batch: TokenBatch, *, clip_low: float = 0.2, clip_high: 
 
 
 def _ratio_and_clipped(batch: TokenBatch, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """R_t, and whether it is beyond the clip on the side that the advantage pushes it to."""
+    """R_t, and whether it is beyond the clip in the direction of the advantage."""
     assert batch.advantage_N is not None
     ratio_N = (batch.logprob_N - batch.old_logprob_N).detach().clamp(max=LOG_RATIO_CAP).exp()
     above_N, below_N = ratio_N >= 1 + clip_high, ratio_N <= 1 - clip_low

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written under a temporary name, flushed to the disk, renamed.
+"""Files that appear complete or not at all: written under a temporary name, flushed to disk, renamed.
 
-A temporary name starts with ``.tmp-`` and stands beside its target, so that the rename never crosses a file system and a
+A temporary name starts with ``.tmp-`` and is created next to its target, so that the rename never crosses file systems and a
 killed process leaves only what :func:`remove_leftovers` deletes.
 """
 
@@ -16,7 +16,7 @@ _PREFIX = ".tmp-"
 
 
 def fsync_path(path: Path) -> None:
-    """Flush one file, or one folder's list of names, to the disk."""
+    """Flush one file, or one folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,8 +28,8 @@ def fsync_path(path: Path) -> None:
 def atomic_file(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to; on a clean exit it replaces ``path``, otherwise it is deleted.
 
-    ``make_folder``: make the folder of ``path`` where there is none. False for what belongs to a run: if its folder has gone
-    away with a file system, one of the same name must not take its place.
+    ``make_folder``: create the folder of ``path`` if it is missing. False for files of a run: if its folder disappeared with
+    a file system, a new one of the same name must not take its place.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "latest"
@@ -65,7 +65,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def make_temporary_folder(path: Path, *, make_parent: bool = True) -> Path:
-    """An empty folder beside ``path``, for :func:`publish_folder` to rename once it is whole.
+    """An empty folder next to ``path``, for :func:`publish_folder` to rename once it is complete.
 
     ``make_parent``: as ``make_folder`` of :func:`atomic_file`.
     """
@@ -76,7 +76,7 @@ def make_temporary_folder(path: Path, *, make_parent: bool = True) -> Path:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Flush all of ``temporary`` and rename it to ``path``. An older folder of that name is moved aside first, deleted last."""
+    """Flush all of ``temporary`` and rename it to ``path``. An older ``path`` is moved aside first, deleted last."""
     for folder, _, names in os.walk(temporary):
         for name in names:
             fsync_path(Path(folder) / name)
@@ -90,6 +90,6 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what an earlier, killed process left half-written in ``folder``."""
+    """Delete what a killed process left half-written in ``folder``."""
     for leftover in Path(folder).glob(f"{_PREFIX}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

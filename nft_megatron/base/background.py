@@ -1,4 +1,4 @@
-"""Work that goes on while the main thread does something else."""
+"""Work in a background thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A group of configuration fields: the base of every section in ``config.py`` and of every algorithm."""
+"""The base of every configuration section and of every algorithm."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The ways in which a run ends early, each with its exit code.
+"""The ways a run can end early, each with its exit code.
 
 Everything a user can cause is a ``UserError``: the command prints its one message, without a traceback, and exits with 2.
-``StoppedEarly`` means that all that was finished is saved and the same command goes on from there: exit code 75.
-A rank whose work stands still is ended by its watchdog with 70. Any other exception is a fault of the program or the machine
-and keeps its traceback.
+``StoppedEarly`` means that all finished work is saved and the same command resumes from it: exit code 75.
+A hung rank is ended by its watchdog with 70. Any other exception is a fault of the program or the machine and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class UserError(ValueError):
         super().__init__(f"{field} = {value}: {problem}; {remedy}")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
-        # Ranks tell each other their errors: pickle would call the class with the message alone.
+        # Ranks exchange their errors: pickle would call the class with only the message.
         return type(self), (self.field, self.value, self.problem, self.remedy)
 
 
 class StoppedEarly(Exception):
-    """The run stopped before its last step with everything saved; the same command continues it."""
+    """The run stopped before its last step with everything saved; the same command resumes it."""
 
     exit_code = EXIT_STOPPED_EARLY

@@ -1,4 +1,4 @@
-"""Which of the run's processes this is, as torchrun or Slurm tells it through the environment."""
+"""Which of the run's processes this is, according to the environment that torchrun or Slurm sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankInfo:
-    """``local_*`` count the processes of this machine."""
+    """Rank and world size; ``local_*`` are those within this machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -18,15 +18,15 @@ class RankInfo:
 
 
 def is_attempt() -> bool:
-    """Whether Slurm's agent started this process: one of the attempts of a run, which may follow each other closely."""
+    """Whether Slurm's agent started this process as an attempt of a run; attempts may follow each other closely."""
     return "NFT_MEGATRON_ATTEMPT" in os.environ
 
 
 def rank_info() -> RankInfo:
     """From torchrun's variables, else Slurm's, else a single process.
 
-    Slurm's are believed only together with ``MASTER_ADDR``, which a batch script sets: an interactive shell inside an
-    allocation has a ``SLURM_PROCID`` too and is still one process.
+    Slurm's count only together with ``MASTER_ADDR``, which a batch script sets: an interactive shell inside an allocation
+    also has a ``SLURM_PROCID`` but is a single process.
     """
     env = os.environ
     if "RANK" in env:

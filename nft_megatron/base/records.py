@@ -1,7 +1,7 @@
-"""The records that cross from one room to another. Frozen; numpy arrays inside them are never written to.
+"""The records that cross room boundaries. Frozen; their numpy arrays are never written to.
 
 A question becomes a ``Prompt``; an engine answers a ``Request`` with ``Completion`` records; the verifier adds a ``Verdict``
-and makes each an ``Answer``; the K answers of one question are a ``Group``; the groups of a rollout step are a ledger file.
+and makes each an ``Answer``; the K answers to one question are a ``Group``; the groups of a rollout step are a ledger file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Label = Literal["correct", "wrong", "unknown"]
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a data set, before any template.
+    """One row of a dataset, before any template.
 
     >>> Question("dapo/0", ({"role": "user", "content": "What is 2+2?"},), gold="4", source="math_dapo").text
     'What is 2+2?'
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A question as the model reads it: ``tokens`` (int32) end where the answer begins."""
+    """A question as the model reads it: the answer begins right after ``tokens`` (int32)."""
 
     question_id: str
     question: str
@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. ``temperature`` 0 is greedy. ``max_tokens`` counts the end-of-answer token.
+    """How answers are sampled. ``temperature`` 0 is greedy. ``max_tokens`` counts the end-of-answer token.
 
     Generation ends after any of ``stop_token_ids`` (kept in the answer: the model must learn to stop) or as soon as the
     decoded answer contains any of the texts in ``stop``.
@@ -61,9 +61,9 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Ask for ``len(seeds)`` answers to one prompt. Answer k depends on the weights, the prompt and ``seeds[k]`` alone.
+    """A request for ``len(seeds)`` answers to one prompt. Answer k depends only on the weights, the prompt and ``seeds[k]``.
 
-    ``expected_tokens``, a guess at the length of one answer, changes only which requests an engine begins with.
+    ``expected_tokens``, a guess at the length of one answer, affects only which requests an engine starts first.
     """
 
     request_id: int
@@ -76,9 +76,9 @@ class Request:
 class Completion:
     """Answer ``index`` to request ``request_id``.
 
-    ``tokens`` (int32) and ``logprobs`` (float32, ≤ 0, under the distribution that was sampled from) have one entry a
-    generated token. ``finish_reason``: ``stop``, ``length`` (cut at ``max_tokens``) or ``abort`` (an engine fault; such an
-    answer is judged *unknown*).
+    ``tokens`` (int32) and ``logprobs`` (float32, ≤ 0, under the distribution that was sampled from) have one entry per
+    generated token. ``finish_reason``: ``stop``, ``length`` (truncated at ``max_tokens``) or ``abort`` (an engine fault;
+    such an answer is judged *unknown*).
     """
 
     request_id: int
@@ -92,7 +92,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the verifier says of one answer, why, and which verifier it was.
+    """The verifier's judgement of one answer, its reason, and the verifier's version.
 
     >>> Verdict("wrong", reason="truncated", verifier="strict/1 math-verify/0.9.0").label
     'wrong'
@@ -115,7 +115,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The K answers of one question. ``group_id`` is the question's position in the run's seeded order of prompts."""
+    """The K answers to one question. ``group_id`` is the question's position in the run's seeded order of prompts."""
 
     group_id: int
     step: int

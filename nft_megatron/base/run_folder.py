@@ -1,4 +1,4 @@
-"""Where everything of a run lies, and the lock that keeps a second process out of it."""
+"""Run-folder paths and lock."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from nft_megatron.base.errors import StoppedEarly, UserError
 
 _LOCK_POLL_SECONDS = 0.5
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
-"""What befalls a file system for a while."""
+"""Errors of a file system that can be temporary."""
 TAKEN = "another process is training in it"
 _STEP = re.compile(r"step_\d{6,}")
 
 
 class RunFolderTakenError(UserError):
-    """Another process trains in the folder."""
+    """Another process is training in the folder."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run. Step numbers count finished rollout steps: ``ledger(3)`` trains the weights from ``checkpoint(2)``
-    to those of ``checkpoint(3)``.
+    """Paths of one run. Step numbers count finished rollout steps: ``ledger(3)`` trains the weights of ``checkpoint(2)``
+    into those of ``checkpoint(3)``.
 
     >>> RunFolder(Path("runs/a")).ledger(12).as_posix()
     'runs/a/ledger/step_000012.parquet'
@@ -46,12 +46,12 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """Written by a person or the scheduler: save and leave."""
+        """Written by a person or the scheduler: save and exit."""
         return self.root / "stop"
 
     @property
     def save_request(self) -> Path:
-        """Written by a person or the scheduler: save after this step and go on; it disappears once that is done."""
+        """Written by a person or the scheduler: save after this step and continue; deleted once that is done."""
         return self.root / "save"
 
     @property
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def latest(self) -> Path:
-        """Holds the name of the newest whole checkpoint."""
+        """Holds the name of the newest complete checkpoint."""
         return self.checkpoints / "latest"
 
     @property
@@ -79,7 +79,7 @@ class RunFolder:
         return self.root / "logs"
 
     def end(self, rank: int) -> Path:
-        """The code with which a rank ended, and the cause; see :mod:`nft_megatron.lifecycle.exit_report`."""
+        """A rank's exit code and its cause; see :mod:`nft_megatron.lifecycle.exit_report`."""
         return self.logs / f"end_rank{rank}.json"
 
     def fault(self, rank: int) -> Path:
@@ -88,30 +88,30 @@ class RunFolder:
 
     @property
     def heartbeat(self) -> Path:
-        """Touched by rank 0 as long as it lives: while the others wait for it nobody else could tell."""
+        """Touched by rank 0 as long as it lives: while the others wait for it, nobody else could tell."""
         return self.logs / "alive_rank0"
 
     def stall(self, rank: int) -> Path:
-        """What the watchdog of a rank leaves: the phase that stood still, and where."""
+        """What a rank's watchdog leaves: the phase that hung, and the stacks."""
         return self.logs / f"stall_rank{rank}.txt"
 
     @property
-    def gate(self) -> Path:
-        """The engine's last answers to the fixed questions."""
+    def probe(self) -> Path:
+        """The engine's latest answers to the log-prob probe."""
         return self.ledgers / "gate.parquet"
 
     def round_part(self, step: int, round_index: int, part: int) -> Path:
-        """Some finished groups of a round under way."""
+        """Some finished groups of the current round."""
         whole = self.ledger_round(step, round_index)
         return whole.with_name(f"{whole.stem}_part_{part:04d}.parquet")
 
     def round_parts(self, step: int, round_index: int) -> list[Path]:
-        """The parts of a round that are on the disk, in order."""
+        """The parts of a round that are on disk, in order."""
         whole = self.ledger_round(step, round_index)
         return sorted(whole.parent.glob(f"{whole.stem}_part_*.parquet"))
 
     def rounds(self, step: int) -> list[Path]:
-        """The rounds of ``step`` that are on the disk, whole and in parts."""
+        """The rounds of ``step`` that are on disk, complete or in parts."""
         return sorted((self.ledgers / "rounds").glob(f"step_{step:06d}_round_*.parquet"))
 
     def checkpoint(self, step: int) -> Path:
@@ -122,9 +122,9 @@ class RunFolder:
         return self.root / "hf" / f"step_{step:06d}"
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, None before the first.
+        """The step of the newest complete checkpoint; None before the first.
 
-        Raises :class:`UserError` when the pointer, which people may edit, names no step.
+        Raises :class:`UserError` if the pointer, which people may edit, names no step.
         """
         if not self.latest.exists():
             return None
@@ -139,19 +139,19 @@ class RunFolder:
         return int(name.removeprefix("step_"))
 
     def set_latest(self, step: int) -> None:
-        """Move the pointer; to be called only once the checkpoint is on the disk."""
+        """Move the pointer; call only once the checkpoint is on disk."""
         with atomic_file(self.latest, make_folder=False) as temporary:
             temporary.write_text(self.checkpoint(step).name)
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps that have a whole checkpoint, oldest first."""
+        """Steps that have a complete checkpoint, oldest first."""
         names = (folder.name for folder in self.checkpoints.glob("step_*"))
         return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
 
     def open(self, wait_seconds: float = 0.0) -> IO[str]:
-        """Make the folder, take its lock and clear what a killed process left. Keep the returned file open.
+        """Create the folder, take its lock and delete what a killed process left. Keep the returned file open.
 
-        Raises :class:`RunFolderTakenError` when another process still trains in this folder after ``wait_seconds``.
+        Raises :class:`RunFolderTakenError` if another process is still training in this folder after ``wait_seconds``.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ class RunFolder:
         return lock
 
     def make_folders(self) -> None:
-        """What a run writes into. Nothing makes them later: where they are missing then, the whole run folder is."""
+        """Create the folders that a run writes into. Nothing creates them later: if one is missing, so is the run folder."""
         for folder in self._folders:
             folder.mkdir(exist_ok=True)
 
@@ -175,17 +175,17 @@ class RunFolder:
         return self.root, self.logs, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"
 
     def check_is_open(self) -> None:
-        """Raise :class:`OSError` when a folder that was opened, by this rank or another, is not what stands under its name now.
+        """Raise :class:`OSError` if the path no longer leads to the folder that this rank or another opened.
 
-        Where a file system is mounted no more, what is written to its paths lands in the empty folder below.
+        Once a file system is unmounted, writes to its paths land in the empty mount point.
         """
         if not os.path.exists(self._lock):
-            raise OSError(errno.ESTALE, "the run folder has gone away", str(self.root))
+            raise OSError(errno.ESTALE, "the run folder has disappeared", str(self.root))
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
-        """The folder is open. What fails inside the ``with`` block for want of it, such as a ledger that is not found, ends as
-        :class:`StoppedEarly`.
+        """The folder is open. A failure inside the ``with`` block because the folder disappeared, such as a missing ledger,
+        becomes :class:`StoppedEarly`.
         """
         try:
             yield
@@ -196,7 +196,7 @@ class RunFolder:
                 self.check_is_open()
             except OSError:
                 raise StoppedEarly(
-                    f"{self.root} has gone away; the same command goes on from its newest checkpoint once it is back"
+                    f"{self.root} has disappeared; once it is back, the same command resumes from its newest checkpoint"
                 ) from error
             raise
 

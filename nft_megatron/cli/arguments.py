@@ -1,4 +1,4 @@
-"""What commands have in common: a description with examples, a configuration with overrides."""
+"""What commands share: a description with examples, a configuration with overrides."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def describe(
     description: str,
     epilog: str | None = None,
 ) -> None:
-    """Give ``parser`` its help, whose ``epilog`` is printed as it stands, and the function that its options are for."""
+    """Set the help of ``parser``, whose ``epilog`` is printed verbatim, and the function that runs its options."""
     parser.description, parser.epilog = textwrap.fill(description, 100), epilog
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(run=run)
 
 
 def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """CONFIG and what replaces its values: ``options.config`` and ``options.overrides``."""
+    """CONFIG and its overrides: ``options.config`` and ``options.overrides``."""
     if optional:
         parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     else:
         parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's value, read as YAML")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override the file's value; read as YAML")

@@ -17,36 +17,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         into,
         _to_megatron,
         "Write the Hugging Face folder SRC as a torch_dist checkpoint DST, which Megatron-Core loads under any layout. DST "
-        "appears when it is whole; an interrupted conversion goes on when started again.",
+        "appears once complete; run an interrupted conversion again to resume it.",
     )
     back = directions.add_parser("to-hf", help="write a Megatron checkpoint as a Hugging Face folder")
     describe(
         back,
         _to_hf,
         "Write the weights of the Megatron checkpoint SRC (torch_dist under any layout, or mp_rank_XX_YYY folders) as the "
-        "Hugging Face folder DST. DST appears when it is whole; an interrupted conversion goes on when started again.",
+        "Hugging Face folder DST. DST appears once complete; run an interrupted conversion again to resume it.",
     )
     back.add_argument("--max-shard-bytes", type=float, default=5e9, help="largest safetensors file (default: %(default).0e)")
     check = directions.add_parser("check", help="compare two checkpoints of any format, bit by bit")
     describe(
         check,
         _check,
-        "Compare every tensor of A and B, and each with the manifest that its conversion left. Ends with 2 where anything is "
+        "Compare every tensor of A and B, and each with its conversion's manifest. Exits with 2 if anything is "
         "missing, unexpected, different, damaged or not finite.",
     )
     check.add_argument("--prompt", help="also compare the log-probs of this text under both, by transformers in float32")
     for command, first, second in ((into, "SRC", "DST"), (back, "SRC", "DST"), (check, "A", "B")):
         command.add_argument("first", metavar=first, type=Path)
         command.add_argument("second", metavar=second, type=Path)
-        command.add_argument("--workers", type=int, help="threads (default: one a core, at most 8)")
+        command.add_argument("--workers", type=int, help="threads (default: one per core, at most 8)")
     for command in (back, check):
-        command.add_argument("--model", type=Path, help="folder with config.json and tokenizer, where SRC has none")
+        command.add_argument("--model", type=Path, help="folder with config.json and tokenizer, if SRC has none")
     for command in (into, back):
-        command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="cast; otherwise dtypes are kept")
-        command.add_argument("--dry-run", action="store_true", help="print the mapping table and write nothing")
-        command.add_argument("--strict", action="store_true", help="refuse NaN and infinity; otherwise they are reported")
         command.add_argument(
-            "--no-proof", dest="proof", action="store_false", help="neither hash nor look for NaN; the manifest then says so"
+            "--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this dtype (default: keep dtypes)"
+        )
+        command.add_argument("--dry-run", action="store_true", help="print the mapping table and write nothing")
+        command.add_argument("--strict", action="store_true", help="refuse NaN and infinity (default: report them)")
+        command.add_argument(
+            "--no-proof", dest="proof", action="store_false", help="neither hash nor search for NaN; the manifest then says so"
         )
 
 

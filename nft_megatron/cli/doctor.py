@@ -21,7 +21,7 @@ FOR_DEVELOPERS = "dev"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``remedy`` is empty where nothing is missing."""
+    """One line of the report. ``remedy`` is empty if nothing is missing."""
 
     name: str
     state: str
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Look at the packages, the GPUs and the fast paths of this environment. Ends with 2 where something needed is missing.",
+        "Check the packages, the GPUs and the fast paths of this environment. Exits with 2 if something required is missing.",
     )
 
 
@@ -50,12 +50,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def findings() -> list[Finding]:
-    """Everything that ``nft-megatron doctor`` tells, packages first. ``is_fault`` marks what training cannot do without."""
+    """All findings of ``nft-megatron doctor``, packages first. ``is_fault`` marks what training cannot do without."""
     return [*_packages(), *_devices(), *_fast_paths()]
 
 
 def _packages() -> Iterator[Finding]:
-    """What the project's own metadata asks for, against what is there."""
+    """The requirements in the project's metadata against what is installed."""
     from packaging.requirements import Requirement
 
     yield Finding("python", platform.python_version())
@@ -75,7 +75,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _extra(package: Requirement) -> str | None:
-    """The extra that asks for a package, None for one that is always wanted."""
+    """The extra that requires a package; None for one that is always required."""
     if package.marker is None:
         return None
     _, _, name = str(package.marker).partition('extra == "')
@@ -97,7 +97,7 @@ def _fast_paths() -> Iterator[Finding]:
     import torch
 
     has_engine, has_fused_gradient = _imports("transformer_engine"), _imports("fused_weight_gradient_mlp_cuda")
-    apex = "apex from github.com/NVIDIA/apex with its CUDA extensions (the registry's apex is another project)"
+    apex = "apex from github.com/NVIDIA/apex with its CUDA extensions (the registry's apex is a different project)"
     paths = [
         (
             "layers",

@@ -17,32 +17,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _run,
         "With --benchmarks: avg@k with its standard error, pass@k and maj@k on AIME 2024, AIME 2025, AMC 2023, MATH500, "
         "OlympiadBench and Minerva Math, sampled and graded as in the paper. Every answer is kept in --out; the same command "
-        "goes on where a killed one was. With CONFIG, prompts, answer length and run seed are those of the run. Without "
+        "resumes where a killed one stopped. With CONFIG, prompts, answer length and run seed are those of the run. Without "
         "--benchmarks: accuracy on evaluate.data of CONFIG, under training's own verifier.",
         epilog="Examples\n"
         "  nft-megatron eval RUN/hf/step_000320 RUN/config.yaml --benchmarks data/benchmarks\n"
         "  nft-megatron eval Qwen2.5-Math-7B --benchmarks aime24.jsonl amc23.jsonl --samples 4 rollout.batch_size=64\n"
         "  nft-megatron overlap dapo.parquet --against data/benchmarks/*.jsonl --out overlap.jsonl\n"
         "  nft-megatron eval MODEL --benchmarks data/benchmarks --overlap overlap.jsonl --beside eval/base/summary.json\n\n"
-        "The files: Parquet, JSONL or data set folders, named aime24, aime25, amc23, math500, olympiadbench, minerva_math\n"
+        "Files: Parquet, JSONL or dataset folders, named aime24, aime25, amc23, math500, olympiadbench, minerva_math\n"
         "(or as on the hub: AIME_2024, MATH-500 …). docs/evaluation.md explains the numbers.\n\n"
-        "Without rollout.engine=vllm and servers of its own (fleet.servers=4 …) the model is decoded on the CPU.",
+        "Unless rollout.engine=vllm is set with servers (fleet.servers=4 …), the model decodes on the CPU.",
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder, such as RUN/hf/step_000100")
-    parser.add_argument("--benchmarks", metavar="PATH", nargs="+", help="files of benchmarks, or folders that hold them")
+    parser.add_argument("--benchmarks", metavar="PATH", nargs="+", help="benchmark files, or folders that contain them")
     parser.add_argument(
-        "--samples", metavar="K", type=int, help="answers a question (default: 32 on AIME and AMC, 1 on the others)"
+        "--samples", metavar="K", type=int, help="answers per question (default: 32 on AIME and AMC, 1 on the others)"
     )
-    parser.add_argument("--temperature", type=float, help="of sampling (default: the paper's, 1 for 7B and 0.6 for 32B)")
-    parser.add_argument("--top-p", type=float, default=0.7, help="of sampling (default: %(default)s)")
-    parser.add_argument("--max-answer-tokens", metavar="N", type=int, help="(default: rollout.max_answer_tokens)")
+    parser.add_argument(
+        "--temperature", type=float, help="sampling temperature (default: the paper's, 1 for 7B and 0.6 for 32B)"
+    )
+    parser.add_argument("--top-p", type=float, default=0.7, help="nucleus sampling (default: %(default)s)")
+    parser.add_argument(
+        "--max-answer-tokens", metavar="N", type=int, help="longest answer (default: rollout.max_answer_tokens)"
+    )
     parser.add_argument("--grader", default="simplerl", help="a verify.mode (default: %(default)s, as in the paper)")
-    parser.add_argument("--overlap", metavar="FILE", type=Path, help="from `overlap --out`: also without those questions")
     parser.add_argument(
-        "--beside", metavar="FILE", type=Path, nargs="+", default=[], help="summary.json of other models, or published scores"
+        "--overlap", metavar="FILE", type=Path, help="output of `overlap --out`; also report accuracy without those questions"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for answers and summary.json (default: eval/MODEL); without --benchmarks a JSON file"
+        "--beside",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="summary.json of other models, or published scores, to show alongside",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for answers and summary.json (default: eval/MODEL); without --benchmarks, a JSON file"
     )
     add_config(parser, optional=True)
 
@@ -57,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.benchmarks is None:
         if config_path is None:
-            raise UserError("eval", options.model, "nothing to measure it on", "add --benchmarks FOLDER, or a CONFIG")
+            raise UserError("eval", options.model, "no questions to measure it on", "add --benchmarks FOLDER, or a CONFIG")
         evaluate_folder(load_config(config_path, overrides), options.model, options.out)
         return
     out = options.out or Path("eval") / options.model.resolve().name

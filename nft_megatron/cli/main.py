@@ -1,6 +1,6 @@
-"""The command ``nft-megatron``: the list of its commands, what the shell gets, and what is left of a fault.
+"""The command ``nft-megatron``: its list of commands, its exit codes, and the record of a fault.
 
-A command is a file in ``nft_megatron/commands/``, imported when it is the one that was given.
+A command is a file in ``nft_megatron/cli/``, imported only when that command is given.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from nft_megatron import __version__
 from nft_megatron.base.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
-from nft_megatron.lifecycle.exit_report import ExitReport, if_it_answers, phase_of, write_exit_report
+from nft_megatron.lifecycle.exit_report import ExitReport, phase_of, write_exit_report, write_if_responsive
 
 COMMANDS = {
-    "train": "train, or go on with a run",
-    "plan": "memory, time and layouts of a run, before it starts",
+    "train": "train, or resume a run",
+    "plan": "estimate memory, time and layouts of a run before it starts",
     "eval": "measure a Hugging Face model folder on benchmarks or held-out questions",
-    "doctor": "what is installed, which fast paths are on, how to get what is missing",
+    "doctor": "check what is installed, which fast paths are on, how to get what is missing",
     "overlap": "find evaluation questions that are in the training data",
     "verify": "grade a file of answers",
-    "report": "write the page of a run",
-    "replay": "a recorded step once more, under another layout or algorithm",
-    "serve": "a vLLM server on another machine for a run's fleet",
-    "slurm": "train as a batch job that goes on by itself: render, submit, status, logs, stop, …",
-    "convert": "Hugging Face folders to Megatron checkpoints and back, proven complete",
+    "report": "write a run's report page",
+    "replay": "retrain a recorded step, under another layout or algorithm",
+    "serve": "run a vLLM server on another machine for a run's fleet",
+    "slurm": "train as a batch job that resumes by itself: render, submit, status, logs, stop, …",
+    "convert": "convert Hugging Face folders to Megatron checkpoints and back, with proof",
 }
-"""Name, which is also that of its file, and what it is for."""
+"""Name, which is also its file's, and purpose."""
 
 DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
-DISK_AWAY = dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN), "see that it can be reached")
+DISK_AWAY = dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN), "make sure that it can be reached")
 REMEDIES = DISK_FULL | DISK_AWAY
-"""Of what may befall a file system: nothing that was saved is lost."""
+"""Remedies for file-system errors after which nothing saved is lost."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,12 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code and "torch" in sys.modules:
-        os._exit(code)  # after a failure, process groups that are still open would abort the interpreter's own exit
+        os._exit(code)  # after a failure, open process groups would abort the interpreter's own exit
     sys.exit(code)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse does not find CONFIG and overrides behind an option (``eval MODEL --out FILE CONFIG a.b=1``): take them over."""
+    """argparse does not find CONFIG and overrides after an option (``eval MODEL --out FILE CONFIG a.b=1``): add them."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(next((word for word in words if not word.startswith("-")), None))
     options, rest = parser.parse_known_args(words)
@@ -77,8 +77,8 @@ def _parser(given: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nft-megatron",
         description="Train language models on their own verified answers (NFT, arXiv 2505.18116) on Megatron-Core.",
-        epilog="Exit codes: 0 done; 2 the input is wrong; 75 stopped early with everything saved, run again to go on; "
-        "70 a rank stood still; 130 interrupted; anything else a fault, of a run with its cause in RUN/logs.",
+        epilog="Exit codes: 0 done; 2 the input is wrong; 75 stopped early with everything saved, run again to resume; "
+        "70 a rank hung; 130 interrupted; anything else a fault, whose cause a run records in RUN/logs.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     except (UserError, StoppedEarly) as error:
         return _end(options, error.exit_code, str(error), error)
     except KeyboardInterrupt as error:
-        return _end(options, 128 + signal.SIGINT, "interrupted; the same command goes on from the last checkpoint", error)
+        return _end(options, 128 + signal.SIGINT, "interrupted; the same command resumes from the last checkpoint", error)
     except Exception as error:
         if (trouble := _trouble_of_disk(error)) is not None:
             remedy = f"{REMEDIES[trouble.errno or 0]} and run the same command again"
@@ -108,15 +108,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _end(options: argparse.Namespace, code: int, message: str, error: BaseException) -> int:
-    """Say how the command ended, to standard error (of all ranks only the first) and in the run folder; return ``code``."""
+    """Report how the command ended on standard error (only the first rank does) and in the run folder; return ``code``."""
     if rank_info().rank == 0:
         print(f"nft-megatron: {message}", file=sys.stderr)
-    _leave_ending(options, code, message, error)
+    _leave_exit_report(options, code, message, error)
     return code
 
 
 def _trouble_of_disk(error: BaseException | None) -> OSError | None:
-    """The "no space left", or the like, at the root of ``error``, if that is what it is."""
+    """The file-system error, such as "no space left", at the root of ``error``, if there is one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in REMEDIES:
             return error
@@ -125,7 +125,7 @@ def _trouble_of_disk(error: BaseException | None) -> OSError | None:
 
 
 def _leave_fault(options: argparse.Namespace, error: Exception) -> None:
-    """The cause of a fault in the run folder, one file a rank."""
+    """Write the cause of a fault to the run folder, one file per rank."""
     run_dir: Path | None = getattr(options, "run_dir", None)
     if run_dir is not None:
         path, text = RunFolder(run_dir).fault(rank_info().rank), traceback.format_exc()
@@ -134,12 +134,12 @@ def _leave_fault(options: argparse.Namespace, error: Exception) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
 
-        if_it_answers(write)
-    _leave_ending(options, EXIT_FAULT, f"{type(error).__name__}: {error}", error)
+        write_if_responsive(write)
+    _leave_exit_report(options, EXIT_FAULT, f"{type(error).__name__}: {error}", error)
 
 
-def _leave_ending(options: argparse.Namespace, code: int, message: str, error: BaseException) -> None:
-    """For whoever started this rank of a run, unless the folder is another process's."""
+def _leave_exit_report(options: argparse.Namespace, code: int, message: str, error: BaseException) -> None:
+    """Write an exit report for whoever started this rank, unless the folder belongs to another process."""
     run_dir: Path | None = getattr(options, "run_dir", None)
     if run_dir is not None and (is_attempt() or not isinstance(error, RunFolderTakenError)):
         write_exit_report(run_dir, ExitReport.here(code, message, phase_of(error)))

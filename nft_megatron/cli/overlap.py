@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "List the evaluation questions of which one training question holds at least half of the word 13-grams. Words are runs "
-        "of a to z and of digits, in lower case, so that two typesettings of one problem agree; DAPO's instructions around a "
-        "question are taken off first. Files: Parquet, JSONL or data set folders. `nft-megatron eval --overlap FILE` then "
+        "List the evaluation questions at least half of whose word 13-grams occur in one training question. Words are "
+        "lower-case runs of a to z or of digits, so that two typesettings of one problem agree; DAPO's instructions around a "
+        "question are removed first. Files: Parquet, JSONL or dataset folders. `nft-megatron eval --overlap FILE` then "
         "shows every accuracy with and without the questions found.",
     )
     parser.add_argument("train", metavar="TRAIN", type=Path, nargs="+", help="training questions")

@@ -20,24 +20,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "What a run of CONFIG will need: the memory of every rank by component, the time of a rollout step by its parts, the "
-        "layouts that fit. Parameters, gradients and optimizer are exact; activations and times are estimates, made from the "
+        "Plan a run of CONFIG: memory per rank by component, time per rollout step by part, and the "
+        "layouts that fit. Parameters, gradients and optimizer are exact; activations and times are estimates from the "
         "GPU's published figures and the shares of them that runs are assumed to reach. model.path needs no weights: a folder "
-        "with config.json, or the name of a public model such as models/Qwen2.5-32B. Ends with 2 where the run does not fit.",
+        "with config.json, or the name of a public model such as models/Qwen2.5-32B. Exits with 2 if the run does not fit.",
         epilog="Examples\n"
         "  nft-megatron plan examples/qwen2.5-32b-16k/config.yaml\n"
         "  nft-megatron plan CONFIG --gpus 256                            twice the nodes, split as in CONFIG\n"
         "  nft-megatron plan CONFIG --layouts parallel.tensor=4 model.recompute=selective\n"
         "  nft-megatron plan CONFIG --answer-tokens 8000                  later in training, when answers are longer\n\n"
-        "How to read it. Every pipeline stage has a row of memory: the first keeps the activations of most micro-batches, the\n"
-        "last has the LM head. Too much: set model.recompute, raise parallel.tensor or parallel.context, lower\n"
-        "train.micro_batch_tokens to the longest sequence, or give optimizer.cpu_offload a share. Too slow: look for the\n"
-        "largest part of the step. If it is generating, move nodes from trainer_nodes to rollout_nodes; if communication,\n"
+        "How to read it. Every pipeline stage has a memory row: the first stores the activations of most micro-batches, the\n"
+        "last has the LM head. If it needs too much, set model.recompute, raise parallel.tensor or parallel.context, lower\n"
+        "train.micro_batch_tokens to the longest sequence, or set optimizer.cpu_offload. If it is too slow, find the\n"
+        "largest part of the step. If that is generation, move nodes from trainer_nodes to rollout_nodes; if communication,\n"
         "make tensor groups smaller; if the bubble, raise parallel.virtual_pipeline.\n\n"
         f"Kinds of GPU (bfloat16 without sparsity)\n{kinds}",
     )
-    parser.add_argument("--gpus", metavar="N", type=int, help="this many in all, in place of cluster.*_nodes")
-    parser.add_argument("--gpu", metavar="KIND", help="in place of cluster.gpu")
+    parser.add_argument("--gpus", metavar="N", type=int, help="total number of GPUs; overrides cluster.*_nodes")
+    parser.add_argument("--gpu", metavar="KIND", help="overrides cluster.gpu")
     parser.add_argument("--layouts", action="store_true", help="try every layout: those that fit, and why others do not")
     parser.add_argument(
         "--answer-tokens", metavar="N", type=int, help="mean length of answers (default: a quarter of the limit)"
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         type=float,
         default=0.5,
-        help="of the questions, those with right and wrong answers (default: %(default)s)",
+        help="share of questions with both right and wrong answers (default: %(default)s)",
     )
     parser.add_argument(
         "--check", action="store_true", help="build the real model of every rank on the meta device and compare"

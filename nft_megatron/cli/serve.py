@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         _run,
         "Run a vLLM server for the fleet of a run whose folder this machine sees. It registers there, gets the weights from "
-        "the trainer, is started again when it dies, and may join at any time; TERM makes it leave. docs/fleet.md tells more.",
+        "the trainer, is restarted if it dies, and may join at any time; it leaves on TERM. See docs/fleet.md.",
     )
     parser.add_argument("config", metavar="CONFIG|RUN", type=Path, help="the run's configuration, or its folder")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="in place of the file's value")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="override the file's value")
     parser.add_argument(
         "--name",
         default=default_name(),
-        help="of the server (default: the node and its task under Slurm, else host and process)",
+        help="name of the server (default: under Slurm the node and its task, else host and process)",
     )
     parser.add_argument(
         "--devices", help="CUDA_VISIBLE_DEVICES of the server; auto: this Slurm task's share of the node's GPUs"
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_name() -> str:
-    """Different for all servers of a run; under Slurm the same for the one that comes back."""
+    """Unique among a run's servers; under Slurm, stable across a server's restarts."""
     node, task = os.environ.get("SLURMD_NODENAME"), os.environ.get("SLURM_LOCALID")
     return f"{node}-{task}" if node and task else f"{socket.gethostname()}-{os.getpid()}"
 

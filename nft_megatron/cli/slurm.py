@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from nft_megatron.slurm.job_folder import JobFolder
 
 _CONFIG_SECONDS = 600.0
-"""A job may begin while the shared file system is away."""
+"""A job may begin while the shared file system is unreachable."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Help and arguments of this command."""
-    parser.description = "Train as a batch job that goes on by itself until the run is finished. slurm/README.md tells it all."
+    parser.description = "Train as a batch job that resumes by itself until the run is finished. See slurm/README.md."
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], purpose: str, description: str) -> argparse.ArgumentParser:
@@ -39,45 +39,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "submit",
             _submit,
             "check everything and submit",
-            "Check configuration, files and plan, ask Slurm whether it would take the script (--test-only), then submit it. "
-            "Submitting a run again that has ended goes on from its last checkpoint.",
+            "Check configuration, files and plan, ask Slurm whether it would accept the script (--test-only), then submit it. "
+            "Submitting a run again after it ended resumes it from its last checkpoint.",
         )
     )
-    status = add("status", _status, "job, step, attempts, causes", "How the run goes: its job, its step, every attempt's end.")
+    status = add("status", _status, "job, step, attempts, causes", "Show the run's job, its step, and how every attempt ended.")
     status.add_argument("--json", action="store_true", help="for programs")
-    logs = add("logs", _logs, "what trainers or servers print", "Print the end of a log.")
+    logs = add("logs", _logs, "output of trainers or servers", "Print the end of a log.")
     logs.add_argument("--attempt", type=int, help="default: the newest")
-    logs.add_argument("--rollout", metavar="NODE", help="of the servers on this node, of the run's job or of another")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
+    logs.add_argument("--rollout", metavar="NODE", help="servers on this node, of the run's job or another")
+    logs.add_argument("-f", "--follow", action="store_true", help="follow the log until Ctrl-C")
     logs.add_argument("-n", "--lines", type=int, default=50, help="(default: %(default)s)")
     attach = add(
         "attach",
         _attach,
         "a shell on a node of the job",
-        "Open a shell on a node of the running job, beside what runs there; or run a command: "
-        "attach --node n3 RUN -- nvidia-smi.",
+        "Open a shell on a node of the running job, or run a command there: attach --node n3 RUN -- nvidia-smi.",
     )
     attach.add_argument("--node", help="default: the first trainer's")
-    checkpoint = add("checkpoint", _checkpoint, "save and go on", "Ask for a checkpoint after the current step.")
+    checkpoint = add("checkpoint", _checkpoint, "save and continue", "Request a checkpoint after the current step.")
     stop = add(
         "stop",
         _stop,
-        "save, leave, stay away",
-        "Ask the run to save and leave, and take it out of the queue. `submit` goes on with it.",
+        "save, exit, do not restart",
+        "Ask the run to save and exit, and remove it from the queue. `submit` resumes it.",
     )
     rollouts = add(
         "rollouts",
         _rollouts,
         "more servers for a running run",
-        "Submit an array of single nodes whose vLLM servers join the run. They may be preempted, and end with the run.",
+        "Submit an array of single nodes whose vLLM servers join the run. They may be preempted; they end with the run.",
     )
     rollouts.add_argument("--add", metavar="N", type=int, required=True, help="nodes")
-    agent = add("agent", _agent, "what the batch script runs", "Conduct one job from its first node. The batch script runs it.")
-    agent.add_argument("--rollouts-only", action="store_true", help="servers on all nodes of this job, for another job's run")
+    agent = add("agent", _agent, "what the batch script runs", "Run one job from its first node. The batch script calls this.")
+    agent.add_argument(
+        "--rollouts-only", action="store_true", help="run servers on all nodes of this job, for another job's run"
+    )
     add_config(agent)
     for command in (status, logs, attach, checkpoint, stop, rollouts):
         command.add_argument("run_folder", metavar="RUN|CONFIG", type=Path, help="the run's folder, or its configuration")
-    attach.add_argument("command", nargs="*", help="in place of a shell")
+    attach.add_argument("command", nargs="*", help="run this instead of a shell")
     rollouts.add_argument(
         "overrides", metavar="section.key=value", nargs="*", default=[], help="such as slurm.partition=preemptible"
     )
@@ -114,11 +115,11 @@ def _logs(options: argparse.Namespace) -> None:
     attempt = options.attempt or max((each.number for each in folder.attempts()), default=0)
     name = f"rollout_{options.rollout}.log" if options.rollout else "trainer.log"
     path = folder.logs(attempt) / name
-    if options.rollout and not path.exists():  # in a job of their own
+    if options.rollout and not path.exists():  # in a separate job
         path = max(folder.root.glob(f"rollouts/*_{options.rollout}.log"), key=os.path.getmtime, default=path)
     if not path.exists():
         there = sorted(str(log.relative_to(folder.run.root)) for log in folder.run.root.glob("logs/attempt_*/*.log"))
-        raise UserError("logs", path, "is not there", f"there are: {', '.join(there) or 'none yet'}")
+        raise UserError("logs", path, "does not exist", f"existing logs: {', '.join(there) or 'none yet'}")
     os.execvp("tail", ["tail", f"--lines={options.lines}", *(["-F"] if options.follow else []), str(path)])
 
 
@@ -127,7 +128,7 @@ def _attach(options: argparse.Namespace) -> None:
     attempts = folder.attempts()
     job_id = _active(folder, config)
     if not attempts or attempts[-1].kind is not None:
-        raise UserError("attach", job_id, "the job does not run", f"`nft-megatron slurm status {folder.run.root}` says why")
+        raise UserError("attach", job_id, "the job is not running", f"`nft-megatron slurm status {folder.run.root}` says why")
     node = options.node or attempts[-1].nodes[0]
     what = [word for word in options.command if word != "--"] or ["bash", "-i"]
     pty = [] if options.command else ["--pty"]
@@ -140,7 +141,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
     folder, config = _submitted(options)
     _active(folder, config)
     folder.run.save_request.write_text("nft-megatron slurm checkpoint\n")
-    print("asked for a checkpoint after the current step")
+    print("requested a checkpoint after the current step")
 
 
 def _stop(options: argparse.Namespace) -> None:
@@ -167,7 +168,7 @@ def _agent(options: argparse.Namespace) -> None:
     while not os.path.exists(options.config) and time.monotonic() < deadline:
         time.sleep(1)
     if job.num_restarts and not os.path.exists(options.config):
-        job.requeue(())  # its folder is away for longer
+        job.requeue(())  # its folder has been unreachable for longer
         return
     config = load_config(options.config, options.overrides)
     if options.rollouts_only:
@@ -177,7 +178,7 @@ def _agent(options: argparse.Namespace) -> None:
 
 
 def _submitted(options: argparse.Namespace, overrides: Sequence[str] = ()) -> tuple[JobFolder, Config]:
-    """The folder of a run that has been submitted, and what was submitted."""
+    """The folder of a submitted run, and its submitted configuration."""
     from nft_megatron.slurm.job_folder import JobFolder
 
     path: Path = options.run_folder
@@ -195,6 +196,6 @@ def _active(folder: JobFolder, config: Config) -> str:
     job_id = active_job(folder, job_name(config))
     if job_id is None:
         raise UserError(
-            "RUN", folder.run.root, "has no job that waits or runs", f"`nft-megatron slurm status {folder.run.root}` says why"
+            "RUN", folder.run.root, "has no waiting or running job", f"`nft-megatron slurm status {folder.run.root}` says why"
         )
     return job_id

@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Train from CONFIG until train.num_steps. Starting again with the same run_dir goes on from the newest checkpoint. "
-        "One process, or several: torchrun --nproc-per-node N -m nft_megatron train CONFIG (torchrun itself ends with 1 "
-        "whenever a rank ends with another code than 0).",
+        "Train from CONFIG until train.num_steps. Run again with the same run_dir to resume from the newest checkpoint. "
+        "One process, or several: torchrun --nproc-per-node N -m nft_megatron train CONFIG (torchrun itself exits with 1 "
+        "whenever a rank exits with a code other than 0).",
         epilog="CONFIG is YAML with the sections and fields below.\n\n" + config_help(),
     )
     add_config(parser)

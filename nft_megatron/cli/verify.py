@@ -13,15 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Grade the answers in FILE (JSONL or Parquet) and print how the verdicts came about. Where a row has a "
-        "finish_reason, as in the ledger of a run, length is wrong (simplerl: judged by its text) and abort is unknown.",
+        "Grade the answers in FILE (JSONL or Parquet) and print a summary of the verdicts and reasons. If a row has a "
+        "finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and abort is unknown.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="one answer a row")
+    parser.add_argument("file", metavar="FILE", type=Path, help="one answer per row")
     parser.add_argument("--answer-field", default="text", help="field with the whole answer (default: %(default)s)")
     parser.add_argument("--gold-field", default="gold", help="field with the right answer (default: %(default)s)")
     parser.add_argument("--mode", default="strict", help="strict, math-verify, dapo or simplerl (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the rows, each with verdict and reason, as JSONL to this file")
-    parser.add_argument("--workers", type=int, help="grader processes (default: one a core)")
+    parser.add_argument("--workers", type=int, help="grader processes (default: one per core)")
 
 
 def _run(options: argparse.Namespace) -> None:

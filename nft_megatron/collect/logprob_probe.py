@@ -1,4 +1,4 @@
-"""The gate: answers to fixed questions, by which the trainer sees that the engine serves the weights it was given.
+"""The log-prob probe: answers to fixed questions that show the trainer whether the engine serves the weights it was given.
 
 An engine may take new weights and still serve others: of an older version, half loaded, in another precision, or from a
 cache of before. Its answers then have log-probs that the trainer's model does not give them.

@@ -1,1 +1,1 @@
-"""The run configuration: its schema, its sections and how a file is loaded. Imports no torch."""
+"""The run configuration: its schema, its sections and the loader. Imports no torch."""

@@ -20,7 +20,7 @@ from nft_megatron.config.schema import Config
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: ``1e-6`` is a number (YAML 1.1 reads a text), and a key given twice is an error."""
+    """YAML as people write it: ``1e-6`` is a number (YAML 1.1 reads text), and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``overrides`` in order (``train.num_steps=3``; values are YAML), check everything.
 
-    A key that was renamed is an error, except in the file that an earlier run left in its own folder.
+    A renamed key is an error, except in the file that an earlier run left in its own folder.
 
     Raises :class:`UserError` that names the field, its value and the remedy.
     """
@@ -52,14 +52,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("CONFIG", path, f"not readable as YAML: {error}", "correct that line") from error
     if not isinstance(tree, dict):
-        raise UserError("CONFIG", path, "holds no sections", "start from a file in examples/")
+        raise UserError("CONFIG", path, "contains no sections", "start from a file in examples/")
     if is_record(path):
         translate(tree)
     return config_from(tree, overrides)
 
 
 def config_from(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The configuration in ``tree``, which is changed, after ``overrides``. Raises as :func:`load_config` does."""
+    """The configuration in ``tree`` (modified in place) after ``overrides``. Raises as :func:`load_config` does."""
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -69,12 +69,12 @@ def config_from(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that :func:`load_config` reads back to an equal one."""
+    """The whole configuration, defaults included, as YAML that :func:`load_config` reads back as an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested configuration with one key a value, in order; a section without keys leaves none.
+    """A nested configuration flattened to one key per value, in order; an empty section leaves none.
 
     >>> flatten({"seed": 3, "train": {"num_steps": 5}, "rollout": {"stop": ["\\n"]}})
     {'seed': 3, 'train.num_steps': 5, 'rollout.stop': ['\\n']}
@@ -122,7 +122,7 @@ def _default(section: str, name: str, field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if section == "algorithm" and name == "name" and value != Config.model_fields["algorithm"].default.name:
-        return "to be named"
+        return "required"
     return f"default {_shown(value)}"
 
 
@@ -134,7 +134,7 @@ def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def _models_of(field: FieldInfo) -> tuple[type[BaseModel], ...]:
-    """The section classes a field may hold: several for ``algorithm``, none for a plain value."""
+    """The config models a field may hold: several for ``algorithm``, none for a plain value."""
     options = typing.get_args(field.annotation) or (field.annotation,)
     return tuple(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
 
@@ -157,7 +157,7 @@ def _shown(value: Any) -> str:
 
 
 def _readable(error: ValidationError) -> UserError:
-    """The first mistake with its remedy, and how many more there are."""
+    """The first mistake with its remedy, and the number of further ones."""
     first, *others = error.errors()
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -165,16 +165,14 @@ def _readable(error: ValidationError) -> UserError:
     # pydantic appends the branch of a union that failed to the path, and inserts the algorithm's name
     path = [str(part) for part in first["loc"] if part not in _ALGORITHMS][:2]
     field, value, kind = ".".join(path), first["input"], first["type"]
-    more = (
-        f" ({len(others)} more mistakes after it)" if len({other["loc"][:2] for other in others} - {first["loc"][:2]}) else ""
-    )
+    more = f" ({len(others)} more mistakes follow)" if len({other["loc"][:2] for other in others} - {first["loc"][:2]}) else ""
     if kind == "extra_forbidden":
         return UserError(field, value, "no such key" + more, _nearest(path))
     if kind == "missing":
         return UserError(field, "(nothing)", "is required" + more, f"add it to the file or as {field}=…")
     if kind == "too_short":
         return UserError(field, value, "is empty" + more, "name at least one")
-    if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or a number was possible
+    if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or a number is valid
         return UserError(field, value, "is not allowed" + more, f"the type is {_expected(path)} > 0")
     if kind.startswith("union_tag"):
         return UserError("algorithm.name", value["name"], "no such algorithm" + more, f"one of {', '.join(_ALGORITHMS)}")
@@ -201,9 +199,9 @@ def _expected(path: list[str]) -> str:
 
 
 def _nearest(path: list[str]) -> str:
-    """Which key was probably meant: one of the same section first, then one of that name anywhere."""
+    """The key that was probably meant: first from the same section, then of that name anywhere."""
     if new := RENAMED.get(".".join(path)):
-        return f"it is called '{new}' now"
+        return f"it is now called '{new}'"
     *parents, leaf = path
     owners = [model for section, model in _sections() if [section] == parents and leaf in model.model_fields]
     if owners:  # another algorithm's
@@ -222,4 +220,4 @@ def _nearest(path: list[str]) -> str:
     close = difflib.get_close_matches(leaf, everywhere, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{everywhere[close[0]]}'?"
-    return f"known here: {', '.join(known)}" if known else "`nft-megatron train --help` lists all keys"
+    return f"known keys: {', '.join(known)}" if known else "`nft-megatron train --help` lists all keys"

@@ -1,4 +1,4 @@
-"""Keys that had another name once: a user is told the new one, the files of an earlier run are read as if they had it."""
+"""Renamed keys: a user's old key is an error that names the new one; an earlier run's own files are translated."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ RENAMED = {
     "rollout.gate_questions": "rollout.probe_questions",
     "rollout.gate_tokens": "rollout.probe_tokens",
 }
-"""Old name to new name."""
+"""Old key → new key."""
 _BESIDE_A_RECORD = ("ledger", "metrics.jsonl", "slurm")
 
 
 def is_record(path: Path) -> bool:
-    """Whether ``path`` is the configuration that a run left in its own folder, rather than one that a person maintains."""
+    """Whether ``path`` is the configuration that a run wrote to its own folder, not one that a person maintains."""
     return path.name == "config.yaml" and any((path.parent / name).exists() for name in _BESIDE_A_RECORD)
 
 
 def translate(tree: dict[str, Any]) -> None:
-    """Give the old keys of ``tree`` their new names, in place.
+    """Rename the old keys of ``tree``, in place.
 
     >>> tree = {"rollout": {"answers_per_question": 8}}
     >>> translate(tree)

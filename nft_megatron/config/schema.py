@@ -1,7 +1,7 @@
-"""What a run is told. Frozen, checked once, at load; nobody changes it afterwards.
+"""Run configuration. Frozen and checked once, at load; never changed afterwards.
 
-Every field's docstring is its help text: ``nft-megatron train --help`` prints them. Reading files and overrides, and turning
-a failed check into one readable message, is :mod:`nft_megatron.config.load`.
+Every field's docstring is its help text: ``nft-megatron train --help`` prints them. :mod:`nft_megatron.config.load` reads
+files and overrides and turns a failed check into one readable message.
 """
 
 from __future__ import annotations
@@ -18,110 +18,110 @@ from nft_megatron.config.slurm import SlurmConfig
 
 
 class ModelConfig(ConfigModel):
-    """The model that is trained."""
+    """The model to train."""
 
     path: LoosePath
     """Hugging Face model folder: config.json, safetensors and the tokenizer. Families:
     Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Llama 2 and 3, Mistral."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it. ``selective``: the MLPs, which hold over half of the
-    activations. ``full``: whole layers, of which only the input is kept; a third more work."""
+    """What the backward pass recomputes instead of storing. ``selective``: the MLPs, which hold over half of the
+    activations. ``full``: whole layers, storing only their input; a third more work."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations while training. Master weights, log-probs and reductions are float32 either way."""
+    """Dtype of weights and activations during training. Master weights, log-probs and reductions are always float32."""
 
 
 class DataConfig(ConfigModel):
     """The questions to train on."""
 
     train: Annotated[PathList, Field(min_length=1)]
-    """One or several of: Parquet in the schema of DAPO-Math-17k, JSONL, a local Hugging Face data set folder."""
+    """One or more of: Parquet with DAPO-Math-17k's schema, JSONL, a local Hugging Face dataset folder."""
     template: Literal["chat", "qwen2.5-math", "plain"] = "chat"
-    """``chat``: the tokenizer's chat template. ``qwen2.5-math``: the same under Qwen2.5-Math's system message, which asks for
-    steps and a \\boxed{} answer. ``plain``: ``plain_format`` alone, for base models without a chat template."""
+    """``chat``: the tokenizer's chat template. ``qwen2.5-math``: the same with Qwen2.5-Math's system message, which asks for
+    steps and a \\boxed{} answer. ``plain``: ``plain_format`` only, for base models without a chat template."""
     plain_format: str = "{question}\n"
-    """The prompt under template ``plain``; ``{question}`` is replaced."""
+    """Prompt of template ``plain``; ``{question}`` is replaced by the question."""
     system_prompt: str | None = None
-    """System message in place of the template's own."""
+    """System message that replaces the template's own."""
     instruction: Literal["boxed", "answer", "keep", "none"] = "boxed"
-    """Of questions in DAPO's wording: ask for \\boxed{} as NFT does, for a line ``Answer: $Answer`` as published, keep either
-    as it is, or strip it."""
+    """For questions in DAPO's wording: ask for \\boxed{} as NFT does, ask for a line ``Answer: $Answer`` as published, keep the
+    wording as it is, or strip it."""
     conflicting: Literal["drop", "keep"] = "drop"
-    """Questions that the data set holds twice with different golds: leave all of them out and count them, or keep them."""
+    """Questions that occur more than once with different golds: drop all of them and count them, or keep them."""
     max_prompt_tokens: PositiveInt = 512
     """Longest prompt, template included."""
     overlong: Literal["error", "drop"] = "error"
-    """What to do with a longer question: refuse to start and name it, or leave such questions out and count them."""
+    """What to do with longer prompts: refuse to start and name the first, or drop them and count them."""
 
 
 class RolloutConfig(ConfigModel):
     """How answers are collected: lines 5-11 of the paper's Algorithm 1."""
 
     engine: Literal["embedded", "vllm"] = "embedded"
-    """``embedded``: a transformers model beside the trainer, for small models. ``vllm``: the servers of section ``fleet``."""
+    """``embedded``: a transformers model next to the trainer, for small models. ``vllm``: the servers of section ``fleet``."""
     questions_per_step: PositiveInt = 512
-    """Groups with both right and wrong answers that a rollout step trains on."""
+    """Groups with both right and wrong answers that each rollout step trains on."""
     group_size: Annotated[int, Field(ge=2)] = 16
-    """K, answers drawn for each question."""
+    """K, the number of answers sampled per question."""
     temperature: PositiveFloat = 1.0
-    """Of sampling. Training log-probs use logits / temperature too."""
+    """Sampling temperature. Training log-probs also use logits / temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Must stay 1 for training: a renormalised distribution is not the policy π of Eq. 10."""
     max_answer_tokens: PositiveInt = 3584
-    """Longer answers are cut there and count as wrong."""
+    """Longer answers are truncated here and count as wrong."""
     stop: TextList = ()
-    """Texts that end an answer, beside the model's own end-of-text tokens."""
+    """Texts that end an answer, in addition to the model's end-of-text tokens."""
     oversample: Annotated[float, Field(ge=1)] = 3.0
-    """Most questions asked in a round, as a multiple of the groups still missing. Fewer are asked once the share of questions
-    that turn out mixed is known from earlier rounds."""
+    """Upper limit of questions per round, as a multiple of the groups still missing. A round uses fewer once earlier rounds
+    have shown the share of mixed questions."""
     prompt_filter: bool | None = None
-    """Train on questions with right and wrong answers alone (DAPO's dynamic sampling). null: as in the paper, for all
-    algorithms but GRPO and Dr. GRPO, whose steps then have questions_per_step questions of any kind."""
+    """Train only on questions with both right and wrong answers (DAPO's dynamic sampling). null: as in the paper, true for all
+    algorithms except GRPO and Dr. GRPO, whose steps then have questions_per_step questions of any kind."""
     max_rounds: PositiveInt = 10
-    """Rounds of questions in a step; after that it trains on the groups it has, with a warning."""
+    """Rounds of questions per step; after that the step trains on the groups it has, with a warning."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Steps by which an answer may be older than the weights it trains. 0: collecting and training alternate, as in the paper;
-    surplus groups of a step are thrown away. 1 and more: up to so many steps are collected ahead while others train, surplus
+    surplus groups of a step are discarded. 1 or more: up to this many steps are collected ahead during training, surplus
     groups train a later step, and the engine's own log-probs are π_old. Older answers are dropped and counted."""
     stop_at_quota: bool = False
-    """End a round as soon as questions_per_step mixed groups are there and break off the rest. Faster where a few answers are
-    long; but questions with short answers are then trained more often, and what is trained depends on the engine's timing."""
+    """End a round as soon as questions_per_step groups are mixed, and cancel the rest. Faster when a few answers are long, but
+    questions with short answers are then trained more often, and the choice depends on the engine's timing."""
     give_up_after: Annotated[int, Field(ge=2)] | None = None
-    """Abandon a question when so many of its answers are judged and all agree: it is likely to fail the prompt filter. Saves
+    """Abandon a question once this many of its answers are judged and all agree: it will probably fail the prompt filter. Saves
     tokens; loses questions on which the policy is nearly always right or wrong. null: never."""
     save_seconds: PositiveFloat = 60.0
-    """Finished groups of a round under way are written so often; a killed run asks at most the rest again."""
+    """Time between writes of the current round's finished groups; a killed run regenerates only the rest."""
     processes: Annotated[int, Field(ge=0)] | None = None
     """Worker processes of the embedded engine, one thread each. null: one per core. 0: inside the trainer."""
     batch_size: PositiveInt = 128
-    """Answers that one engine process decodes at a time."""
+    """Answers that one engine process decodes at once."""
     max_mismatch: PositiveFloat = 0.1
-    """Largest mean |log-prob of the engine − of the trainer| of the same weights, in nats; beyond it the run ends: the engine
-    then serves other weights, another precision or a renormalised distribution."""
+    """Largest mean |engine log-prob − trainer log-prob| under the same weights, in nats. Beyond it the run ends, because the
+    engine serves other weights, another precision or a renormalised distribution."""
     probe_questions: Annotated[int, Field(ge=0)] | None = None
-    """Answers to so many fixed questions are asked before the first step and after each publishing, and compared with the
-    trainer's log-probs. 0: none. null: 16 with the engine ``vllm``, none with the embedded one."""
+    """The log-prob probe: before the first step and after each weight update the engine answers this many fixed questions, and
+    its log-probs are compared with the trainer's. 0: none. null: 16 with the engine ``vllm``, none with the embedded one."""
     probe_tokens: PositiveInt = 32
-    """Longest of these answers."""
+    """Longest answer of the probe."""
     deadline_seconds: PositiveFloat = 3600.0
     """Longest wait for the next finished answer."""
     step_deadline_seconds: PositiveFloat = 86400.0
-    """Longest wait of other ranks for rank 0 to collect or evaluate a whole step; a rank 0 that dies is noticed at once."""
+    """Longest wait of the other ranks while rank 0 collects or evaluates a whole step; they notice at once if rank 0 dies."""
 
 
 class VerifyConfig(ConfigModel):
-    """Who says right or wrong."""
+    """How answers are graded."""
 
     mode: Literal["strict", "math-verify", "dapo", "simplerl"] = "strict"
-    """``strict``: the last \\boxed{} alone, integers by exact comparison, the rest by math-verify on the box.
+    """``strict``: the last \\boxed{} only, integers by exact comparison, the rest by math-verify on the box.
     ``math-verify``: the whole text, as the paper's reference code does. ``dapo``: the "Answer:" line, else the last
-    \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: the final evaluation's, too lenient to train on
+    \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: for final evaluations, too lenient to train on
     (it forgives a factor of 100). docs/verification.md compares them."""
     workers: PositiveInt = 2
-    """Grader processes; started when the first answer needs math-verify."""
+    """Grader processes, started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
-    """CPU time after which a grader gives up by itself, so that a busy machine changes no verdict: unknown."""
+    """CPU time after which a grader gives up: verdict unknown. A busy machine therefore changes no verdict."""
     hard_seconds: PositiveFloat = 3.0
-    """Wall-clock time after which it is killed and replaced: unknown."""
+    """Wall-clock time after which a grader is killed and replaced: verdict unknown."""
 
 
 if TYPE_CHECKING:
@@ -138,87 +138,87 @@ class OptimizerConfig(ConfigModel):
     """AdamW with float32 master weights, sharded over data-parallel ranks."""
 
     learning_rate: PositiveFloat = 1e-6
-    """Constant after the warm-up."""
+    """Learning rate, constant after the warm-up."""
     warmup_updates: Annotated[int, Field(ge=0)] = 10
-    """Update t of the first ones has learning rate · t / warmup_updates."""
+    """Updates of linear warm-up: update t has learning rate · t / warmup_updates."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled; biases and norm weights have none."""
+    """Decoupled weight decay; not applied to biases and norm weights."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Largest global gradient norm; 0: no clipping."""
     cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of master weights and moments that live, and are updated, in the memory of the host."""
+    """Share of master weights and moments that are kept and updated in host memory."""
 
 
 class TrainConfig(ConfigModel):
-    """The loop."""
+    """The training loop."""
 
     num_steps: PositiveInt
     """Rollout steps."""
     updates_per_step: PositiveInt = 16
-    """Optimizer steps on each rollout step's groups."""
+    """Optimizer updates per rollout step."""
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens packed into one forward pass of one data-parallel rank; prompt and answer of every sequence must fit.
-    Context-parallel ranks share them out."""
+    """Tokens packed into one forward pass of a data-parallel rank; every prompt with its answer must fit.
+    Context-parallel ranks divide them."""
     pad_to_budget: bool = False
-    """Pad every pack to micro_batch_tokens: pipeline stages need not tell each other shapes, and memory is the same for all."""
+    """Pad every pack to micro_batch_tokens: pipeline stages need not exchange shapes, and all packs use the same memory."""
     max_skipped_updates: PositiveInt = 3
-    """An update whose loss or gradient is not finite is left out; after so many in a row the run ends with a fault."""
+    """An update whose loss or gradient is not finite is skipped; after this many in a row the run ends with a fault."""
     importance_cap: PositiveFloat | None = None
-    """Weight each token by min(π / π_engine, this), π being the trainer's policy of the weights that answered: corrects what
-    trainer and engine differ by. null: no such weights."""
+    """Weight each token by min(π / π_engine, this), where π is the trainer's policy under the weights that generated the
+    answer: corrects the trainer-engine mismatch. null: no such weights."""
     denominator: Literal["tokens", "sequences"] | PositiveFloat = "tokens"
-    """D of loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
+    """D in loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
 
 
 class ParallelConfig(ConfigModel):
-    """How model and sequences are cut. Data-parallel ranks are what is left of the world size."""
+    """How model and sequences are split. The remaining factor of the world size is data parallel."""
 
     tensor: PositiveInt = 1
     """Tensor-parallel ranks."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
     virtual_pipeline: PositiveInt = 1
-    """Parts of the model that each pipeline stage holds. 2 and more: the interleaved schedule, with a smaller bubble."""
+    """Parts of the model on each pipeline stage. 2 or more: the interleaved schedule, with a smaller bubble."""
     context: PositiveInt = 1
-    """Context-parallel ranks, which share every sequence between them."""
+    """Context-parallel ranks, which split every sequence."""
     expert: PositiveInt = 1
-    """Of the data- and context-parallel ranks, so many share the experts of each layer. 1: every rank has all experts."""
+    """Data- and context-parallel ranks that share the experts of each layer. 1: every rank has all experts."""
     sequence_parallel: bool = True
     """Shard activations between tensor-parallel ranks (no effect when tensor is 1)."""
     threads: PositiveInt | None = None
-    """CPU threads of a rank. null: the machine's cores divided by its ranks."""
+    """CPU threads per rank. null: the machine's cores divided by its ranks."""
     timeout_seconds: PositiveFloat = 600.0
     """Longest wait in a collective before the run stops with an error."""
 
 
 class DeadlinesConfig(ConfigModel):
-    """Longest silence in each phase of a run. A rank silent for longer leaves its stacks in RUN/logs and ends with 70."""
+    """Longest silence in each phase of a run. A rank silent for longer writes its stacks to RUN/logs and exits with 70."""
 
     setup_seconds: PositiveFloat = 1800.0
     """Building the model, loading weights or a checkpoint, starting the engine."""
     collect_seconds: PositiveFloat = 7200.0
-    """On rank 0 the time without a finished answer; the others wait rollout.step_deadline_seconds for rank 0."""
+    """On rank 0, the time without a finished answer; the other ranks wait rollout.step_deadline_seconds for rank 0."""
     update_seconds: PositiveFloat = 1800.0
     """One optimizer step, or the old log-probs of a whole step."""
     publish_seconds: PositiveFloat = 1800.0
-    """Giving the engine new weights."""
+    """Updating the engine's weights."""
     save_seconds: PositiveFloat = 3600.0
     """Writing a checkpoint or an export."""
     evaluate_seconds: PositiveFloat = 7200.0
-    """On rank 0 the time without a finished answer to a held-out question."""
+    """On rank 0, the time without a finished answer to a held-out question."""
     other_seconds: PositiveFloat = 1800.0
-    """Everything else, such as what ranks tell each other between phases."""
+    """Everything else, such as communication between phases."""
     heartbeat_seconds: PositiveFloat = 300.0
-    """Under Slurm: rank 0 touches a file, and when it has not for so long the agent of the job ends all ranks."""
+    """Under Slurm, rank 0 touches a file; when it has not done so for this long, the job's agent ends all ranks."""
     leave_seconds: PositiveFloat = 60.0
-    """No silence, but a reserve: where the job's end is known (under Slurm, or from NFT_MEGATRON_END_TIME), the run leaves with
-    75 while the time left still has room for this, besides the measured times of a step's updates and of a checkpoint."""
+    """A reserve rather than a silence: where the job's end is known (from Slurm or NFT_MEGATRON_END_TIME), the run exits with
+    75 while there is still time for this plus the measured times of a step's updates and a checkpoint."""
 
     @property
     def by_phase(self) -> dict[str, float]:
@@ -228,12 +228,12 @@ class DeadlinesConfig(ConfigModel):
 
 
 class ClusterConfig(ConfigModel):
-    """Machines, for ``plan`` and ``slurm``; training itself takes the processes that it is started with."""
+    """Cluster shape for ``plan`` and ``slurm``; training uses the launched processes."""
 
     gpu: str = "h100"
-    """Kind of GPU, one of those that ``plan --help`` lists."""
+    """Kind of GPU; ``plan --help`` lists them."""
     gpus_per_node: PositiveInt = 8
-    """GPUs of a node, connected by NVLink."""
+    """GPUs per node, connected by NVLink."""
     trainer_nodes: PositiveInt = 1
     """Nodes that train."""
     rollout_nodes: Annotated[int, Field(ge=0)] = 0
@@ -241,28 +241,27 @@ class ClusterConfig(ConfigModel):
 
 
 class CheckpointConfig(ConfigModel):
-    """What survives. Written whole or not at all; a run goes on from the newest one by itself."""
+    """Checkpoints. Each is written completely or not at all; a run resumes from the newest by itself."""
 
     every: PositiveInt = 10
     """Rollout steps between checkpoints; the last step always has one."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """How many of the newest checkpoints to keep."""
     asynchronous: bool = True
-    """Write checkpoints while the next step goes on, from a copy in the host's memory. false: wait until they are on the
-    disk."""
+    """Write checkpoints during the next step, from a copy in host memory. false: wait until they are on disk."""
     export_every: Annotated[int, Field(ge=0)] = 0
     """Rollout steps between Hugging Face exports; 0: only the last step's."""
 
 
 class EvaluateConfig(ConfigModel):
-    """Held-out questions, answered with the current weights while training."""
+    """Evaluation on held-out questions during training, with the current weights."""
 
     data: PathList = ()
-    """Same formats as data.train; of a data set folder its test split. Empty: no evaluation."""
+    """Same formats as data.train; a dataset folder contributes its test split. Empty: no evaluation."""
     every: PositiveInt = 10
     """Rollout steps between evaluations; also before the first step and after the last."""
     samples: PositiveInt = 1
-    """Answers a question; accuracy is their mean (avg@k)."""
+    """Answers per question; accuracy is their mean (avg@k)."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -270,14 +269,14 @@ class EvaluateConfig(ConfigModel):
 
 
 class ObserveConfig(ConfigModel):
-    """Where metrics go, beside RUN/metrics.jsonl."""
+    """Where metrics go, in addition to RUN/metrics.jsonl."""
 
     tensorboard: bool = True
-    """Write RUN/logs/tensorboard."""
+    """Also write TensorBoard files to RUN/logs/tensorboard."""
     wandb_project: str | None = None
     """Weights & Biases project (needs the extra ``wandb``)."""
     gradient_cosine_every: Annotated[int, Field(ge=0)] = 0
-    """Rollout steps between measurements of the cosine between the gradients of right and of wrong answers; each costs a
+    """Rollout steps between measurements of the cosine between the gradients of right and wrong answers; each costs a
     second forward and backward pass of one update. 0: never."""
 
 
@@ -285,9 +284,9 @@ class Config(ConfigModel):
     """A whole run."""
 
     run_dir: LoosePath
-    """Folder of everything the run writes. Starting again with the same folder goes on where it stopped."""
+    """Folder for everything the run writes. A new start with the same folder resumes where the run stopped."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the order of questions, of every answer and of the mini-batches."""
+    """Seed of the order of questions, of every answer and of the mini-batches."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -333,7 +332,7 @@ class Config(ConfigModel):
             raise UserError(
                 "train.micro_batch_tokens",
                 train.micro_batch_tokens,
-                f"{self.algorithm.name} keeps the answers to a question together, and they may have "
+                f"{self.algorithm.name} keeps the answers to a question together, and these may take "
                 f"rollout.group_size × {self.max_sequence_tokens} = {group_tokens} tokens",
                 f"raise it to at least {group_tokens}, or lower rollout.group_size or rollout.max_answer_tokens",
             )
@@ -341,51 +340,51 @@ class Config(ConfigModel):
             raise UserError(
                 "train.importance_cap",
                 train.importance_cap,
-                f"weights tokens one by one, and the loss of {self.algorithm.name} is of whole answers",
-                "leave it at null",
+                f"weights single tokens, but the loss of {self.algorithm.name} is over whole answers",
+                "set it to null",
             )
         fleet = self.fleet
         if rollout.engine == "embedded" and (fleet.servers or fleet.urls):
             raise UserError(
                 "rollout.engine",
                 rollout.engine,
-                "asks no servers, and section fleet names some",
+                "uses no servers, but section fleet names some",
                 "set rollout.engine=vllm, or leave fleet.servers and fleet.urls empty",
             )
         if not self.filters_prompts and self.algorithm.needs_mixed_groups:
             raise UserError(
                 "rollout.prompt_filter",
                 rollout.prompt_filter,
-                f"{self.algorithm.name} needs it: where all answers agree its loss is zero or not defined",
-                "leave it at null",
+                f"{self.algorithm.name} needs it: where all answers agree, its loss is zero or undefined",
+                "set it to null",
             )
         if not self.filters_prompts and (rollout.give_up_after is not None or rollout.stop_at_quota):
             field = "stop_at_quota" if rollout.stop_at_quota else "give_up_after"
             raise UserError(
                 f"rollout.{field}",
                 getattr(rollout, field),
-                "looks for mixed questions, and all questions are trained on",
-                "leave it out, or set rollout.prompt_filter=true",
+                "looks for mixed questions, but training uses all questions",
+                "remove it, or set rollout.prompt_filter=true",
             )
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise UserError(
                 "parallel.virtual_pipeline",
                 self.parallel.virtual_pipeline,
-                "interleaves pipeline stages, and there is one",
-                "set parallel.pipeline to 2 or more, or leave it at 1",
+                "interleaves pipeline stages, but there is only one",
+                "set parallel.pipeline to 2 or more, or this to 1",
             )
         if self.data.template == "plain" and "{question}" not in self.data.plain_format:
             raise UserError(
                 "data.plain_format",
                 repr(self.data.plain_format),
-                "has no {question}, so all prompts would be the same",
-                "put {question} where the question belongs",
+                "has no {question}, so all prompts would be identical",
+                "put {question} where the question goes",
             )
         if self.data.template == "plain" and self.data.system_prompt is not None:
             raise UserError(
                 "data.system_prompt",
                 repr(self.data.system_prompt),
-                "has no place under data.template = plain",
+                "has no effect with data.template = plain",
                 "write it into data.plain_format, or set data.template=chat",
             )
         if self.verify.hard_seconds < self.verify.soft_seconds:
@@ -393,13 +392,13 @@ class Config(ConfigModel):
                 "verify.hard_seconds",
                 self.verify.hard_seconds,
                 f"below verify.soft_seconds = {self.verify.soft_seconds}",
-                "a grader must be able to give up by itself before it is killed",
+                "raise it above that, so that a grader can give up before it is killed",
             )
         return self
 
     @property
     def filters_prompts(self) -> bool:
-        """Whether questions on which all answers agree are left out: ``rollout.prompt_filter``, or the algorithm's wish."""
+        """Whether questions on which all answers agree are dropped: ``rollout.prompt_filter`` or the algorithm's need."""
         choice = self.rollout.prompt_filter
         return self.algorithm.needs_mixed_groups if choice is None else choice
 
@@ -414,6 +413,6 @@ class Config(ConfigModel):
             raise UserError(
                 "rollout.max_answer_tokens",
                 self.rollout.max_answer_tokens,
-                f"with data.max_prompt_tokens = {self.data.max_prompt_tokens} it exceeds the model's context",
-                f"lower their sum to {max_positions}",
+                f"together with data.max_prompt_tokens = {self.data.max_prompt_tokens} it exceeds the model's context",
+                f"lower their sum to at most {max_positions}",
             )

@@ -14,59 +14,59 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
 def _time_limit(value: object) -> object:
-    """YAML reads an unquoted 24:00:00 as a number of seconds in base 60."""
+    """YAML reads an unquoted 24:00:00 as seconds, a base-60 integer."""
     if isinstance(value, int):
         return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
     if isinstance(value, str) and not _TIME.fullmatch(value):
-        raise UserError("slurm.time", value, "is no time limit", "write hours:minutes:seconds, or days-hours")
+        raise UserError("slurm.time", value, "is not a time limit", "write hours:minutes:seconds, or days-hours")
     return value
 
 
 class SlurmConfig(ConfigModel):
-    """The batch job that `nft-megatron slurm` renders and submits. Its nodes are those of section ``cluster``."""
+    """The batch job that `nft-megatron slurm` renders and submits. Section ``cluster`` gives its nodes."""
 
     partition: str | None = None
     """null: the cluster's default."""
     account: str | None = None
-    """Whom it is billed to. null: your default."""
+    """Account to bill. null: your default."""
     time: Annotated[str, BeforeValidator(_time_limit)] = "24:00:00"
-    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number is taken for seconds, as YAML makes one
-    of 24:00:00. The run goes on in the next one."""
+    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number means seconds, which is how YAML
+    reads 24:00:00. The run resumes in the next job."""
     job_name: str | None = None
-    """null: the name of the run folder and four digits for its place. Of jobs with one name only one runs at a time."""
+    """null: the run folder's name and four digits derived from its path. Only one job of a name runs at a time."""
     sbatch: TextList = ()
     """Further options of sbatch, such as "--qos=high" or "--reservation=tuesday"."""
     gres: str = "gpu:{gpus_per_node}"
-    """What is asked of every node. Empty: nothing, on clusters without GPUs or without this way of naming them."""
+    """Generic resources requested of every node. Empty: none, for clusters without GPUs or without gres."""
     setup: TextList = ()
-    """Lines of the batch script before anything runs, such as "module load cuda/12.8" or "export NCCL_IB_HCA=mlx5"."""
+    """Lines of the batch script that run first, such as "module load cuda/12.8" or "export NCCL_IB_HCA=mlx5"."""
     python: LoosePath | None = None
     """Python of all processes. null: the one that submits, or ``python3`` in a container."""
     container_image: str | None = None
-    """Pyxis image of trainers and servers, with nft_megatron in it. The job's own script and agent run outside."""
+    """Pyxis image of trainers and servers; must contain nft_megatron. The job's script and agent run outside it."""
     container_mounts: TextList = ()
-    """Pyxis mounts, such as "/shared:/shared": run folder, model and data keep the paths that they have outside."""
+    """Pyxis mounts, such as "/shared:/shared": run folder, model and data must keep the paths they have outside."""
     signal_seconds: PositiveInt = 600
-    """So long before the time limit the run is asked to save and leave. Should cover the longest update with its save."""
+    """How long before the time limit the run is asked to save and exit. Should cover the longest update and its save."""
     restart: Literal["requeue", "chain"] = "requeue"
-    """``requeue``: the job puts itself back into the queue. ``chain``: for sites that forbid it, `submit` submits
-    ``chain_jobs`` jobs, each to begin after the one before."""
+    """``requeue``: the job requeues itself. ``chain``: for sites that forbid requeueing, `submit` submits ``chain_jobs`` jobs,
+    each of which begins after the previous one."""
     chain_jobs: PositiveInt = 7
-    """Jobs of a chain."""
+    """Jobs in a chain."""
     max_failures: PositiveInt = 3
-    """So many attempts in a row without progress, and the run gives up."""
+    """After this many attempts in a row without progress the run gives up."""
     plan: bool = True
     """Submit only what `nft-megatron plan` says fits. false: for models with experts, kinds of GPU that it does not know, or
-    where you know better than its estimates."""
+    when you know better than its estimates."""
     preflight: bool = True
-    """Before each attempt look at every node: shared folder, GPUs and their errors, a short all-reduce over all. A bad node is
-    excluded."""
+    """Check every node before each attempt: shared folder, GPUs and their errors, a short all-reduce over all nodes. Bad nodes
+    are excluded."""
     preflight_seconds: PositiveFloat = 300.0
-    """Longest preflight; a node that has said nothing by then is bad."""
+    """Longest preflight; a node that has not reported by then is bad."""
     preflight_command: str | None = None
-    """The site's own check, run by a shell on every node: any exit code but 0, or none within 120 s, makes the node
-    a bad one."""
+    """The site's own check, run by a shell on every node: any exit code other than 0, or none within 120 s, marks the node
+    as bad."""
     exclude_after: PositiveInt = 2
-    """A node that is blamed for the end of so many attempts in a row, of those it took part in, is excluded too."""
+    """A node blamed for the end of this many attempts in a row, among those it took part in, is also excluded."""
     max_excluded: PositiveInt = 8
-    """With more bad nodes than this the run gives up: the fault is then elsewhere."""
+    """With more bad nodes than this the run gives up, because the fault must be elsewhere."""

@@ -1,8 +1,8 @@
-"""The files of ``torch.save`` without loading them: where each tensor's bytes are, and the frame of one yet to be filled.
+"""``torch.save`` files without loading them: where each tensor's bytes are, and an archive's frame around bytes yet to come.
 
 ``torch.save`` writes a zip archive, uncompressed: ``data.pkl`` with the structure, ``data/0`` … with the bytes of each storage,
-and the CRC-32 of each (which torch itself does not look at when it loads). Structures are read with an unpickler that calls no
-code of the file's choosing: what is not on the list of harmless classes becomes an :class:`Inert`.
+and the CRC-32 of each (which torch itself ignores when it loads). Structures are read with an unpickler that runs no code of
+the file's choosing: anything not on the list of harmless classes becomes an :class:`Inert`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nft_megatron.convert.blocks import Checksum
 
 
 class Inert:
-    """Stands for an object of a class that is not on the list. It takes anything and does nothing."""
+    """Stands in for an object of a class that is not on the list. Accepts anything and does nothing."""
 
     def __init__(self, *values: object, **named: object) -> None:
         pass
@@ -36,17 +36,17 @@ class Inert:
         pass
 
     def append(self, value: object) -> None:
-        """Forget it."""
+        """Ignore it."""
 
     def extend(self, values: object) -> None:
-        """Forget them."""
+        """Ignore them."""
 
     def __setitem__(self, key: object, value: object) -> None:
         pass
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Builds objects of the given classes only, by their full names, besides plain Python ones."""
+    """Builds only plain Python objects and those of the given classes, by full name."""
 
     def __init__(self, file: io.BufferedIOBase, allowed: Mapping[str, Any]) -> None:
         super().__init__(file)
@@ -61,7 +61,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class TensorAt:
-    """A tensor in a file: row-major from byte ``offset`` on. ``checksum`` is that of the storage that it is a part of."""
+    """A tensor in a file: row-major from byte ``offset``. ``checksum`` is that of its storage."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class _Storage:
     checksum: Checksum
 
     def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object) -> TensorAt | None:
-        """None for one that is not stored row by row."""
+        """None for a tensor that is not stored row by row."""
         return self._tensor(self.dtype, offset, shape, stride)
 
     def tensor_of(
@@ -88,7 +88,7 @@ class _Storage:
         dtype: torch.dtype,
         *_: object,
     ) -> TensorAt | None:
-        """Of a dtype that has no storage class of its own."""
+        """For a dtype without its own storage class."""
         return self._tensor(dtype, offset, shape, stride)
 
     def _tensor(self, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> TensorAt | None:
@@ -126,7 +126,7 @@ _ALLOWED: Mapping[str, Any] = {
 
 
 class _Window(io.RawIOBase):
-    """``num_bytes`` of a file from ``start`` on, as a file."""
+    """``num_bytes`` of a file from ``start``, as a file."""
 
     def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
         self._descriptor, self._start, self._size, self._position = descriptor, start, num_bytes, 0
@@ -153,18 +153,18 @@ class _Window(io.RawIOBase):
 
 
 def read_archive(file: Path, descriptor: int, start: int, num_bytes: int, field: str) -> Any:
-    """What was given to ``torch.save``, with :class:`TensorAt` in place of tensors (None where one is not row-major).
+    """The object given to ``torch.save``, with :class:`TensorAt` in place of tensors (None if not row-major).
 
-    The archive is ``num_bytes`` of ``file`` (open as ``descriptor``) from ``start`` on.
+    The archive is ``num_bytes`` of ``file`` (open as ``descriptor``) from ``start``.
 
     Raises:
-        UserError: naming ``field`` and the file when this is no whole archive of the little-endian kind.
+        UserError: naming ``field`` and the file if this is not a complete little-endian archive.
     """
     try:
         with zipfile.ZipFile(_Window(descriptor, start, num_bytes)) as archive:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-                raise UserError(field, file, "was written by a big-endian machine", "write it again on this kind of machine")
+                raise UserError(field, file, "was written by a big-endian machine", "rewrite it on a little-endian machine")
 
             def storage(identity: tuple[str, Any, str, str, int]) -> _Storage:
                 _, dtype, key, _, _ = identity
@@ -179,22 +179,22 @@ def read_archive(file: Path, descriptor: int, start: int, num_bytes: int, field:
             return unpickler.load()
     except (UserError, OSError):
         raise
-    except Exception as error:  # damaged, it may raise anything, even MemoryError
+    except Exception as error:  # a damaged file may raise anything, even MemoryError
         raise UserError(
-            field, file, f"is truncated or damaged at byte {start} ({error})", "copy or write the checkpoint again"
+            field, file, f"is truncated or damaged at byte {start} ({error})", "copy or rewrite the checkpoint"
         ) from error
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands before and after the bytes of the one tensor in an archive."""
+    """What precedes and follows the bytes of an archive's one tensor."""
 
     before: bytes
     after: bytes
 
 
 class _Halves:
-    """A file that keeps what is written before and after the one hole that is skipped over."""
+    """A file that keeps what is written before and after the one hole that is seeked over."""
 
     def __init__(self) -> None:
         self.halves = [bytearray()]
@@ -228,8 +228,8 @@ def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
     """
     file = _Halves()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], file))  # memory that nobody touches
-    assert file.hole == math.prod(shape) * dtype.itemsize, "torch.save has left out something else than the tensor"
+        torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], file))  # memory that is never touched
+    assert file.hole == math.prod(shape) * dtype.itemsize, "torch.save skipped something other than the tensor"
     before, after = file.halves
     return Frame(bytes(before), bytes(after))
 

@@ -1,9 +1,9 @@
-"""A tensor as rectangles of bytes in files. Pure: no files are touched.
+"""A tensor as rectangles of bytes in files. Pure: touches no files.
 
-Every tensor is seen as a matrix of bytes: its last axis is a row, all other axes are counted as rows; the rows of a vector are
-its elements. A :class:`Block` is a rectangle of that matrix together with the place of its first byte. A tensor that lies in
-one piece is one block; a QKV weight interleaved by query group is one a group; a weight cut along its columns for tensor
-parallelism is one a rank, narrower than the matrix.
+Every tensor is viewed as a matrix of bytes: its last axis is a row, all other axes count as rows; the rows of a vector are its
+elements. A :class:`Block` is a rectangle of that matrix together with the position of its first byte. A contiguous tensor is
+one block; a QKV weight interleaved by query group is one block per group; a weight split along its columns for tensor
+parallelism is one block per rank, narrower than the matrix.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from nft_megatron.weights.table import Entry, Piece
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows ``row … row + num_rows`` and bytes ``column … column + width`` of them, from byte ``offset`` of ``file`` on.
+    """Rows ``row … row + num_rows`` and bytes ``column … column + width`` of them, from byte ``offset`` of ``file``.
 
-    ``pitch`` is the distance of two rows in the file, in bytes.
+    ``pitch`` is the distance between rows in the file, in bytes.
     """
 
     file: Path
@@ -36,7 +36,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """The CRC-32 that a writer stored for ``num_bytes`` from byte ``offset`` of ``file`` on."""
+    """The CRC-32 that a writer stored for ``num_bytes`` from byte ``offset`` of ``file``."""
 
     file: Path
     offset: int
@@ -48,7 +48,7 @@ class Checksum:
 class StoredTensor:
     """One Hugging Face tensor, wherever and however its bytes are stored.
 
-    ``checksums`` cover the stored pieces that it is a part of; tensors that are fused into one parameter share them.
+    ``checksums`` cover the stored parts that it belongs to; tensors fused into one parameter share them.
     """
 
     name: str
@@ -64,18 +64,18 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes in each of them."""
+        """Bytes per row."""
         return matrix(self.shape)[1] * self.dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in all."""
+        """Bytes in total."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A stored piece of a Megatron parameter's matrix, in elements; its first byte is byte ``offset`` of ``file``."""
+    """A stored part of a Megatron parameter's matrix, in elements; its first byte is byte ``offset`` of ``file``."""
 
     file: Path
     offset: int
@@ -86,7 +86,7 @@ class Box:
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor seen as a matrix.
+    """Rows and columns of a tensor viewed as a matrix.
 
     >>> matrix((6, 4)), matrix((5,)), matrix((2, 3, 4)), matrix(())
     ((6, 4), (5, 1), (6, 4), (1, 1))
@@ -95,14 +95,14 @@ def matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def whole(name: str, dtype: torch.dtype, shape: tuple[int, ...], file: Path, offset: int) -> StoredTensor:
-    """A tensor that lies in one piece."""
+    """A contiguous tensor."""
     rows, columns = matrix(shape)
     width = columns * dtype.itemsize
     return StoredTensor(name, dtype, shape, (Block(file, offset, 0, rows, 0, width, width),))
 
 
 def source_blocks(entry: Entry, pieces: Iterable[Piece], boxes: Sequence[Box], itemsize: int) -> list[list[Block]]:
-    """Where the Hugging Face tensors of ``entry`` are in its Megatron parameter. Returns the blocks of each source.
+    """Locate the Hugging Face tensors of ``entry`` in its Megatron parameter. Returns the blocks of each source.
 
     ``pieces`` follow one another along ``entry.axis`` of the parameter (:meth:`Entry.pieces`), of which ``boxes`` are stored.
 
@@ -143,5 +143,5 @@ def source_blocks(entry: Entry, pieces: Iterable[Piece], boxes: Sequence[Box], i
 
 
 def covers(blocks: Iterable[Block], num_bytes: int) -> bool:
-    """Whether disjoint blocks hold that many bytes, so that nothing of a tensor is missing."""
+    """Whether disjoint blocks hold that many bytes, so that no part of a tensor is missing."""
     return sum(block.num_rows * block.width for block in blocks) == num_bytes

@@ -1,4 +1,4 @@
-"""What any checkpoint is to a converter: tensors by Hugging Face name, and what is wrong with them."""
+"""A checkpoint as converters see it: tensors by Hugging Face name, and problems with them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint of any format. ``tensors`` are in the table's order; ``problems`` are those seen without reading data.
+    """An open checkpoint of any format. ``tensors`` are in the table's order; ``problems`` are those found without reading
+    data.
 
-    ``notes`` are for the user: what is read in a way that he may want to know.
+    ``notes`` tell the user what is read in a way worth knowing.
     """
 
     path: Path
@@ -38,13 +39,13 @@ class Checkpoint:
 
     @property
     def files(self) -> dict[Path, int]:
-        """The files with tensors, and their sizes."""
+        """The files that hold tensors, and their sizes."""
         names = {block.file for tensor in self.tensors.values() for block in tensor.blocks}
         return {file: file.stat().st_size for file in sorted(names)}
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def refuse_problems(self, field: str) -> None:
@@ -53,14 +54,14 @@ class Checkpoint:
             first, others = self.problems[0], len(self.problems) - 1
             text = f"{first.name} {first.text}" + (f" (and {others} more)" if others else "")
             raise UserError(
-                field, self.path, text, "check that its config.json belongs to these weights, or copy the checkpoint again"
+                field, self.path, text, "check that its config.json matches these weights, or copy the checkpoint again"
             )
 
 
 def compare_with_table(
     found: Mapping[str, StoredTensor], table: WeightTable, where: Path
 ) -> tuple[dict[str, StoredTensor], list[Problem]]:
-    """The tensors of ``table`` in its order, and what is missing, unexpected or of another shape."""
+    """The tensors of ``table`` in its order, and what is missing, unexpected or of a different shape."""
     problems = [Problem("missing", name, f"is not in {where}") for name in table.shapes if name not in found]
     problems += [
         Problem("unexpected", name, f"is in {place(found[name])} but not in the model that config.json describes")
@@ -72,7 +73,7 @@ def compare_with_table(
         if name in found:
             tensors[name] = found[name]
             if found[name].shape != shape:
-                text = f"has shape {list(found[name].shape)} in {place(found[name])}, config.json implies {list(shape)}"
+                text = f"has shape {list(found[name].shape)} in {place(found[name])}, but config.json implies {list(shape)}"
                 problems.append(Problem("shape", name, text))
     return tensors, problems
 

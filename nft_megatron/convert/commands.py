@@ -32,9 +32,9 @@ _MEGATRON_POINTER, _OUR_POINTER = "latest_checkpointed_iteration.txt", "latest"
 
 
 def _num_threads(workers: int | None) -> int:
-    """As asked for; otherwise one a core that this process may use, at most 8: a disk is seldom faster than that."""
+    """``workers`` if given; otherwise one per core that this process may use, at most 8: a disk is seldom faster."""
     if workers is not None and workers < 1:
-        raise UserError("--workers", workers, "is less than one thread", "give 1 or more, or leave it out")
+        raise UserError("--workers", workers, "must be at least 1", "give 1 or more, or omit it")
     return workers or min(8, len(os.sched_getaffinity(0)))
 
 
@@ -50,11 +50,11 @@ def to_megatron(
 ) -> None:
     """Write the Hugging Face folder ``source`` as a ``torch_dist`` checkpoint that Megatron-Core loads under any layout.
 
-    ``strict`` refuses NaN and infinity. Without ``proof`` tensors are neither hashed nor looked at, and the manifest says so.
+    ``strict`` refuses NaN and infinity. Without ``proof`` tensors are neither hashed nor checked, and the manifest says so.
 
     Raises:
         UserError: naming SRC, DST or the tensor that is wrong.
-        OSError: when something cannot be written; what is done is kept, the same call goes on.
+        OSError: if something cannot be written; finished work is kept, and the same call resumes.
     """
     table = weight_table(read_shape(source, "SRC"))
     checkpoint = open_huggingface(source, table, "SRC")
@@ -77,17 +77,17 @@ def to_hf(
 ) -> None:
     """Write the weights of a Megatron checkpoint, saved under any layout, as a Hugging Face folder.
 
-    ``model`` is the folder with ``config.json`` and tokenizer; without it that is ``source`` itself, or the model that the run
-    ``source`` belongs to started from. ``strict`` and ``proof`` are as in :func:`to_megatron`.
+    ``model`` is the folder with ``config.json`` and tokenizer; by default ``source`` itself, or the model that the run of
+    ``source`` started from. ``strict`` and ``proof`` are as in :func:`to_megatron`.
 
     Raises:
         UserError: naming SRC, DST, ``--model`` or the tensor that is wrong.
-        OSError: when something cannot be written; what is done is kept, the same call goes on.
+        OSError: if something cannot be written; finished work is kept, and the same call resumes.
     """
     source = resolve(source, "SRC")
     model_folder = model or model_folder_of(source)
     if model_folder is None:
-        raise UserError("SRC", source, "has no config.json", "say with --model which Hugging Face folder it belongs to")
+        raise UserError("SRC", source, "has no config.json", "name its Hugging Face folder with --model")
     table = weight_table(read_shape(model_folder, "--model"))
     checkpoint = open_checkpoint(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
@@ -114,10 +114,10 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
     """Compare two checkpoints of any format, bit by bit, and print every difference.
 
     ``model`` is a folder with ``config.json``, for two checkpoints that have none. With ``prompt``, the log-probs of its tokens
-    under both are compared too, in float32 by transformers; a Megatron checkpoint is converted for that.
+    under both are also compared, in float32 by transformers; a Megatron checkpoint is converted for that.
 
     Raises:
-        UserError: when there is any difference, or anything wrong with either.
+        UserError: if there is any difference, or anything wrong with either.
     """
     paths = resolve(a, "A"), resolve(b, "B")
     folders = [model_folder_of(path) for path in paths]
@@ -136,39 +136,42 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
         problems += compare_log_probs(*paths, prompt, lambda path, folder: to_hf(path, folder, model=described))
     for path, label in zip(paths, "AB", strict=True):
         if (manifest := read_manifest(path, label)) is not None and manifest.fingerprint is None:
-            print(f"{label} was converted without proof: no hash of its tensors is on record")
+            print(f"{label} was converted without proof: its tensors have no recorded hashes")
     for problem in problems:
         print(problem)
     if problems:
-        text = f"{len(problems)} problem{'s' * (len(problems) > 1)} in comparison with {b}, first: {problems[0]}"
-        raise UserError("check", a, text, "convert or copy again what is damaged")
-    print(f"{len(first.tensors)} tensors, {first.num_bytes:,} bytes: {first.format} {a} and {second.format} {b} are the same")
+        text = f"{len(problems)} problem{'s' * (len(problems) > 1)} compared with {b}, first: {problems[0]}"
+        raise UserError("check", a, text, "convert or copy the damaged side again")
+    print(f"{len(first.tensors)} tensors, {first.num_bytes:,} bytes: {first.format} {a} and {second.format} {b} are identical")
 
 
 def open_checkpoint(path: Path, table: WeightTable | None, field: str) -> Checkpoint:
     """Open a checkpoint of whichever format it is.
 
     Raises:
-        UserError: naming ``field`` when it is of none, or is unreadable.
+        UserError: naming ``field`` if it is of no known format or unreadable.
     """
     if (path / SINGLE).is_file() or (path / INDEX).is_file():
         return open_huggingface(path, table, field)
     if table is None:
-        raise UserError(field, path, "has no config.json", "say with --model which Hugging Face folder it belongs to")
+        raise UserError(field, path, "has no config.json", "name its Hugging Face folder with --model")
     if (path / METADATA).is_file():
         return open_torch_dist(path, table, field)
     if is_mp_rank(path):
         return open_mp_rank(path, table, field)
     raise UserError(
-        field, path, f"is no checkpoint: neither {SINGLE}, {INDEX}, {METADATA} nor folders mp_rank_XX", "check the path"
+        field,
+        path,
+        f"is not a checkpoint: it has neither {SINGLE}, {INDEX}, {METADATA} nor folders mp_rank_XX",
+        "check the path",
     )
 
 
 def resolve(path: Path, field: str) -> Path:
-    """The checkpoint's own folder, also where the folder above it is given, with a file that names the newest.
+    """The checkpoint's own folder; ``path`` may also be its parent, with a file that names the newest.
 
     Raises:
-        UserError: naming ``field`` when it is not there.
+        UserError: naming ``field`` if it does not exist.
     """
     if not path.is_dir():
         raise UserError(field, path, "no such folder", "give the path of a checkpoint")
@@ -181,7 +184,7 @@ def resolve(path: Path, field: str) -> Path:
 
 
 def model_folder_of(checkpoint: Path) -> Path | None:
-    """Where configuration and tokenizer of a checkpoint are: in it, or where the run that wrote it started from."""
+    """The folder of a checkpoint's configuration and tokenizer: its own, or the model that its run started from."""
     if (checkpoint / "config.json").is_file():
         return checkpoint
     run_config = checkpoint.resolve().parent.parent / "config.yaml"  # RUN/checkpoints/step_…
@@ -194,7 +197,7 @@ def model_folder_of(checkpoint: Path) -> Path | None:
 
 
 def _dtypes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, torch.dtype]:
-    """Of each tensor to write. Only floating-point numbers are cast."""
+    """The dtype of each tensor to write. Only floating-point tensors are cast."""
     return {
         name: DTYPES[dtype] if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
         for name, tensor in checkpoint.tensors.items()
@@ -213,11 +216,11 @@ def _convert(
     proof: bool,
 ) -> None:
     if strict and not proof:
-        raise UserError("--no-proof", "with --strict", "leaves NaN and infinity unseen", "leave one of the two out")
+        raise UserError("--no-proof", "with --strict", "cannot find NaN and infinity", "omit one of the two")
     for note in checkpoint.notes:
         print(note)
     if odd := unlike_the_rest(target.tensors):
-        print(f"of another dtype than the rest, kept as they are: {', '.join(odd)}")
+        print(f"of a different dtype than the rest, kept unchanged: {', '.join(odd)}")
     if dry_run:
         _print_plan(checkpoint, target, table, destination)
         return
@@ -226,13 +229,13 @@ def _convert(
         manifest = transfer(checkpoint, target, destination, model, threads, meter.advance, strict=strict, proof=proof)
     for name, record in manifest.tensors.items():
         if record.non_finite is not None:
-            print(f"warning: {name} is not finite at {record.non_finite}; copied as it is (--strict refuses)")
+            print(f"warning: {name} is not finite at {record.non_finite}; copied unchanged (--strict refuses it)")
     proven = f"fingerprint {manifest.fingerprint}" if proof else "unproven: neither hashed nor searched for NaN and infinity"
     print(f"{destination}: {len(manifest.tensors)} tensors, {target.num_bytes:,} bytes, {proven}")
 
 
 def _print_plan(checkpoint: Checkpoint, target: Target, table: WeightTable, destination: Path) -> None:
-    """The mapping table, a line for each tensor."""
+    """Print the mapping table, one line per tensor."""
     by_name = places(table)
     for entry in table.entries:
         for name in entry.sources if entry.exported else ():

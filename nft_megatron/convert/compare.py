@@ -1,4 +1,4 @@
-"""Compares two checkpoints of any formats, tensor by tensor and bit by bit, and each with what its conversion recorded."""
+"""Compares two checkpoints of any format, tensor by tensor and bit by bit, and each with its manifest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two, with its name on the command line."""
+    """One of the two checkpoints, with its name on the command line."""
 
     label: str
     checkpoint: Checkpoint
@@ -42,9 +42,9 @@ class Side:
 
 
 def compare(a: Checkpoint, b: Checkpoint, workers: int, advance: Advance) -> list[Problem]:
-    """Everything in which the two differ, and everything wrong with either of them.
+    """Every difference between the two, and every problem with either.
 
-    Where B says that a tensor was cast on request from A's dtype, A's numbers are cast before they are compared.
+    If B records that a tensor was cast on request from A's dtype, A's numbers are cast before they are compared.
     """
     sides = Side("A", a, read_manifest(a.path, "A")), Side("B", b, read_manifest(b.path, "B"))
     problems = [
@@ -67,7 +67,7 @@ def compare(a: Checkpoint, b: Checkpoint, workers: int, advance: Advance) -> lis
 
 
 def compare_shapes(a: ModelShape, b: ModelShape) -> list[Problem]:
-    """What the two ``config.json`` say differently about the model."""
+    """Differences between the models of the two ``config.json``."""
     return [
         Problem("config", field.name, f"is {getattr(a, field.name)} in A, {getattr(b, field.name)} in B")
         for field in fields(ModelShape)
@@ -76,13 +76,13 @@ def compare_shapes(a: ModelShape, b: ModelShape) -> list[Problem]:
 
 
 def _compare_with_manifest(side: Side) -> list[Problem]:
-    """Names, shapes and dtypes against what the conversion recorded."""
+    """Compare names, shapes and dtypes with the manifest."""
     if side.manifest is None:
         return []
     problems = []
     tensors, recorded = side.checkpoint.tensors, side.manifest.tensors
     for name in recorded.keys() - tensors.keys():
-        problems.append(Problem("missing", name, f"is recorded in {NAME} of {side.label} but not there"))
+        problems.append(Problem("missing", name, f"is recorded in {NAME} of {side.label} but missing"))
     for name in tensors.keys() - recorded.keys():
         problems.append(
             Problem("unexpected", name, f"is in {place(tensors[name])} ({side.label}) but not recorded in its {NAME}")
@@ -96,7 +96,7 @@ def _compare_with_manifest(side: Side) -> list[Problem]:
 
 
 def _check_around_tensors(side: Side, files: Files) -> list[Problem]:
-    """Headers, metadata, configuration and tokenizer: all bytes that belong to no tensor."""
+    """Compare headers, metadata, configuration and tokenizer: all bytes that belong to no tensor."""
     assert side.manifest is not None
     folder = side.checkpoint.path
     present = {path: path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != NAME}
@@ -105,7 +105,7 @@ def _check_around_tensors(side: Side, files: Files) -> list[Problem]:
     for name, recorded in side.manifest.files.items():
         path = folder / name
         if path not in present:
-            problems.append(Problem("missing", name, f"is recorded in {NAME} of {side.label} but not there"))
+            problems.append(Problem("missing", name, f"is recorded in {NAME} of {side.label} but missing"))
             continue
         digest = hashlib.sha256()
         for start, stop in of_tensors.get(path, [(0, present[path])]):
@@ -114,12 +114,12 @@ def _check_around_tensors(side: Side, files: Files) -> list[Problem]:
                 files.read(path, position, part)
                 digest.update(part.data)
         if digest.hexdigest() != recorded:
-            problems.append(Problem("damaged", name, f"of {side.label} is not what {NAME} recorded, outside its tensors"))
+            problems.append(Problem("damaged", name, f"of {side.label} differs from {NAME} outside its tensors"))
     return problems
 
 
 def _pairs(a: Side, b: Side, files: Files, advance: Advance) -> Iterator[Callable[[], list[Problem]]]:
-    """Work for each group of tensors that are stored together in A."""
+    """One task per group of tensors that are stored together in A."""
     both = [name for name in a.checkpoint.tensors if name in b.checkpoint.tensors]
     for _, names in groupby(both, key=lambda name: a.checkpoint.tensors[name].checksums or name):
         yield partial(_compare_all, list(names), a, b, files, advance)
@@ -183,7 +183,7 @@ def _value(band: Bytes, dtype: torch.dtype, number: int) -> float:
 
 
 class _Scan:
-    """What is to be seen of one side's tensor while it streams by: its hash, and values that are not finite."""
+    """Checks one side's tensor as it streams by: its hash, and values that are not finite."""
 
     def __init__(self, name: str, side: Side, tensor: StoredTensor) -> None:
         self._name, self._side, self._tensor = name, side, tensor
@@ -205,5 +205,5 @@ class _Scan:
         if self._non_finite is not None:
             yield Problem("non-finite", self._name, self._non_finite)
         if self._sha256 not in (None, self._digest.hexdigest()):
-            text = f"in {place(self._tensor)} ({self._side.label}) does not have the hash that {NAME} recorded for it"
+            text = f"in {place(self._tensor)} ({self._side.label}) does not match its hash in {NAME}"
             yield Problem("damaged", self._name, text)

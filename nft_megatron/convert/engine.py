@@ -1,6 +1,6 @@
 """Moves and compares tensors by bands of rows: each band is read, checked, hashed and written while it is in the cache.
 
-Memory is two bands a thread, whatever the size of the model. Threads are enough to use all cores: reading, writing, hashing and
+Memory is two bands per thread, whatever the size of the model. Threads suffice to use all cores: reading, writing, hashing and
 numpy's loops all run outside Python's lock.
 """
 
@@ -22,9 +22,9 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import Checksum, StoredTensor
 
 BAND_BYTES = 8 << 20
-_WRITEBACK_BYTES = 1 << 20  # pieces of this size or more start on their way to the disk when they are written
-_NUM_BEHIND = 16  # so many pieces later they should be there
-_SCAN_BYTES = 1 << 17  # what the scan for non-finite values takes at once: stays in the second-level cache
+_WRITEBACK_BYTES = 1 << 20  # parts of at least this size start their way to disk when written
+_NUM_BEHIND = 16  # this many parts later they should be there
+_SCAN_BYTES = 1 << 17  # scanned at once for non-finite values: fits the second-level cache
 
 Bytes = np.ndarray
 T = TypeVar("T")
@@ -41,11 +41,11 @@ _NON_FINITE = {
 
 
 class Stopped(Exception):
-    """Another thread has failed, or the user interrupted."""
+    """Another thread failed, or the user interrupted."""
 
 
 class Files:
-    """Open files, shared by all threads. A context manager; ``field`` is for errors."""
+    """Open files, shared by all threads; a context manager. Errors name ``field``."""
 
     def __init__(self, field: str) -> None:
         self.field = field
@@ -63,14 +63,14 @@ class Files:
         self._descriptors.clear()
 
     def descriptor(self, file: Path, flags: int = os.O_RDONLY) -> int:
-        """Of an open file."""
+        """Descriptor of an open file."""
         with self._lock:
             if (file, flags) not in self._descriptors:
                 self._descriptors[file, flags] = os.open(file, flags)
             return self._descriptors[file, flags]
 
     def read(self, file: Path, offset: int, out: Bytes) -> None:
-        """Fill ``out``. Raises :class:`UserError` where the file ends before that."""
+        """Fill ``out``. Raises :class:`UserError` if the file ends too early."""
         if self.stop.is_set():
             raise Stopped
         view, descriptor = out.data, self.descriptor(file)
@@ -95,10 +95,10 @@ class Files:
             raise OSError(error.errno, error.strerror, str(file)) from error
 
     def _write_out(self, descriptor: int, offset: int, num_bytes: int) -> None:
-        """Set the disk to work now, not at the fsync in the end, and give memory back as it follows.
+        """Start writing to disk now, not at the final fsync, and release memory as the disk catches up.
 
-        The advice that a range is not needed makes Linux write it out without waiting for it, and drop what has been written
-        (mm/fadvise.c). So every range is advised twice, and a conversion does not claim as many pages as the model has.
+        Advising that a range is not needed makes Linux start writing it without waiting, and drop what has been written
+        (mm/fadvise.c). So every range is advised twice, and a conversion does not occupy as many pages as the model has.
         """
         with self._lock:
             self._behind.append((descriptor, offset, num_bytes))
@@ -108,7 +108,7 @@ class Files:
             os.posix_fadvise(*written, os.POSIX_FADV_DONTNEED)
 
     def read_rows(self, tensor: StoredTensor, row: int, out: Bytes) -> None:
-        """Fill ``out``, a matrix of bytes, with the rows of ``tensor`` from ``row`` on."""
+        """Fill ``out``, a matrix of bytes, with the rows of ``tensor`` starting at ``row``."""
         last = row + len(out)
         for block in tensor.blocks:
             first, stop = max(row, block.row), min(last, block.row + block.num_rows)
@@ -118,14 +118,14 @@ class Files:
             offset = block.offset + (first - block.row) * block.pitch
             if place.flags.c_contiguous and (block.pitch == block.width or stop - first == 1):
                 self.read(block.file, offset, place.reshape(-1))
-            else:  # a shard of columns: its rows in one go, then into their columns
+            else:  # a shard of columns: read its rows at once, then copy them into their columns
                 num_bytes = (stop - first - 1) * block.pitch + block.width
                 rows = thread_buffer(2, (stop - first) * block.pitch)
                 self.read(block.file, offset, rows[:num_bytes])
                 place[:] = rows.reshape(stop - first, block.pitch)[:, : block.width]
 
     def write_rows(self, tensor: StoredTensor, row: int, data: Bytes) -> None:
-        """The other way round, to blocks as wide as the tensor."""
+        """The reverse, for blocks as wide as the tensor."""
         last = row + len(data)
         for block in tensor.blocks:
             assert block.pitch == block.width == data.shape[1]
@@ -135,7 +135,7 @@ class Files:
                 self.write(block.file, offset, data[first - row : stop - row].reshape(-1).data)
 
     def verify(self, checksum: Checksum, what: str) -> None:
-        """Raise :class:`UserError` unless the bytes have the checksum that was stored with them."""
+        """Raise :class:`UserError` unless the bytes match their stored checksum."""
         crc32, position = 0, 0
         buffer = thread_buffer(0, BAND_BYTES)
         while position < checksum.num_bytes:
@@ -147,7 +147,7 @@ class Files:
             raise UserError(
                 self.field,
                 checksum.file,
-                f"is damaged: the bytes of {what} do not have the checksum that was stored with them",
+                f"is damaged: the bytes of {what} do not match their stored checksum",
                 "copy the checkpoint again, or use an older one",
             )
 
@@ -156,7 +156,7 @@ _LOCAL = threading.local()
 
 
 def thread_buffer(number: int, num_bytes: int) -> Bytes:
-    """A buffer of this thread's, used again by its next call with the same ``number``."""
+    """A buffer of this thread, reused by its next call with the same ``number``."""
     buffers = _LOCAL.__dict__.setdefault("buffers", {})
     if number not in buffers or len(buffers[number]) < num_bytes:
         buffers[number] = np.empty(max(num_bytes, BAND_BYTES), np.uint8)
@@ -165,7 +165,7 @@ def thread_buffer(number: int, num_bytes: int) -> Bytes:
 
 
 def bands(tensor: StoredTensor, widest: int) -> Iterator[tuple[int, int]]:
-    """Cut the rows into (first row, number of rows), so that rows of ``widest`` bytes fit into a band."""
+    """Split the rows into (first row, number of rows), so that rows of ``widest`` bytes fit into a band."""
     step = max(1, BAND_BYTES // max(widest, 1))
     for row in range(0, tensor.num_rows, step):
         yield row, min(step, tensor.num_rows - row)
@@ -179,7 +179,7 @@ def read_band(files: Files, tensor: StoredTensor, row: int, num_rows: int, buffe
 
 
 def cast_band(band: Bytes, dtype: torch.dtype, to: torch.dtype) -> Bytes:
-    """The same numbers in another dtype. A new array where that differs."""
+    """The same numbers in another dtype; a new array if the dtype differs."""
     if dtype == to:
         return band
     values = torch.from_numpy(band.reshape(-1)).view(dtype).to(to)
@@ -187,7 +187,7 @@ def cast_band(band: Bytes, dtype: torch.dtype, to: torch.dtype) -> Bytes:
 
 
 def first_non_finite(band: Bytes, dtype: torch.dtype) -> int | None:
-    """The number of the first element that is infinite or not a number; None where all are finite (or whole numbers).
+    """The number of the first element that is infinite or NaN; None if all are finite (or integers).
 
     >>> x = torch.tensor([1.0, -2.0, 3.0, float("-inf")], dtype=torch.bfloat16)
     >>> first_non_finite(x.view(torch.uint8).numpy(), x.dtype)
@@ -208,13 +208,13 @@ def first_non_finite(band: Bytes, dtype: torch.dtype) -> int | None:
 
 
 def element(tensor: StoredTensor, row: int, number: int) -> list[int]:
-    """The index of an element, ``number`` counted from the beginning of ``row``."""
+    """The index of an element; ``number`` counts from the beginning of ``row``."""
     columns = tensor.row_bytes // tensor.dtype.itemsize
     return [int(index) for index in np.unravel_index(row * columns + number, tensor.shape)] if tensor.shape else []
 
 
 def run_all(work: Iterable[Callable[[], T]], workers: int, stop: threading.Event) -> list[T]:
-    """Call all of ``work`` on that many threads. The first failure stops the others at their next read and is raised."""
+    """Run all of ``work`` on that many threads. The first failure stops the others at their next read and is raised."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
     futures = [pool.submit(call) for call in work]
     try:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: their tensors as blocks, and the plan of one that is to be written."""
+"""Hugging Face folders: their tensors as blocks, and the plan of a folder to write."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def open_huggingface(folder: Path, table: WeightTable | None, field: str) -> Checkpoint:
-    """A folder with safetensors weights; without a ``table``, whatever it holds.
+    """A folder with safetensors weights; without a ``table``, all tensors it contains.
 
     Raises:
-        UserError: naming ``field`` for files that are missing, truncated or unreadable.
+        UserError: naming ``field`` for missing, truncated or unreadable files.
     """
     with HFReader(folder, field) as reader:
         found = {name: whole(name, place.dtype, place.shape, place.file, place.offset) for name, place in reader.places.items()}
     problems: list[Problem] = []
     notes: tuple[str, ...] = ()
     if table is not None:
-        notes = tuple(f"{name} is a stored copy of a tied tensor: not read" for name in found.keys() & table.ignored)
+        notes = tuple(f"{name} is a stored copy of a tied tensor: ignored" for name in found.keys() & table.ignored)
         found, problems = compare_with_table(found, table, folder)
     return Checkpoint(folder, "Hugging Face", found, tuple(problems), notes)
 

@@ -1,7 +1,7 @@
-"""The folder of a conversion under way, ``NAME.partial``, and what has been done in it.
+"""The folder of a conversion in progress, ``NAME.partial``, and its journal.
 
-A line is added to its journal after each tensor. Started again with the same source and options, a conversion takes up the
-folder and checks what the journal says by reading it back; for anything else it begins anew.
+The journal gains a line after each tensor. Restarted with the same source and options, a conversion resumes in the folder and
+verifies the journal's tensors by reading them back; with any other it starts over.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _JOURNAL = "journal.jsonl"
 
 
 class PartialFolder:
-    """A context manager that holds the folder for one process.
+    """A context manager that locks the folder for one process.
 
-    ``done`` is what was recorded by an earlier process of the same ``identity``: tensor name → record. Of what such a process
-    has left, only ``identity["files"]`` are taken up, those with tensors.
+    ``done`` is what an earlier process of the same ``identity`` recorded: tensor name → record. Of the files that process
+    left, only ``identity["files"]``, those with tensors, are reused.
 
     Raises:
-        UserError: when the final name is taken or another process is at work.
-        OSError: when the disk has not ``num_bytes`` left.
+        UserError: if the final name is taken or another process is working on it.
+        OSError: if the disk has less than ``num_bytes`` left.
     """
 
     def __init__(self, final: Path, identity: Mapping[str, Any], num_bytes: int) -> None:
         if final.exists():
-            raise UserError("DST", final, "exists already", "give another name, or move it away")
+            raise UserError("DST", final, "already exists", "give another name, or move it away")
         self._final, self._identity = final, json.loads(json.dumps(identity))
         self.path = partial_path(final)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -54,18 +54,18 @@ class PartialFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._journal.close()
-        if isinstance(error, UserError):  # with a source that is wrong there is nothing to go on with
+        if isinstance(error, UserError):  # a wrong source leaves nothing to resume
             shutil.rmtree(self.path)
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
-        """Note that a tensor is written."""
+        """Record that a tensor is written."""
         with self._lock:
             self._journal.write(json.dumps({"tensor": name, **values}) + "\n")
             self._journal.flush()
 
     def publish(self) -> None:
-        """Flush all and give it its final name."""
-        for path in self.path.iterdir():  # before the journal goes: without it all would be done again
+        """Flush everything and rename the folder to its final name."""
+        for path in self.path.iterdir():  # before deleting the journal: without it everything would be redone
             fsync_path(path)
         (self.path / _JOURNAL).unlink()
         publish_folder(self.path, self._final)
@@ -77,12 +77,12 @@ class PartialFolder:
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                break  # the process died while it wrote this one
+                break  # the process died while writing this line
         is_same = bool(lines) and lines[0] == self._identity
         good = lines if is_same else [self._identity]
         kept = {_JOURNAL, *(self._identity["files"] if is_same else ())}
         for path in self.path.iterdir():
-            if path.name not in kept:  # another conversion's, or what an earlier process wrote in its last moments
+            if path.name not in kept:  # another conversion's, or an earlier process's last writes
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._journal.truncate(0)
         self._journal.writelines(json.dumps(line) + "\n" for line in good)
@@ -98,5 +98,5 @@ class PartialFolder:
 
 
 def partial_path(final: Path) -> Path:
-    """Where a conversion to ``final`` is prepared: beside it, so that the last rename never crosses a file system."""
+    """Where a conversion to ``final`` is prepared: next to it, so that the final rename never crosses file systems."""
     return final.parent / f"{final.name}.partial"

@@ -16,12 +16,12 @@ TOLERANCE = 1e-4
 
 
 def compare_log_probs(a: Path, b: Path, prompt: str, convert: Callable[[Path, Path], None]) -> list[Problem]:
-    """Prints the largest difference; a problem when it is above ``TOLERANCE``. Holds one model at a time.
+    """Print the largest difference; a problem if it exceeds ``TOLERANCE``. Holds one model at a time.
 
     ``convert(path, folder)`` writes a Megatron checkpoint as a Hugging Face folder.
 
     Raises:
-        UserError: when the prompt has fewer than two tokens, or a folder has no tokenizer.
+        UserError: if the prompt has fewer than two tokens, or a folder has no tokenizer.
     """
     first, second = (_log_probs(path, prompt, convert) for path in (a, b))
     if first.shape != second.shape:
@@ -35,7 +35,7 @@ def compare_log_probs(a: Path, b: Path, prompt: str, convert: Callable[[Path, Pa
 
 @torch.no_grad()
 def _log_probs(path: Path, prompt: str, convert: Callable[[Path, Path], None]) -> torch.Tensor:
-    """Of every token of the prompt but the first."""
+    """Log-probs of every token of the prompt except the first."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="nft-megatron-") as temporary:
@@ -46,7 +46,7 @@ def _log_probs(path: Path, prompt: str, convert: Callable[[Path, Path], None]) -
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError("--prompt", folder, f"has no tokenizer ({error})", "leave --prompt out, or add one") from error
+            raise UserError("--prompt", folder, f"has no tokenizer ({error})", "omit --prompt, or add one") from error
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
         if tokens.shape[1] < 2:
             raise UserError("--prompt", prompt, "has fewer than two tokens", "give a longer one")

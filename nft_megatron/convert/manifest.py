@@ -1,8 +1,9 @@
-"""What a conversion has written, so that anyone can prove later that nothing of it has changed: ``conversion.json``.
+"""What a conversion wrote, so that anyone can later prove that nothing has changed: ``conversion.json``.
 
-Every byte of the folder is under one hash. A tensor's is the SHA-256 of :func:`nft_megatron.weights.fingerprint.tensor_digest`,
-over its Hugging Face name, dtype, shape and bytes in row-major order, so it is the same in every format and layout; together
-they give the fingerprint that a run reports for the same weights. A file's is over all of its bytes that belong to no tensor.
+Every byte of the folder is covered by one hash. A tensor's is the SHA-256 of
+:func:`nft_megatron.weights.fingerprint.tensor_digest`, over its Hugging Face name, dtype, shape and bytes in row-major order,
+so it is the same in every format and layout; together they give the fingerprint that a run reports for the same weights. A
+file's hash covers all of its bytes that belong to no tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NAME = "conversion.json"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """``cast_from``: the source's dtype where it was cast on request. ``non_finite``: index of the first infinity or NaN.
+    """``cast_from``: the source's dtype if it was cast on request. ``non_finite``: index of the first infinity or NaN.
 
     ``sha256`` is None for a tensor that was converted without proof: neither hashed nor searched for NaN and infinity.
     """
@@ -47,33 +48,33 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str | None:
-        """One hash over all tensors; None where one has none."""
+        """One hash over all tensors; None if a tensor has none."""
         digests = [record.sha256 for record in self.tensors.values() if record.sha256 is not None]
         return combine_digests(digests) if len(digests) == len(self.tensors) else None
 
     def to_json(self) -> str:
-        """The content of the file."""
+        """The content of ``conversion.json``."""
         return json.dumps({"fingerprint": self.fingerprint, **asdict(self)}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path, field: str) -> Manifest | None:
-    """The manifest in ``folder``; None where there is none.
+    """The manifest in ``folder``; None if there is none.
 
     Raises:
-        UserError: naming ``field`` when it is unreadable or contradicts itself.
+        UserError: naming ``field`` if it is unreadable or inconsistent.
     """
     path = folder / NAME
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text())
-        fingerprint = content.pop("fingerprint" if "fingerprint" in content else "receipt")  # as earlier versions named it
+        fingerprint = content.pop("fingerprint" if "fingerprint" in content else "receipt")  # the name in earlier versions
         tensors = {
             name: TensorRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in content.pop("tensors").items()
         }
         manifest = Manifest(tensors, **content)
         if manifest.fingerprint != fingerprint:
-            raise ValueError("its fingerprint does not belong to its tensors")
+            raise ValueError("its fingerprint does not match its tensors")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(field, path, f"is damaged ({error})", "copy the checkpoint again") from error
     return manifest
@@ -106,7 +107,7 @@ def gaps(tensors: Iterable[StoredTensor], files: Mapping[Path, int]) -> dict[Pat
 
 
 def sha256(parts: Iterable[bytes]) -> str:
-    """Of some bytes in order, as 64 hexadecimal digits."""
+    """SHA-256 of the given bytes in order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -1,7 +1,8 @@
-"""Megatron's older checkpoints, a file a rank: ``mp_rank_01_002/model_optim_rng.pt`` for tensor rank 1, pipeline rank 2.
+"""Megatron's older checkpoints, one file per rank: ``mp_rank_01_002/model_optim_rng.pt`` for tensor rank 1, pipeline rank 2.
 
 Each file is one archive of ``torch.save`` with the model's state under ``model`` (``model0``, ``model1`` … with an interleaved
-pipeline) among other things. Names are Megatron-Core's, layers counted within the file; only where tensors are is read.
+pipeline) among other things. Names are Megatron-Core's, with layers numbered within the file; only the positions of tensors are
+read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     """The weights of a checkpoint of any tensor and pipeline size; experts over several ranks are not supported.
 
     Raises:
-        UserError: naming ``field`` for files that are missing, truncated, unreadable or of another kind.
+        UserError: naming ``field`` for files that are missing, truncated, unreadable or of another format.
     """
     ranks: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.iterdir()):
@@ -72,7 +73,7 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
 
 
 def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict[str, TensorAt]:
-    """The parameters of one tensor rank over all pipeline stages, layers counted over the whole model."""
+    """The parameters of one tensor rank over all pipeline stages, with layers numbered across the whole model."""
     by_chunk: dict[tuple[int, int], Mapping[str, Any]] = {}  # in the model's order: interleaved chunk, then stage
     for stage, path in enumerate(stages):
         descriptor = os.open(path, os.O_RDONLY)
@@ -86,7 +87,7 @@ def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict
             else {}
         )
         if not chunks or not all(isinstance(content[key], dict) for key in chunks.values()):
-            raise UserError(field, path, "has no 'model' with the state of one", "give a checkpoint of Megatron-Core")
+            raise UserError(field, path, "has no state under 'model'", "give a checkpoint of Megatron-Core")
         for number, key in chunks.items():
             by_chunk[int(number or 0), stage] = content[key]
     parameters: dict[str, TensorAt] = {}

@@ -11,10 +11,10 @@ from nft_megatron.convert.blocks import StoredTensor
 
 @dataclass(frozen=True)
 class Target:
-    """A folder to be.
+    """A folder to be written.
 
-    ``tensors``: where each Hugging Face tensor goes. ``files``: the files they lie in, with their sizes. ``parts``: the bytes
-    of those files around tensors, as (file, offset, bytes). ``small``: whole other files, by name.
+    ``tensors``: where each Hugging Face tensor goes. ``files``: the files that hold tensors, with their sizes. ``parts``: the
+    bytes around the tensors, as (file, offset, bytes). ``small``: the other files by name, with their content.
     """
 
     folder: Path
@@ -25,5 +25,5 @@ class Target:
 
     @property
     def num_bytes(self) -> int:
-        """What it will take on the disk, about."""
+        """Approximate size on disk."""
         return sum(self.files.values()) + sum(map(len, self.small.values()))

@@ -1,4 +1,4 @@
-"""What a conversion shows while it works: bytes, bytes a second, time left."""
+"""Progress of a conversion: bytes, bytes per second, time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nft_megatron.observe.progress import SECONDS_BETWEEN_LINES, format_duration
 
 
 class Meter:
-    """A bar on a terminal, a line every ``SECONDS_BETWEEN_LINES`` anywhere else. A context manager; threads may share it."""
+    """A bar on a terminal, elsewhere a line every ``SECONDS_BETWEEN_LINES``. A context manager that threads may share."""
 
     def __init__(self, title: str, num_bytes: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._title, self._total, self._console, self._clock = title, num_bytes, console, clock
@@ -33,7 +33,7 @@ class Meter:
             self._task = self._bar.add_task(title, total=num_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """That many more are done."""
+        """Count that many more as done."""
         if self._bar is not None:
             self._bar.advance(self._task, num_bytes)
             return

@@ -1,16 +1,16 @@
-"""Megatron-Core's ``torch_dist`` checkpoints: their tensors as blocks, and the plan of one that is to be written.
+"""Megatron-Core's ``torch_dist`` checkpoints: their tensors as blocks, and the plan of a checkpoint to write.
 
-A ``torch_dist`` checkpoint is one of torch.distributed.checkpoint. ``.metadata`` tells, for every key, the shape of the whole
-tensor and the chunks (boxes of it) that are stored, and for each chunk a range of a ``.distcp`` file, which holds an archive of
-``torch.save``. How a key is cut says nothing about who can read it, so no layout is needed to read or to write one.
+A ``torch_dist`` checkpoint is one of torch.distributed.checkpoint. ``.metadata`` gives, for every key, the shape of the whole
+tensor and its stored chunks (boxes of it), and for each chunk a range of a ``.distcp`` file, which holds an archive of
+``torch.save``. How a key is split does not restrict who can read it, so reading or writing one needs no layout.
 
-Keys are the names of the model's parameters without the numbers of layers and experts; these are leading axes instead, where
+Keys are the names of the model's parameters without the numbers of layers and experts; these are leading axes instead, if
 the checkpoint was saved with them (Megatron's default, see transformer/transformer_block.py and transformer/moe/experts.py):
 
     decoder.layers.7.mlp.linear_fc2.weight                         decoder.layers.mlp.linear_fc2.weight, index (7,)
     decoder.layers.7.mlp.experts.local_experts.5.linear_fc1.weight decoder.layers.mlp.experts.experts.linear_fc1.weight, (7, 5)
 
-The rest of a key's axes are those of the parameter on one tensor rank: query groups q…k v one after the other, gate above up.
+The rest of a key's axes are those of the parameter on one tensor rank: query groups q…k v in sequence, gate above up.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^rng_state|^rerun_state")
 _MOST_PADDING = 128 * 64
-"""Megatron pads the vocabulary to a multiple of 128 rows a tensor rank; what has more rows is another vocabulary."""
+"""Megatron pads the vocabulary to a multiple of 128 rows per tensor rank; more rows mean another vocabulary."""
 
 
 def _memory_format(enumeration: Any, name: str) -> Any:
-    """``getattr``, by which Python before 3.11.4 pickles members of an enumeration, for the one that metadata holds."""
+    """``getattr``, with which Python before 3.11.4 pickles enumeration members, restricted to metadata's one enumeration."""
     if enumeration is not metadata._MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError(f"getattr of {enumeration}")
     return enumeration[name]
@@ -91,7 +91,7 @@ class Place:
 
 
 def places(table: WeightTable) -> dict[str, Place]:
-    """The place of every stored parameter of the table, by its name, with layers and experts as leading axes."""
+    """The key and index of every stored parameter of the table, by name, with layers and experts as leading axes."""
     split = {entry.name: _numbers(entry.name) for entry in table.entries if entry.exported}
     num_layers = 1 + max((numbers[0] for _, numbers in split.values() if numbers), default=0)
     num_experts = 1 + max((numbers[1] for _, numbers in split.values() if len(numbers) > 1), default=0)
@@ -116,10 +116,10 @@ def _numbers(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
-    """The weights of a checkpoint that was saved under any layout; optimizer state and all other keys are left alone.
+    """The weights of a checkpoint saved under any layout; optimizer state and all other keys are ignored.
 
     Raises:
-        UserError: naming ``field`` for files that are missing, truncated or unreadable.
+        UserError: naming ``field`` for missing, truncated or unreadable files.
     """
     keys, chunks = _read_metadata(folder / METADATA, field)
     found: dict[str, StoredTensor] = {}
@@ -155,7 +155,7 @@ def _reported(name: str, problems: Sequence[Problem]) -> bool:
 
 
 def _stored_places(table: WeightTable, keys: Mapping[str, TensorStorageMetadata]) -> Iterator[tuple[Entry, Place]]:
-    """Entries and their places. Where layers are not all alike, Megatron keeps their numbers in the keys: look for both."""
+    """Entries and their keys. If layers are not all alike, Megatron keeps their numbers in the keys: try both."""
     by_name = places(table)
     for entry in table.entries:
         if entry.exported:
@@ -168,17 +168,17 @@ def _stored_places(table: WeightTable, keys: Mapping[str, TensorStorageMetadata]
 
 
 def _misfit(entry: Entry, place: Place, size: tuple[int, ...]) -> tuple[str | None, str | None]:
-    """What is wrong with the shape of a key, and what is to be said about one that is right."""
+    """The problem with a key's shape, or a note about a correct one."""
     leading, shape = size[: len(place.counts)], size[len(place.counts) :]
     if entry.layout is Layout.VOCABULARY and len(shape) == len(entry.shapes[0]):
         vocab = entry.shapes[0][entry.axis]
         if 0 < shape[entry.axis] - vocab < _MOST_PADDING:
             expected = entry.local_shape(1, shape[entry.axis])
-            note = f"{place.key}: rows {vocab} to {shape[entry.axis]} are padding and left out"
+            note = f"{place.key}: rows {vocab} to {shape[entry.axis]} are padding and ignored"
             return (None, note) if shape == expected else (f"{place.key} has shape {list(size)}", None)
     expected = entry.local_shape(1, entry.shapes[0][entry.axis])
     if leading != place.counts or shape != expected:
-        return f"{place.key} has shape {list(size)}, config.json implies {[*place.counts, *expected]}", None
+        return f"{place.key} has shape {list(size)}, but config.json implies {[*place.counts, *expected]}", None
     return None, None
 
 
@@ -195,7 +195,7 @@ def _read_metadata(path: Path, field: str) -> tuple[dict[str, TensorStorageMetad
     """The tensor keys, and the chunks of each."""
     manifest = read_manifest(path.parent, field)
     if manifest is not None and sha256([path.read_bytes()]) != manifest.files.get(METADATA):
-        raise UserError(field, path, f"is not what {MANIFEST} recorded", "copy the checkpoint again")
+        raise UserError(field, path, f"differs from {MANIFEST}", "copy the checkpoint again")
     try:
         with path.open("rb") as file:
             content = SafeUnpickler(file, _ALLOWED).load()
@@ -212,15 +212,15 @@ def _read_metadata(path: Path, field: str) -> tuple[dict[str, TensorStorageMetad
                 )
     except OSError:
         raise
-    except Exception as error:  # damaged, it may raise anything, even MemoryError
+    except Exception as error:  # a damaged file may raise anything, even MemoryError
         raise UserError(
-            field, path, f"is no metadata of a torch_dist checkpoint ({error!r})", "copy or write the checkpoint again"
+            field, path, f"is not the metadata of a torch_dist checkpoint ({error!r})", "copy or rewrite the checkpoint"
         ) from error
     return keys, chunks
 
 
 def _by_index(chunks: Sequence[_Chunk], leading: int) -> dict[tuple[int, ...], list[_Chunk]]:
-    """The chunks that hold a part of each layer, or of each expert of a layer."""
+    """The chunks that hold part of each layer, or of each expert of a layer."""
     found: dict[tuple[int, ...], list[_Chunk]] = {}
     for chunk in chunks:
         ranges = [range(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
@@ -255,8 +255,8 @@ class _ChunkReader:
             raise UserError(
                 self._field,
                 path,
-                f"is truncated: {key} ends at byte {chunk.start + chunk.num_bytes}, the file at {size}",
-                "copy or write the checkpoint again",
+                f"is truncated: {key} ends at byte {chunk.start + chunk.num_bytes}, but the file at {size}",
+                "copy or rewrite the checkpoint",
             )
         tensor = read_archive(path, descriptor, chunk.start, chunk.num_bytes, self._field)
         if not isinstance(tensor, TensorAt) or math.prod(tensor.shape) != math.prod(chunk.sizes):
@@ -264,7 +264,7 @@ class _ChunkReader:
                 self._field,
                 path,
                 f"does not hold {key} of shape {list(chunk.sizes)} at byte {chunk.start}",
-                "copy or write the checkpoint again",
+                "copy or rewrite the checkpoint",
             )
         return tensor
 
@@ -286,17 +286,17 @@ def _read_entry(
     for chunk in chunks:
         tensor = read(chunk, place.key)
         dtypes.add(tensor.dtype)
-        first = 0  # of the chunk's elements that belong to this layer and expert
+        first = 0  # first of the chunk's elements that belong to this layer and expert
         for index, offset, length in zip(place.index, chunk.offsets, chunk.sizes, strict=False):
             first = first * length + index - offset
         num_rows, num_columns = matrix(chunk.sizes[leading:])
         position = tensor.offset + first * num_rows * num_columns * tensor.dtype.itemsize
         row, column = chunk.offsets[leading], chunk.offsets[leading + 1] if len(shape) > 1 else 0
         boxes.append(Box(tensor.checksum.file, position, row, num_rows, column, num_columns))
-        if tensor.checksum.crc32:  # 0: written without
+        if tensor.checksum.crc32:  # 0: written without one
             checksums.append(tensor.checksum)
     if len(dtypes) != 1:
-        text = f"is stored in pieces of {' and '.join(sorted(map(str, dtypes))) or 'no dtype at all'} under {place.key}"
+        text = f"is stored in chunks of {' and '.join(sorted(map(str, dtypes))) or 'no dtype at all'} under {place.key}"
         problems.extend(Problem("dtype" if dtypes else "missing", name, text) for name in entry.sources)
         return {}
     (dtype,) = dtypes

@@ -1,8 +1,8 @@
 """The plan of a ``torch_dist`` checkpoint that Megatron-Core loads under any layout, made without Megatron-Core.
 
-Besides the weights it needs ``metadata.json``, ``common.pt`` and an ``_extra_state`` object for every module that may ask for
-one: linear layers (where Transformer Engine keeps the state of 8-bit training; Megatron's own layers ask too), and norms that
-are modules of their own (only Transformer Engine's ask). All are empty.
+In addition to the weights it needs ``metadata.json``, ``common.pt`` and an ``_extra_state`` object for every module that may
+ask for one: linear layers (where Transformer Engine keeps the state of 8-bit training; Megatron's own layers ask too), and
+norms that are separate modules (only Transformer Engine's ask). All are empty.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from nft_megatron.weights.table import Entry, Layout, WeightTable
 
 MAX_FILE_BYTES = 5_000_000_000
 MAX_CHUNK_BYTES = 64 << 20
-"""A rank that loads a part of a chunk reads all of it, so large matrices are cut by rows."""
+"""A rank that loads part of a chunk reads all of it, so large matrices are split by rows."""
 
 
 @dataclass
 class _Files:
-    """Hands out places in files of at most ``MAX_FILE_BYTES``, one after the other."""
+    """Allocates space in files of at most ``MAX_FILE_BYTES``, in sequence."""
 
     folder: Path
     sizes: dict[Path, int]
@@ -59,7 +59,7 @@ def plan_torch_dist(folder: Path, table: WeightTable, dtypes: Mapping[str, torch
     """Where every tensor goes.
 
     Raises:
-        UserError: when tensors that make up one parameter have different dtypes.
+        UserError: if tensors that make up one parameter have different dtypes.
     """
     files = _Files(folder, {})
     tensors: dict[str, StoredTensor] = {}
@@ -121,13 +121,13 @@ def _dtype(entry: Entry, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     if len(found) > 1:
         text = ", ".join(f"{name} is {str(dtypes[name]).removeprefix('torch.')}" for name in entry.sources)
         raise UserError(
-            "dtype", entry.name, f"is made of tensors of different dtypes: {text}", "choose one for all with --dtype"
+            "dtype", entry.name, f"consists of tensors of different dtypes: {text}", "choose one for all with --dtype"
         )
     return found.pop()
 
 
 def _cuts(entry: Entry, shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Rows of each chunk: equal parts, cut anew where gate ends and up begins."""
+    """Rows of each chunk: equal parts, with a cut between gate and up."""
     row_bytes = matrix(shape)[1] * itemsize
     alone = len(entry.sources) == 1 or entry.layout is not Layout.SPLIT
     lengths = [shape[0]] if alone else [source[0] for source in entry.shapes]

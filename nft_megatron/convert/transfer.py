@@ -1,4 +1,4 @@
-"""One conversion: from an open checkpoint to a planned folder, with every proof on the way."""
+"""One conversion: from an open checkpoint to a planned folder, with every proof along the way."""
 
 from __future__ import annotations
 
@@ -38,15 +38,14 @@ def transfer(
 ) -> Manifest:
     """Write ``target``, which is planned for ``partial_path(final)``, and rename it to ``final``.
 
-    ``model_folder`` gives configuration and tokenizer. Where a tensor of the target has another dtype than the source's, it is
-    cast. Interrupted, the same call goes on where it stopped. A value that is not finite is copied and recorded in the
-    manifest; under ``strict`` it is refused. Without ``proof`` no byte of a tensor is looked at: no hash, no search for NaN, no
-    comparison with recorded hashes and stored checksums. As nothing shows then what has reached the disk, such a conversion
-    begins anew when it was interrupted.
+    ``model_folder`` provides configuration and tokenizer. A tensor whose dtype differs between target and source is cast. After
+    an interruption, the same call resumes. A value that is not finite is copied and recorded in the manifest; ``strict``
+    refuses it. Without ``proof`` no byte of a tensor is checked: no hash, no search for NaN, no comparison with recorded hashes
+    and stored checksums. Nothing then shows what has reached the disk, so an interrupted conversion of this kind starts over.
 
     Raises:
-        UserError: for a source that is damaged or changes meanwhile; a target that exists; under ``strict`` NaN and infinity.
-        OSError: when something cannot be written.
+        UserError: for a source that is damaged or changes while read; a target that exists; under ``strict``, NaN and infinity.
+        OSError: if something cannot be written.
     """
     before = _fingerprint(source, model_folder)
     known = read_manifest(source.path, "SRC") if proof else None
@@ -65,7 +64,7 @@ def transfer(
         job = _Job(files, source, target, folder, expected, advance, strict, proof)
         records = dict(pair for pairs in run_all(job.units(), workers, files.stop) for pair in pairs)
         if _fingerprint(source, model_folder) != before:
-            raise UserError("SRC", source.path, "has changed while it was read", "start again once it is complete")
+            raise UserError("SRC", source.path, "changed while it was read", "start again once it is complete")
         flush = [partial(os.fsync, files.descriptor(file, os.O_RDWR)) for file in target.files]
         run_all(flush, workers, files.stop)
         _write_around_tensors(target, files, model_folder)
@@ -85,13 +84,13 @@ def transfer(
 
 
 def _fingerprint(source: Checkpoint, model_folder: Path) -> dict[str, Any]:
-    """By what a source is known again without reading it."""
+    """What identifies a source without reading it."""
     paths = [*source.files, model_folder / "config.json"]
     return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def _write_around_tensors(target: Target, files: Files, model_folder: Path) -> None:
-    """Headers, metadata, configuration: without them nobody takes the folder for a checkpoint. So they come last."""
+    """Headers, metadata, configuration: without them the folder does not count as a checkpoint, so they come last."""
     for file, offset, data in target.parts:
         files.write(file, offset, memoryview(data))
     for name, content in target.small.items():
@@ -123,9 +122,9 @@ class _Job:
     proof: bool
 
     def units(self) -> list[Callable[[], list[tuple[str, TensorRecord]]]]:
-        """What one thread does in one go: tensors that are stored together, whose checksums are verified together.
+        """One thread's tasks: tensors that are stored together, whose checksums are verified together.
 
-        The largest first, so that no thread is left alone with one in the end.
+        The largest come first, so that no thread is left alone with one at the end.
         """
         stored = self.source.tensors
         groups = [list(names) for _, names in groupby(self.target.tensors, key=lambda name: stored[name].checksums or name)]
@@ -145,7 +144,7 @@ class _Job:
         return TensorRecord(dtype, target.shape, sha256, None if dtype == cast_from else cast_from, non_finite)
 
     def _already_there(self, name: str) -> TensorRecord | None:
-        """What an earlier process wrote, if it still has the hash that was recorded then."""
+        """What an earlier process wrote, if it still matches its recorded hash."""
         if name not in self.folder.done or (self.strict and self.folder.done[name]["non_finite"]):
             return None
         tensor = self.target.tensors[name]
@@ -175,7 +174,7 @@ class _Job:
 
 
 class _Proof:
-    """What is to be known of a tensor while its bands stream by. ``expected``: the hash that the source's manifest recorded."""
+    """Checks a tensor as its bands stream by. ``expected``: its hash in the source's manifest."""
 
     def __init__(self, name: str, source: StoredTensor, target: StoredTensor, expected: str | None, strict: bool) -> None:
         self._name, self._source, self._target, self._expected, self._strict = name, source, target, expected, strict
@@ -184,7 +183,7 @@ class _Proof:
         self.non_finite: list[int] | None = None
 
     def take(self, row: int, band: Bytes, written: Bytes) -> None:
-        """Rows from ``row`` on, as read and as they are written."""
+        """Rows starting at ``row``, as read and as written."""
         if self._read is not self._written and self._expected is not None:
             self._read.update(band.data)
         self._written.update(written.data)
@@ -197,18 +196,18 @@ class _Proof:
                 raise UserError("SRC", file, text, "use a checkpoint without NaN and infinity")
 
     def sha256(self) -> str:
-        """Of the tensor as written. Raises :class:`UserError` where what was read is not what was recorded for the source."""
+        """The record of the tensor as written. Raises :class:`UserError` if the bytes read contradict the source's manifest."""
         if self._expected not in (None, self._read.hexdigest()):
             raise UserError(
                 "SRC",
                 place(self._source),
-                f"is damaged: {self._name} does not have the hash that {NAME} recorded for it",
-                f"copy the checkpoint again; where weights were changed on purpose, delete {NAME}",
+                f"is damaged: {self._name} does not match its hash in {NAME}",
+                f"copy the checkpoint again; if weights were changed on purpose, delete {NAME}",
             )
         return self._written.hexdigest()
 
 
 def unlike_the_rest(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """The tensors whose dtype is not that of most: kept as they are, but worth knowing."""
+    """The tensors whose dtype differs from that of most: kept unchanged, but worth reporting."""
     usual = majority_dtype(tensors.values())
     return [name for name, tensor in tensors.items() if str(tensor.dtype) != f"torch.{usual}"]

@@ -1,7 +1,7 @@
 """A file that a process touches as long as it lives.
 
-A process that is stopped or starved says nothing, and whoever waits for it within a deadline of hours cannot tell. The agent of
-a Slurm job looks at this file of rank 0.
+A stopped or starved process is silent, and a process that waits for it with a deadline of hours cannot tell. The agent of a
+Slurm job watches rank 0's file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EVERY_SECONDS = 5.0
 
 @contextlib.contextmanager
 def alive(config: Config) -> Iterator[None]:
-    """Rank 0 touches its file inside the ``with`` block, also while it takes a run apart."""
+    """Rank 0 touches its file inside the ``with`` block, even while it tears a run down."""
     heartbeat = Heartbeat(RunFolder(config.run_dir).heartbeat) if rank_info().rank == 0 else None
     try:
         yield
@@ -30,7 +30,7 @@ def alive(config: Config) -> Iterator[None]:
 
 
 class Heartbeat:
-    """Touches ``path`` until closed, in a thread of its own: the folder may hang. A folder that is missing is not made."""
+    """Touches ``path`` until closed, in its own thread because the folder may hang. Does not create a missing folder."""
 
     def __init__(self, path: Path, every: float = EVERY_SECONDS) -> None:
         self._path, self._every = path, every

@@ -1,4 +1,4 @@
-"""Requests to save and leave: a signal to any rank, a file named ``stop`` in the run folder, the end of the job's time."""
+"""Requests to save and exit: a signal to any rank, a file named ``stop`` in the run folder, the end of the job's time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """What asked this rank to stop. ``file`` is looked at where it is given, and ``limit`` may be reached: on rank 0."""
+    """Stop requests to this rank. On rank 0, ``file`` is checked too, and ``limit`` may be reached."""
 
     def __init__(self, file: Path | None, limit: TimeLimit | None = None) -> None:
         self._file = file
@@ -26,9 +26,9 @@ class StopRequests:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Take the signals over inside the ``with`` block.
+        """Handle the signals inside the ``with`` block.
 
-        After the first one a Ctrl-C ends the process at once, as usual; no finished step is lost.
+        After the first signal, Ctrl-C ends the process at once, as usual; no finished step is lost.
         """
         before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         try:
@@ -41,10 +41,10 @@ class StopRequests:
         self._signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._file is not None:
-            log.warning("%s: saving and leaving after this step", self._signal)
+            log.warning("%s: saving and exiting after this step", self._signal)
 
     def reason(self) -> str | None:
-        """What asked to stop, None while nothing did."""
+        """What requested the stop; None if nothing has."""
         if self._signal is not None:
             return self._signal
         if self._file is not None and self._file.exists():
@@ -52,6 +52,6 @@ class StopRequests:
         return self.limit.reason()
 
     def clear(self) -> None:
-        """The request has been honoured: the next start is not to stop again."""
+        """The request has been honoured: the next start must not stop again."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
-"""When the time of a run's job ends, and whether what comes next still fits before that.
+"""When the run's job reaches its time limit, and whether the next phases still fit.
 
-A job that is ended by its time limit loses what it has under way. So a run leaves before: the updates of a step are begun only
-while the time left is more than they, the publishing that follows and a checkpoint take:
+A job ended by its time limit loses its work in progress. So a run exits earlier: a step's updates begin only while the time
+left exceeds what they, the following weight update and a checkpoint take:
 
     left ≥ reserve + 1.25 · Σ_phases max(last five measurements of this process)
 
-Without a measurement a phase counts nothing: every start of a run tries at least one step. Collecting has no part in the sum,
-as what is finished of it is kept.
+An unmeasured phase counts as zero: every start of a run tries at least one step. Collecting is not in the sum, because
+finished groups are kept.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MARGIN = 1.25
 
 
 class TimeLimit:
-    """``end``: seconds since 1970, None: never. ``reserve``: seconds for leaving itself, and for what is not measured.
+    """``end``: seconds since 1970; None: never. ``reserve``: seconds for the exit itself and for what is not measured.
 
-    ``phases`` are those that the next step brings after its collecting, the checkpoint included; twice, where another one is
-    still being written.
+    ``phases`` are those of the next step after its collecting, including the checkpoint; the checkpoint counts twice while
+    another one is still being written.
 
     >>> now = [1000.0]
     >>> limit = TimeLimit(1100.0, reserve=10.0, clock=lambda: now[0])
@@ -42,7 +42,7 @@ class TimeLimit:
     True
     >>> now[0] = 1036.0
     >>> limit.reason()
-    'the end of its time: 64 s are left, and the next update and save may take 65 s'
+    'the end of its time: 64 s are left, but the next update and save may take 65 s'
     """
 
     phases: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class TimeLimit:
 
     @classmethod
     def of_job(cls, reserve: float) -> TimeLimit:
-        """That of the job this process belongs to: NFT_MEGATRON_END_TIME, else SLURM_JOB_END_TIME, else none."""
+        """The limit of this process's job: NFT_MEGATRON_END_TIME, else SLURM_JOB_END_TIME, else none."""
         for name in _VARIABLES:
             if value := os.environ.get(name):
                 try:
@@ -65,24 +65,24 @@ class TimeLimit:
 
     @contextlib.contextmanager
     def measuring(self, phase: str) -> Iterator[None]:
-        """Measure the ``with`` block, unless it fails."""
+        """Measure the ``with`` block if it succeeds."""
         begin = self._clock()
         yield
         self.measured(phase, self._clock() - begin)
 
     def measured(self, phase: str, seconds: float) -> None:
-        """``phase`` took ``seconds``."""
+        """Record that ``phase`` took ``seconds``."""
         self._measured[phase].append(seconds)
 
     @property
     def needed(self) -> float:
-        """Seconds that ``phases`` may take, with the reserve."""
+        """Seconds that ``phases`` may take, including the reserve."""
         return self._reserve + _MARGIN * sum(max(self._measured[phase], default=0.0) for phase in self.phases)
 
     def reason(self) -> str | None:
-        """Why to leave now, None while ``phases`` still fit."""
+        """Why to exit now; None while ``phases`` still fit."""
         left = self._end - self._clock()
         if left >= self.needed:
             return None
         what = " and ".join(dict.fromkeys(self.phases))
-        return f"the end of its time: {left:.0f} s are left, and the next {what} may take {self.needed:.0f} s"
+        return f"the end of its time: {left:.0f} s are left, but the next {what} may take {self.needed:.0f} s"

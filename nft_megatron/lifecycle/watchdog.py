@@ -1,10 +1,10 @@
-"""Ends a process whose work has stopped moving, and says where it stood.
+"""Ends a hung process and records where it hung.
 
-A rank that waits for another in a collective, a file system that has gone away, an engine that says nothing: none of these ends
-a process by itself, and a cluster goes on billing it. Each phase of a run has a deadline of silence. A thread looks at the
-clock; when a phase is silent past its deadline it writes the stacks of all threads of this process to
-RUN/logs/stall_rank<r>.txt, notes its end for machines (:mod:`nft_megatron.lifecycle.exit_report`) and ends the process, which
-ends the job and lets the scheduler start it again.
+A rank that waits for another in a collective, a file system that has disappeared, a silent engine: none of these ends a process
+by itself, and the cluster keeps billing it. Each phase of a run has a deadline of silence. A thread watches the clock; when a
+phase stays silent past its deadline, it writes the stacks of all threads of this process to RUN/logs/stall_rank<r>.txt, writes
+an exit report (:mod:`nft_megatron.lifecycle.exit_report`) and ends the process, which ends the job and lets the scheduler
+restart it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 
 from nft_megatron.base.errors import EXIT_STALLED
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.lifecycle.exit_report import ExitReport, if_it_answers, note_phase, write_exit_report
+from nft_megatron.lifecycle.exit_report import ExitReport, note_phase, write_exit_report, write_if_responsive
 from nft_megatron.observe.progress import Progress
 
-_LOOKS_A_DEADLINE = 20
+_CHECKS_PER_DEADLINE = 20
 _LONGEST_NAP = 1.0
 
 
@@ -37,9 +37,9 @@ class _Watched:
 
 
 class Watchdog:
-    """``deadlines`` are seconds of silence by phase; phases that are not listed are not watched.
+    """``deadlines`` maps phases to seconds of silence; other phases are not watched.
 
-    ``note`` is added to the report, such as the step; it may be changed at any time.
+    ``note``, such as the step, is added to the report; it may be changed at any time.
     """
 
     note = ""
@@ -57,13 +57,13 @@ class Watchdog:
         self._open: list[_Watched] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        nap = min([_LONGEST_NAP, *(limit / _LOOKS_A_DEADLINE for limit in deadlines.values())])
+        nap = min([_LONGEST_NAP, *(limit / _CHECKS_PER_DEADLINE for limit in deadlines.values())])
         self._thread = threading.Thread(target=self._watch, args=(nap,), name="watchdog", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Watch the ``with`` block under the deadline of ``name``. Inside another phase it takes that one's place."""
+        """Watch the ``with`` block under the deadline of ``name``, which replaces that of an enclosing phase."""
         watched = _Watched(name, self._deadlines.get(name, float("inf")), time.monotonic())
         with self._lock:
             self._open.append(watched)
@@ -78,7 +78,7 @@ class Watchdog:
             self.alive()
 
     def alive(self) -> None:
-        """A sign of life: an answer came, an update is done. The deadline begins anew."""
+        """A sign of life: an answer came, an update is done. The deadline restarts."""
         with self._lock:
             if self._open:
                 self._open[-1].last_sign = time.monotonic()
@@ -108,12 +108,12 @@ class Watchdog:
                 report.flush()
                 faulthandler.dump_traceback(report, all_threads=True)
 
-        if_it_answers(write)  # the folder may be what has gone away
+        write_if_responsive(write)  # the folder itself may have disappeared
         write_exit_report(self._run_dir, ExitReport.here(EXIT_STALLED, line, watched.phase))
 
 
 class LifeSigns(Progress):
-    """Shows what ``shown`` shows; every part that is done is a sign of life."""
+    """Forwards to ``shown``; every advance is a sign of life."""
 
     def __init__(self, shown: Progress, watchdog: Watchdog) -> None:
         self._shown, self._watchdog = shown, watchdog

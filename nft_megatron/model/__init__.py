@@ -1,13 +1,13 @@
 """The model on Megatron-Core: the only package that imports it.
 
-``topology`` places this process, ``build`` makes its part of the model, ``load`` fills it from a Hugging Face folder and
-``export`` gives it back, ``logprob`` scores tokens, ``step`` trains, ``optimizer`` updates, ``checkpoint`` saves and restores.
+``topology`` places this process, ``build`` creates its part of the model, ``load`` fills it from a Hugging Face folder and
+``export`` reverses that, ``logprob`` scores tokens, ``step`` trains, ``optimizer`` updates, ``checkpoint`` saves and restores.
 """
 
 import warnings
 
-# What Megatron-Core 0.16.1 makes every run say, about itself: fast paths it did not find (`nft-megatron doctor` lists them),
-# and calls of its own that torch 2.13 deprecates.
+# Warnings that Megatron-Core 0.16.1 prints in every run: missing fast paths (`nft-megatron doctor` lists them), and its own
+# calls that torch 2.13 deprecates.
 for _message in (
     ".*(Apex is not installed|Apex are not installed).*",
     "full scope is deprecated",

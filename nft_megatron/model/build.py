@@ -8,7 +8,7 @@
         micro_batch = next(data_iterator)
         packed = pack_sequences(lengths, topology.device, topology.context_rank, topology.context_size)
         hidden_NH = chunk(input_ids_1T, position_ids_1T, packed, loss_positions_N)
-        def loss_function(hidden_NH):                            # called where the model ends only
+        def loss_function(hidden_NH):                            # called only where the model ends
             loss = ...                                           # from hidden_NH and lm_head_weight(chunk)
             return loss, NO_TOKEN_COUNT, statistics
         return hidden_NH, loss_function
@@ -16,16 +16,16 @@
     zero_gradients(chunks)
     run_schedule(chunks, forward_step, micro_batches, forward_only=False)
 
-**Parts.** A pipeline stage holds one part of the model, or under the interleaved schedule several, each a chunk of the list:
-part v of stage p is number v · stages + p of the model's parts, all of them with equally many layers.
+**Parts.** A pipeline stage holds one part of the model, or several under the interleaved schedule, each a chunk of the list:
+part v of stage p is number v · stages + p of the model's parts, all with the same number of layers.
 
 **The scale of gradients.** After the schedule, ``parameter.main_grad`` is the plain sum of d(loss)/d(parameter) over the
 micro-batches of all data-parallel and context-parallel ranks. Nothing divides it: ``calculate_per_token_loss`` sets DDP's
 scaling factor to 1 (distributed/distributed_data_parallel.py:257) and, with a three-tuple from the loss function, keeps the
 schedule from dividing by the number of micro-batches (pipeline_parallel/schedules.py:262); ``_finalize`` withholds the token
-count by which ``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function adds up what
-several ranks hold a part of: norm weights under sequence parallelism, and the tied embedding of the first and last pipeline
-stage. With the distributed optimizer a rank's sum is complete only on its own shard of the buffer.
+count by which ``finalize_model_grads`` would divide. So a loss carries its own denominator. The same function sums the
+gradients that several ranks share: norm weights under sequence parallelism, and the tied embedding of the first and last
+pipeline stage. With the distributed optimizer a rank's sum is complete only on its own shard of the buffer.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def build_model(
     recompute: Recompute = "none",
     variable_lengths: bool = True,
 ) -> Chunks:
-    """This rank's part of the model, with zeros for weights until they are loaded: ``topology.virtual_pipeline`` chunks.
+    """This rank's part of the model, with zero weights until they are loaded: ``topology.virtual_pipeline`` chunks.
 
     Args:
         dtype: of weights and activations. Gradients are summed in float32.
         sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
-        recompute: what the backward computes again instead of keeping it: ``selective`` the MLPs, ``full`` whole layers.
-        variable_lengths: pipeline stages tell each other the length of every pack. Without it all packs have one length.
+        recompute: what the backward pass recomputes instead of storing: ``selective`` the MLPs, ``full`` whole layers.
+        variable_lengths: pipeline stages exchange the length of every pack. Otherwise all packs have the same length.
 
     Raises:
-        UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when the model cannot be cut that way.
+        UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` if the model cannot be split that way.
     """
     config = transformer_config(shape, topology, dtype, sequence_parallel, recompute, variable_lengths)
     ddp_config = DistributedDataParallelConfig(
@@ -114,11 +114,11 @@ def run_schedule(
     """Megatron's pipeline schedule over ``micro_batches``; see the example at the top of this file.
 
     Args:
-        forward_step: takes an iterator over micro-batches, of which it draws one, and a chunk.
-        num_tokens: of every pack, over all its context ranks; read only where lengths do not vary.
+        forward_step: takes an iterator over micro-batches, from which it draws one, and a chunk.
+        num_tokens: of every pack, over all its context ranks; used only if lengths do not vary.
 
     Returns:
-        The third item of every loss function, in the order of the micro-batches; nothing where the model does not end.
+        The third item of every loss function, in the order of the micro-batches; empty where the model does not end.
     """
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -132,6 +132,6 @@ def run_schedule(
 
 
 def zero_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Forget all gradients. Call it before every update."""
+    """Zero all gradients. Call it before every update."""
     for chunk in chunks:
         chunk.zero_grad_buffer()

@@ -1,16 +1,15 @@
 """Saves and restores weights, optimizer and generators in Megatron-Core's ``torch_dist`` format.
 
-A checkpoint does not depend on the layout that wrote it: every tensor is stored under its place in the whole model, the
+A checkpoint does not depend on the layout that wrote it: every tensor is stored by its position in the whole model, the
 optimizer's shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds the
-optimizer state of its replica group, 12 bytes a parameter). So it loads under other tensor, pipeline and data sizes.
+optimizer state of its replica group, 12 bytes per parameter). So it loads under other tensor, pipeline and data sizes.
 
-A save has two halves. :func:`take_snapshot` gathers and copies, while the ranks wait; :meth:`Snapshot.write` needs nothing of
-the model any more and may run in a thread, with a control group of its own. The caller gives an empty folder and publishes it
-once all ranks are back. Saving takes the steps of Megatron's own
-``dist_checkpointing.save`` with two differences. Its writer forks processes and starts a manager, which needs a ``__main__``
-guard in the user's script and waits without a deadline for workers that the kernel killed
-(dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); here torch's writer works in this process. And a failure
-of rank 0 to write the common part is told to the other ranks, which would wait for it.
+A save has two halves. :func:`take_snapshot` gathers and copies, while the ranks wait; :meth:`Snapshot.write` no longer needs
+the model and may run in a thread, with its own control group. The caller provides an empty folder and publishes it once all
+ranks have returned. Saving follows Megatron's own ``dist_checkpointing.save`` with two differences. Its writer forks processes
+and starts a manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the
+kernel killed (dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); here torch's writer works in this process.
+And if rank 0 fails to write the common part, the other ranks learn of it instead of waiting.
 """
 
 from __future__ import annotations
@@ -89,8 +88,8 @@ def _sharded_state(
 def _padding_counted(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Let Megatron gather optimizer state with the padding between its buckets.
 
-    It leaves the padding out and then looks parameters up at offsets that include it, so that with more than one bucket (a tied
-    embedding split over pipeline stages has its own) moments and master weights of the later ones are saved shifted
+    It drops the padding but then looks parameters up at offsets that include it, so that with more than one bucket (a tied
+    embedding split over pipeline stages has its own) moments and master weights of the later buckets are saved shifted
     (optimizer/distrib_optimizer.py:1118 and 1508, "see issue #504").
     """
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
@@ -109,19 +108,20 @@ def _padding_counted(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold, in the host's memory: training may go on while it is written.
+    """The content of a checkpoint, in host memory: training may continue while it is written.
 
-    ``shards``: what this rank is the main holder of. ``common``: what is not sharded.
+    ``shards``: the shards that this rank writes. ``common``: what is not sharded.
     """
 
     shards: dict[str, Any]
     common: dict[str, Any]
 
     def write(self, folder: Path, topology: Topology) -> None:
-        """Write it into the empty ``folder``. A collective over ``topology.control_group``, of no other use meanwhile.
+        """Write it into the empty ``folder``. A collective over ``topology.control_group``, which must have no other use
+        meanwhile.
 
         Raises:
-            OSError: when any rank could not write (disk full, no permission), on every rank.
+            OSError: on every rank, if any rank could not write (disk full, no permission).
         """
         on_main(topology, lambda: _write_common(self.common, folder))
         _write_shards(self.shards, folder, topology.control_group)
@@ -132,7 +132,7 @@ class Snapshot:
 def take_snapshot(
     chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology, extra: dict[str, Any]
 ) -> Snapshot:
-    """Everything that training needs to go on from here. A collective over all ranks.
+    """Everything that training needs to resume from here. A collective over all ranks.
 
     ``extra`` is returned by :func:`load_checkpoint`: plain Python objects, the same on every rank.
     """
@@ -152,7 +152,7 @@ def take_snapshot(
 
 
 def _copy_weights(by_key: dict[str, list[ShardedBase]], chunks: Sequence[DistributedDataParallel]) -> None:
-    """Take weights out of the memory that training changes. Optimizer state was copied when Megatron gathered it."""
+    """Copy weights out of the memory that training changes. Optimizer state was copied when Megatron gathered it."""
     live = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
     for shards in by_key.values():
         for shard in shards:
@@ -172,7 +172,7 @@ def save_checkpoint(
 
 
 def _write_common(common: dict[str, Any], folder: Path) -> None:
-    """Rank 0's part: what is not sharded."""
+    """Write rank 0's part: what is not sharded."""
     try:
         TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
     except (RuntimeError, OSError) as error:
@@ -180,7 +180,7 @@ def _write_common(common: dict[str, Any], folder: Path) -> None:
 
 
 def _write_shards(shards: dict[str, Any], folder: Path, control_group: dist.ProcessGroup) -> None:
-    """Every rank writes its own into one file, flushed. A failure on one rank raises on all."""
+    """Every rank writes its own shards into one file, flushed. A failure on one rank raises on all."""
     try:
         torch.distributed.checkpoint.save(
             shards,
@@ -193,7 +193,7 @@ def _write_shards(shards: dict[str, Any], folder: Path, control_group: dist.Proc
 
 
 def _not_written(folder: Path, cause: BaseException) -> OSError:
-    """The reason with its number. torch's zip writer reports a full disk as a RuntimeError about positions, so ask the disk."""
+    """The cause with its errno. torch's zip writer reports a full disk as a RuntimeError about positions, so ask the disk."""
     if not isinstance(cause, OSError):
         try:
             with (folder / "probe").open("wb") as probe:
@@ -210,12 +210,12 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore what :meth:`Snapshot.write` wrote, under this run's layout, and return its ``extra``. A collective.
 
-    On the layout that wrote it, training goes on to the bit as if it had not stopped. On another, generators keep their seeds.
-    The optimizer keeps its own settings: a changed config takes effect.
+    On the layout that wrote it, training continues bit for bit as if it had not stopped. On another, generators keep their
+    seeds. The optimizer keeps its own settings: a changed config takes effect.
 
     Raises:
-        UserError: on every rank, for a folder that is incomplete, damaged, of another version or of another model; in the last
-            case weights may be partly overwritten.
+        UserError: on every rank, for a folder that is incomplete, damaged, or of another version or model; in the last case
+            weights may be partly overwritten.
     """
     verify_checksums(folder, topology)
     common = dist_checkpointing.load_common_state_dict(str(folder))["common"]
@@ -223,8 +223,8 @@ def load_checkpoint(
         raise UserError(
             "checkpoint",
             folder,
-            f"has format {common['format']}, this version reads {_FORMAT}",
-            "continue it with the version of nft_megatron that wrote it",
+            f"has format {common['format']}, but this version reads {_FORMAT}",
+            "resume it with the version of nft_megatron that wrote it",
         )
     with optimizer.state_on_device():
         _load(folder, chunks, optimizer, topology, common)
@@ -248,7 +248,7 @@ def _load(
             "checkpoint",
             folder,
             f"is of another model: {_first_line(error)}",
-            "use the model.path that the run began with, or another run_dir",
+            "use the run's original model.path, or another run_dir",
         ) from error
     for part, chunk in enumerate(chunks):
         policy_model(chunk).load_state_dict(loaded["model"][str(part)])
@@ -259,23 +259,23 @@ def _load(
 
 
 def _load_optimizer(optimizer: PolicyOptimizer, loaded: Any) -> None:
-    """Master weights, moments and step counters; settings stay those of this run.
+    """Restore master weights, moments and step counters; settings stay those of this run.
 
-    ``DistributedOptimizer.load_state_dict`` is left out. It wants the parameter groups that the checkpoint was written under,
-    which differ where experts are spread over other ranks, and it restores one counter tensor shared by all parameters
-    (optimizer/distrib_optimizer.py:825), to which torch's AdamW would add one for each of them.
+    ``DistributedOptimizer.load_state_dict`` is bypassed. It requires the parameter groups that the checkpoint was written with,
+    which differ if experts are spread over other ranks, and it restores one counter tensor shared by all parameters
+    (optimizer/distrib_optimizer.py:825), which torch's AdamW would increment once per parameter.
     """
     chained = optimizer.megatron.chained_optimizers
     for number, megatron in enumerate(chained):
         states = megatron.optimizer.state.values()
         for state in states:
-            state.pop("step", None)  # Megatron looks for a counter among the moments that it has left out (:940)
+            state.pop("step", None)  # Megatron looks for a counter among the moments that it did not save (:940)
         megatron.load_parameter_state_from_fully_reshardable((loaded[number] if len(chained) > 1 else loaded)["param_state"])
     optimizer.count_updates()
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, without the tracebacks of all ranks that torch puts into the message."""
+    """The error without the tracebacks of all ranks that torch puts into its message."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return (str(error).splitlines() or [type(error).__name__])[0]

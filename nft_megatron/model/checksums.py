@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files. Megatron-Core loads a file with a flipped bit without a word."""
+"""Checksums of a checkpoint's files. Megatron-Core silently loads a file with a flipped bit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nft_megatron.model.control import on_main, together
 from nft_megatron.model.topology import Topology
 
 _FILE = "checksums.json"
-_REMEDY = "continue from an older checkpoint: write its name into checkpoints/latest"
+_REMEDY = "resume from an older checkpoint: write its name into checkpoints/latest"
 _BLOCK = 1 << 22
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not what was written. An older one may serve."""
+    """A checkpoint differs from what was written. An older one may serve."""
 
 
 def _crc32(path: Path) -> int:
@@ -31,7 +31,7 @@ def _crc32(path: Path) -> int:
 
 
 def write_checksums(folder: Path, topology: Topology) -> None:
-    """Write ``checksums.json`` over all files in ``folder``. Every rank reads back those it wrote, rank 0 the common ones."""
+    """Write ``checksums.json`` over all files in ``folder``. Every rank reads back its own files, rank 0 the common ones."""
     own = [path for path in folder.iterdir() if path.name.startswith(f"__{topology.rank}_")]
     if topology.is_main:
         own += [path for path in folder.iterdir() if not path.name.startswith("__")]
@@ -50,7 +50,7 @@ def verify_checksums(folder: Path, topology: Topology) -> None:
     """Read every file once, each rank its share, and compare. A collective.
 
     Raises:
-        DamagedCheckpointError: on every rank, when the folder is incomplete or a file is not what was written.
+        DamagedCheckpointError: on every rank, if the folder is incomplete or a file differs from what was written.
     """
 
     def verify() -> None:
@@ -65,7 +65,7 @@ def verify_checksums(folder: Path, topology: Topology) -> None:
             if not (folder / name).is_file():
                 raise DamagedCheckpointError("checkpoint", folder, f"lacks its file {name}", _REMEDY)
             if _crc32(folder / name) != checksums[name]:
-                problem = f"{name} is damaged: its checksum is not the recorded one"
+                problem = f"{name} is damaged: it does not match its recorded checksum"
                 raise DamagedCheckpointError("checkpoint", folder, problem, _REMEDY)
 
     together(topology, verify)

@@ -1,6 +1,6 @@
-"""Decisions that all ranks share: one rank acts or fails, every rank learns of it.
+"""Decisions that all ranks share: if one rank acts or fails, every rank learns of it.
 
-Without this a rank that meets a wrong file leaves the others waiting in a collective until its deadline.
+Otherwise a rank that finds a wrong file would leave the others waiting in a collective until its deadline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def on_main(topology: Topology, action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0; every rank returns its (small, picklable) result or raises its exception.
 
-    Waits for rank 0, at most the control group's deadline.
+    Waits for rank 0 until the control group's deadline.
     """
     result, failure = _attempt(action) if topology.is_main else (None, None)
     shared = [result, _sendable(failure)]
@@ -62,7 +62,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _sendable(failure: Exception | None) -> Exception | None:
-    """``failure``, or its text where it cannot travel between processes."""
+    """``failure``, or its text if it cannot be sent between processes."""
     try:
         pickle.loads(pickle.dumps(failure))
     except Exception:

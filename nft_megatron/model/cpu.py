@@ -1,8 +1,8 @@
-"""What lets Megatron-Core 0.16.1 run without a GPU. Everything that knows of it is in this file.
+"""What lets Megatron-Core 0.16.1 run without a GPU. All such knowledge is in this file.
 
-Megatron's modules say ``torch.cuda.current_device()`` and ``device="cuda"`` freely. Here each of them gets, in place of its
-global name ``torch``, a view of torch whose accelerator is the CPU. torch itself is left alone, so nothing else in the process
-(Transformers' ``torch.device("meta")``, ``torch.cuda.is_available()``) sees a difference, and no operation pays for it.
+Megatron's modules use ``torch.cuda.current_device()`` and ``device="cuda"`` freely. Here each of them gets, in place of its
+global name ``torch``, a view of torch whose accelerator is the CPU. torch itself is unchanged, so nothing else in the process
+(Transformers' ``torch.device("meta")``, ``torch.cuda.is_available()``) notices, and no operation gets slower.
 Only ``Tensor.cuda``, ``Module.cuda`` and ``Tensor.type`` are methods of torch's own classes and have to be replaced there.
 
 Files and lines are those of megatron-core 0.16.1.
@@ -38,14 +38,14 @@ _PACKAGES = (
 
 
 class _Stream(torch.cpu.Stream):
-    """torch's own records no event; transformer/moe/token_dispatcher.py:895 waits for one."""
+    """torch's own CPU stream records no event; transformer/moe/token_dispatcher.py:895 waits for one."""
 
     def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
         return torch.cpu.Event()
 
 
 class _View(types.ModuleType):
-    """A module that answers with its own attributes first and with those of ``base`` otherwise."""
+    """A module with its own attributes first and those of ``base`` otherwise."""
 
     def __init__(self, base: types.ModuleType, **own: Any) -> None:
         super().__init__(base.__name__)
@@ -114,7 +114,7 @@ def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: dist.P
 
 
 def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """``reduce_scatter`` of unequal lengths, which gloo refuses: everyone gets the parts of its own result and adds them up."""
+    """``reduce_scatter`` of unequal lengths, which gloo refuses: every rank gets the parts of its own result and sums them."""
     parts = output.new_empty(len(inputs), *output.shape)
     lengths = [len(each) for each in inputs]
     dist.all_to_all_single(parts.flatten(0, 1), torch.cat(inputs), [len(output)] * len(inputs), lengths, group=group)
@@ -122,17 +122,17 @@ def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: dis
 
 
 def _as_numbers(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """``maybe_move_tensor_to_cpu``, which turns only what comes from a GPU into numbers."""
+    """``maybe_move_tensor_to_cpu``, which converts only tensors from a GPU to numbers."""
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
 @functools.cache
 def adapt_to_cpu() -> None:
-    """Make Megatron-Core in this process compute on the CPU. Call it before any use of Megatron, only where CUDA is absent.
+    """Make Megatron-Core in this process compute on the CPU. Call it before any use of Megatron, and only without CUDA.
 
     A second call does nothing.
     """
-    assert not torch.cuda.is_available(), "Megatron-Core needs no adaptation where CUDA is available"
+    assert not torch.cuda.is_available(), "Megatron-Core needs no adaptation if CUDA is available"
     for name in _PACKAGES:
         importlib.import_module(name)
     view = _torch_on_cpu()

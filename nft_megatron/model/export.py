@@ -1,4 +1,4 @@
-"""The model as a stream of Hugging Face tensors: what files, engines and checks of equality are fed with."""
+"""The model as a stream of Hugging Face tensors, for files, engines and equality checks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def hf_tensors(
     shape: ModelShape,
     value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, full tensor)`` in Hugging Face's order on rank 0; elsewhere yield nothing but take part.
+    """Yield ``(name, full tensor)`` in Hugging Face's order on rank 0; elsewhere participate but yield nothing.
 
-    Every rank must run the generator to its end: the shards of one parameter at a time go over the tensor group to its rank 0,
-    from there over the expert group and the pipeline group to rank 0 of all, which holds no more than that parameter. Tensors
-    are in the model's dtype, on this rank's device, without vocabulary padding; a tied LM head is left out, as in Hugging Face
-    files. Ranks that hold the same weights as one that takes part stay idle. ``value``: what to yield of each parameter, a
-    tensor of its shape, in place of the parameter itself.
+    Every rank must exhaust the generator: the shards of one parameter at a time go over the tensor group to its rank 0, from
+    there over the expert group and the pipeline group to global rank 0, which holds no more than that parameter. Tensors are in
+    the model's dtype, on this rank's device, without vocabulary padding; a tied LM head is omitted, as in Hugging Face files.
+    Ranks that hold the same weights as a participant stay idle. ``value``: maps a parameter to the tensor of its shape to yield
+    instead of the parameter itself.
     """
     if topology.expert_replica_group.rank() != 0:
         return
@@ -60,7 +60,7 @@ def _stage(entry: Entry, shape: ModelShape, topology: Topology) -> int:
 
 
 def _expert_rank(entry: Entry, shape: ModelShape, topology: Topology) -> int:
-    """The expert-parallel rank that holds an expert, or gives what all of them hold."""
+    """The expert-parallel rank that holds an expert, or that sends what all ranks hold."""
     if entry.expert is None or shape.experts is None:
         return 0
     return entry.expert * topology.expert_size // shape.experts.num_experts
@@ -85,7 +85,7 @@ def _gather(entry: Entry, shard: Tensor, topology: Topology) -> Tensor | None:
 def _to_first(
     stacked: Tensor | None, source: int, group: dist.ProcessGroup, like: Tensor, size: tuple[int, ...]
 ) -> Tensor | None:
-    """What rank ``source`` of ``group`` has, on its rank 0; None on every other."""
+    """The tensor of rank ``source`` of ``group``, on the group's rank 0; None on other ranks."""
     if group.rank() == source != 0:
         assert stacked is not None
         dist.send(stacked, group=group, group_dst=0)

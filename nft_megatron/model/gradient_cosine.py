@@ -1,9 +1,9 @@
-"""The angle between what right and what wrong answers ask of the weights, from gradients that lie sharded over the ranks.
+"""The angle between the gradients of right and of wrong answers, from gradients sharded over the ranks.
 
     cos(g₊, g₋) = ⟨g₊, g₋⟩ / (‖g₊‖·‖g₋‖)        g₊ + g₋ = g, the gradient of a mini-batch
 
-g₊ takes a forward and backward pass of its own over the mini-batch, g the one that trains; g₋ is their difference. Each rank
-keeps its shard of g₊, as large as its shard of the optimizer's gradients.
+g₊ needs a separate forward and backward pass over the mini-batch; g comes from the pass that trains; g₋ is their difference.
+Each rank keeps its shard of g₊, as large as its shard of the optimizer's gradients.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from nft_megatron.model.topology import Topology
 
 
 def gradient_shards(optimizer: PolicyOptimizer) -> list[Tensor]:
-    """This rank's part of the gradient that a schedule has left in the chunks, float32 copies.
+    """This rank's part of the gradient that a schedule left in the chunks, as float32 copies.
 
-    Over all ranks every element of every parameter is there once: what several ranks hold is left out on all but one.
+    Over all ranks every element of every parameter occurs once: what several ranks hold is included on only one of them.
     """
     with optimizer.state_on_device():
         optimizer.megatron.prepare_grads()
@@ -34,7 +34,7 @@ def gradient_shards(optimizer: PolicyOptimizer) -> list[Tensor]:
 
 
 def gradient_cosine(positive: Sequence[Tensor], whole: Sequence[Tensor], topology: Topology) -> float:
-    """cos(g₊, g − g₊) of all ranks' shards of g₊ and g; NaN where one part is zero."""
+    """cos(g₊, g − g₊) of all ranks' shards of g₊ and g; NaN if one part is zero."""
     sums = torch.zeros(3, dtype=torch.float64)
     for right, both in zip(positive, whole, strict=True):
         wrong = both.double() - right.double()

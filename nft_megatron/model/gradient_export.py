@@ -14,9 +14,9 @@ from nft_megatron.weights import ModelShape
 
 
 def hf_gradients(chunks: Chunks, topology: Topology, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, float32 gradient)`` as :func:`hf_tensors` does; to be called between a schedule and the optimizer.
+    """Yield ``(name, float32 gradient)`` as :func:`hf_tensors` does; call it between a schedule and the optimizer.
 
-    The distributed optimizer leaves each replica the sum of its shard alone, so the shards are gathered first, in place.
+    The distributed optimizer leaves each replica only the sum of its own shard, so the shards are first gathered in place.
     """
     for chunk in chunks:
         for buffers, group in (

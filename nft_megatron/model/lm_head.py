@@ -4,7 +4,7 @@
     logprob_n = z_{n, target_n} − logsumexp_v z_{n, v}
     entropy_n = − Σ_v p_{n, v} log p_{n, v}
 
-and, where a and b are the gradients that come in for a token's log-prob and entropy,
+and, with a and b the incoming gradients of a token's log-prob and entropy,
 
     dz_{n, v} = a_n·(1[v = target_n] − p_{n, v}) − b_n·p_{n, v}·(log p_{n, v} + entropy_n)
 
@@ -15,12 +15,12 @@ and, where a and b are the gradients that come in for a token's log-prob and ent
         head.differentiate(chunk, statistics.log_sum_exp_C, logprob_grad_C)
         gradients.add(chunk)
 
-Logits have the dtype of the inputs, as the matrix product gives them. All that follows is in float32, on blocks of rows. So
-peak memory above the inputs is the logits of one chunk, a few blocks, and the weight's gradient in float32 unless it is added
+Logits have the dtype of the inputs, as the matrix product returns them. Everything after is in float32, on blocks of rows. So
+peak memory beyond the inputs is the logits of one chunk, a few blocks, and the weight's gradient in float32 unless it is added
 to an existing buffer.
 
 Shapes: N loss tokens; C tokens of a chunk; B of them in a block; H hidden size; V rows of the weight on this rank. The padded
-vocabulary is cut into equal consecutive ranges, one a tensor-parallel rank in order, as Megatron-Core does; rows from
+vocabulary is split into equal consecutive ranges, one per tensor-parallel rank in order, as in Megatron-Core; rows from
 ``vocab_size`` on are padding.
 """
 
@@ -36,21 +36,21 @@ from torch import Tensor
 Entropy = Literal["none", "value", "gradient"]
 
 CHUNK_BYTES = 300 * 2**20
-"""Memory of a chunk's logits by default."""
+"""Default memory of a chunk's logits."""
 
 MIN_CHUNK = 512
-"""Tokens. Shorter chunks would spend their time adding to the weight's gradient rather than computing what to add."""
+"""Tokens. Shorter chunks would spend their time accumulating the weight's gradient rather than computing it."""
 
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Of a float32 temporary. On the CPU it stays in the cache, and below the size at which glibc returns memory to the kernel: on
-fresh pages a pass takes several times as long. A GPU wants kernels that outlast their launch."""
+"""Elements of a float32 temporary. On the CPU it stays in the cache and below the size at which glibc returns memory to the
+kernel: with fresh pages a pass takes several times as long. A GPU needs kernels that outlast their launch."""
 
 PADDING_LOGIT = -1e30
-"""Has probability 0, and stays finite in float32 times any weight of a loss."""
+"""A logit of probability 0 that stays finite in float32 times any loss weight."""
 
 
 class Statistics(NamedTuple):
-    """Of each token of a chunk, over the vocabulary of all ranks; float32 (float64 for float64 inputs)."""
+    """Statistics of each token of a chunk over the vocabulary of all ranks; float32 (float64 for float64 inputs)."""
 
     logprob_C: Tensor
     log_sum_exp_C: Tensor
@@ -58,17 +58,17 @@ class Statistics(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """C tokens and this rank's part of their logits, in memory that the next chunk takes over."""
+    """C tokens and this rank's part of their logits, in memory that the next chunk reuses."""
 
     tokens: slice
     logits_CV: Tensor
     target_row_C1: Tensor
-    """Row of the target on this rank; 0 where another rank has it."""
+    """Row of the target on this rank; 0 if another rank has it."""
     is_own_C1: Tensor
     """Whether this rank has the target."""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some tokens of the chunk at a time: which, their logits, and memory for as much in the dtype of reductions."""
+        """Some tokens of the chunk at a time: their slice, their logits, and as much memory in the dtype of reductions."""
         num_tokens = block_rows(self.logits_CV)
         scratch_BV = torch.empty_like(self.logits_CV[:num_tokens], dtype=accurate(self.logits_CV.dtype))
         for start in range(0, len(self.logits_CV), num_tokens):
@@ -78,7 +78,7 @@ class Chunk(NamedTuple):
 
 
 class LMHead(NamedTuple):
-    """What is constant during a call."""
+    """The constants of a call."""
 
     temperature: float
     vocab_size: int
@@ -105,10 +105,10 @@ class LMHead(NamedTuple):
             yield Chunk(tokens, logits_CV, row_N1[tokens], is_own_N1[tokens])
 
     def statistics(self, chunk: Chunk) -> Statistics:
-        """All ranks of ``group`` together, for the same chunk."""
+        """A collective of ``group``, for the same chunk."""
         own_max_C, sum_C, target_C, weighted_C = self._local_sums(chunk)
-        # Shift each rank's sums from its own maximum to that of all ranks. Where a rank has nothing but padding the shift is
-        # about −1e30 and the scale 0: multiplied in this order they stay finite.
+        # Shift each rank's sums from its own maximum to that of all ranks. If a rank has only padding, the shift is about
+        # −1e30 and the scale 0: multiplied in this order they stay finite.
         max_C = own_max_C.clone()
         _all_reduce(max_C, dist.ReduceOp.MAX, self.group)
         shift_C = own_max_C - max_C
@@ -117,7 +117,7 @@ class LMHead(NamedTuple):
         _all_reduce(totals_3C, dist.ReduceOp.SUM, self.group)
         sum_C, target_C, weighted_C = totals_3C
 
-        # ≤ 0 also in floating point: the target is no larger than the maximum, and the sum contains exp(0) = 1.
+        # ≤ 0 even in floating point: the target is no larger than the maximum, and the sum contains exp(0) = 1.
         log_sum_C = sum_C.log()
         logprob_C = (target_C - max_C) - log_sum_C
         entropy_C = None if self.entropy == "none" else (log_sum_C - weighted_C / sum_C).clamp(min=0)
@@ -159,7 +159,7 @@ class LMHead(NamedTuple):
 
 
 class HeadGradients:
-    """dHidden and dWeight, each only where it is needed, added up chunk by chunk."""
+    """dHidden and dWeight, each only if needed, accumulated chunk by chunk."""
 
     def __init__(
         self, hidden_NH: Tensor, weight_VH: Tensor, main_grad_VH: Tensor | None, needs_hidden: bool, needs_weight: bool
@@ -171,7 +171,7 @@ class HeadGradients:
             self.total_VH = torch.zeros_like(weight_VH, dtype=accurate(weight_VH.dtype))
 
     def add(self, chunk: Chunk) -> None:
-        """``chunk`` after :meth:`LMHead.differentiate`."""
+        """Add ``chunk`` after :meth:`LMHead.differentiate`."""
         grad_CV, hidden_CH = chunk.logits_CV, self.hidden_NH[chunk.tokens]
         if self.hidden_grad_NH is not None:
             torch.matmul(grad_CV, self.weight_VH, out=self.hidden_grad_NH[chunk.tokens])
@@ -181,9 +181,9 @@ class HeadGradients:
                 total_BH += grad_CB.t() @ hidden_CH
 
     def weight_grad_VH(self) -> Tensor | None:
-        """What autograd gets: where ``main_grad_VH`` already has the gradient, a zero without memory of its own.
+        """The gradients for autograd; if ``main_grad_VH`` already has the gradient, a zero without its own memory.
 
-        For a parameter without ``grad``, autograd makes a real zero of it. By then the memory of the chunks is free again.
+        For a parameter without ``grad``, autograd turns it into a real zero. By then the memory of the chunks is free again.
         """
         if self.total_VH is None:
             return None
@@ -202,7 +202,7 @@ def default_chunk_size(weight_VH: Tensor) -> int:
 
 
 def block_rows(matrix: Tensor) -> int:
-    """How many rows have ``BLOCK_ELEMENTS``; at least one."""
+    """How many rows make up ``BLOCK_ELEMENTS``; at least one."""
     return max(1, BLOCK_ELEMENTS[matrix.device.type] // matrix.shape[1])
 
 
@@ -212,6 +212,6 @@ def accurate(dtype: torch.dtype) -> torch.dtype:
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    """In place; nothing to do for one rank."""
+    """All-reduce in place; a no-op for one rank."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)

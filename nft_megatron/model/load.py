@@ -18,7 +18,7 @@ from nft_megatron.weights.table import Entry, fill
 
 
 def table_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under the names of the weight table: layers and experts counted over the whole model."""
+    """This rank's parameters under the names of the weight table, with layers and experts numbered across the whole model."""
     for chunk in chunks:
         model = policy_model(chunk)
         layer = model.decoder.layers[0]
@@ -31,7 +31,7 @@ def table_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
 
 
 def _counted_from(prefix: str, first: int, name: str) -> str:
-    """``name`` with the number after ``prefix`` moved up by ``first``; as it is where it has no such prefix.
+    """``name`` with the number after ``prefix`` increased by ``first``; unchanged without that prefix.
 
     >>> _counted_from("decoder.layers.", 4, "decoder.layers.1.mlp.linear_fc1.weight")
     'decoder.layers.5.mlp.linear_fc1.weight'
@@ -45,10 +45,10 @@ def _counted_from(prefix: str, first: int, name: str) -> str:
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[torch.nn.Module], topology: Topology, shape: ModelShape, folder: Path | str) -> None:
-    """Fill every parameter from the Hugging Face folder, cast to the parameters' dtype. Call it before making the optimizer.
+    """Fill every parameter from the Hugging Face folder, cast to the parameters' dtype. Call it before creating the optimizer.
 
     Raises:
-        UserError: for a folder without weights, or whose tensors are missing, unexpected or of another shape.
+        UserError: for a folder without weights, or with missing, unexpected or misshapen tensors.
     """
     table = weight_table(shape)
     entries = table.by_name

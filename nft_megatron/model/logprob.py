@@ -1,7 +1,7 @@
 """Log-probs of given tokens under a vocabulary-parallel LM head, without ever holding all logits.
 
-Logits exist for one chunk of tokens at a time, in the forward pass and again in the backward pass; in between only the
-log-sum-exp of every token is kept, and its entropy where that has a gradient. Formulas and shapes: :mod:`.lm_head`.
+Logits exist for one chunk of tokens at a time, in the forward pass and again in the backward pass; in between only every
+token's log-sum-exp is stored, and its entropy if that has a gradient. Formulas and shapes: :mod:`.lm_head`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def token_logprobs(
             copy or gather region reduces it.
         weight_VH: this rank's rows of the LM head; its gradient is complete, and zero for padding.
         targets_N: token ids < ``vocab_size``, the true size of the vocabulary. N may be 0.
-        group: the tensor-parallel ranks; None where one rank holds all rows.
+        group: the tensor-parallel ranks; None if one rank holds all rows.
         main_grad_VH: if given, the backward pass adds the weight's gradient to it, in its own dtype: ``main_grad`` of
             Megatron's DDP. Autograd then sees a zero for the weight, so that hooks on its gradient still run.
-        chunk_size: tokens whose logits exist at a time; None for :func:`.lm_head.default_chunk_size`.
+        chunk_size: tokens whose logits exist at once; None for :func:`.lm_head.default_chunk_size`.
         entropy: whether to compute it, and whether its gradient flows.
 
     >>> hidden_NH, weight_VH = torch.eye(2), torch.tensor([[0.0, 0.0], [0.0, 9.0], [5.0, 5.0]])

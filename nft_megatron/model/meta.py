@@ -1,8 +1,8 @@
-"""The real model of any rank of any layout, without its memory and without other processes.
+"""The real model of any rank of any layout, without allocating its memory or starting other processes.
 
-Parameters live on torch's meta device, which keeps shapes and no data. The process groups are torch's fake ones: a process is
-told its rank and the number of ranks, and never meets another. So one process looks at every rank of a cluster in turn, some
-twenty a second, and ``nft-megatron plan --check`` compares what it finds with the plan.
+Parameters live on torch's meta device, which stores shapes but no data. The process groups are torch's fake ones: a process
+has a rank and a world size but no peers. So one process builds every rank of a cluster in turn, about twenty per second, and
+``nft-megatron plan --check`` compares them with the plan.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from nft_megatron.weights import ModelShape
 
 @dataclass(frozen=True)
 class MetaRank:
-    """Where a rank stands in the grid, and its parameters.
+    """A rank's position in the grid, and its parameters.
 
-    shapes: under the names of the weight table. num_bytes: of all of them.
+    shapes: by the names of the weight table. num_bytes: of all parameters.
     """
 
     rank: int
@@ -46,10 +46,10 @@ class MetaRank:
 def meta_ranks(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype = torch.bfloat16) -> Iterator[MetaRank]:
     """Every rank of ``layout`` in turn, its model built as for a GPU (with Megatron's local layers and padded vocabulary).
 
-    Call it where no process group is open; none is afterwards.
+    Call it when no process group is open; none is open afterwards.
 
     Raises:
-        UserError: when the model cannot be cut that way.
+        UserError: if the model cannot be split that way.
     """
     for rank in range(layout.num_gpus):
         with _fake_place(rank, layout) as topology:
@@ -57,13 +57,13 @@ def meta_ranks(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype = t
 
 
 def check_plan(plan: Plan, dtype: str) -> str:
-    """Build every rank's model and compare its bytes with those of its stage in ``plan``; what was found, in a sentence.
+    """Build every rank's model and compare its bytes with those of its stage in ``plan``; returns a one-sentence result.
 
     Raises:
-        UserError: for a plan of a CPU, which pads the vocabulary otherwise.
+        UserError: for a plan of a CPU, which pads the vocabulary differently.
     """
     if not plan.training.cluster.gpu.is_gpu:
-        raise UserError("--check", "cpu", "builds models as GPUs hold them", "plan for a kind of GPU")
+        raise UserError("--check", "cpu", "builds models as for GPUs", "choose a kind of GPU")
     layout, stages = plan.training.layout, plan.training.stages
     num_bytes = 0
     for rank in meta_ranks(plan.shape, layout, getattr(torch, dtype)):
@@ -94,7 +94,7 @@ def _built(shape: ModelShape, topology: Topology, sequence_parallel: bool, dtype
 
 @contextmanager
 def _fake_place(rank: int, layout: ParallelLayout) -> Iterator[Topology]:
-    """The place of ``rank`` among processes that do not exist; no collective does anything."""
+    """The topology of ``rank`` among processes that do not exist; collectives are no-ops."""
     if not torch.cuda.is_available():
         adapt_to_cpu()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.num_gpus)

@@ -1,9 +1,10 @@
 """The weighted loss of a micro-batch as a function of its log-probs, for every coupling of an algorithm.
 
-    "token":               Σ_n (ω/D)_n · ℓ(logprob_n)                  any part of the tokens alone
-    "sequence", "group":   Σ_r (ω/D)_r · ℓ_r(S),  S_r = Σ_n log R_n     over all tokens of an answer, on whatever context rank
+    "token":               Σ_n (ω/D)_n · ℓ(logprob_n)                  any subset of the tokens by itself
+    "sequence", "group":   Σ_r (ω/D)_r · ℓ_r(S),  S_r = Σ_n log R_n     over all tokens of an answer, on any context rank
 
-Suffix ``_N``: one entry a loss token of this rank, ``_C``: of a chunk of them; ``_R``: one entry an answer of the micro-batch.
+Suffix ``_N``: one entry per loss token of this rank; ``_C``: of a chunk of them; ``_R``: one entry per answer of the
+micro-batch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nft_megatron.batching.batch import MicroBatch
 
 
 class Measured(NamedTuple):
-    """What the log-probs of a micro-batch say of its loss; nothing is differentiable.
+    """The loss of a micro-batch as its log-probs determine it; nothing is differentiable.
 
     ``right`` and ``wrong`` are the weighted loss of right and of wrong answers, this rank's share. ``gradient_N`` is its
     derivative in each log-prob, ω/D included. ``clamped_N`` as in :class:`.TokenLoss`.
@@ -43,8 +44,8 @@ def token_loss(algorithm: Algorithm, batch: MicroBatch, logprob_C: Tensor, token
 def sequence_loss(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_group: dist.ProcessGroup) -> Tensor:
     """ω·ℓ/D of every answer, the same on all ranks of ``context_group``, shape R.
 
-    Its derivative in ``logprob_N`` is that of the one loss which all of them share, so gradients add up over the ranks as
-    those of token losses do.
+    Its derivative in ``logprob_N`` is that of the one loss they all share, so gradients sum over the ranks as those of token
+    losses do.
     """
     answers = batch.answers
     assert batch.old_logprob_N is not None and answers is not None
@@ -59,7 +60,7 @@ def sequence_loss(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, co
 
 
 def measure(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_group: dist.ProcessGroup) -> Measured:
-    """See :class:`Measured`. All ranks of ``context_group`` together where the loss is of whole answers."""
+    """See :class:`Measured`. A collective of ``context_group`` if the loss is over whole answers."""
     with torch.enable_grad():
         logprob_N = logprob_N.detach().requires_grad_()
         if algorithm.coupling == "token":
@@ -75,7 +76,7 @@ def measure(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Σ over the ranks of a group. Each rank goes on to compute the same loss, whose gradient in its own part is passed on."""
+    """Sum over the ranks of a group. Each rank then computes the same loss, and its gradient passes to the rank's own part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,8 +1,8 @@
-"""Keeps a share of the optimizer's state in the host's memory between updates.
+"""Keeps a share of the optimizer's state in host memory between updates.
 
-Master weights and moments are 12 bytes a parameter and are touched once an update, when no activations are alive. So they wait
-in pinned host memory and visit the device for the update alone: two passes of the share over PCIe, next to an update that takes
-seconds. The arithmetic stays on the device and is the same to the bit, and any Adam will do, also the fused ones.
+Master weights and moments are 12 bytes per parameter and are used once per update, when no activations are alive. So they stay
+in pinned host memory and move to the device only for the update: two passes of the share over PCIe, against an update that
+takes seconds. The arithmetic stays on the device and is bit-identical, and any Adam works, including the fused ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Parameter:
-    """One of the optimizer's parameters, this rank's shard of a weight, with its tensors' places on the host."""
+    """One of the optimizer's parameters, this rank's shard of a weight, with host buffers for its tensors."""
 
     def __init__(self, optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, pin: bool) -> None:
         self._optimizer = optimizer
@@ -30,16 +30,16 @@ class _Parameter:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """As the optimizer has them now; a restored checkpoint replaces them."""
+        """The optimizer's current tensors; a restored checkpoint replaces them."""
         state = self._optimizer.optimizer.state[self._parameter]
         moments = {name: state[name] for name in _MOMENTS}
         return moments | ({"master": self._parameter.data} if self._has_master else {})
 
     def put(self, tensors: dict[str, Tensor]) -> None:
-        """Let the optimizer have these."""
+        """Hand these tensors to the optimizer."""
         self._optimizer.optimizer.state[self._parameter].update({name: tensors[name] for name in _MOMENTS})
         if self._has_master:
-            self._parameter.grad = None  # a view of the gradient buffer, on one device with the old master; made anew
+            self._parameter.grad = None  # a view of the gradient buffer, on the old master's device; recreated
             self._parameter.data = tensors["master"]
 
 
@@ -59,7 +59,7 @@ class OffloadedState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the host holds."""
+        """Bytes held on the host."""
         return sum(tensor.nbytes for parameter in self._parameters for tensor in parameter.host.values())
 
     def park(self) -> None:
@@ -68,7 +68,7 @@ class OffloadedState:
             for name, tensor in parameter.tensors().items():
                 parameter.host[name].copy_(tensor, non_blocking=True)
         if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # before the device's memory is given away
+            torch.cuda.current_stream().synchronize()  # before the device's memory is released
         for parameter in self._parameters:
             parameter.put(parameter.host)
 
@@ -82,7 +82,7 @@ class OffloadedState:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """The state is on the device inside the block: for updates, and for what reads or replaces it."""
+        """Keep the state on the device inside the block: for updates, and for code that reads or replaces it."""
         self.fetch()
         try:
             yield

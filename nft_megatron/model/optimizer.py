@@ -5,7 +5,7 @@
     θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norm weights
 
 The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose loss or gradient norm is
-not finite is skipped whole: neither weights nor moments nor t change.
+not finite is skipped entirely: neither weights nor moments nor t change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class AdamW:
     """The settings; fields mean what the ``optimizer`` section of a config says. ``clip_grad`` 0 is off.
 
-    ``cpu_offload``: share of master weights and moments that wait on the host between updates.
+    ``cpu_offload``: share of master weights and moments that stay on the host between updates.
     """
 
     learning_rate: float
@@ -56,7 +56,7 @@ class AdamW:
 class Update:
     """What one call of :meth:`PolicyOptimizer.step` did, the same on every rank.
 
-    ``grad_norm`` is before clipping. ``problem``: what was not finite, so that the update was skipped; empty: it was applied.
+    ``grad_norm`` is before clipping. ``problem``: what was not finite, so that the update was skipped; empty if it was applied.
     """
 
     grad_norm: float
@@ -69,7 +69,7 @@ class Update:
 
 
 class PolicyOptimizer:
-    """Updates the weights of ``chunks``. Make it after the weights are loaded: master copies are taken here.
+    """Updates the weights of ``chunks``. Create it after the weights are loaded: it takes the master copies.
 
     Attributes:
         megatron: Megatron's optimizer, for checkpoints.
@@ -102,13 +102,13 @@ class PolicyOptimizer:
         self._offloaded = OffloadedState(self.megatron.chained_optimizers, settings.cpu_offload, device)
 
     def _allocate_moments(self) -> None:
-        """Make the zero moments now instead of in the first update: a checkpoint may be saved or restored before it."""
+        """Create the zero moments now rather than in the first update: a checkpoint may be saved or restored before it."""
         for megatron in self.megatron.chained_optimizers:
             megatron.init_state_fn(megatron.optimizer)
         self.count_updates()
 
     def count_updates(self) -> None:
-        """Let Adam's step counters say ``num_updates``: torch's are by parameter, those of the fused optimizers by group."""
+        """Set Adam's step counters to ``num_updates``: torch's are per parameter, those of the fused optimizers per group."""
         for megatron in self.megatron.chained_optimizers:
             if isinstance(megatron.optimizer, torch.optim.AdamW):
                 for state in megatron.optimizer.state.values():
@@ -120,7 +120,7 @@ class PolicyOptimizer:
     def _apply_settings(self) -> None:
         """Set what Megatron keeps with its parameter groups.
 
-        It leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
+        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
         """
         for group in self.megatron.param_groups:
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
@@ -128,14 +128,14 @@ class PolicyOptimizer:
             group["eps"] = self.settings.epsilon
 
     def state_on_device(self) -> AbstractContextManager[None]:
-        """For whoever reads or replaces master weights and moments: inside, all of them are on the device."""
+        """A context in which all master weights and moments are on the device, for code that reads or replaces them."""
         return self._offloaded.on_device()
 
     def step(self, loss: float = 0.0) -> Update:
         """Apply the gradients that the schedule left in the chunks. A collective over all ranks.
 
-        ``loss`` is that of the mini-batch, over all ranks. It may be infinite where its gradient is not: a term that a clamp
-        or a mask cuts off.
+        ``loss`` is that of the mini-batch, over all ranks. It may be infinite although its gradient is not: a term that a
+        clamp or a mask cuts off.
         """
         with self.state_on_device():
             return self._step(loss)
@@ -146,10 +146,10 @@ class PolicyOptimizer:
         grad_norm = float(self.megatron.get_grad_norm())
         not_finite = {"loss": loss, "gradient norm": grad_norm}
         if problem := ", ".join(f"the {name} is {value}" for name, value in not_finite.items() if not math.isfinite(value)):
-            log.warning("%s: update %d is skipped", problem, self.num_updates + 1)
+            log.warning("%s: skipping update %d", problem, self.num_updates + 1)
             return Update(grad_norm, learning_rate, problem)
         if self.settings.clip_grad:
-            for megatron in self.megatron.chained_optimizers:  # two where experts are spread over ranks
+            for megatron in self.megatron.chained_optimizers:  # two if experts are spread over ranks
                 clip_grad_by_total_norm_fp32(megatron.get_parameters(), self.settings.clip_grad, grad_norm)
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate

@@ -1,4 +1,4 @@
-"""The decoder that is trained: Megatron-Core's ``GPTModel`` over packed sequences, up to its final norm.
+"""The decoder to train: Megatron-Core's ``GPTModel`` over packed sequences, up to its final norm.
 
 Shapes: T tokens of the pack on this context rank (divisible by the tensor size under sequence parallelism), N of its positions
 that carry a loss, H hidden.
@@ -24,14 +24,14 @@ from nft_megatron.model.attention import PackedAttention, PackedSequences, rotar
 from nft_megatron.weights import ModelShape
 from nft_megatron.weights.rotary import inverse_frequencies
 
-# transformer/moe/moe_utils.py:1192 asks whether this is None; where Transformer Engine is absent nobody has defined it.
+# transformer/moe/moe_utils.py:1192 tests whether this is None; without Transformer Engine nothing defines it.
 vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm whose weight Megatron's gradient finalisation recognises under sequence parallelism.
 
-    Megatron's own for the local spec refuses sequence parallelism (transformer/torch_norm.py:32).
+    Megatron's own norm for the local spec refuses sequence parallelism (transformer/torch_norm.py:32).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.Module):
 class PolicyModel(GPTModel):
     """A ``GPTModel`` over packed sequences that stops after the final norm, at the positions that carry a loss.
 
-    Logits are left to the caller (with :func:`lm_head_weight`): they are wanted in chunks, and never all at once.
+    Logits are left to the caller (with :func:`lm_head_weight`), which computes them in chunks, never all at once.
     """
 
     def __init__(self, shape: ModelShape, **settings: Any) -> None:
@@ -62,12 +62,12 @@ class PolicyModel(GPTModel):
     def forward(  # type: ignore[override]
         self, input_ids_1T: Tensor, position_ids_1T: Tensor, packed: PackedSequences, loss_positions_N: Tensor
     ) -> Tensor:
-        """One pipeline stage of one micro-batch.
+        """Run one pipeline stage of one micro-batch.
 
-        Every tensor rank and every stage of a data-parallel rank passes the same arguments; context ranks pass their shares.
+        Every tensor rank and every stage of a data-parallel rank passes the same arguments; context ranks pass their own share.
 
         Returns:
-            Where the model ends ``[N, H]``, complete on every tensor rank; the backward adds up the ranks' gradients. On others
+            Where the model ends, ``[N, H]``, complete on every tensor rank; the backward sums the ranks' gradients. Elsewhere
             the hidden states for the next stage, ``[T, 1, H]``, or this rank's ``T / tensor size`` of them under sequence
             parallelism.
         """
@@ -91,7 +91,7 @@ class PolicyModel(GPTModel):
 
 
 def block_spec(config: TransformerConfig, part: int | None) -> TransformerBlockSubmodules:
-    """The layers of a chunk: Transformer Engine's where they run, else Megatron's local ones with our norm and attention."""
+    """The layers of a chunk: Transformer Engine's if available, else Megatron's local ones with our norm and attention."""
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -105,7 +105,7 @@ def block_spec(config: TransformerConfig, part: int | None) -> TransformerBlockS
         attention.core_attention = PackedAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
-        if config.num_moe_experts:  # names in checkpoints as with Transformer Engine, which has nothing to fuse this norm into
+        if config.num_moe_experts:  # checkpoint names as with Transformer Engine, which cannot fuse this norm
             del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, part)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
@@ -119,9 +119,9 @@ def policy_model(chunk: torch.nn.Module) -> PolicyModel:
 
 
 def lm_head_weight(chunk: torch.nn.Module) -> Tensor:
-    """The LM head's rows of this tensor rank, ``[padded vocabulary / tensor size, H]``. Only where the model ends.
+    """This tensor rank's rows of the LM head, ``[padded vocabulary / tensor size, H]``. Only where the model ends.
 
-    Tied: the embedding itself, or on the last of several stages its second copy, which training keeps equal.
+    If tied, the embedding itself, or on the last of several stages its second copy, which training keeps equal.
     """
     model = policy_model(chunk)
     assert model.post_process, "only the model's last chunk has an LM head"

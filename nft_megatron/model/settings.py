@@ -1,4 +1,4 @@
-"""Megatron-Core's settings for a model on one rank, and what cannot be: everything that follows from sizes and place alone."""
+"""Megatron-Core's settings for a model on one rank, and impossible layouts: all that follows from sizes and topology alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nft_megatron.model.topology import Topology
 from nft_megatron.weights.shape import Experts, ModelShape
 
 VOCABULARY_MULTIPLE = 128
-"""Rows of the vocabulary on a tensor rank are a multiple of this on CUDA, where it keeps matrix products aligned."""
+"""On CUDA, vocabulary rows per tensor rank are a multiple of this, which keeps matrix products aligned."""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -56,8 +56,8 @@ def transformer_config(
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.pipeline_size,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline if interleaved else None,
-        # Otherwise, of two stages, activations and gradients change places between the same two ranks in one batch of messages,
-        # which are told apart by their order alone (pipeline_parallel/p2p_communication.py:26).
+        # Otherwise two stages exchange activations and gradients between the same two ranks in one batch of messages, which are
+        # distinguished only by their order (pipeline_parallel/p2p_communication.py:26).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         context_parallel_size=topology.context_size,
@@ -65,7 +65,7 @@ def transformer_config(
         sequence_parallel=sequence_parallel and topology.tensor_size > 1,
         variable_seq_lengths=variable_lengths,
         # Megatron refuses variable lengths under the default dispatcher even in a model without experts
-        # (transformer/transformer_config.py:1828); without them a pipeline over gloo delivers wrong shapes in silence.
+        # (transformer/transformer_config.py:1828); without them a pipeline over gloo silently delivers wrong shapes.
         moe_token_dispatcher_type="alltoall",
         **_experts(shape.experts),
         use_cpu_initialization=not on_cuda,
@@ -96,7 +96,7 @@ def _experts(experts: Experts | None) -> dict[str, Any]:
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.experts_per_token,
-        # softmax over the chosen logits is softmax over all of them, chosen and scaled to sum to 1
+        # softmax over the chosen logits equals softmax over all, rescaled over the chosen to sum to 1
         "moe_router_pre_softmax": not experts.normalise_topk,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -118,9 +118,7 @@ def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool
         problem = f"does not divide the {num_experts} experts of a layer" if shape.experts else "the model has no experts"
         raise UserError("parallel.expert", topology.expert_size, problem, f"choose a divisor of {num_experts}")
     if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
-        raise UserError(
-            "parallel.sequence_parallel", False, "experts under tensor parallelism are trained only with it", "set it to true"
-        )
+        raise UserError("parallel.sequence_parallel", False, "experts under tensor parallelism require it", "set it to true")
     num_parts = topology.pipeline_size * topology.virtual_pipeline
     if shape.num_layers % num_parts:
         interleaved = topology.virtual_pipeline > 1
@@ -133,7 +131,7 @@ def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool
 
 
 def padded_vocab(shape: ModelShape, topology: Topology) -> int:
-    """Rows of embedding and LM head over all tensor ranks: ``shape.vocab_size`` rounded up, 128 rows a rank on CUDA."""
+    """Rows of embedding and LM head over all tensor ranks: ``shape.vocab_size`` rounded up, on CUDA to 128 rows per rank."""
     multiple = 1 if topology.device.type == "cpu" else VOCABULARY_MULTIPLE
     return shape.padded_vocab(multiple * topology.tensor_size)
 

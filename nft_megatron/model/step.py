@@ -3,7 +3,7 @@
 The gradient is that of Σ_tokens ω·ℓ / D with one D for the whole mini-batch (contract 1). Each token carries its weight ω/D
 from the start, and gradients are plain sums over micro-batches and data-parallel ranks, so no layout can change the scale.
 
-Suffix ``_N``: one entry a loss token of a micro-batch; ``H`` hidden size.
+Suffix ``_N``: one entry per loss token of a micro-batch; ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A prepared rollout step. ``metrics`` are those of all ranks."""
+    """A prepared rollout step. ``metrics`` cover all ranks."""
 
     minibatches: tuple[MiniBatch, ...]
     metrics: MetricsRow
@@ -54,7 +54,7 @@ class StepBatch:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """The model on this rank and what trains it. Every method is called on all ranks together.
+    """This rank's part of the model and its training. Every method is a collective over all ranks.
 
     ``importance_cap``: largest importance weight of a token against the engine's own distribution; None: no such weights.
     ``gradient_cosine_every``: steps between measurements of the angle between gradients of right and wrong answers; 0: none.
@@ -75,7 +75,7 @@ class Trainer:
     def prepare(self, ledger: Path, step: int) -> StepBatch:
         """Plan the updates of ``step``, read this rank's answers from the ledger, recompute their old log-probs.
 
-        The old log-probs come from the same packs as the updates, so that R = 1 to the bit before the first one.
+        The old log-probs come from the same packs as the updates, so that R = 1 bit for bit before the first one.
         """
         topology = self.topology
         minibatches = together(
@@ -108,7 +108,7 @@ class Trainer:
         )
 
     def _with_old_policy(self, micro_batch: MicroBatch, logprob_N: Tensor) -> MicroBatch:
-        """``micro_batch`` with its π_old, and its weights times min(π_old / π_engine, cap) where a cap is set."""
+        """``micro_batch`` with its π_old, and its weights times min(π_old / π_engine, cap) if a cap is set."""
         engine_N = micro_batch.engine_logprob_N
         old_logprob_N = torch.where(micro_batch.is_stale_N, engine_N, logprob_N)
         weight_N = micro_batch.weight_N
@@ -117,7 +117,7 @@ class Trainer:
         return replace(micro_batch, old_logprob_N=old_logprob_N, weight_N=weight_N)
 
     def _old_policy_metrics(self, micro_batches: Sequence[MicroBatch], recomputed: Sequence, num_tokens: int) -> MetricsRow:
-        """Entropy, and how far the engine's log-probs are from the trainer's where both are of the same weights."""
+        """Entropy, and how far the engine's log-probs are from the trainer's if both have the same weights."""
         entropy, mismatch = 0.0, MismatchSums()
         for micro_batch, (logprob_N, entropy_N) in zip(micro_batches, recomputed, strict=False):  # other stages have none
             entropy += float(entropy_N.sum())
@@ -129,8 +129,8 @@ class Trainer:
     def mismatch(self, ledger: Path, step: int) -> MetricsRow:
         """How far the log-probs of ``ledger``'s answers are from this model's, in the metrics of the step after ``step`` − 1.
 
-        For answers of the current weights, version ``step`` − 1, that are judged right: any loss will do, but one that leaves
-        none of them out, whatever the others to its question are. See :class:`MismatchSums` for the metrics.
+        Covers right answers of the current weights, version ``step`` − 1. Any loss works that leaves none of them out, whatever
+        the other answers to the question are. See :class:`MismatchSums` for the metrics.
         """
         of_every_answer = replace(self, algorithm=build_algorithm("rft"), layout=replace(self.layout, num_updates=1))
         return of_every_answer.prepare(ledger, step).metrics
@@ -146,7 +146,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the updates
 
     def update(self, minibatch: MiniBatch) -> UpdateStats:
-        """One optimizer step on the mini-batch. Where loss or gradient is not finite, it is counted and not applied."""
+        """One optimizer step on the mini-batch. If loss or gradient is not finite, it is counted but not applied."""
         positive = self._positive_gradient(minibatch) if minibatch.measures_cosine else None
         zero_gradients(self.chunks)
         sums = self._run_schedule(minibatch.micro_batches, self._loss, forward_only=False)
@@ -172,14 +172,14 @@ class Trainer:
         )
 
     def _positive_gradient(self, minibatch: MiniBatch) -> list[Tensor]:
-        """This rank's shards of the gradient that right answers alone have."""
+        """This rank's shards of the gradient of right answers alone."""
         zero_gradients(self.chunks)
         right_only = functools.partial(self._loss, right_only=True)
         self._run_schedule(minibatch.micro_batches, right_only, forward_only=False)
         return gradient_shards(self.optimizer)
 
     def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module, *, right_only: bool = False) -> LossFunction:
-        """In one pass through the LM head where the loss is a sum over tokens, else in two.
+        """One pass through the LM head if the loss is a sum over tokens, else two.
 
         ``right_only``: the gradient does not flow through the log-probs of wrong answers.
         """
@@ -205,7 +205,7 @@ class Trainer:
         return function
 
     def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
-        """What :class:`UpdateStats` adds up over micro-batches, in its order, the largest log R, and the sums by r̂."""
+        """The terms that :class:`UpdateStats` sums over micro-batches, in its order, the largest log R, and the sums by r̂."""
         measured = objective.measure(self.algorithm, micro_batch, logprob_N, self.topology.context_group)
         assert micro_batch.old_logprob_N is not None
         delta_N = logprob_N - micro_batch.old_logprob_N
@@ -235,11 +235,11 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- between steps
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights under their Hugging Face names, whole tensors on rank 0; every rank runs the iterator to its end."""
+        """The weights by Hugging Face name, full tensors on rank 0; every rank must exhaust the iterator."""
         return hf_tensors(self.chunks, self.topology, self.shape)
 
     def snapshot(self, step: int) -> Snapshot:
-        """Model, optimizer and generators as they are now, to be written."""
+        """A snapshot of model, optimizer and generators, to be written."""
         return take_snapshot(self.chunks, self.optimizer, self.topology, {"step": step})
 
     def load(self, folder: Path) -> int:
@@ -255,7 +255,7 @@ class Trainer:
         *,
         forward_only: bool,
     ) -> list:
-        """Megatron's pipeline schedule over ``micro_batches``; what the loss functions returned, on the last stage."""
+        """Megatron's pipeline schedule over ``micro_batches``; returns the loss functions' results on the last stage."""
 
         def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, LossFunction]:
             micro_batch = next(data)
@@ -270,7 +270,7 @@ class Trainer:
 
     @property
     def _head(self) -> dict[str, Any]:
-        """What every pass through the LM head is told."""
+        """Arguments of every pass through the LM head."""
         return {
             "temperature": self.temperature,
             "vocab_size": self.shape.vocab_size,
@@ -278,7 +278,7 @@ class Trainer:
         }
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
-        """Over all ranks, counting each share of the tokens once: on the last stage's first tensor rank."""
+        """Sum over all ranks, counting each share of the tokens once: on the last stage's first tensor rank."""
         counts = self.topology.is_last_stage and self.topology.tensor_rank == 0
         neutral = 0.0 if operation == dist.ReduceOp.SUM else -torch.inf
         vector = torch.tensor(list(values) if counts else [neutral] * len(values), dtype=torch.float64)

@@ -1,11 +1,11 @@
-"""The sum of a token loss through a vocabulary-parallel LM head, its gradient made in the forward pass.
+"""The sum of a token loss through a vocabulary-parallel LM head, with its gradient computed in the forward pass.
 
     loss = Σ_n loss_n(logprob_n)        logprob_n = log softmax(hidden_n · weightᵀ / temperature) at target n
 
-A loss that is a sum over tokens tells its gradient in the log-prob of a token as soon as that log-prob is known. So a chunk's
-logits become their own gradient, and then a share of dHidden and dWeight, before the next chunk's are made: 6·N·H·V
-floating-point operations instead of the 8 of :func:`.logprob.token_logprobs`, which has to make the logits again in the
-backward pass. What is left for the backward pass is the gradient of ``loss``. Steps and shapes: :mod:`.lm_head`.
+For a loss that is a sum over tokens, the gradient in a token's log-prob is known as soon as that log-prob is. So a chunk's
+logits become their own gradient, and then a share of dHidden and dWeight, before the next chunk's are computed: 6·N·H·V
+floating-point operations instead of the 8 of :func:`.logprob.token_logprobs`, which has to recompute the logits in the
+backward pass. Only the gradient of ``loss`` remains for the backward pass. Steps and shapes: :mod:`.lm_head`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def token_loss_sum(
 
     Args:
         hidden_NH, weight_VH, targets_N, temperature, vocab_size, group, chunk_size: as for ``token_logprobs``.
-        loss_of: from the log-probs of tokens ``chunk``, a slice into N, and ``chunk`` itself to the loss of each of them:
-            weighted, differentiable in its log-prob, and independent of the others. Called once a chunk; never for N = 0.
+        loss_of: maps the log-probs of the tokens ``chunk``, a slice into N, and ``chunk`` itself to the loss of each token:
+            weighted, differentiable in its log-prob, and independent of the others. Called once per chunk; never for N = 0.
         main_grad_VH: if given, **this call** adds the weight's gradient to it, in its own dtype, and autograd sees a zero for
-            the weight. So the total loss must have the result with factor 1, as in Megatron's schedule without a scaler; the
+            the weight. So the result must enter the total loss with factor 1, as in Megatron's schedule without a scaler; the
             backward pass asserts it.
 
     >>> hidden_NH, weight_VH = torch.eye(2, requires_grad=True), torch.tensor([[0.0, 0.0], [0.0, 9.0]])

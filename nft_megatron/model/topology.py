@@ -1,8 +1,8 @@
-"""The grid of processes: every rank has one place in pipeline × data × context × tensor.
+"""The grid of processes: every rank has one position in pipeline × data × context × tensor.
 
-Ranks that follow each other share a tensor group, then come the context ranks, then the data ranks, and the pipeline stages are
-farthest apart (Megatron's order ``tp-cp-ep-dp-pp``). A group of size 1 is an ordinary group. This file is the only one that
-fills and clears Megatron's global ``parallel_state``; everything else of this package takes its groups from :class:`Topology`.
+Adjacent ranks share a tensor group; context ranks are further apart, then data ranks, and pipeline stages are farthest apart
+(Megatron's order ``tp-cp-ep-dp-pp``). A group of size 1 is an ordinary group. This file is the only one that fills and clears
+Megatron's global ``parallel_state``; everything else in this package takes its groups from :class:`Topology`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ProcessGroup = dist.ProcessGroup
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """This process's place.
+    """This process's position and groups.
 
     ``virtual_pipeline``: parts of the model that each pipeline stage holds. ``replica_group``: the ranks that hold the same
     weights, data × context of them; gradients are summed and optimizer state is sharded over it. The experts of a layer are
-    spread over ``expert_group``, a consecutive part of it; for them ``expert_replica_group`` takes its place. ``control_group``
-    spans all ranks over gloo: for small Python objects, on the CPU everywhere.
+    spread over ``expert_group``, a consecutive part of it; for them ``expert_replica_group`` replaces it. ``control_group``
+    spans all ranks over gloo: for small Python objects, always on the CPU.
     """
 
     rank: int
@@ -60,21 +60,21 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """The rank that talks to people and writes the run folder."""
+        """Whether this rank reports to the user and writes the run folder."""
         return self.rank == 0
 
     @property
     def is_first_stage(self) -> bool:
-        """Holds the embedding."""
+        """Whether this stage holds the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Holds the final norm and the LM head; the only stage on which a loss exists."""
+        """Whether this stage holds the final norm and the LM head; only there a loss exists."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     def stage_of(self, layer: int, num_layers: int) -> int:
-        """The pipeline stage that holds a layer. Parts of the model go round the stages, ``virtual_pipeline`` times."""
+        """The pipeline stage that holds a layer. The stages take parts of the model in turn, ``virtual_pipeline`` times."""
         layers_per_part = num_layers // (self.pipeline_size * self.virtual_pipeline)
         return layer // layers_per_part % self.pipeline_size
 
@@ -83,7 +83,7 @@ def _check_sizes(world_size: int, tensor: int, pipeline: int, context: int, expe
     sizes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.context": context}
     for field, size in sizes.items():
         if size < 1:
-            raise UserError(field, size, "a group needs at least one rank", "set it to 1 or more")
+            raise UserError(field, size, "must be at least 1", "set it to 1 or more")
         if world_size % size:
             raise UserError(field, size, f"does not divide the {world_size} processes of this run", "set it to a divisor")
     if world_size % (tensor * pipeline * context):
@@ -112,20 +112,20 @@ def init_topology(
     threads: int | None = None,
     seed: int = 1,
 ) -> Topology:
-    """Join the other processes and return this one's place.
+    """Join the other processes and return this one's topology.
 
     Args:
         tensor: ranks that share each layer; pipeline: stages that share the layers; context: ranks that share each sequence.
-            The rest is data parallel.
+            The remaining factor is data parallel.
         virtual_pipeline: parts of the model on each stage; more than one for the interleaved schedule.
         expert: ranks, of data × context, that share the experts of each layer.
         timeout_seconds: deadline of every collective; a rank that waits longer raises instead of hanging.
         control_timeout_seconds: the same for the control group, on which ranks wait for rank 0 to collect answers.
         threads: intra-op threads of torch on the CPU; ``None`` leaves torch's choice.
-        seed: of Megatron's generators (dropout, none of which is on in training here).
+        seed: of Megatron's generators (dropout, which training here never uses).
 
     Raises:
-        UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` when they do not divide the number of processes.
+        UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` if they do not divide the number of processes.
     """
     here = rank_info()
     rank, world_size, local_rank = here.rank, here.world_size, here.local_rank
@@ -174,7 +174,7 @@ def take_place(
     timeout_seconds: float,
     control_group: ProcessGroup,
 ) -> Topology:
-    """The second half of :func:`init_topology`: the groups of a process that has joined the others."""
+    """The second half of :func:`init_topology`: create the groups of a process that has joined the others."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -218,22 +218,22 @@ def take_place(
 
 
 def with_own_control_group(topology: Topology, timeout_seconds: float) -> Topology:
-    """The same place with another control group, for one thread beside the main one. A collective over all ranks."""
+    """The same topology with a new control group, for one additional thread. A collective over all ranks."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     return dataclasses.replace(topology, control_group=dist.new_group(backend="gloo", timeout=timeout))
 
 
 def shutdown() -> None:
-    """Leave the process groups. Call it once, last, with no collective under way; no group may be used afterwards.
+    """Leave the process groups. Call it once, last, with no collective in progress; no group may be used afterwards.
 
-    Local variables of the caller may still hold groups, but nothing may when the interpreter exits: gloo's threads can abort
-    it there, hence the collection of cycles.
+    The caller's local variables may still hold groups, but none may survive until the interpreter exits, where gloo's threads
+    can abort it: hence the collection of cycles.
     """
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
         return
-    has_threads = dist.get_backend() != "fake"  # those of nft_megatron/model/meta.py have none, and a collection takes long
+    has_threads = dist.get_backend() != "fake"  # the groups of nft_megatron/model/meta.py have none, and a collection is slow
     parallel_state.destroy_model_parallel()
     if has_threads:
         gc.collect()

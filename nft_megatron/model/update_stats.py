@@ -1,4 +1,4 @@
-"""What an update did, over all ranks, and a step's updates as metrics."""
+"""Statistics of an update over all ranks, and a step's updates as metrics."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nft_megatron.observe.rate_buckets import RateBuckets
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one optimizer step did, over all ranks. Sums over tokens, but ``loss_*``, which carry ω/D.
+    """Statistics of one optimizer step over all ranks: sums over tokens, except ``loss_*``, which carry ω/D.
 
-    ``gradient_cosine`` is None where it was not measured.
+    ``gradient_cosine`` is None if it was not measured.
     """
 
     loss_positive: float

@@ -1,6 +1,6 @@
-"""What a configuration needs before it runs: memory of every rank, time of a step, layouts that fit. Arithmetic, no processes.
+"""What a configuration needs, before it runs: memory per rank, time per step, layouts that fit. Arithmetic, no processes.
 
-``hardware`` says what a GPU can do, ``models`` the sizes of public models, ``layouts`` who holds what and what cannot be,
-``workload`` what a step trains on. ``activations``, ``memory``, ``compute``, ``time`` and ``generation`` are the arithmetic,
-``estimate`` the plan of one layout and ``search`` of all of them, ``report`` and ``command`` what a user sees.
+``hardware`` describes GPUs, ``models`` the sizes of public models, ``layouts`` which rank holds what and which layouts are
+impossible, ``workload`` what a step trains on. ``activations``, ``memory``, ``compute``, ``time`` and ``generation`` do the
+arithmetic, ``estimate`` plans one layout and ``search`` all of them, ``report`` and ``command`` are what a user sees.
 """

@@ -1,16 +1,16 @@
-"""What the layers of a decoder keep for the backward pass, in bytes a token, by the operators that run.
+"""What the layers of a decoder store for the backward pass, in bytes per token, operator by operator.
 
-*Local*: Megatron's unfused layers with this project's norm and attention, on the CPU. Followed operator by operator: torch's
+*Local*: Megatron's unfused layers with this project's norm and attention, on the CPU. Traced operator by operator: torch's
 ``rms_norm`` there keeps a float32 copy of its input and the normalised float32 values; SwiGLU keeps gate and up, SiLU of the
 gate, up + 0, and the product; the attention keeps q, k, v, output and log-sum-exp, and the output once more as the
-projection's input. A test holds it against what autograd saves, to the byte.
+projection's input. A test compares it with what autograd saves, to the byte.
 
 *Fused*: Transformer Engine on GPUs (2.x). From reading its code, not measured: norm and linear layer together keep the norm's
 input and output; SwiGLU is one kernel that keeps gate and up; q, k, v are kept once, after rotation, and the attention's output
 is the projection's input.
 
 Symbols: h hidden, q and kv widths of all query and of all key heads, f MLP units, A query heads, G key-value heads, t tensor
-ranks, s of them over which the sequence is cut (t or 1), b bytes an element.
+ranks, s of them over which the sequence is split (t or 1), b bytes per element.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one layer and one token of this rank.
+    """Bytes of one layer and one token on this rank.
 
-    entry: the hidden state that enters it. attention: kept by the first norm and the attention. mlp_entry: what the MLP starts
-    from. mlp: kept inside of it.
+    entry: the layer's input. attention: stored by the first norm and the attention. mlp_entry: the input of the MLP half.
+    mlp: stored inside it.
     """
 
     entry: float
@@ -45,12 +45,12 @@ class LayerBytes:
         return {"none": self.everything, "selective": self.everything - self.mlp, "full": self.entry}[recompute]
 
     def made_again(self, recompute: str) -> float:
-        """Bytes that the backward pass of one layer makes again before it uses them."""
+        """Bytes that the backward pass of one layer recomputes before using them."""
         return {"none": 0.0, "selective": self.mlp, "full": self.everything}[recompute]
 
 
 def layer_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fused: bool) -> LayerBytes:
-    """What a layer keeps of a token; ``element`` is b."""
+    """What a layer stores per token; ``element`` is b."""
     h, f, heads, groups = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads, shape.num_query_groups
     q, kv = heads * shape.head_dim, groups * shape.head_dim
     t, s, b = layout.tensor, layout.sequence_shards, element
@@ -62,7 +62,7 @@ def layer_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fuse
         attention = b * (2 * q + 2 * kv) / t + statistics + b * normed + head_norms
         return LayerBytes(b * h / s, norm_input + norm_rest + attention, norm_input, norm_rest + b * 3 * f / t)
     norm = (2 * FLOAT32 * h + FLOAT32 + b * h) / s
-    # Every key that a context rank's queries see is there: of 2c chunks those up to its first and up to its second.
+    # Every key that a context rank's queries see is stored: of 2c chunks, those up to its first and up to its second.
     seen = layout.context + 0.5 if layout.context > 1 else 1.0
     attention = b * (3 * q + 2 * kv * seen) / t + statistics
     attention += 2 * FLOAT32 * normed + head_norms  # the norms' outputs are rotated into new tensors and not kept
@@ -70,6 +70,6 @@ def layer_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fuse
 
 
 def final_norm_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fused: bool) -> float:
-    """Kept by the norm after the last layer, a token."""
+    """Bytes per token stored by the norm after the last layer."""
     h, s = shape.hidden_size, layout.sequence_shards
     return ((element if fused else 2 * FLOAT32) * h + FLOAT32) / s

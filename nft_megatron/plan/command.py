@@ -24,10 +24,10 @@ def plan_run(
     with_layouts: bool = False,
     json_path: Path | None = None,
 ) -> Plan:
-    """Print the plan of ``config`` and, if asked, all layouts that fit; write both to ``json_path``. Returns the plan.
+    """Print the plan of ``config`` and, on request, all layouts that fit; write both to ``json_path``. Returns the plan.
 
     Raises:
-        UserError: when the run is impossible as it is configured, after printing what there is to say about it.
+        UserError: if the run is impossible as configured, after printing the plan.
     """
     assumptions = assumptions or Assumptions()
     shape, source = find_shape(config.model.path)
@@ -52,8 +52,8 @@ def plan_run(
         raise UserError(
             "cluster.rollout_nodes",
             config.cluster.rollout_nodes,
-            f"{cluster.gpus_per_node} {cluster.gpu.name} of a node have no room for the weights and one longest answer",
-            "give generation nodes of its own" if not cluster.num_rollout else "use GPUs with more memory",
+            f"one node's {cluster.gpus_per_node} {cluster.gpu.name} cannot hold the weights and one answer of maximal length",
+            "give generation its own nodes" if not cluster.num_rollout else "use GPUs with more memory",
         )
     return plan
 
@@ -64,12 +64,12 @@ def _too_large(plan: TrainPlan, found: Search) -> UserError:
         best = found.fitting[0]
         layout = best.layout
         remedy = (
-            f"the fastest that fits, with {best.peak / 1e9:.1f} GB: parallel.tensor={layout.tensor} "
+            f"the fastest layout that fits, with {best.peak / 1e9:.1f} GB: parallel.tensor={layout.tensor} "
             f"parallel.pipeline={layout.pipeline} parallel.virtual_pipeline={layout.virtual_pipeline} "
             f"parallel.context={layout.context} model.recompute={layout.recompute}; --layouts lists others"
         )
     else:
-        remedy = f"no layout fits, the smallest needs {found.smallest / 1e9:.1f} GB: take more GPUs or shorter packs"
+        remedy = f"no layout fits, the smallest needs {found.smallest / 1e9:.1f} GB: use more GPUs or shorter packs"
     problem = (
         f"stage {fullest.stage} needs {fullest.peak / 1e9:.1f} GB; {FIT:.0%} of {gpu.name} is {FIT * gpu.memory / 1e9:.1f} GB"
     )

@@ -1,8 +1,8 @@
 """Work of a training step on one rank: FLOPs, exactly for dense layers and causal attention, and bytes of the small operators.
 
 A matrix product of a [T, n] with an [n, m] matrix is 2·T·n·m FLOPs, its backward pass twice as much. Causal attention over a
-sequence of s tokens has s(s + 1)/2 pairs of tokens, each 4·d FLOPs a head (scores and weighted sum); its backward pass is 2.5
-times as much, as the kernels make the scores again. A test counts the same with torch's own counter on the real model.
+sequence of s tokens has s(s + 1)/2 pairs of tokens, each 4·d FLOPs per head (scores and weighted sum); its backward pass is 2.5
+times as much, because the kernels recompute the scores. A test checks this with torch's own counter on the real model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def mlp_elements(shape: ModelShape) -> int:
 
 
 def attention_part(shape: ModelShape, tokens: float, pairs: float, element: int) -> Work:
-    """Forward pass of the attention half of one layer, norm and residual included, on one device."""
+    """Forward pass of the attention half of one layer, including norm and residual, on one device."""
     h, q, kv = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     return Work(
         matmul=2 * tokens * attention_elements(shape),
@@ -66,7 +66,7 @@ def mlp_part(shape: ModelShape, tokens: float, element: int) -> Work:
 
 
 def layer_passes(shape: ModelShape, tokens: float, pairs: float, element: int, recompute: str) -> tuple[Work, Work]:
-    """Forward pass of a layer, and backward pass with what it makes again."""
+    """Forward pass of a layer, and backward pass including recomputation."""
     attention, mlp = attention_part(shape, tokens, pairs, element), mlp_part(shape, tokens, element)
     forward = attention + mlp
     again = {"none": Work(), "selective": mlp, "full": forward}[recompute]
@@ -74,13 +74,13 @@ def layer_passes(shape: ModelShape, tokens: float, pairs: float, element: int, r
 
 
 def head_pass(shape: ModelShape, positions: float, element: int) -> Work:
-    """One product with the LM head at ``positions``, and what is done to its logits. The update has three of them."""
+    """One product with the LM head at ``positions``, and the work on its logits. The update has three of them."""
     return Work(2.0 * positions * shape.hidden_size * shape.vocab_size, 0.0, 4 * element * positions * shape.vocab_size)
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """All packs of an update on one rank of a stage: the pass for log-probs alone, and the two passes of the update."""
+    """All packs of an update on one rank of a stage: the log-prob pass, and the update's two passes."""
 
     logprobs: Work
     forward: Work
@@ -88,7 +88,7 @@ class StageWork:
 
 
 def stage_work(shape: ModelShape, layout: ParallelLayout, stage: int, packs: Packs, dtype: str) -> StageWork:
-    """The part of ``packs`` that falls on a rank of ``stage``: context ranks share tokens, tensor ranks heads and MLP units."""
+    """The share of ``packs`` on one rank of ``stage``: context ranks split tokens, tensor ranks heads and MLP units."""
     b, share = ELEMENT[dtype], 1 / (layout.tensor * layout.context)
     layers = shape.num_layers // layout.pipeline
     forward, backward = layer_passes(shape, packs.tokens, packs.pairs, b, layout.recompute)
@@ -100,12 +100,12 @@ def stage_work(shape: ModelShape, layout: ParallelLayout, stage: int, packs: Pac
 
 
 def model_flops(shape: ModelShape, tokens: float, pairs: float, positions: float) -> float:
-    """FLOPs that the model itself asks for: a backward pass is two forward passes, and nothing is made again."""
+    """FLOPs of the model itself: a backward pass counts as two forward passes, without recomputation."""
     forward = attention_part(shape, tokens, pairs, 0) + mlp_part(shape, tokens, 0)
     return 3 * (shape.num_layers * forward.flops + 2 * positions * shape.hidden_size * shape.vocab_size)
 
 
 @functools.lru_cache(maxsize=16)
 def num_parameters(shape: ModelShape) -> int:
-    """Of the model, a tied LM head not counted twice."""
+    """Parameters of the model; a tied LM head counts once."""
     return sum(math.prod(size) for size in weight_table(shape).shapes.values())

@@ -16,15 +16,15 @@ from nft_megatron.plan.workload import Assumptions, Packs, Workload, pack_update
 from nft_megatron.weights import ModelShape
 
 FIT = 0.9
-"""Share of a GPU's memory that a plan may use; the rest is for the allocator's fragments and for what an estimate missed."""
+"""Share of a GPU's memory that a plan may use; the rest covers fragmentation and errors of the estimate."""
 
 GRADING_SECONDS = {True: 20e-3, False: 1e-3}
-"""Assumed of one answer: under ``verify.mode`` math-verify, and under the others, which seldom need it."""
+"""Assumed seconds of grading per answer: under ``verify.mode`` math-verify, and under the others, which seldom need it."""
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The trainers' part of a plan. stages: memory of a rank of each pipeline stage."""
+    """The trainers' part of a plan. stages: memory per rank of each pipeline stage."""
 
     cluster: Cluster
     layout: ParallelLayout
@@ -39,7 +39,7 @@ class TrainPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage leaves the reserve of a GPU's memory alone."""
+        """Whether every stage stays within the usable share of a GPU's memory."""
         return self.peak <= FIT * self.cluster.gpu.memory
 
 
@@ -47,9 +47,9 @@ class TrainPlan:
 class Plan:
     """What is expected of a run.
 
-    generation: None where no engine fits. generate, verify, publish: seconds of a rollout step beside ``training.time``; they
-    follow each other, and ``verify`` is what is left of it after the last answer. utilisation: FLOPs that the model asks for in
-    the updates over those that the trainers could do meanwhile.
+    generation: None if no engine fits. generate, verify, publish: seconds per rollout step in addition to ``training.time``;
+    they follow each other, and ``verify`` is what remains of it after the last answer. utilisation: FLOPs of the model in the
+    updates over those that the trainers could do in that time.
     """
 
     shape: ModelShape
@@ -72,7 +72,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
     """Memory and time of the trainers.
 
     Raises:
-        UserError: when the model, or a sequence, cannot be laid out that way.
+        UserError: if the model or a sequence does not allow that layout.
     """
     check_layout(shape, layout)
     packs = pack_update(config, shape, layout, work)
@@ -94,10 +94,10 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
 
 
 def make_plan(config: Config, shape: ModelShape, cluster: Cluster, layout: ParallelLayout, assumptions: Assumptions) -> Plan:
-    """The plan of ``config`` under ``layout``, whether it fits or not.
+    """The plan of ``config`` under ``layout``, even if it does not fit.
 
     Raises:
-        UserError: when the model, or a sequence, cannot be laid out that way.
+        UserError: if the model or a sequence does not allow that layout.
     """
     check_model(config, shape)
     work = workload_of(config, assumptions)
@@ -135,12 +135,12 @@ def check_model(config: Config, shape: ModelShape) -> None:
         raise UserError(
             "model.path",
             config.model.path,
-            "has experts, and plans are made for dense models only",
-            "train it without a plan, on the layout of a similar one",
+            "has experts, but plans support only dense models",
+            "train it without a plan, using the layout of a similar model",
         )
     config.check_context(shape.max_positions)
 
 
 def publish_seconds(shape: ModelShape, cluster: Cluster) -> float:
-    """The weights in bfloat16 through the network card of the first rank: in from the other trainers, out to the engines."""
+    """Seconds to move the bfloat16 weights through the first rank's network card: in from trainers, out to engines."""
     return 2 * 2 * num_parameters(shape) / (cluster.gpu.network_bandwidth * ACHIEVABLE.network)

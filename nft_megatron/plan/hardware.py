@@ -1,6 +1,6 @@
-"""Accelerators as their vendors describe them, and what share of those figures a training run is assumed to reach.
+"""Accelerators as their vendors describe them, and the share of those figures that a training run is assumed to reach.
 
-Bandwidths are bytes per second in one direction, so half of what a vendor adds up over both.
+Bandwidths are bytes per second in one direction, so half of a vendor's bidirectional figure.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Accelerator:
     """One GPU of a node.
 
     flops, flops_float32: dense matrix products per second in bfloat16 and in float32.
-    memory: bytes. memory_bandwidth: of that memory. node_bandwidth: to the other GPUs of the node together (NVLink).
-    network_bandwidth: this GPU's part of the node's network. host_bandwidth: to the memory of the host (PCIe).
+    memory: bytes. memory_bandwidth: of that memory. node_bandwidth: to all other GPUs of the node together (NVLink).
+    network_bandwidth: this GPU's share of the node's network. host_bandwidth: to host memory (PCIe).
     source: where the figures are published.
     """
 
@@ -36,7 +36,7 @@ class Accelerator:
 
     @property
     def is_gpu(self) -> bool:
-        """False for this machine's own processor."""
+        """False for this machine's CPU."""
         return self.name != "cpu"
 
     def flops_of(self, dtype: str) -> float:
@@ -100,7 +100,7 @@ ACCELERATORS = {
             2 * GB,
             1 * GB,
             10 * GB,
-            "one core of a server, order of magnitude; for trying things out",
+            "one server core, order of magnitude; for experiments",
         ),
     )
 }
@@ -111,7 +111,7 @@ class Achievable:
     """Assumed share of a vendor's figure that long runs reach. Not measured on a GPU by this project yet.
 
     matmul: matrix products of a layer. attention: its fused kernel. memory: streaming kernels and decoding.
-    node, network: large collectives. host: copies to and from the host's memory.
+    node, network: large collectives. host: copies to and from host memory.
     """
 
     matmul: float
@@ -129,8 +129,8 @@ def accelerator(name: str, field: str = "cluster.gpu") -> Accelerator:
     """The accelerator of that name.
 
     Raises:
-        UserError: naming ``field`` when there is none.
+        UserError: naming ``field`` if there is none.
     """
     if name.lower() not in ACCELERATORS:
-        raise UserError(field, name, "no such kind of GPU here", f"use one of {', '.join(ACCELERATORS)}")
+        raise UserError(field, name, "unknown kind of GPU", f"use one of {', '.join(ACCELERATORS)}")
     return ACCELERATORS[name.lower()]

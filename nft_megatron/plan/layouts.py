@@ -1,4 +1,4 @@
-"""Who holds what: a parallel layout, the cluster it is laid over, and what cannot be laid out."""
+"""Which rank holds what: a parallel layout, its cluster, and which layouts are impossible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nft_megatron.weights import ModelShape
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs that train and GPUs that only generate; no rollout GPUs means that the trainers' do both."""
+    """GPUs that train and GPUs that only generate; without rollout GPUs the trainers' GPUs do both."""
 
     gpu: Accelerator
     gpus_per_node: int
@@ -27,7 +27,7 @@ class Cluster:
     def bandwidth(self, size: int, stride: int) -> float:
         """Bytes/s, in each direction, of a GPU in a collective over ``size`` ranks that are ``stride`` apart.
 
-        Where the group leaves the node, its members inside of it share their network cards.
+        If the group spans nodes, its members on one node share their network cards.
         """
         if size * stride <= self.gpus_per_node:
             return self.gpu.node_bandwidth
@@ -38,7 +38,7 @@ def cluster_of(config: Config, gpus: int | None = None, kind: str | None = None)
     """The cluster of ``config``, or ``gpus`` of them split between training and generating in the same proportion.
 
     Raises:
-        UserError: for an unknown kind, or GPUs that do not make whole nodes.
+        UserError: for an unknown kind, or GPUs that do not fill whole nodes.
     """
     section = config.cluster
     per_node, train, roll = section.gpus_per_node, section.trainer_nodes, section.rollout_nodes
@@ -54,8 +54,8 @@ def cluster_of(config: Config, gpus: int | None = None, kind: str | None = None)
             raise UserError(
                 "--gpus",
                 gpus,
-                "is a single node, and cluster.rollout_nodes wants nodes of its own",
-                "use more, or add cluster.rollout_nodes=0",
+                "is a single node, but cluster.rollout_nodes needs nodes of its own",
+                "use more GPUs, or add cluster.rollout_nodes=0",
             )
         return Cluster(gpu, min(per_node, gpus), gpus, 0)
     nodes = gpus // per_node
@@ -65,9 +65,9 @@ def cluster_of(config: Config, gpus: int | None = None, kind: str | None = None)
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How model and sequences are cut, and what trades memory for time.
+    """How model and sequences are split, and what trades memory for time.
 
-    ``micro_batch_tokens`` are those of a whole pack, shared over the context ranks.
+    ``micro_batch_tokens`` is the size of a whole pack, which the context ranks split.
     """
 
     tensor: int
@@ -90,7 +90,7 @@ class ParallelLayout:
 
     @property
     def sequence_shards(self) -> int:
-        """Tensor ranks over which activations outside attention and MLP are cut."""
+        """Tensor ranks over which activations outside attention and MLP are split."""
         return self.tensor if self.sequence_parallel else 1
 
     @property
@@ -99,7 +99,7 @@ class ParallelLayout:
         return self.micro_batch_tokens // self.context
 
     def stage_of(self, layer: int, num_layers: int) -> int:
-        """The pipeline stage of a layer: parts of the model go round the stages.
+        """The pipeline stage of a layer: parts of the model are dealt to the stages in turn.
 
         >>> layout = ParallelLayout(1, 2, 2, 1, 1, True, "none", 4096)
         >>> [layout.stage_of(layer, 8) for layer in range(8)]
@@ -108,7 +108,7 @@ class ParallelLayout:
         return layer * self.pipeline * self.virtual_pipeline // num_layers % self.pipeline
 
     def in_flight(self, stage: int, num_micro_batches: int) -> float:
-        """Most micro-batches whose activations a stage keeps at a time; parts of a stage count as fractions.
+        """Most micro-batches whose activations a stage stores at once; parts of a stage count as fractions.
 
         1F1B: stage s runs p − s − 1 forward passes before its first backward. Interleaved: 2(p − s − 1) + (v − 1)p passes, each
         through one of its v parts (Megatron-Core 0.16.1, pipeline_parallel/schedules.py, get_pp_rank_microbatches).
@@ -128,7 +128,7 @@ def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
     """The layout of ``config`` over the cluster's trainers.
 
     Raises:
-        UserError: when the trainers cannot be divided that way.
+        UserError: if the trainers cannot be divided that way.
     """
     parallel = config.parallel
     replica = parallel.tensor * parallel.pipeline * parallel.context
@@ -136,7 +136,7 @@ def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
         raise UserError(
             "parallel.tensor, parallel.pipeline, parallel.context",
             f"{parallel.tensor} × {parallel.pipeline} × {parallel.context}",
-            f"does not divide the {cluster.num_trainers} GPUs that train",
+            f"does not divide the {cluster.num_trainers} training GPUs",
             "change them or cluster.trainer_nodes; `plan --layouts` lists those that fit",
         )
     return ParallelLayout(
@@ -152,7 +152,7 @@ def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
 
 
 def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
-    """Raise :class:`UserError` when the model cannot be cut that way."""
+    """Raise :class:`UserError` if the model cannot be split that way."""
     for what, size in (
         ("attention heads", shape.num_attention_heads),
         ("key-value heads", shape.num_query_groups),

@@ -1,10 +1,11 @@
-"""Peak memory of a rank, by component, while full packs are trained on.
+"""Peak memory of a rank, by component, while training on full packs.
 
     peak = parameters + gradients + optimizer + activations + max(working, LM head) + runtime
 
 Parameters are exact, as the real model on the meta device shows for every rank (tests/model/test_meta.py); gradients and
-optimizer up to Megatron's padding of its buffers; the rest are estimates. On the CPU, where they can be measured, the peak is
-within a few percent (benchmarks/plan_memory.py). Ranks of one pipeline stage are alike, so there is one figure a stage.
+optimizer are exact up to Megatron's padding of its buffers; the rest are estimates. On the CPU, where it can be measured, the
+peak is right to within a few percent (benchmarks/plan_memory.py). Ranks of one pipeline stage are alike, so there is one figure
+per stage.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.weights import ModelShape, weight_table
 
 VOCABULARY_MULTIPLE = 128
-"""Rows of the vocabulary on a GPU's tensor rank are a multiple of this, as in model/build.py."""
+"""Vocabulary rows per tensor rank on a GPU are a multiple of this, as in model/build.py."""
 
 LOGITS_BYTES, MIN_CHUNK = 300 * 2**20, 512
 BLOCK_BYTES = {False: 2**22, True: 2**28}
-"""A chunk's logits, the fewest tokens in it, and a float32 temporary on CPU and GPU, as in model/lm_head.py."""
+"""Logits per chunk, fewest tokens per chunk, and float32 temporaries on CPU and GPU, as in model/lm_head.py."""
 
 GPU_RUNTIME = 4e9
 CPU_RUNTIME = 4e7
-"""Assumed: what the libraries keep. GPU: CUDA context, workspaces, NCCL's buffers for about ten groups. CPU: seen."""
+"""Assumed memory of the libraries. GPU: CUDA context, workspaces, NCCL's buffers for about ten groups. CPU: as observed."""
 
 ELEMENT = {"bfloat16": 2, "float32": 4}
 
@@ -35,10 +36,10 @@ ELEMENT = {"bfloat16": 2, "float32": 4}
 class StageMemory:
     """Bytes on each rank of a pipeline stage.
 
-    optimizer: on the device during the update; ``offloaded`` of it waits on the host otherwise, which is when activations live.
-    working: what the backward pass of one layer holds besides, with what it makes again. lm_head: the hidden states at loss
-    positions and their gradients, and a chunk of logits; nothing before the last stage. summing: what adding up the ranks'
-    gradients takes.
+    optimizer: on the device during the update; otherwise, while activations live, ``offloaded`` of it is on the host.
+    working: what the backward pass of one layer holds in addition, including recomputation. lm_head: the hidden states at loss
+    positions and their gradients, and a chunk of logits; only on the last stage. summing: what summing the ranks' gradients
+    needs.
     """
 
     stage: int
@@ -54,7 +55,7 @@ class StageMemory:
 
     @property
     def peak(self) -> float:
-        """The most at a time: in a backward pass, while gradients are summed, or in the update."""
+        """The largest total: in a backward pass, while gradients are summed, or in the update."""
         on_device = self.optimizer - self.offloaded
         backward = on_device + self.activations + max(self.working, self.lm_head)
         return self.parameters + self.gradients + self.runtime + max(backward, on_device + self.summing, self.optimizer)
@@ -67,7 +68,7 @@ def padded_vocab(shape: ModelShape, tensor: int, *, on_gpu: bool) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _numel_by_part(shape: ModelShape, tensor: int, vocab: int) -> dict[str | int, int]:
-    """Elements on a tensor rank of the embedding, of each layer by its number, of the final norm and of the LM head."""
+    """Elements per tensor rank of the embedding, each layer by number, the final norm and the LM head."""
     parts: dict[str | int, int] = {}
     for entry in weight_table(shape).entries:
         words = entry.name.split(".")
@@ -77,7 +78,7 @@ def _numel_by_part(shape: ModelShape, tensor: int, vocab: int) -> dict[str | int
 
 
 def stage_numel(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
-    """Parameters on each rank of a stage. A tied LM head is a second copy where the last stage is not the first."""
+    """Parameters on each rank of a stage. A tied LM head is a second copy if the last stage is not the first."""
     parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
     first, last = stage == 0, stage == layout.pipeline - 1
     total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stage_of(layer, shape.num_layers) == stage)
@@ -96,12 +97,12 @@ def stage_memory(
     num_micro_batches: int,
     cpu_offload: float = 0.0,
 ) -> StageMemory:
-    """What a rank of ``stage`` holds at its peak.
+    """Memory of a rank of ``stage`` at its peak.
 
     Args:
         dtype: of weights and activations, "bfloat16" or "float32".
         on_gpu: with Transformer Engine's operators; otherwise the local ones.
-        num_micro_batches: of an update; fewer than the pipeline's stages keep fewer activations.
+        num_micro_batches: of an update; fewer than pipeline stages store fewer activations.
         cpu_offload: share of the optimizer's state on the host.
     """
     b, h, t = ELEMENT[dtype], shape.hidden_size, layout.tensor
@@ -112,7 +113,7 @@ def stage_memory(
 
     layer = layer_bytes(shape, layout, b, fused=on_gpu)
     layers = shape.num_layers // layout.pipeline
-    output = 0.0 if is_last else b * h / layout.sequence_shards  # kept by the schedule until its gradient comes back
+    output = 0.0 if is_last else b * h / layout.sequence_shards  # kept by the schedule until its gradient arrives
     in_flight = layout.in_flight(stage, num_micro_batches)
     kept = in_flight * (layers * layer.kept(layout.recompute) + output)
     if is_last:
@@ -143,10 +144,10 @@ def lm_head_bytes(shape: ModelShape, layout: ParallelLayout, dtype: str, *, on_g
     chunk = max(1, LOGITS_BYTES // (rows * b * MIN_CHUNK)) * MIN_CHUNK
     logits = min(chunk, tokens) * rows * b + 2 * BLOCK_BYTES[on_gpu]
     hidden = b * shape.hidden_size * tokens
-    afterwards = 2 * hidden + _weight_gradient(rows * shape.hidden_size, b, on_gpu)  # autograd's own is a zero
+    afterwards = 2 * hidden + _weight_gradient(rows * shape.hidden_size, b, on_gpu)  # autograd's own gradient is a zero
     return 2 * hidden + max(logits, afterwards)
 
 
 def _weight_gradient(numel: float, element: int, on_gpu: bool) -> float:
-    """Bytes of a weight's gradient until it is in the float32 sum; adding it takes a float32 copy on the CPU."""
+    """Bytes of a weight's gradient until it is in the float32 sum; adding it needs a float32 copy on the CPU."""
     return numel * (element + (FLOAT32 if element < FLOAT32 and not on_gpu else 0))

@@ -1,4 +1,4 @@
-"""The sizes of a configuration's model: from its folder, or for well-known names without one.
+"""The sizes of a configuration's model: from its folder, or by name for public models.
 
 So a run can be planned before its weights are downloaded.
 """
@@ -45,16 +45,16 @@ PUBLIC_MODELS = _QWEN25 | {
     f"Qwen2.5-Math-{size}": replace(_QWEN25[f"Qwen2.5-{size}"], rope_theta=10_000.0, max_positions=4096)
     for size in ("1.5B", "7B")
 }
-"""As their ``config.json`` on https://huggingface.co/Qwen says."""
+"""From their ``config.json`` on https://huggingface.co/Qwen."""
 
 
 def find_shape(path: Path) -> tuple[ModelShape, str]:
-    """The sizes of the model at ``path``, and where they are from, in words.
+    """The sizes of the model at ``path``, and their origin in words.
 
-    A folder needs only its ``config.json``. Where there is no folder, its last name may be that of a public model.
+    A folder needs only its ``config.json``. Without a folder, the last part of the path may name a public model.
 
     Raises:
-        UserError: naming ``model.path`` when there is neither.
+        UserError: naming ``model.path`` if there is neither.
 
     >>> find_shape(Path("not/downloaded/Qwen2.5-32B"))[0].num_layers
     64
@@ -62,7 +62,7 @@ def find_shape(path: Path) -> tuple[ModelShape, str]:
     if path.is_dir():
         return read_shape(path), f"{path}/config.json"
     if path.name in PUBLIC_MODELS:
-        return PUBLIC_MODELS[path.name], f"the public sizes of {path.name}; {path} is not here yet"
+        return PUBLIC_MODELS[path.name], f"the public sizes of {path.name}; {path} is not downloaded yet"
     raise UserError(
         "model.path",
         path,

@@ -15,7 +15,7 @@ COLUMNS = ("parameters", "gradients", "optimizer", "activations", "working", "lm
 
 
 def report(plan: Plan, model: str) -> str:
-    """The plan as text, some 110 characters wide. ``model`` says where its sizes are from."""
+    """The plan as text, about 110 characters wide. ``model`` says where its sizes come from."""
     return "\n\n".join([_run(plan, model), _memory(plan), _time(plan)])
 
 
@@ -27,17 +27,17 @@ def _run(plan: Plan, model: str) -> str:
     return _pairs(
         [
             ("model", f"{size} parameters, from {model}"),
-            ("GPUs", f"{total} {cluster.gpu.name}, {cluster.gpus_per_node} a node: {split}"),
+            ("GPUs", f"{total} {cluster.gpu.name}, {cluster.gpus_per_node} per node: {split}"),
             ("layout", f"{layout}{', sequence parallel' * (layout.sequence_shards > 1)}, recompute {layout.recompute}"),
             (
                 "step",
                 f"{work.num_updates} updates on {len(work.answer_lengths):,} answers each: {packs.num_micro_batches} packs of "
-                f"{layout.micro_batch_tokens:,} tokens on a data-parallel rank",
+                f"{layout.micro_batch_tokens:,} tokens per data-parallel rank",
             ),
             (
                 "assumed",
                 f"answers of {work.mean_answer:,.0f} tokens, prompts of {work.prompt_tokens:,}; "
-                f"{work.num_questions:,} questions asked (--answer-tokens, --mixed-share)",
+                f"{work.num_questions:,} questions (--answer-tokens, --mixed-share)",
             ),
         ]
     )
@@ -51,15 +51,13 @@ def _memory(plan: Plan) -> str:
     for stage in stages:
         parts = [*(getattr(stage, column) for column in COLUMNS), stage.peak]
         rows.append([str(stage.stage), *(f"{part / unit:.1f}" for part in parts), f"{stage.peak / gpu.memory:.0%}"])
-    title = f"Memory of a rank, {name} bytes ({gpu.name}: {gpu.memory / unit:,.0f}, of which a plan uses {FIT:.0%})"
-    lines = [title, _table(rows), "Of working and LM head only the larger counts: they follow each other."]
+    title = f"Memory per rank, {name} bytes ({gpu.name}: {gpu.memory / unit:,.0f}; a plan uses at most {FIT:.0%})"
+    lines = [title, _table(rows), "Only the larger of working and LM head counts, because they follow each other."]
     offloaded = max(stage.offloaded for stage in stages)
     if offloaded:
-        lines.append(
-            f"{offloaded / unit:.1f} of the optimizer wait on the host while activations live (optimizer.cpu_offload)."
-        )
+        lines.append(f"{offloaded / unit:.1f} of the optimizer are on the host while activations live (optimizer.cpu_offload).")
     if not gpu.is_gpu:
-        lines.append("Summing gradients takes a copy of them, while no activations live; glibc's allocator may add a third.")
+        lines.append("Summing gradients needs a copy of them, while no activations live; glibc's allocator may add a third.")
     return "\n".join(lines)
 
 
@@ -67,18 +65,18 @@ def _time(plan: Plan) -> str:
     layout, packs, train = plan.training.layout, plan.training.packs, plan.training.time
     engines, total = plan.generation, plan.step_seconds
     note = (
-        f"{engines.num_engines} engines of {engines.engine_gpus} GPUs, {engines.num_running} answers at a time, "
+        f"{engines.num_engines} engines of {engines.engine_gpus} GPUs, {engines.num_running} answers at once, "
         f"{engines.tokens_per_second:,.0f} tokens/s"
         if engines
         else "no engine fits"
     )
     notes = {
         "old_logprobs": "one forward pass over all packs",
-        "backward": "with what recomputation makes again" if layout.recompute != "none" else "",
+        "backward": "including recomputation" if layout.recompute != "none" else "",
         "pipeline_bubble": f"{layout.pipeline} stages, {packs.num_micro_batches} micro-batches" if layout.pipeline > 1 else "",
-        "data_communication": "what does not hide behind the backward pass",
+        "data_communication": "what the backward pass does not hide",
     }
-    entries = [("generate", plan.generate, note), ("verify", plan.verify, "beyond generating")]
+    entries = [("generate", plan.generate, note), ("verify", plan.verify, "after generating")]
     entries += [
         (field.name.replace("_", " "), getattr(train, field.name), notes.get(field.name, "")) for field in fields(train)
     ]
@@ -91,7 +89,7 @@ def _time(plan: Plan) -> str:
     rows.append(["step", f"{total:,.{digits}f}", "", f"the whole run: {run}"])
     rows.append(["", "", "", f"utilisation of the trainers in updates {plan.utilisation:.0%}"])
     title = (
-        f"Time of a rollout step, estimated by roofline (matrix products at {ACHIEVABLE.matmul:.0%} of their peak, attention "
+        f"Time per rollout step, estimated by roofline (matrix products at {ACHIEVABLE.matmul:.0%} of their peak, attention "
         f"{ACHIEVABLE.attention:.0%}, memory {ACHIEVABLE.memory:.0%}, links {ACHIEVABLE.node:.0%})"
     )
     return f"{title}\n{_table(rows, left=(0, 3))}"
@@ -119,7 +117,7 @@ def layouts_table(found: Search, limit: int = 12) -> str:
 
 
 def as_json(plan: Plan, found: Search | None) -> str:
-    """The plan, and the layouts that fit if they were searched; bytes and seconds."""
+    """The plan, and the layouts that fit if searched; bytes and seconds."""
     tree: dict[str, Any] = asdict(plan)
     tree["work"].pop("answer_lengths")
     tree |= {"peak": plan.training.peak, "fits": plan.training.fits, "step_seconds": plan.step_seconds}
@@ -139,7 +137,7 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest entry, right-aligned but for those in ``left``."""
+    """Columns as wide as their widest entry, right-aligned except for those in ``left``."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(

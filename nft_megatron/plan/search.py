@@ -1,4 +1,4 @@
-"""Every layout that could be: those that fit, fastest first, and why the others do not."""
+"""Every possible layout: those that fit, fastest first, and why the others do not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_VIRTUAL = 8
 
 @dataclass(frozen=True)
 class Search:
-    """``fitting``, fastest first; ``refused``: how many layouts for which reason; ``smallest`` peak in bytes of all of them."""
+    """``fitting``: fastest first. ``refused``: reason → number of layouts. ``smallest``: the lowest peak of all, in bytes."""
 
     fitting: tuple[TrainPlan, ...]
     refused: dict[str, int]
@@ -27,7 +27,7 @@ class Search:
 
 
 def search(config: Config, shape: ModelShape, cluster: Cluster, assumptions: Assumptions) -> Search:
-    """Lay ``config`` out over the cluster's trainers in every way, with every kind of recomputation."""
+    """Try every layout of ``config`` over the cluster's trainers, with every kind of recomputation."""
     work = workload_of(config, assumptions)
     fitting, refused, smallest = [], Counter[str](), float("inf")
     for layout in candidates(config, shape, cluster):
@@ -46,7 +46,7 @@ def search(config: Config, shape: ModelShape, cluster: Cluster, assumptions: Ass
 
 
 def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[ParallelLayout]:
-    """Tensor groups within a node; pipeline stages of equally many layers, each of at most ``MAX_VIRTUAL`` parts."""
+    """Tensor groups within a node; pipeline stages with equal numbers of layers, each of at most ``MAX_VIRTUAL`` parts."""
     gpus, layers = cluster.num_trainers, shape.num_layers
     powers_of_two = [2**power for power in range(gpus.bit_length())]
     for tensor, pipeline, context in itertools.product(_divisors(cluster.gpus_per_node), _divisors(layers), powers_of_two):

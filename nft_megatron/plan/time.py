@@ -1,9 +1,9 @@
 """How long the trainers take for a rollout step, by roofline: estimates.
 
 Each kind of work runs at its assumed share of the vendor's figure (``ACHIEVABLE`` in :mod:`.hardware`). Collectives of a layer
-are waited for, but for those that Megatron-Core overlaps with a matrix product; gradients are summed while the last backward
-pass runs. The slowest pipeline stage sets the pace, and the bubble is the part (p − 1)/(m·v + p − 1) of the time of m
-micro-batches on p stages of v parts (arXiv 2104.04473, section 2.2).
+block, except those that Megatron-Core overlaps with a matrix product; gradients are summed during the last backward pass. The
+slowest pipeline stage sets the pace, and the bubble is the part (p − 1)/(m·v + p − 1) of the time of m micro-batches on p
+stages of v parts (arXiv 2104.04473, section 2.2).
 
 Bytes per rank and collective of N bytes over n ranks: all-gather and reduce-scatter N·(n − 1)/n.
 """
@@ -23,7 +23,7 @@ from nft_megatron.weights import ModelShape
 
 @dataclass(frozen=True)
 class TrainTime:
-    """Seconds of a rollout step on the slowest rank. The four communications are only what is waited for.
+    """Seconds per rollout step on the slowest rank. The four communications count only the time spent waiting.
 
     old_logprobs includes its own communication and bubble.
     """
@@ -53,7 +53,7 @@ class LayerTraffic:
 
 
 def bubble_share(num_stages: int, num_parts: int, num_micro_batches: int) -> float:
-    """The part of an update's time that a pipeline stage has nothing to do, if all stages are equally fast.
+    """The share of an update during which a pipeline stage is idle, if all stages are equally fast.
 
     >>> round(bubble_share(num_stages=4, num_parts=1, num_micro_batches=12), 2)
     0.2
@@ -64,11 +64,11 @@ def bubble_share(num_stages: int, num_parts: int, num_micro_batches: int) -> flo
 def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str) -> LayerTraffic:
     """Communication of a stage's layers.
 
-    Tensor, with sequence parallelism: forward an all-gather before and a reduce-scatter after attention and MLP; backward two
-    all-gathers of output gradients are waited for, the other four collectives run beside matrix products
-    (tensor_parallel/layers.py:512-600). Without: two all-reduces forward, and backward two beside matrix products.
-    Context: keys and values gathered, their gradients summed in float32. Pipeline: hidden states and their gradients; beside
-    other work under the interleaved schedule.
+    Tensor, with sequence parallelism: forward, an all-gather before and a reduce-scatter after attention and MLP; backward,
+    two all-gathers of output gradients block, while the other four collectives overlap matrix products
+    (tensor_parallel/layers.py:512-600). Without: two all-reduces forward; backward, two that overlap matrix products.
+    Context: keys and values are gathered, their gradients summed in float32. Pipeline: hidden states and their gradients,
+    overlapped under the interleaved schedule.
     """
     b, t, c = ELEMENT[dtype], layout.tensor, layout.context
     layers, tokens = shape.num_layers // layout.pipeline, packs.tokens / c
@@ -124,7 +124,7 @@ def train_time(
     dtype: str,
     cpu_offload: float,
 ) -> TrainTime:
-    """Old log-probs and all updates of a rollout step, each of which is ``packs``."""
+    """Old log-probs and all updates of a rollout step; each update trains ``packs``."""
     rate = Roofline(layout, cluster, dtype)
     moved = traffic(shape, layout, packs, dtype)
     ahead, behind = rate.layers(moved, 0), rate.layers(moved, 1)
@@ -160,7 +160,7 @@ def train_time(
 
 
 def optimizer_seconds(numel: int, ranks: int, cluster: Cluster, dtype: str, cpu_offload: float) -> float:
-    """One update: gradients cleared and their norm taken, state read and written, an offloaded share fetched and put back."""
+    """One update: clear gradients and take their norm, read and write the state, fetch and return an offloaded share."""
     gpu, own, state = cluster.gpu, numel / ranks, 3 if dtype == "bfloat16" else 2
     traffic = FLOAT32 * (2 * numel + own) + own * (2 * FLOAT32 * state + ELEMENT[dtype])
     over_host = 2 * FLOAT32 * state * own * cpu_offload

@@ -18,10 +18,11 @@ from nft_megatron.weights import ModelShape
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a run shows and a configuration does not say.
+    """What only a run can show.
 
-    answer_tokens: mean length of an answer; by default a quarter of the limit. mixed_share: share of the questions that have
-    right and wrong answers. With the prompt filter a step must ask more of them for it, without one it forwards fewer answers.
+    answer_tokens: mean length of an answer; by default a quarter of the limit. mixed_share: share of questions with both right
+    and wrong answers. With the prompt filter a step needs more questions to find them; without it a step forwards fewer
+    answers.
     """
 
     answer_tokens: int | None = None
@@ -29,17 +30,17 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         if self.answer_tokens is not None and self.answer_tokens < 1:
-            raise UserError("--answer-tokens", self.answer_tokens, "is no length", "use a whole number above 0")
+            raise UserError("--answer-tokens", self.answer_tokens, "must be above 0", "use a whole number, such as 1000")
         if not 0 < self.mixed_share <= 1:
-            raise UserError("--mixed-share", self.mixed_share, "is no share", "use a number above 0 and up to 1")
+            raise UserError("--mixed-share", self.mixed_share, "must be in (0, 1]", "use a number such as 0.5")
 
 
 @dataclass(frozen=True)
 class Workload:
     """One rollout step.
 
-    answer_lengths: of the answers that one update forwards. prompt_tokens: of every prompt. num_asked: answers that are
-    generated, of ``num_questions`` questions.
+    answer_lengths: of the answers that one update forwards. prompt_tokens: of every prompt. num_asked: answers generated,
+    to ``num_questions`` questions.
     """
 
     num_updates: int
@@ -62,7 +63,7 @@ class Workload:
 class Packs:
     """One update on the data-parallel rank with the most work: sums over its ``num_micro_batches`` packs.
 
-    tokens: with padding. pairs: of a token and one that it sees. positions: answer tokens, which carry a loss.
+    tokens: including padding. pairs: of a token and a token that it sees. positions: answer tokens, which carry a loss.
     """
 
     num_micro_batches: int
@@ -72,7 +73,7 @@ class Packs:
 
 
 def workload_of(config: Config, assumptions: Assumptions) -> Workload:
-    """The step of ``config``. Prompts are assumed a quarter of their limit long, answers spread exponentially up to theirs."""
+    """The step of ``config``. Assumes prompts at a quarter of their limit, answers spread exponentially up to theirs."""
     rollout, limit = config.rollout, config.rollout.max_answer_tokens
     mean = min(assumptions.answer_tokens or math.ceil(limit / 4), limit)
     num_questions = rollout.questions_per_step
@@ -92,8 +93,8 @@ def workload_of(config: Config, assumptions: Assumptions) -> Workload:
 
 
 def spread(count: int, mean: float, limit: int) -> list[int]:
-    """``count`` lengths between 1 and ``limit`` with about this mean: the middles of equally likely parts of an exponential
-    distribution that is cut at ``limit``.
+    """``count`` lengths between 1 and ``limit`` with about this mean: the midpoints of equally likely parts of an exponential
+    distribution that is truncated at ``limit``.
 
     >>> spread(4, 100, 1000)
     [13, 47, 98, 208]
@@ -103,17 +104,17 @@ def spread(count: int, mean: float, limit: int) -> list[int]:
     if mean >= limit:
         return [limit] * count
     low, high = 0.0, 1e6 * limit
-    for _ in range(100):  # the scale whose mean after the cut, scale · (1 − e^(−limit / scale)), is the one asked for
+    for _ in range(100):  # solve scale · (1 − e^(−limit / scale)), the mean after truncation, for the scale
         scale = (low + high) / 2
         low, high = (scale, high) if scale * -math.expm1(-limit / scale) < mean else (low, scale)
     return [max(1, min(limit, round(-scale * math.log1p(-(part + 0.5) / count)))) for part in range(count)]
 
 
 def batch_layout(config: Config, layout: ParallelLayout, hidden_size: int) -> Layout:
-    """How the trainer cuts mini-batches into packs under ``layout``.
+    """How the trainer splits mini-batches into packs under ``layout``.
 
     Raises:
-        UserError: when packs cannot have ``train.micro_batch_tokens``.
+        UserError: if packs cannot have ``train.micro_batch_tokens``.
     """
     return Layout.of(
         config,
@@ -131,7 +132,7 @@ def pack_update(config: Config, shape: ModelShape, layout: ParallelLayout, work:
     """Pack an update's answers as the trainer does.
 
     Raises:
-        UserError: when the longest sequence does not fit into a pack.
+        UserError: if the longest sequence does not fit into a pack.
     """
     plan = batch_layout(config, layout, shape.hidden_size)
     answers = work.answer_lengths
@@ -155,7 +156,7 @@ def _pack(plan: Layout, answers: tuple[int, ...], prompt: int, longest: int) -> 
             hidden_size=plan.hidden_size,
         )
 
-    packed(np.array([longest]))  # the longest there may be, which is not among the lengths
+    packed(np.array([longest]))  # the longest possible sequence, which is not among the lengths
     ranks = []
     for packs in packed(lengths):
         padded = [-(-lengths[members] // plan.sequence_multiple) * plan.sequence_multiple for members in packs]

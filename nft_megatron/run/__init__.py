@@ -1,1 +1,1 @@
-"""A training run put together: joining the ranks, building, checkpoints, weight sync, replay."""
+"""Assembling and running a training run: joining the ranks, building, checkpoints, weight sync, replay."""

@@ -1,4 +1,4 @@
-"""Builds everything that a training run consists of, on every rank, and takes it apart again."""
+"""Builds everything that a training run consists of, on every rank, and tears it down again."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ CHANGEABLE = (
     "rollout.probe_questions",
     "rollout.probe_tokens",
 )
-"""What may differ between two starts of one run. All else decides what the run computes."""
+"""What may differ between two starts of one run. Everything else determines what the run computes."""
 WAIT_FOR_SERVERS = ("collect", "publish", "evaluate")
 """Phases that may wait for servers."""
 LOCK_SECONDS = 60.0
-"""Longest wait of an attempt for the lock: the process of the one before may still be dying on another machine."""
+"""Longest wait of an attempt for the lock: the previous attempt's process may still be exiting on another machine."""
 
 
 @contextlib.contextmanager
 def build_run(config: Config) -> Iterator[Run]:
     """The run of ``config``, resumed or new, ready for its next step. Called on every rank.
 
-    Everything that a user can get wrong is checked before the model is built.
+    All user input is checked before the model is built.
     """
     here = rank_info()
     remove_exit_report(config.run_dir, here.rank)
@@ -127,7 +127,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
             folder,
             trainer,
             config.checkpoint.keep,
-            writes_aside=config.checkpoint.asynchronous,
+            asynchronous=config.checkpoint.asynchronous,
             deadline_seconds=config.deadlines.save_seconds,
         ),
         timer=timer,
@@ -141,7 +141,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
 
 
 def longest_silences(config: Config) -> dict[str, float]:
-    """Seconds by phase, for the watchdog: a wait for servers comes on top, so that it ends first and says what they lack."""
+    """Seconds by phase, for the watchdog, plus the wait for servers, so that the wait ends first and says what is missing."""
     wait = config.fleet.wait_seconds if config.rollout.engine == "vllm" else 0.0
     deadlines = config.deadlines.by_phase
     return {phase: seconds + (wait if phase in WAIT_FOR_SERVERS else 0.0) for phase, seconds in deadlines.items()}
@@ -187,8 +187,8 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
         raise UserError(
             "train.micro_batch_tokens",
             layout.token_budget,
-            f"packs are multiples of {layout.multiple} here: one has room for {layout.longest_sequence} tokens, "
-            f"and a sequence may have {config.max_sequence_tokens}",
+            f"packs are multiples of {layout.multiple} here: one holds {layout.longest_sequence} tokens, "
+            f"but a sequence may have {config.max_sequence_tokens}",
             f"raise it to at least {-(-config.max_sequence_tokens // layout.multiple) * layout.multiple}",
         )
     return layout
@@ -197,7 +197,7 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
 def _open_rank0_services(
     config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
 ) -> Rank0Services:
-    """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
+    """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes everything opened here."""
     stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
     check_for_training(config.verify.mode)
     _check_same_run(config, folder)
@@ -246,7 +246,7 @@ def _open_probe(
     number = config.rollout.probe_questions
     if number is None:
         number = 16 if config.rollout.engine == "vllm" else 0
-    probe = LogprobProbe(client.engine, prompts[:number], sampling, config.rollout.probe_tokens, folder.gate, config.seed)
+    probe = LogprobProbe(client.engine, prompts[:number], sampling, config.rollout.probe_tokens, folder.probe, config.seed)
     return probe.ask if number else None
 
 
@@ -255,7 +255,7 @@ def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:
-    """Refuse to go on with a run whose meaning was changed since it first collected answers."""
+    """Refuse to resume a run whose meaning has changed since it first collected answers."""
     if not folder.config.exists() or not (folder.latest_step() or list(folder.ledgers.rglob("*.parquet"))):
         return
     before, now = _meaning(load_config(folder.config)), _meaning(config)
@@ -270,7 +270,7 @@ def _check_same_run(config: Config, folder: RunFolder) -> None:
 
 
 def _meaning(config: Config) -> dict[str, Any]:
-    """All that may not change, with paths made absolute."""
+    """Everything that may not change, with absolute paths."""
     tree = config.model_dump(mode="json")
     tree["model"]["path"] = str(config.model.path.resolve())
     tree["data"]["train"] = [str(path.resolve()) for path in config.data.train]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by all ranks, named by rank 0 once they are whole, found again at the next start."""
+"""Checkpoints of a run: written by all ranks, published by rank 0 once complete, found again at the next start."""
 
 from __future__ import annotations
 
@@ -29,58 +29,58 @@ _GRACE_SECONDS = 60.0
 class Checkpoints:
     """Saves and restores trainer and collector together. Every method is called on all ranks.
 
-    ``writes_aside``: a thread on each rank writes while training goes on. It has a control group of its own, whose deadline is
+    ``asynchronous``: a thread on each rank writes while training continues. It has its own control group, with the deadline
     ``deadline_seconds``, so that its messages and those of the main thread never mix.
     """
 
     def __init__(
-        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, writes_aside: bool, deadline_seconds: float
+        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, asynchronous: bool, deadline_seconds: float
     ) -> None:
         self._folder, self._trainer, self._num_kept = folder, trainer, num_kept
         self._topology = trainer.topology
-        self._of_writer = with_own_control_group(self._topology, deadline_seconds) if writes_aside else None
-        self._under_way: Future[float] | None = None
+        self._of_writer = with_own_control_group(self._topology, deadline_seconds) if asynchronous else None
+        self._pending: Future[float] | None = None
 
     def save(self, step: int, collector: CollectorState) -> None:
-        """Take the checkpoint of ``step``. It is there once :meth:`finish` has returned.
+        """Start the checkpoint of ``step``. It exists once :meth:`finish` has returned.
 
         Once it is written, the pointer moves to it, then all but the ``num_kept`` newest are deleted. Whatever fails, the
-        pointer still names a whole checkpoint and nothing half-written is left.
+        pointer still names a complete checkpoint and nothing half-written is left.
         """
-        assert self._under_way is None, "finish() the last one first"
+        assert self._pending is None, "finish() the previous one first"
         begin = time.monotonic()
         snapshot = self._trainer.snapshot(step)
         write = functools.partial(self._write, snapshot, step, collector, self._of_writer or self._topology, begin)
         if self._of_writer is not None:
-            self._under_way = in_background("save", write)
+            self._pending = in_background("save", write)
         else:
-            self._under_way = Future()
-            self._under_way.set_result(write())
+            self._pending = Future()
+            self._pending.set_result(write())
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether there is something to :meth:`finish`."""
-        return self._under_way is not None
+    def is_pending(self) -> bool:
+        """Whether a checkpoint waits for :meth:`finish`."""
+        return self._pending is not None
 
     def is_written(self) -> bool:
-        """Whether there is, and no rank would have to wait for it."""
-        if self._under_way is None:
+        """Whether a checkpoint is pending that :meth:`finish` would return at once on every rank."""
+        if self._pending is None:
             return False
-        return first_of(self._topology, None if self._under_way.done() else "writing") is None
+        return first_of(self._topology, None if self._pending.done() else "writing") is None
 
     def finish(self) -> float:
-        """Wait for the checkpoint under way and return the seconds it took.
+        """Wait for the pending checkpoint and return the seconds it took.
 
-        Raises :class:`OSError` on every rank where any of them could not write.
+        Raises :class:`OSError` on every rank if any of them could not write.
         """
-        under_way, self._under_way = self._under_way, None
-        assert under_way is not None
-        return together(self._topology, under_way.result)
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        return together(self._topology, pending.result)
 
     def close(self) -> None:
-        """Leave after a fault, on this rank alone: a checkpoint under way gets a little time."""
-        if self._under_way is not None:
-            wait([self._under_way], _GRACE_SECONDS)
+        """Close after a fault, on this rank alone: a pending checkpoint gets a little time."""
+        if self._pending is not None:
+            wait([self._pending], _GRACE_SECONDS)
 
     def _write(self, snapshot: Snapshot, step: int, collector: CollectorState, topology: Topology, begin: float) -> float:
         target = self._folder.checkpoint(step)
@@ -101,10 +101,10 @@ class Checkpoints:
             shutil.rmtree(self._folder.checkpoint(old))
 
     def restore(self) -> tuple[int, CollectorState | None]:
-        """Go back to the newest good checkpoint: its step (0 where there is none) and, on rank 0, the collector's state.
+        """Restore the newest good checkpoint: returns its step (0 if there is none) and, on rank 0, the collector's state.
 
-        That is the one which the pointer names; where it is missing or damaged, loudly the newest good one before it. The steps
-        in between are trained again, from their ledgers. Raises :class:`UserError` when none of them is good.
+        That is the one which the pointer names; if it is missing or damaged, the newest good one before it, with an error
+        logged. The steps in between are retrained from their ledgers. Raises :class:`UserError` if none of them is good.
         """
         newest = on_main(self._topology, self._folder.latest_step)
         if newest is None:
@@ -117,7 +117,7 @@ class Checkpoints:
             except DamagedCheckpointError as error:
                 problem = problem or error
                 if self._topology.is_main:
-                    log.error("%s; trying the checkpoint before it", error)
+                    log.error("%s; trying the previous checkpoint", error)
         assert problem is not None
         raise problem
 
@@ -133,6 +133,6 @@ class Checkpoints:
             raise DamagedCheckpointError(
                 "checkpoints/latest",
                 path.name,
-                "that checkpoint is not there",
+                "that checkpoint does not exist",
                 f"restore it, or write one of {self._folder.checkpoint_steps()} into {self._folder.latest}",
             )

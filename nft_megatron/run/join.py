@@ -1,4 +1,4 @@
-"""Joins the processes that a configuration was started with."""
+"""Joins the processes of a launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nft_megatron.model.topology import Topology, distributed
 
 
 def init_distributed(config: Config) -> AbstractContextManager[Topology]:
-    """This process's place under ``config.parallel``, until the block ends. Called on every rank.
+    """This process's topology under ``config.parallel``, until the block ends. Called on every rank.
 
     Raises:
         UserError: the sizes of ``parallel`` do not divide the number of processes.

@@ -1,4 +1,4 @@
-"""What rank 0 has besides its part of the model."""
+"""The services that rank 0 runs in addition to its part of the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nft_megatron.observe.progress import Progress
 
 @dataclass(frozen=True)
 class Rank0Services:
-    """``evaluate`` is None without held-out questions, ``gate`` without a gate; ``gate(version)`` asks the engine fixed
-    questions and returns a ledger of its answers. ``fleet`` gives the metrics of the servers since the last call, nothing for
+    """``evaluate`` is None without held-out questions, ``probe`` without a log-prob probe; ``probe(version)`` sends the engine
+    fixed questions and returns a ledger of its answers. ``fleet`` returns the servers' metrics since the last call, empty for
     the embedded engine.
     """
 

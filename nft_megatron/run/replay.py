@@ -1,10 +1,10 @@
-"""A recorded step once more: its ledger and the weights before it, under any layout or algorithm.
+"""Replay of a recorded step from its ledger and the weights before it, under any layout or algorithm.
 
     nft-megatron replay RUN --step N [section.key=value …]
 
-The updates are redone in memory; nothing in the run folder is written. Under the run's own layout they repeat to the bit what
-RUN/metrics.jsonl says of them; under another they differ by rounding; under another algorithm they are what that algorithm
-would have done with the same answers.
+The updates are redone in memory; the run folder is not written. Under the run's own layout they reproduce RUN/metrics.jsonl
+bit for bit; under another they differ by rounding; under another algorithm they are what that algorithm would have done with
+the same answers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NUM_SHOWN = 8
 
 @dataclass(frozen=True)
 class Replayed:
-    """The metrics of a step's updates, and the gradient of the first of them under Hugging Face names (on rank 0)."""
+    """The metrics of a step's updates, and the gradient of the first one by Hugging Face name (on rank 0)."""
 
     metrics: MetricsRow
     gradients: Mapping[str, Tensor]
@@ -47,12 +47,12 @@ def replay(run_dir: Path, step: int, overrides: Sequence[str], save: Path | None
     """Redo the updates of ``step`` and print how their metrics differ from the recorded ones. Called on every rank.
 
     Args:
-        overrides: in place of values of RUN/config.yaml; a new ``algorithm.name`` starts from that algorithm's defaults.
+        overrides: replace values of RUN/config.yaml; a new ``algorithm.name`` starts from that algorithm's defaults.
         save: safetensors file for the metrics and for the gradient of the first update.
-        against: such a file, compared with in place of RUN/metrics.jsonl.
+        against: such a file, to compare with instead of RUN/metrics.jsonl.
 
     Raises:
-        UserError: no such step, no checkpoint of the one before it, or a file that is no saved replay.
+        UserError: no such step, no checkpoint of the step before it, or a file that is not a saved replay.
     """
     folder = RunFolder(run_dir)
     config = replay_config(folder, overrides)
@@ -105,12 +105,12 @@ def _check_is_there(folder: RunFolder, step: int) -> None:
 
 
 def _recorded(folder: RunFolder, step: int) -> MetricsRow:
-    """The step's row of RUN/metrics.jsonl; empty where it has none."""
+    """The step's row of RUN/metrics.jsonl; empty if there is none."""
     return next((row for row in read_metrics(folder.root) if row["step"] == step), {})
 
 
 def compare_metrics(reference: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """A table of what is in both, and a last line that tells whether all of it is the same to the bit.
+    """A table of the metrics in both, and a last line that says whether all are bit-identical.
 
     >>> print(compare_metrics({"loss": 0.5, "entropy": 2.0, "step": 3}, {"loss": 0.5, "entropy": 2.5, "grad_norm": 1.0}))
     metric                                    before                     now    difference
@@ -120,7 +120,7 @@ def compare_metrics(reference: Mapping[str, Any], row: Mapping[str, Any]) -> str
     """
     table = {name: (reference[name], value) for name, value in row.items() if name in reference}
     if not table:
-        return "nothing recorded of this step"
+        return "this step has no recorded metrics"
     lines, relative = [f"{'metric':24}{'before':>24}{'now':>24}{'difference':>14}"], {}
     for name, (before, now) in table.items():
         is_same = before == now or (math.isnan(before) and math.isnan(now))
@@ -129,13 +129,13 @@ def compare_metrics(reference: Mapping[str, Any], row: Mapping[str, Any]) -> str
         if not is_same:
             relative[name] = difference / max(abs(before), abs(now))
     if not relative:
-        return "\n".join([*lines, "the same to the bit"])
+        return "\n".join([*lines, "bit-identical"])
     worst = max(relative, key=lambda name: relative[name])
     return "\n".join([*lines, f"largest relative difference: {relative[worst]:.2g} ({worst})"])
 
 
 def save_replay(path: Path, replayed: Replayed) -> None:
-    """Write ``replayed`` as safetensors, whole or not at all."""
+    """Write ``replayed`` as safetensors, completely or not at all."""
     with atomic_file(path) as temporary:
         save_file(dict(replayed.gradients), temporary, metadata={_METRICS_KEY: json.dumps(replayed.metrics)})
 
@@ -145,13 +145,13 @@ def _load_metrics(path: Path) -> MetricsRow:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {})[_METRICS_KEY])
     except (OSError, KeyError, SafetensorError) as error:
-        raise UserError("--against", path, f"is no saved replay: {error}", "write one with --save") from error
+        raise UserError("--against", path, f"is not a saved replay: {error}", "write one with --save") from error
 
 
 def compare_gradients(path: Path, gradients: Mapping[str, Tensor]) -> str:
     """How the first update's gradient differs from the saved one: as a whole, and its worst tensors.
 
-    A tensor's difference is the largest of its entries as a part of the largest entry of the saved tensor.
+    A tensor's difference is its largest entry relative to the largest entry of the saved tensor.
     """
     squares, norm, errors = 0.0, 0.0, {}
     with safe_open(path, framework="pt") as file:
@@ -163,5 +163,5 @@ def compare_gradients(path: Path, gradients: Mapping[str, Tensor]) -> str:
             errors[name] = float((now - before).abs().max() / before.abs().max().clamp(min=1e-300))
     lines = [f"gradient of the first update: |difference| / |before| = {math.sqrt(squares / norm) if norm else math.nan:.2g}"]
     lines += [f"  {errors[name]:.2g}  {name}" for name in sorted(errors, key=lambda name: -errors[name])[:_NUM_SHOWN]]
-    lines += [f"  only one of both has {name}" for name in missing]
+    lines += [f"  only one of the two has {name}" for name in missing]
     return "\n".join(lines)

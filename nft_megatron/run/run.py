@@ -1,4 +1,4 @@
-"""A training run under way: what happens around Algorithm 1's lines at each step, on every rank."""
+"""A training run in progress: what happens around Algorithm 1's lines at each step, on every rank."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from nft_megatron.run.rank0 import Rank0Services
 from nft_megatron.run.weight_sync import WeightSync
 
 WATCHED_AS = {"prepare": "update"}
-"""Phases under the deadline of another one."""
+"""Phases that share the deadline of another one."""
 UNWATCHED = "wait"
-"""Waiting for rank 0, or for what goes on in its background: within rollout.step_deadline_seconds."""
+"""Waiting for rank 0 or its background work: limited by rollout.step_deadline_seconds."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Dataset:
 
 @dataclass
 class Run:
-    """``step`` counts the finished steps. ``rank0`` is None but on rank 0."""
+    """``step`` counts the finished steps. ``rank0`` is None on all other ranks."""
 
     config: Config
     folder: RunFolder
@@ -60,14 +60,14 @@ class Run:
     step: int = 0
     collected: CollectorState = field(default_factory=CollectorState)
     _notes: MetricsRow = field(default_factory=dict)
-    """Metrics that were measured between steps, for the next row."""
+    """Metrics measured between steps, for the next row."""
     _ahead: AsyncCollector | None = None
     _evaluation: Future[MetricsRow] | None = None
-    _evaluates_beside: bool = False
+    _evaluates_concurrently: bool = False
     _update: int = 0
-    """Of the step under way, counted from 1."""
+    """The current step's update, counted from 1."""
     _num_skipped: int = 0
-    """Updates in a row, up to the last one."""
+    """Skipped updates in a row, up to the last one."""
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -77,28 +77,28 @@ class Run:
             yield
 
     def start(self) -> None:
-        """Resume from the newest checkpoint, give the engine its weights, evaluate the model that nothing has trained yet."""
+        """Resume from the newest checkpoint, give the engine its weights, evaluate the untrained model."""
         self.step, collected = self.checkpoints.restore()
         self.collected = collected or self.collected
         self.progress.begin(self.step)
         self.publish(self.step)
         on_main(self.topology, self._forget_later_metrics)
-        self._evaluates_beside = on_main(self.topology, self._may_evaluate_beside)
+        self._evaluates_concurrently = on_main(self.topology, self._may_evaluate_beside)
         if self.step == 0:
             self._evaluate()
         elif self._is_due_beside(self.step):
-            self._begin_evaluation()  # the process that was to note it in the next row has ended
+            self._begin_evaluation()  # the process that should have put it into the next row has ended
         self.timer.finish_step(generated_tokens=0, trained_tokens=0)  # the set-up belongs to no step
         on_main(self.topology, self._start_collecting)
 
     def _may_evaluate_beside(self) -> bool:
-        """Whether evaluations go on while the next step is collected and trained."""
+        """Whether evaluations run while the next step is collected and trained."""
         return self.rank0 is not None and self.rank0.evaluate is not None and self.rank0.collector.client.engine.overlaps
 
     def _is_due_beside(self, step: int) -> bool:
-        """Not in the last step, whose row comes too early, nor in the one before, as the last row has its own evaluation."""
+        """Not in the last step, whose row comes too early, nor in the step before it: the last row has its own evaluation."""
         is_due = step % self.config.evaluate.every == 0 and step < self.config.train.num_steps - 1
-        return is_due and self._evaluates_beside
+        return is_due and self._evaluates_concurrently
 
     def _start_collecting(self) -> None:
         assert self.rank0 is not None
@@ -107,21 +107,21 @@ class Run:
             self._ahead = AsyncCollector(self.rank0.collector, self.collected, version=self.step, last_step=last)
 
     def close(self) -> None:
-        """End what goes on in the background; the engine is closed after that."""
+        """End the background work; the engine is closed after that."""
         self.checkpoints.close()
         if self._ahead is not None:
             self._ahead.close()
 
     def _forget_later_metrics(self) -> None:
-        """Rows of steps after the checkpoint: those steps are trained again, with the same outcome."""
+        """Drop the rows of steps after the checkpoint: those steps are retrained with the same outcome."""
         assert self.rank0 is not None
         self.rank0.metrics.truncate_from(self.step + 1)
 
     def collect(self, step: int) -> Dataset:
         """The step's ledger, filled by rank 0 while the others wait.
 
-        Raises :class:`StoppedEarly` after a stop request meanwhile, or when the time left is too short for the step's updates,
-        with the finished steps and groups saved.
+        Raises :class:`StoppedEarly`, with the finished steps and groups saved, after a stop request, or if the time left is too
+        short for the step's updates.
         """
         self.watchdog.note = f"of step {step}"
         self.stop.limit.phases = self._phases_of(step)
@@ -134,7 +134,7 @@ class Run:
                 with self.phase("generate"):
                     collected = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
             if reason := self.stop.limit.reason():
-                raise StoppedEarly(f"stopped before the updates of step {step} by {reason}; the same command goes on")
+                raise StoppedEarly(f"stopped before the updates of step {step} by {reason}; the same command resumes it")
             self.collected = collected.state
             return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
 
@@ -150,10 +150,10 @@ class Run:
             raise
 
     def _phases_of(self, step: int) -> tuple[str, ...]:
-        """What ``step`` brings once it is collected, with the checkpoint after it."""
+        """The phases of ``step`` after its collecting, including its checkpoint."""
         is_evaluated = step == self.config.train.num_steps or step % self.config.evaluate.every == 0
         waits = ("evaluate",) if is_evaluated or self._is_due_beside(step - 1) else ()
-        saves = ("checkpoint",) * (2 if self.checkpoints.is_under_way else 1)
+        saves = ("checkpoint",) * (2 if self.checkpoints.is_pending else 1)
         return ("prepare", "update", "publish", *waits, *saves)
 
     def prepare(self, dataset: Dataset, step: int) -> StepBatch:
@@ -165,21 +165,21 @@ class Run:
         return batch
 
     def update(self, minibatch: MiniBatch) -> UpdateStats:
-        """One optimizer step. Raises after ``train.max_skipped_updates`` in a row that were not finite."""
+        """One optimizer step. Raises after ``train.max_skipped_updates`` non-finite updates in a row."""
         self._update += 1
         stats = self.trainer.update(minibatch)
         self._num_skipped = self._num_skipped + 1 if stats.applied.problem else 0
         if self._num_skipped == self.config.train.max_skipped_updates:
             raise RuntimeError(
                 f"update {self._update} of step {self.step + 1}: {stats.applied.problem}; {self._num_skipped} updates in a row "
-                "(train.max_skipped_updates) were skipped for that, and the run ends before it wastes more time"
+                "(train.max_skipped_updates) were skipped for this, and the run ends before it wastes more time"
             )
         self.progress.advance()
         return stats
 
     def publish(self, version: int) -> None:
-        """π ← π_θ⁺: the trained weights to the engine, proven by fixed questions where there is a gate."""
-        self._finish_evaluation()  # it is of the weights before these
+        """π ← π_θ⁺: the trained weights to the engine, verified by the log-prob probe if there is one."""
+        self._finish_evaluation()  # it evaluates the weights before these
         with self.phase("publish"):
             self.weight_sync.publish(version)
             self._check_probe(version)
@@ -194,7 +194,7 @@ class Run:
         if (answers := on_main(self.topology, ask)) is not None:
             measured = self.trainer.mismatch(answers, version + 1)
             self._notes |= {"gate_mean": measured["mismatch_mean"], "gate_max": measured["mismatch_max"]}
-            self._check_mismatch(measured, f"the gate's answers of version {version}")
+            self._check_mismatch(measured, f"the probe's answers of version {version}")
 
     def _check_mismatch(self, measured: MetricsRow, what: str) -> None:
         limit, mean = self.config.rollout.max_mismatch, measured["mismatch_mean"]
@@ -203,15 +203,15 @@ class Run:
                 "rollout.max_mismatch",
                 limit,
                 f"in {what} the log-probs of engine and trainer differ by {mean:.3g} nats on average, "
-                f"{measured['mismatch_max']:.3g} at most",
+                f"at most {measured['mismatch_max']:.3g}",
                 "check that the engine serves this model in this dtype, without top-p or penalties, or raise the limit",
             )
 
     def after_step(self, step: int, dataset: Dataset, batch: StepBatch, updates: Sequence[UpdateStats]) -> None:
-        """Evaluate when it is due, write the metrics, save when it is due or somebody asked to stop.
+        """Evaluate if due, write the metrics, save if due or after a stop request.
 
         Metrics come before the checkpoint: a run killed between the two repeats the step and writes the same row again. The
-        time of saving is part of the next step's row.
+        time of saving counts towards the next step's row.
         """
         self.step = step
         if self.checkpoints.is_written():
@@ -237,13 +237,13 @@ class Run:
             self.stop.clear()
         if reason and not is_last:
             raise StoppedEarly(
-                f"stopped after step {step} by {reason}; everything is saved, the same command goes on from there"
+                f"stopped after step {step} by {reason}; everything is saved, the same command resumes from there"
             )
         if self._is_due_beside(step):
             self._begin_evaluation()
 
     def _evaluate(self) -> None:
-        """Measure the current weights on held-out questions, if there are any, for the next row."""
+        """Measure the current weights on held-out questions, if any, for the next row."""
         watched = self.watchdog.phase("evaluate" if self.rank0 is not None else UNWATCHED)
         with self.timer.phase("evaluate"), watched, self.stop.limit.measuring("evaluate"):
             self._notes |= on_main(self.topology, self._measure)
@@ -253,13 +253,13 @@ class Run:
         return self.rank0.measure(self.step, self.progress)
 
     def _begin_evaluation(self) -> None:
-        """The same beside the next step, whose row gets the results."""
+        """The same, concurrently with the next step, whose row gets the results."""
         step, rank0 = self.step, self.rank0
         if rank0 is not None:
             self._evaluation = in_background("evaluate", lambda: rank0.measure(step, Progress()) | {"eval_step": step})
 
     def _finish_evaluation(self) -> None:
-        """Wait for the evaluation under way, if there is one."""
+        """Wait for the pending evaluation, if any."""
 
         def result() -> MetricsRow:
             evaluation, self._evaluation = self._evaluation, None
@@ -289,12 +289,12 @@ class Run:
             self.checkpoints.save(self.step, self.collected)
 
     def _finish_saving(self) -> None:
-        """Wait for the checkpoint that is still being written, if there is one; raises what it failed at."""
-        if self.checkpoints.is_under_way:
+        """Wait for the checkpoint that is still being written, if any; raises its error."""
+        if self.checkpoints.is_pending:
             with self.phase("save"):
                 seconds = self.checkpoints.finish()
             self.stop.limit.measured("checkpoint", seconds)
 
     def finish(self) -> None:
-        """Export the trained model. A second call finds it there."""
+        """Export the trained model unless it is already exported."""
         self.weight_sync.export(self.folder.export(self.step))

@@ -34,7 +34,7 @@ class WeightSync:
         return self._send(lambda tensors: engine.load(tensors, version) if engine is not None else None)
 
     def export(self, folder: Path) -> None:
-        """Write the current weights as a Hugging Face model folder, whole or not at all."""
+        """Write the current weights as a Hugging Face model folder, completely or not at all."""
 
         def write(tensors: Stream) -> None:
             with atomic_folder(folder) as temporary:
@@ -51,6 +51,6 @@ class WeightSync:
             try:
                 return sink(stream) if self.trainer.topology.is_main else None
             finally:
-                deque(stream, maxlen=0)  # the other ranks are in the stream's collectives: take part to the end
+                deque(stream, maxlen=0)  # the other ranks are in the stream's collectives: participate to the end
 
         return together(self.trainer.topology, feed)

@@ -1,1 +1,1 @@
-"""Slurm: what is submitted, what conducts a job from its first node, and what tells people how it goes. No torch here."""
+"""Slurm: submitting jobs, running them from their first node, and reporting their status. Imports no torch."""

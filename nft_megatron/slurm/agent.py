@@ -1,12 +1,12 @@
-"""What a job runs on its first node: looks at the nodes, starts trainers and servers, and decides what follows their end.
+"""The agent on a job's first node: checks the nodes, starts trainers and servers, and decides what follows their end.
 
     preflight on all nodes ──▶ servers on the last cluster.rollout_nodes nodes, each in a restart loop
                           └──▶ trainers on the others, until they end ──▶ finished: the job ends
-                                                                     ├──▶ a person said stop, or it cannot go on: the job ends
-                                                                     └──▶ else the job is requeued, without nodes to blame
+                                                                     ├──▶ a person stopped it, or it cannot continue: the job
+                                                                     ends └──▶ else the job is requeued, without nodes to blame
 
-Signals: USR1 (before the time limit, or `scancel --signal=USR1 --batch`) becomes the file RUN/stop, which the trainers look
-for: they save and leave, and the job is requeued. TERM (preemption, `scancel`) reaches the ranks by itself.
+Signals: USR1 (before the time limit, or `scancel --signal=USR1 --batch`) becomes the file RUN/stop, which the trainers watch
+for: they save and exit, and the job is requeued. TERM (preemption, `scancel`) reaches the ranks directly.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 _PAUSE = 0.5
 _BY_SIGNAL = re.compile(r"by SIGTERM|: Terminated$")
 _EARLY_SECONDS = 90.0
-"""By so much Slurm's signal may come too early."""
+"""How much too early Slurm's signal may come, in seconds."""
 _LONGEST_RESERVE, _RESERVE_SHARE = 180.0, 0.2
-"""Before the time limit, in seconds and of the time left: what the agent itself needs to end steps and requeue the job."""
+"""Reserve before the time limit, in seconds and as a share of the time left, for the agent to end steps and requeue the job."""
 _FOLDER_SECONDS, _FOLDER_PAUSE = 600.0, 2.0
 
 
@@ -70,18 +70,18 @@ class Agent:
         """Run until the trainers have ended, then finish, requeue the job or give up.
 
         Raises:
-            StoppedEarly: the run is to go on and another job of the chain does it.
-            UserError: it cannot go on.
+            StoppedEarly: the run continues in the next job of the chain.
+            UserError: it cannot continue.
         """
-        # At first there is no folder yet where a person called sbatch.
+        # A script submitted by hand with sbatch has no folder yet at its first start.
         if not self._can_write(self._folder.root, make_folder=not self._job.num_restarts):
-            self._go_on()
+            self._continue()
             return
         self._close_lost_attempts()
         if (end := self._folder.end()) is not None:
-            log.warning("the run is %s already: %s", *end)
+            log.warning("the run is already %s: %s", *end)
             return
-        self._run.stop.unlink(missing_ok=True)  # of an attempt that ended before it was seen; what comes from here on counts
+        self._run.stop.unlink(missing_ok=True)  # left by an attempt that ended before reading it; only later requests count
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
         if self._folder.stopping.exists():
@@ -90,11 +90,11 @@ class Agent:
         self._begin()
         try:
             kind, cause = self._try()
-        except Exception as error:  # a bug here is not to end the night
-            log.exception("the agent's own fault")
+        except Exception as error:  # agent bugs must not kill the run
+            log.exception("fault in the agent")
             kind, cause = "failed", Cause(1, f"the agent: {type(error).__name__}: {error}")
         if not self._can_write(self._logs):
-            self._go_on()  # the next attempt closes this one
+            self._continue()  # the next attempt closes this one
             return
         self._keep_logs()
         self._attempt = replace(
@@ -118,14 +118,14 @@ class Agent:
     def _read_excluded(self) -> dict[str, str]:
         try:
             return self._folder.excluded()
-        except UserError as error:  # people may edit it, and nobody is there to mend it now
-            log.warning("all nodes are used: %s", error)
+        except UserError as error:  # people may edit it, and nobody is there to repair it now
+            log.warning("using all nodes: %s", error)
             return {}
 
     # ------------------------------------------------------------------------------------------------------ the attempt
 
     def _close_lost_attempts(self) -> None:
-        """Those that never wrote how they ended."""
+        """Close the attempts that never recorded their end."""
         for earlier in self._folder.attempts():
             if earlier.kind is None:
                 self._folder.save_attempt(
@@ -134,7 +134,7 @@ class Agent:
                         ended=time.time(),
                         kind="lost",
                         progress=self._folder.progress(),
-                        cause=f"the agent on {earlier.nodes[0]} ended without a word: node lost, job killed or preempted",
+                        cause=f"the agent on {earlier.nodes[0]} disappeared: node lost, job killed or preempted",
                     )
                 )
                 self._keep_logs(self._folder.logs(earlier.number))
@@ -145,14 +145,14 @@ class Agent:
         self._attempt = Attempt(number, self._job.id, self._job.nodes, time.time(), progress_before=self._folder.progress())
         self._logs = self._folder.logs(number)
         self._logs.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._folder.config) as temporary:  # the script may have been given to sbatch by hand
+        with atomic_file(self._folder.config) as temporary:  # the script may have been submitted by hand
             temporary.write_text(dump_config(self._config))
         self._folder.set_job_id(self._job.id)
         self._folder.save_attempt(self._attempt)
         log.warning("attempt %d on %s", self._attempt.number, " ".join(self._job.nodes))
 
     def _try(self) -> tuple[str, Cause]:
-        """The kind of :class:`Attempt` and the cause of its end."""
+        """The kind of the :class:`Attempt` and the cause of its end."""
         environment = step_environment(
             {
                 "MASTER_ADDR": address(self._job.nodes[0]),
@@ -177,14 +177,14 @@ class Agent:
             rollouts.close()
 
     def _preflight(self, environment: dict[str, str]) -> tuple[str, Cause] | None:
-        """None when all is well."""
+        """None if all nodes are good."""
         folder = self._logs / "preflight"
         folder.mkdir()
         command = preflight_step(self._config, self._job.nodes, self._job.cpus_per_node, folder)
         step = subprocess.Popen(command, env=environment | {"MASTER_PORT": str(free_port())}, stdin=subprocess.DEVNULL)
         with suppress(subprocess.TimeoutExpired):
             step.wait(self._config.slurm.preflight_seconds + 30)
-        # A preemption reaches the tasks first, and their silence says nothing of the nodes; a segmentation fault's does.
+        # A preemption reaches the tasks first, and their silence says nothing about the nodes; after a segfault it does.
         by_signal = step.poll() in [128 + number for number in SIGNALS]
         end_step(step, 10)
         if by_signal or self._asked or self._terminated.is_set():
@@ -226,7 +226,7 @@ class Agent:
         return ("short" if cause.code == EXIT_STOPPED_EARLY else "failed"), cause
 
     def _wait(self, step: subprocess.Popen) -> tuple[str | None, bool]:
-        """Until the trainers have ended, or had to be ended: too late for the time limit, or with a silent rank 0."""
+        """Wait until the trainers have ended, or had to be ended: too close to the time limit, or with a silent rank 0."""
         while step.poll() is None:
             if time.time() > self._job.end - self._reserve / 2:
                 end_step(step, 10)
@@ -238,7 +238,7 @@ class Agent:
         return None, False
 
     def _is_silent(self) -> bool:
-        """Whether rank 0 of this attempt had begun to touch its file, and has not for too long."""
+        """Whether rank 0 of this attempt has touched its file, but not for too long."""
         try:
             touched = self._run.heartbeat.stat().st_mtime
         except OSError:
@@ -258,7 +258,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------ what follows
 
     def _can_write(self, folder: Path, *, make_folder: bool = False) -> bool:
-        """Wait for the shared ``folder``, which may have gone away, or be full: before that nothing can be decided."""
+        """Wait for the shared ``folder``, which may be unreachable or full: until then nothing can be decided."""
         deadline = time.monotonic() + _FOLDER_SECONDS
         while True:
             try:
@@ -273,13 +273,13 @@ class Agent:
                 time.sleep(_FOLDER_PAUSE)
 
     def _keep_logs(self, folder: Path | None = None) -> None:
-        """Move what the ranks left to the attempt's own folder, where the next attempt does not overwrite it."""
+        """Move the ranks' reports to the attempt's own folder, where the next attempt does not overwrite them."""
         for pattern in ("end_rank*.json", "fault_rank*.txt", "stall_rank*.txt"):
             for path in (self._run.root / "logs").glob(pattern):
                 with suppress(OSError):
                     shutil.move(path, (folder or self._logs) / path.name)
         if self._asked:
-            self._run.stop.unlink(missing_ok=True)  # unheeded where the trainers ended before they saw it
+            self._run.stop.unlink(missing_ok=True)  # unused if the trainers ended before seeing it
 
     def _act(self, decision: Decision) -> None:
         log.warning("attempt %d: %s. %s", self._attempt.number, decision.action, decision.reason)
@@ -289,26 +289,26 @@ class Agent:
                 "run",
                 self._run.root,
                 decision.reason,
-                f"read {self._logs}, mend it, and submit again (it goes on from the last checkpoint)",
+                f"read {self._logs}, fix the cause, and submit again (it resumes from the last checkpoint)",
             )
-        if decision.action != "go on":
+        if decision.action != "continue":
             self._folder.set_end(decision.action, decision.reason)
             return
         if decision.exclude:
             self._excluded |= decision.exclude
             self._folder.set_excluded(self._excluded)
-        self._go_on(decision.reason)
+        self._continue(decision.reason)
 
-    def _go_on(self, reason: str = "the run folder is away or full") -> None:
+    def _continue(self, reason: str = "the run folder is unreachable or full") -> None:
         if self._config.slurm.restart == "requeue":
             self._job.requeue(self._excluded)
             return
         self._job.exclude_from_those_that_wait(self._excluded)
-        raise StoppedEarly(f"{reason}; the next job of the chain goes on")
+        raise StoppedEarly(f"{reason}; the next job of the chain resumes it")
 
 
 def free_port() -> int:
-    """On this machine, where rank 0 runs too."""
+    """A free port on this machine, where rank 0 also runs."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Nodes of a job of their own whose servers join a run: ``nft-megatron slurm rollouts --add N``."""
+"""Separate jobs whose servers join a run: ``nft-megatron slurm rollouts --add N``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PAUSE = 2.0
 
 
 def serve_guests(config: Config, config_path: Path, job: Job) -> None:
-    """Keep servers on all nodes of this job until the run ends or it is told to leave; near its time limit requeue it."""
+    """Run servers on all nodes of this job until the run ends or a signal stops them; requeue the job near its time limit."""
     folder = JobFolder(RunFolder(config.run_dir.resolve()))
     leaving, out_of_time = threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: leaving.set())
@@ -42,9 +42,9 @@ def serve_guests(config: Config, config_path: Path, job: Job) -> None:
 
 
 def _has_ended(folder: JobFolder) -> bool:
-    """Whether the run has ended, as far as can be seen: False while its folder cannot be read."""
+    """Whether the run is known to have ended: False while its folder cannot be read."""
     try:
         return folder.end() is not None
     except OSError as error:
-        log.warning("cannot see whether the run has ended: %s", error)
+        log.warning("cannot tell whether the run has ended: %s", error)
         return False

@@ -1,4 +1,4 @@
-"""The job that a process is in: its nodes, its end, and how it is put back into the queue."""
+"""The job that a process belongs to: its nodes, its time limit, and how it is requeued."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """The job that this process is in. ``nodes`` are in Slurm's order; this is the first. ``end`` is the time limit."""
+    """This process's job. ``nodes`` are in Slurm's order, this one first. ``end`` is the time limit."""
 
     id: str
     nodes: tuple[str, ...]
@@ -28,10 +28,10 @@ class Job:
         """From the environment of the batch script."""
         if "SLURM_JOB_ID" not in os.environ:
             raise UserError(
-                "SLURM_JOB_ID", "not set", "the agent runs inside of a job", "use `nft-megatron slurm submit CONFIG`"
+                "SLURM_JOB_ID", "not set", "the agent runs only inside a job", "use `nft-megatron slurm submit CONFIG`"
             )
         env, job_id = os.environ, os.environ["SLURM_JOB_ID"]
-        if "SLURM_ARRAY_TASK_ID" in env:  # the bare id of one task may be that of the whole array
+        if "SLURM_ARRAY_TASK_ID" in env:  # a task's bare id may be that of the whole array
             job_id = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
         answer = show_job(job_id, insist)
         end = answer.get("EndTime", "Unknown")
@@ -45,16 +45,16 @@ class Job:
 
     @property
     def num_restarts(self) -> int:
-        """How often Slurm has started this job again."""
+        """How often Slurm has restarted this job."""
         return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def requeue(self, excluded: Collection[str]) -> None:
-        """Put this job back into the queue, without the ``excluded`` nodes. Slurm then ends what is left of it."""
+        """Requeue this job without the ``excluded`` nodes. Slurm then ends what is left of it."""
         job = show_job(self.id, insist)
         state = job.get("JobState", "gone")
         is_this_start = job.get("Restarts", "0") == str(self.num_restarts)
-        if state != "RUNNING" or not is_this_start:  # a person cancelled it, or Slurm has requeued it already
-            log.warning("the job is %s: it is left as it is", state)
+        if state != "RUNNING" or not is_this_start:  # a person cancelled it, or Slurm has already requeued it
+            log.warning("the job is %s: not requeueing it", state)
             return
         insist("scontrol", "requeue", self.id)
         self._exclude(self.id, excluded)

@@ -5,7 +5,7 @@ RUN/slurm/job.sh  config.yaml         what was submitted
           attempts.json               every attempt: its job, nodes, end and cause
           excluded.json               nodes not to be used again, with the reason
           since                       number of the last attempt before the newest submit
-          finished | fatal | stopped  how the run ended: nothing is to start it again by itself
+          finished | fatal | stopped  how the run ended: nothing restarts it automatically
 RUN/logs/attempt_0003/                trainer.log, rollout_<node>.log, preflight/<node>.json, and what ranks left
 """
 
@@ -29,9 +29,9 @@ Progress = tuple[int, int, int]
 class Attempt:
     """One start of the run under Slurm. ``kind`` says how it ended:
 
-    ``finished``; ``left`` as it was asked to (preemption, a person); ``short`` of something (time, servers, disk); ``wrong``
-    input; ``failed``; ``bad nodes`` in the preflight; ``lost`` with its first node. None while it runs.
-    ``progress`` is what stood on the disk at its end, ``progress_before`` at its beginning. Times are seconds since 1970.
+    ``finished``; ``left`` on request (preemption, a person); ``short`` of something (time, servers, disk); ``wrong`` input;
+    ``failed``; ``bad nodes`` in the preflight; ``lost`` with its first node. None while it runs. ``progress`` is what was on
+    disk at its end, ``progress_before`` at its beginning. Times are seconds since 1970.
     """
 
     number: int
@@ -68,7 +68,7 @@ class JobFolder:
         return self.run.root / "logs" / f"attempt_{attempt:04d}"
 
     def progress(self) -> Progress:
-        """How far the run is: step of the newest checkpoint, newest whole ledger, pieces of the step under way."""
+        """The run's progress: step of the newest checkpoint, newest complete ledger, parts of the current step."""
         ledgers = [int(path.stem.removeprefix("step_")) for path in self.run.ledgers.glob("step_*.parquet")]
         newest = max(ledgers, default=0)
         return self.run.latest_step() or 0, newest, len(self.run.rounds(newest + 1))
@@ -81,31 +81,31 @@ class JobFolder:
         self._write("job", job_id)
 
     def attempts(self) -> list[Attempt]:
-        """All of them, oldest first."""
+        """All attempts, oldest first."""
         return [_attempt(row) for row in self._read("attempts.json", [])]
 
     def save_attempt(self, attempt: Attempt) -> None:
-        """Add it, or put it in the place of what was known of it."""
+        """Add the attempt, or replace its record."""
         others = [other for other in self.attempts() if other.number != attempt.number]
         rows = [asdict(each) for each in sorted([*others, attempt], key=lambda each: each.number)]
         self._write("attempts.json", json.dumps(rows, indent=1))
 
     def excluded(self) -> dict[str, str]:
-        """Nodes and why they are not used.
+        """Excluded nodes and the reasons.
 
-        Raises ``UserError`` where somebody's editing left what is no JSON.
+        Raises ``UserError`` if an edited file is no longer JSON.
         """
         try:
             return self._read("excluded.json", {})
         except ValueError as error:
             path = self.root / "excluded.json"
-            raise UserError(str(path), str(error), "is no JSON any more", "mend it, or delete it to use all nodes") from error
+            raise UserError(str(path), str(error), "is not valid JSON", "repair it, or delete it to use all nodes") from error
 
     def set_excluded(self, nodes: Mapping[str, str]) -> None:
         self._write("excluded.json", json.dumps(dict(nodes), indent=1))
 
     def end(self) -> tuple[str, str] | None:
-        """How the run ended and why, one of :data:`ENDS`; None while it is to go on."""
+        """How the run ended, one of :data:`ENDS`, and why; None while it may continue."""
         for name in ENDS:
             if (self.root / name).exists():
                 return name, (self.root / name).read_text()
@@ -117,18 +117,18 @@ class JobFolder:
 
     @property
     def stopping(self) -> Path:
-        """There once a person asked the run to stop, and not to be started again."""
+        """Exists once a person asked the run to stop and not restart."""
         return self.root / "stopping"
 
     def reopen(self) -> None:
-        """Somebody submits the run again: it may go on, and fail as often as at first."""
+        """The run is submitted again: it may continue, with a fresh count of failures."""
         for name in (*ENDS, self.stopping.name):
             (self.root / name).unlink(missing_ok=True)
         self.run.stop.unlink(missing_ok=True)
         self._write("since", str(max((attempt.number for attempt in self.attempts()), default=0)))
 
     def attempts_since_submit(self) -> list[Attempt]:
-        """Those that decide whether it goes on."""
+        """The attempts that decide whether the run continues."""
         since = int(self._read("since", 0))
         return [attempt for attempt in self.attempts() if attempt.number > since]
 

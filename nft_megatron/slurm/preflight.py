@@ -1,7 +1,7 @@
-"""One look at every node before an attempt: ``srun python -m nft_megatron.slurm.preflight FOLDER --gpus N``.
+"""A check of every node before an attempt: ``srun python -m nft_megatron.slurm.preflight FOLDER --gpus N``.
 
-The first task of a node looks at the node and writes FOLDER/<node>.json. When all nodes have written theirs, which proves the
-shared folder both ways, and none has a problem, all tasks add up a number over the network.
+The first task of a node checks the node and writes FOLDER/<node>.json. Once all nodes have written theirs, which proves that
+the shared folder can be read and written, and none has a problem, all tasks run an all-reduce over the network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nft_megatron.base.atomic_io import atomic_file
 
 _SERIOUS_XIDS = {48, 62, 64, 74, 79, 95, 119, 120, 140}
 """Double-bit ECC, halted firmware, failed row remapping, NVLink, off the bus, uncontained ECC, GSP, unrecovered ECC:
-NVIDIA's "XID Errors" document. Others, such as 13 and 31, are mostly a program's own."""
+NVIDIA's "XID Errors" document. Others, such as 13 and 31, are mostly caused by programs."""
 _MEMORY_LEFT_OVER = 2048
 _QUERY = "index,ecc.errors.uncorrected.volatile.total,memory.used"
 _ALL_REDUCE = "all_reduce.json"
@@ -32,7 +32,7 @@ _ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node's first task found; no problems: it is good."""
+    """What a node's first task found; without problems the node is good."""
 
     node: str
     problems: tuple[str, ...]
@@ -40,57 +40,57 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Preflight:
-    """``bad`` nodes with their reasons; ``problem`` is one that no node can be blamed for, None where there is none."""
+    """``bad`` nodes with their reasons; ``problem``, if any, is one that no node can be blamed for."""
 
     bad: dict[str, str]
     problem: str | None
 
 
 def read_preflight(folder: Path, nodes: Iterable[str]) -> Preflight:
-    """What the nodes wrote into ``folder``. A node without a word is bad, unless none has said anything."""
+    """The reports in ``folder``. A node without one is bad, unless no node reported."""
     reports = {node: _read(folder / f"{node}.json") for node in nodes}
     if not any(reports.values()):
-        return Preflight({}, "no node wrote into the shared folder")
+        return Preflight({}, "no node wrote to the shared folder")
     bad = {}
     for node, report in reports.items():
-        problems = report["problems"] if report else ["said nothing in the preflight"]
+        problems = report["problems"] if report else ["did not report in the preflight"]
         if problems:
             bad[node] = "; ".join(problems)
     all_reduce = _read(folder / _ALL_REDUCE)
     if bad or (all_reduce and all_reduce["problem"] is None):
         return Preflight(bad, None)
-    return Preflight({}, all_reduce["problem"] if all_reduce else "the all-reduce over all nodes did not end")
+    return Preflight({}, all_reduce["problem"] if all_reduce else "the all-reduce over all nodes did not complete")
 
 
 def node_problems(gpus: int, command: str | None) -> list[str]:
-    """What is wrong with this machine, as short sentences."""
+    """Problems of this machine, as short sentences."""
     problems = gpu_problems(gpus) + xid_problems() if gpus else []
     if command:
         try:
             done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
         except subprocess.TimeoutExpired:
-            return [*problems, "slurm.preflight_command did not end within 120 s"]
+            return [*problems, "slurm.preflight_command did not finish within 120 s"]
         if done.returncode:
             words = (done.stdout + done.stderr).strip()[-200:]
-            problems.append(f"slurm.preflight_command ended with {done.returncode}: {words}".rstrip(": "))
+            problems.append(f"slurm.preflight_command exited with {done.returncode}: {words}".rstrip(": "))
     return problems
 
 
 def gpu_problems(gpus: int) -> list[str]:
-    """From nvidia-smi: GPUs that are missing, that had uncorrected ECC errors, or that another process still uses."""
+    """From nvidia-smi: GPUs that are missing, had uncorrected ECC errors, or are still in use by another process."""
     try:
         query = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        return ["there is no nvidia-smi"]
+        return ["nvidia-smi is missing"]
     except subprocess.TimeoutExpired:
         return ["nvidia-smi hangs"]
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode or any(len(row) != 3 for row in rows):
         return [f"nvidia-smi failed: {(answer.stderr or answer.stdout).strip()[:200]}"]
-    problems = [] if len(rows) >= gpus else [f"{len(rows)} GPUs in place of {gpus}"]
+    problems = [] if len(rows) >= gpus else [f"{len(rows)} GPUs instead of {gpus}"]
     for index, ecc, used in rows:
-        if ecc.isdigit() and int(ecc):  # "[N/A]" where ECC is off
+        if ecc.isdigit() and int(ecc):  # "[N/A]" if ECC is off
             problems.append(f"GPU {index} had {ecc} uncorrected ECC errors")
         if used.isdigit() and int(used) > _MEMORY_LEFT_OVER:
             problems.append(f"{used} MiB of GPU {index} are in use")
@@ -98,17 +98,17 @@ def gpu_problems(gpus: int) -> list[str]:
 
 
 def xid_problems() -> list[str]:
-    """Serious errors of the driver since the node was started, where its log may be read."""
+    """Serious driver errors since the node booted, if the kernel log is readable."""
     try:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = {int(number) for number in re.findall(r"NVRM: Xid \([^)]*\): (\d+)", log)}
-    return [f"Xid {number} in the kernel's log" for number in sorted(found & _SERIOUS_XIDS)]
+    return [f"Xid {number} in the kernel log" for number in sorted(found & _SERIOUS_XIDS)]
 
 
 def all_reduce(rank: int, world: int, local_rank: int, seconds: float) -> str | None:
-    """Add ones over all tasks, a few megabytes; None, or what went wrong."""
+    """All-reduce a few megabytes of ones over all tasks; None, or what went wrong."""
     import torch
     import torch.distributed as dist
 
@@ -124,7 +124,7 @@ def all_reduce(rank: int, world: int, local_rank: int, seconds: float) -> str | 
         )
         ones = torch.ones(_ELEMENTS if on_gpu else 1024, device=device)
         dist.all_reduce(ones)
-        dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo"))  # what ranks agree over
+        dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo"))  # ranks coordinate over it
         total = float(ones.sum()) / len(ones)
         dist.destroy_process_group()
     except Exception as error:
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """One task of the step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--gpus", type=int, default=0, help="that a node should have; 0: do not look")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that a node should have; 0: do not check")
     parser.add_argument("--command", help="the site's own check")
     parser.add_argument("--seconds", type=float, default=300.0)
     options = parser.parse_args(arguments)
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _wait_for_reports(folder: Path, num_nodes: int, deadline: float) -> list[dict] | None:
-    """Of all nodes; None where some are still missing at the deadline."""
+    """The reports of all nodes; None if some are still missing at the deadline."""
     while time.monotonic() < deadline:
         reports = [report for path in folder.glob("*.json") if path.name != _ALL_REDUCE and (report := _read(path))]
         if len(reports) == num_nodes:

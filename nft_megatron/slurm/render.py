@@ -16,23 +16,23 @@ from nft_megatron.slurm.steps import gres_of, python_of
 
 
 def job_name(config: Config) -> str:
-    """Of jobs with one name and one user only one runs at a time; so other runs must have other names, wherever they are."""
+    """Slurm runs only one job per name and user at a time, so every run needs its own name, wherever its folder is."""
     run_dir = config.run_dir.resolve()
     return config.slurm.job_name or f"{run_dir.name}-{zlib.crc32(bytes(run_dir)) & 0xFFFF:04x}"
 
 
 def num_nodes(config: Config) -> int:
-    """Nodes of the job."""
+    """Number of nodes of the job."""
     return config.cluster.trainer_nodes + config.cluster.rollout_nodes
 
 
 def render(config: Config, config_path: Path, overrides: Sequence[str] = ()) -> str:
-    """The batch script of a run: what is asked of Slurm, the set-up, one command.
+    """The batch script of a run: the request to Slurm, the set-up, one command.
 
-    ``config_path`` and ``overrides`` are what that command reads. The job starts in the current folder.
+    That command reads ``config_path`` and ``overrides``. The job starts in the current folder.
 
     Raises:
-        UserError: rollout nodes that nobody would ask for answers.
+        UserError: rollout nodes that would never be used.
     """
     check(config)
     log = _folder(config).root / "job_%j.log"
@@ -48,17 +48,17 @@ def render(config: Config, config_path: Path, overrides: Sequence[str] = ()) -> 
         roles += f", {config.cluster.rollout_nodes} generate"
     comment = [
         f"{job_name(config)}: {roles}. Rendered by `nft-megatron slurm render`; sbatch needs the folder",
-        f"{log.parent}, which `nft-megatron slurm submit` makes.",
+        f"{log.parent}, which `nft-megatron slurm submit` creates.",
     ]
     return _script(config, comment, options, log, [str(config_path), *overrides])
 
 
 def render_rollouts(config: Config, config_path: Path, count: int) -> str:
-    """The batch script of an array of ``count`` single nodes whose servers join the run, and may be taken away any time."""
+    """The batch script of an array of ``count`` single nodes whose servers join the run and may leave at any time."""
     check(config, rollouts=True)
     name = f"{job_name(config)}-rollouts"
     options = [f"--job-name={name}", f"--array=1-{count}", "--nodes=1", "--requeue", "--signal=B:USR1@60"]
-    comment = [f"Servers for {job_name(config)} on {count} nodes more; they end with the run."]
+    comment = [f"Servers for {job_name(config)} on {count} more nodes; they end with the run."]
     log = _folder(config).root / "rollouts_%A_%a.log"
     return _script(config, comment, options, log, [str(config_path), "--rollouts-only"])
 
@@ -78,7 +78,9 @@ def _script(config: Config, comment: Sequence[str], options: Sequence[str], log:
         f"--output={log}",
         *settings.sbatch,
     ]
-    python = sys.executable if settings.container_image else python_of(config)  # the agent runs where srun is
+    python = (
+        sys.executable if settings.container_image else python_of(config)
+    )  # the agent runs outside the container, where srun is
     return "\n".join(
         [
             "#!/bin/bash",
@@ -88,8 +90,8 @@ def _script(config: Config, comment: Sequence[str], options: Sequence[str], log:
             "set -eo pipefail",  # not -u: module files and profiles use variables that are not set
             *settings.setup,
             "",
-            "# The agent looks at the nodes, starts what belongs on them with srun, and when that has ended says what is next.",
-            "# Slurm's signals are to reach it (exec), and not to kill it before it listens (trap).",
+            "# The agent checks the nodes, starts trainers and servers on them with srun, and decides what follows their end.",
+            "# Slurm's signals must reach it (exec), but not kill it before it installs its handlers (trap).",
             "trap '' USR1",
             f"exec {shlex.join([python, '-u', '-m', 'nft_megatron', 'slurm', 'agent', *arguments])}",
             "",
@@ -102,11 +104,11 @@ def _folder(config: Config) -> JobFolder:
 
 
 def check(config: Config, *, rollouts: bool = False) -> None:
-    """Raise ``UserError`` where nodes would stand idle."""
+    """Raise ``UserError`` if nodes would be idle."""
     if (config.cluster.rollout_nodes or rollouts) and config.rollout.engine != "vllm":
         raise UserError(
             "rollout.engine",
             config.rollout.engine,
-            "asks no servers, and the job has nodes for them",
+            "uses no servers, but the job has nodes for them",
             "set rollout.engine=vllm, or cluster.rollout_nodes=0",
         )

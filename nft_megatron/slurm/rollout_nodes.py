@@ -17,9 +17,9 @@ _PAUSE = 0.5
 
 
 class RolloutNodes:
-    """One srun for each node, started again when it ends: after 1 s, 2 s, … 60 s, from 1 s again once it ran for five minutes.
+    """One srun per node, restarted when it ends: after 1 s, 2 s, … 60 s, and from 1 s again once it ran for five minutes.
 
-    ``command`` gives the step of a node. The trainers go on meanwhile with the servers that are left.
+    ``command`` gives the step of a node. Meanwhile the trainers continue with the remaining servers.
     """
 
     def __init__(self, nodes: Sequence[str], command: Callable[[str], list[str]], environment: Mapping[str, str]) -> None:
@@ -41,12 +41,12 @@ class RolloutNodes:
                 return
             if time.monotonic() - started > _LONG_ENOUGH:
                 delay = _FIRST_DELAY
-            log.warning("servers on %s: srun ended with %d; again in %g s", node, step.returncode, delay)
+            log.warning("servers on %s: srun exited with %d; restarting in %g s", node, step.returncode, delay)
             self._closing.wait(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
 
     def close(self) -> None:
-        """End all steps; at most about twenty seconds."""
+        """End all steps, within about twenty seconds."""
         self._closing.set()
         for thread in self._threads:
             thread.join(2 * _END_SECONDS)

@@ -1,4 +1,4 @@
-"""How a run under Slurm goes, for people."""
+"""The status of a run under Slurm, for people."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SHOWN = {
     "eval_accuracy": "held-out accuracy",
     "loss": "loss",
     "entropy": "entropy",
-    "time/step": "seconds a step",
+    "time/step": "seconds per step",
 }
 
 
 @dataclass(frozen=True)
 class Status:
-    """``job`` are the fields of ``scontrol show job``, empty where Slurm knows none; ``waiting`` are jobs of its name that are
-    to follow; ``last`` is the newest row of metrics.
+    """``job`` holds the fields of ``scontrol show job``, empty if Slurm knows no job; ``waiting`` are the following jobs of its
+    name; ``last`` is the newest row of metrics.
     """
 
     run_dir: str
@@ -49,7 +49,7 @@ class Status:
 
 
 def read_status(folder: JobFolder, config: Config) -> Status:
-    """Ask Slurm and look into the run folder."""
+    """Read the status from Slurm and the run folder."""
     job_id = active_job(folder, job_name(config)) or folder.job_id()
     job = show_job(job_id) if job_id else {}
     waiting = jobs_named(job.get("JobName", job_name(config)), "PENDING")
@@ -99,7 +99,7 @@ def _facts(status: Status) -> list[tuple[str, str]]:
         times = f", {job['RunTime']} of {job['TimeLimit']}" if job["JobState"] == "RUNNING" else ""
         rows = [("job", f"{job['JobId']} {job['JobState']}{reason}{times}, restarted {job.get('Restarts', '0')} times")]
     else:
-        rows = [("job", "none that Slurm knows; `nft-megatron slurm submit` goes on with the run")]
+        rows = [("job", "none that Slurm knows; `nft-megatron slurm submit` resumes the run")]
     if status.waiting:
         rows.append(("then", " ".join(status.waiting)))
     bar = "█" * round(30 * status.step / status.num_steps)

@@ -10,7 +10,7 @@ from pathlib import Path
 from nft_megatron.config.schema import Config
 
 SECONDS_AFTER_FIRST_END = 60
-"""What the other ranks have, once one has ended, to say how they end."""
+"""Time that the other ranks have, once one has ended, to write their exit reports."""
 
 _KEPT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME")
 
@@ -18,8 +18,8 @@ _KEPT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME")
 def step_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for a new step of its job.
 
-    Without what Slurm set for the job's script or for another step: their numbers of tasks and bindings are not those of the
-    new step.
+    Without what Slurm set for the job's script or another step, whose task counts and bindings would be wrong for the new
+    step.
     """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in _KEPT}
     return inherited | dict(extra)
@@ -32,7 +32,7 @@ def python_of(config: Config) -> str:
 
 
 def trainer_step(config: Config, config_path: Path, nodes: Sequence[str], cpus_per_node: int, log: Path) -> list[str]:
-    """All ranks, directly under srun. It ends a minute after the first rank that ends, so that the others can say why."""
+    """All ranks, directly under srun, which ends a minute after the first rank ends, so that the others can report why."""
     per_node = config.cluster.gpus_per_node
     return [
         *_srun(config, nodes, tasks_per_node=per_node, cpus_per_node=cpus_per_node),
@@ -51,7 +51,7 @@ def trainer_step(config: Config, config_path: Path, nodes: Sequence[str], cpus_p
 
 
 def rollout_step(config: Config, config_path: Path, node: str, cpus_per_node: int, log: Path) -> list[str]:
-    """The servers of one node: each is a task, which starts its server again when that dies."""
+    """The servers of one node: each is a task that restarts its server when it dies."""
     servers = servers_per_node(config)
     return [
         *_srun(config, [node], tasks_per_node=servers, cpus_per_node=cpus_per_node),
@@ -71,7 +71,7 @@ def rollout_step(config: Config, config_path: Path, node: str, cpus_per_node: in
 
 
 def preflight_step(config: Config, nodes: Sequence[str], cpus_per_node: int, folder: Path) -> list[str]:
-    """One task for every GPU that is asked for, else one a node. ``folder`` is where they answer."""
+    """One task per requested GPU, else one per node. They report to ``folder``."""
     tasks = config.cluster.gpus_per_node if config.slurm.gres else 1
     command = [
         *_srun(config, nodes, tasks_per_node=tasks, cpus_per_node=cpus_per_node),
@@ -117,5 +117,5 @@ def _srun(config: Config, nodes: Sequence[str], *, tasks_per_node: int, cpus_per
 
 
 def gres_of(config: Config) -> str:
-    """What is asked of each node."""
+    """The resources requested of each node."""
     return config.slurm.gres.format(gpus_per_node=config.cluster.gpus_per_node)

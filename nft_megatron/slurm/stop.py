@@ -1,4 +1,4 @@
-"""ExitReport a run before its last step, for good or until it is submitted again."""
+"""Stop a run before its last step, for good or until it is submitted again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from nft_megatron.slurm.tools import call, jobs_named, show_job
 
 
 def stop(folder: JobFolder, name: str) -> str:
-    """Ask the run whose jobs have this ``name`` to save and leave without a successor, and take waiting jobs out of the queue.
+    """Ask the run whose jobs have this ``name`` to save and exit without a successor, and cancel waiting jobs.
 
-    Returns what was done. Raises ``UserError`` where there is no job.
+    Returns what was done. Raises ``UserError`` if there is no job.
     """
     job_id = active_job(folder, name)
     if job_id is None or folder.end() is not None:
@@ -23,6 +23,6 @@ def stop(folder: JobFolder, name: str) -> str:
         call("scancel", other)
     if job["JobState"] == "RUNNING":
         folder.run.stop.write_text("nft-megatron slurm stop\n")
-        return f"job {job_id} saves and leaves after this step; `nft-megatron slurm status {folder.run.root}`"
+        return f"job {job_id} will save and exit after this step; `nft-megatron slurm status {folder.run.root}` shows when"
     folder.set_end("stopped", "nft-megatron slurm stop")
-    return f"took job {' '.join(waiting) or job_id} out of the queue"
+    return f"removed job {' '.join(waiting) or job_id} from the queue"

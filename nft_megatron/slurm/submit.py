@@ -1,4 +1,4 @@
-"""Submitting a run, and more servers for one that runs."""
+"""Submitting a run, and more servers for a running one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUE
 
 
 def prepare(config: Config) -> Config:
-    """Check the run and write RUN/slurm. Returns the configuration as it stands there, with absolute paths.
+    """Check the run and write RUN/slurm. Returns the configuration as written, with absolute paths.
 
     Raises:
-        UserError: a file is missing, the run does not fit its GPUs, a job of it is active, or Slurm refuses the script.
+        UserError: a file is missing, the run does not fit its GPUs, one of its jobs is active, or Slurm refuses the script.
     """
     config = _absolute(config)
     folder = JobFolder(RunFolder(config.run_dir))
@@ -32,7 +32,7 @@ def prepare(config: Config) -> Config:
         raise UserError(
             "run_dir",
             config.run_dir,
-            f"job {job_id} works on it",
+            f"job {job_id} is active on it",
             f"wait for it, or `nft-megatron slurm stop {config.run_dir}`",
         )
     script = render(config, folder.config)
@@ -49,7 +49,7 @@ def prepare(config: Config) -> Config:
 
 
 def submit(config: Config) -> list[str]:
-    """:func:`prepare` the run and give it to Slurm. Returns the ids of its jobs, the first to run first."""
+    """:func:`prepare` the run and submit it. Returns its job ids in the order in which they run."""
     config = prepare(config)
     folder = JobFolder(RunFolder(config.run_dir))
     jobs: list[str] = []
@@ -77,7 +77,7 @@ def _plan(config: Config) -> str:
 
 
 def add_rollouts(folder: JobFolder, config: Config, count: int) -> str:
-    """Submit an array of ``count`` nodes whose servers join the run; its job id."""
+    """Submit an array of ``count`` nodes whose servers join the run; returns its job id."""
     script = folder.root / "rollouts.sh"
     text = render_rollouts(config, folder.config, count)
     with atomic_file(script) as temporary:
@@ -86,7 +86,7 @@ def add_rollouts(folder: JobFolder, config: Config, count: int) -> str:
 
 
 def active_job(folder: JobFolder, name: str) -> str | None:
-    """The id of the run's job that waits or runs: the newest that is known, else one of its ``name``, as of a chain."""
+    """The id of the run's waiting or running job: the newest known one, else one of its ``name``, as in a chain."""
     job_id = folder.job_id()
     state = show_job(job_id).get("JobState", "") if job_id else ""
     if state in ACTIVE:
@@ -95,7 +95,7 @@ def active_job(folder: JobFolder, name: str) -> str | None:
 
 
 def _without(folder: JobFolder, config: Config) -> list[str]:
-    """sbatch's option that keeps jobs away from bad nodes, and from those that the user excludes."""
+    """sbatch's option that keeps jobs off bad nodes and those that the user excludes."""
     own = [option.removeprefix("--exclude=") for option in config.slurm.sbatch if option.startswith("--exclude=")]
     nodes = ",".join([*own, *folder.excluded()])
     return [f"--exclude={nodes}"] if nodes else []
@@ -109,25 +109,25 @@ def _sbatch(*arguments: str) -> str:
             "slurm",
             arguments[-1],
             str(error),
-            "change section slurm of the configuration, or, where nodes are only away for now, give that script to sbatch",
+            "change section slurm of the configuration; if nodes are only temporarily unavailable, run sbatch on that script",
         ) from error
 
 
 def _absolute(config: Config) -> Config:
-    """With paths that mean the same wherever the job starts."""
+    """The configuration with absolute paths, which do not depend on where the job starts."""
     return Config.model_validate(_with_absolute_paths(config.model_dump()))
 
 
 def _with_absolute_paths(value: Any) -> Any:
     if isinstance(value, Path):
-        return value.absolute()  # not resolved: the python of a virtual environment is a link
+        return value.absolute()  # not resolved: a virtual environment's python is a link
     if isinstance(value, dict):
         return {key: part if _is_command(key, part) else _with_absolute_paths(part) for key, part in value.items()}
     return tuple(map(_with_absolute_paths, value)) if isinstance(value, tuple) else value
 
 
 def _is_command(key: str, value: Any) -> bool:
-    """Such as slurm.python=python3: looked up where it runs."""
+    """Whether ``value`` is a bare command such as python3, looked up where it runs."""
     return key == "python" and isinstance(value, Path) and len(value.parts) == 1
 
 

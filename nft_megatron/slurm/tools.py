@@ -15,15 +15,15 @@ _ANSWERS = ("Invalid", "already pending", "pending execution")
 
 
 class SlurmError(RuntimeError):
-    """A command of Slurm failed; the message is what it printed."""
+    """A Slurm command failed; the message is its output."""
 
 
 def call(*command: str, seconds: float = _SECONDS, env: Mapping[str, str] | None = None) -> str:
-    """What ``command`` prints.
+    """The output of ``command``.
 
     Raises:
-        UserError: there is no such command on this machine.
-        SlurmError: it failed, or did not end within ``seconds``.
+        UserError: this machine has no such command.
+        SlurmError: it failed or did not finish within ``seconds``.
     """
     env = {**(env or os.environ), "SLURM_TIME_FORMAT": "standard"}
     try:
@@ -31,14 +31,14 @@ def call(*command: str, seconds: float = _SECONDS, env: Mapping[str, str] | None
     except FileNotFoundError as error:
         raise UserError("slurm", command[0], "no such command", "run this on a machine of a Slurm cluster") from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{' '.join(command)}: no answer within {seconds:g} s") from error
+        raise SlurmError(f"{' '.join(command)}: no reply within {seconds:g} s") from error
     if done.returncode:
         raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or f'exit code {done.returncode}'}")
-    return done.stdout.strip() or done.stderr.strip()  # sbatch --test-only speaks on standard error
+    return done.stdout.strip() or done.stderr.strip()  # sbatch --test-only writes to standard error
 
 
 def insist(*command: str, pauses: Sequence[float] = _PAUSES) -> str:
-    """:func:`call`, again and again while the controller does not answer; about half an hour, the upgrade of a controller."""
+    """:func:`call`, retried while the controller does not respond, for about half an hour: enough to upgrade a controller."""
     for pause in pauses:
         try:
             return call(*command)
@@ -59,7 +59,7 @@ def fields(text: str) -> dict[str, str]:
 
 
 def show_job(job_id: str, ask: Callable[..., str] = call) -> dict[str, str]:
-    """``scontrol``'s answer about a job, empty once it is forgotten. ``ask``: :func:`call` or :func:`insist`."""
+    """``scontrol``'s fields of a job, empty once it is forgotten. ``ask``: :func:`call` or :func:`insist`."""
     try:
         return fields(ask("scontrol", "show", "job", "--oneliner", job_id))
     except SlurmError as error:
@@ -69,7 +69,7 @@ def show_job(job_id: str, ask: Callable[..., str] = call) -> dict[str, str]:
 
 
 def jobs_named(name: str, state: str = "all") -> list[str]:
-    """Ids of the user's jobs with this name that wait or run, or are in that ``state`` alone."""
+    """Ids of the user's jobs of this name that wait or run, or only those in ``state``."""
     states = [] if state == "all" else ["-t", state]
     return call("squeue", "--me", "-h", *states, "-n", name, "-o", "%i").split()
 
@@ -80,5 +80,5 @@ def host_names(node_list: str) -> list[str]:
 
 
 def address(node: str) -> str:
-    """Where other nodes reach ``node``: its name, unless the cluster's configuration says otherwise."""
+    """The address of ``node``: its name, unless the cluster's configuration says otherwise."""
     return fields(insist("scontrol", "show", "node", "--oneliner", node)).get("NodeAddr", node)

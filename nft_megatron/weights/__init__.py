@@ -1,4 +1,4 @@
-"""Weight layouts, one file a model family: how Hugging Face tensors and Megatron-Core parameters correspond.
+"""Weight layouts, one file per model family: how Hugging Face tensors and Megatron-Core parameters correspond.
 
 A new family is a file with ``ARCHITECTURE``, ``shape(config)``, ``table(shape)`` and ``hf_config(shape)``, and its name in
 ``FAMILIES``; docs/new_model_family.md shows one line by line.
@@ -28,7 +28,7 @@ def read_shape(folder: Path | str, field: str = "model.path") -> ModelShape:
 
     Raises:
         UserError: naming ``field`` when the folder or its ``config.json`` is missing or unreadable; naming the entry of
-            ``config.json`` when it asks for something that no family here can express.
+            ``config.json`` when no family here can express it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,12 +59,12 @@ def weight_table(shape: ModelShape) -> WeightTable:
 
 
 def hf_config(shape: ModelShape) -> dict[str, Any]:
-    """A ``config.json`` for a model that never had one: :func:`shape_of` reads ``shape`` from it again.
+    """A ``config.json`` for a model that never had one; :func:`shape_of` reads ``shape`` back from it.
 
     Ids of special tokens are null and the dtype is absent: they belong to the tokenizer and to the weights.
 
     Raises:
-        UserError: naming the field of ``shape`` that the family's ``config.json`` has no way to say.
+        UserError: naming the field of ``shape`` that the family's ``config.json`` cannot express.
     """
     config = _family("architecture", shape.architecture).hf_config(shape)
     read = shape_of(config)
@@ -79,5 +79,5 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
 
 def _family(field: str, architecture: object) -> ModuleType:
     if architecture not in FAMILIES:
-        raise UserError(field, architecture, "no such model family here", f"use one of {', '.join(FAMILIES)}")
+        raise UserError(field, architecture, "no such model family", f"use one of {', '.join(FAMILIES)}")
     return FAMILIES[architecture]

@@ -1,6 +1,6 @@
-"""``config.json`` ↔ :class:`ModelShape`: the fields that all decoder families share, and refusal of what they cannot express.
+"""``config.json`` ↔ :class:`ModelShape`: the fields that all decoder families share, and refusals of what they cannot express.
 
-A family's file gives the defaults of its fields and what it alone has; see docs/new_model_family.md.
+A family's file gives its fields' defaults and its own features; see docs/new_model_family.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHARED_REFUSALS = {
     "hidden_act": ("silu", "only silu (SwiGLU) is supported"),
     "use_sliding_window": (False, "sliding-window attention is not supported"),
     "attention_dropout": (0.0, "dropout would make the policy's log-probs random"),
-    "partial_rotary_factor": (1.0, "rotary positions on a part of each head are not supported"),
+    "partial_rotary_factor": (1.0, "rotary positions on only part of each head are not supported"),
     "attn_logit_softcapping": (None, "capped attention logits are not supported"),
     "final_logit_softcapping": (None, "capped logits are not supported"),
     "quantization_config": (None, "quantised weights cannot be trained"),
@@ -26,12 +26,12 @@ _SHARED_REFUSALS = {
 
 
 def refusal(field: str, value: object, problem: str) -> UserError:
-    """The error for a ``config.json`` whose ``field`` asks for what the family's table cannot express."""
+    """The error for a ``config.json`` whose ``field`` needs what the family's table cannot express."""
     return UserError(f"config.json: {field}", value, problem, "use a model that this family's table can express")
 
 
 def only(config: Config, field: str, allowed: object, problem: str) -> None:
-    """Refuse every value of ``field`` but ``allowed``; where it is absent or null there is nothing to refuse.
+    """Refuse every value of ``field`` except ``allowed``, absent or null.
 
     >>> only({"mlp_bias": True}, "mlp_bias", False, "biases are not supported")
     Traceback (most recent call last):
@@ -43,10 +43,10 @@ def only(config: Config, field: str, allowed: object, problem: str) -> None:
 
 
 def positive_int(config: Config, field: str, default: int | None = None) -> int:
-    """A whole number > 0; ``default`` where it is absent or null.
+    """A whole number > 0; ``default`` if absent or null.
 
     Raises:
-        UserError: naming the field when it is something else, or absent without a default.
+        UserError: naming the field if it is anything else, or absent without a default.
     """
     value = config.get(field)
     value = default if value is None else value
@@ -67,7 +67,7 @@ def positive_float(config: Config, field: str, default: float | None = None) -> 
 def read_decoder(
     config: Config, architecture: str, *, qkv_bias: bool = False, qk_norm: bool = False, experts: Experts | None = None
 ) -> ModelShape:
-    """The shape of a decoder: the fields that all families share, and the features that the family decides itself.
+    """The shape of a decoder: the fields that all families share, and the features that each family sets.
 
     Raises:
         UserError: naming the field that is missing, malformed or cannot be expressed.
@@ -75,7 +75,7 @@ def read_decoder(
     for field, (allowed, problem) in _SHARED_REFUSALS.items():
         only(config, field, allowed, problem)
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise refusal("layer_types", config["layer_types"], "only full attention is supported, no sliding window")
+        raise refusal("layer_types", config["layer_types"], "only full attention is supported, not a sliding window")
     num_heads = positive_int(config, "num_attention_heads")
     num_groups = positive_int(config, "num_key_value_heads", num_heads)
     hidden_size = positive_int(config, "hidden_size")
@@ -83,7 +83,7 @@ def read_decoder(
         raise refusal("num_key_value_heads", num_groups, f"does not divide num_attention_heads = {num_heads}")
     head_dim = positive_int(config, "head_dim", hidden_size // num_heads)
     if head_dim % 2:
-        raise refusal("head_dim", head_dim, "rotary positions turn pairs: it must be even")
+        raise refusal("head_dim", head_dim, "must be even, because rotary positions rotate pairs")
     rope_theta, rope_scaling = _read_rope(config)
     return ModelShape(
         architecture=architecture,
@@ -107,7 +107,7 @@ def read_decoder(
 
 def _read_rope(config: Config) -> tuple[float, Llama3Scaling | None]:
     """Base and scaling. transformers 4 has ``rope_theta`` and ``rope_scaling``, transformers 5 both in ``rope_parameters``."""
-    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # the order in which transformers 5 looks
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # in transformers 5's order
     rope = config.get(field) or {}
     theta = positive_float({"rope_theta": config.get("rope_theta"), **rope}, "rope_theta", 10_000.0)
     only(rope, "partial_rotary_factor", *_SHARED_REFUSALS["partial_rotary_factor"])

@@ -1,6 +1,6 @@
 """The weight table of a pre-norm decoder: RMSNorm, grouped-query attention, rotary positions, SwiGLU; dense or with experts.
 
-Qwen, Llama and Mistral are all of this form. What differs are switches of the shape: ``qkv_bias``, ``qk_norm``, ``experts``.
+Qwen, Llama and Mistral all have this form. They differ in switches of the shape: ``qkv_bias``, ``qk_norm``, ``experts``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _FUSED_NAMES = (
 
 
 def fused_name(name: str, has_experts: bool) -> str:
-    """The table's name of a parameter of Megatron's local spec; the table's own names stay as they are.
+    """The table's name for a parameter of Megatron's local spec; the table's own names are returned unchanged.
 
-    The local spec has norms as modules of their own, Transformer Engine fuses them into the linear layer that follows; the
-    second one only where that is an MLP, not a router. Tables use the fused names, as Megatron's checkpoints do
+    In the local spec norms are separate modules; Transformer Engine fuses them into the linear layer that follows, the second
+    one only before an MLP, not before a router. Tables use the fused names, as Megatron's checkpoints do
     (models/gpt/gpt_layer_specs.py, sharded_state_dict_keys_map).
 
     >>> fused_name("decoder.layers.1.pre_mlp_layernorm.weight", has_experts=False)

@@ -1,7 +1,7 @@
-"""The fingerprint: one hash by which trainer, file and engine prove that they hold the same weights.
+"""The weights fingerprint: one hash that proves that trainer, file and engine hold the same weights.
 
 It covers every tensor's Hugging Face name, dtype, shape and bytes, and does not depend on the order of the stream. The bytes
-are hashed as given: the same numbers in another dtype have another fingerprint.
+are hashed as given: the same numbers in another dtype have a different fingerprint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of ``tensor`` in row-major order as they lie in memory; no copy where it is contiguous and on the CPU."""
+    """The elements of ``tensor`` in row-major memory order; no copy if it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -1,7 +1,7 @@
-"""Where the tensors of a Hugging Face model folder are, and slices of them: one ``model.safetensors``, or shards with an index.
+"""Locates and slices the tensors of a Hugging Face model folder: one ``model.safetensors``, or shards with an index.
 
-Headers are read here and bytes with plain reads at their place. Nothing is mapped into memory, which is very slow on network
-disks, where every page is a request of its own.
+Headers are parsed here and bytes are read with plain positioned reads. Nothing is memory-mapped, because on network disks every
+page is a separate request, which is very slow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Of safetensors headers."""
+"""The dtypes named in safetensors headers."""
 
 _COPY_AGAIN = "copy or download the model folder again"
 _BAND_BYTES = 1 << 23
@@ -42,7 +42,7 @@ _BAND_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor lies row-major in ``file`` from byte ``offset`` on."""
+    """A tensor stored row-major in ``file`` from byte ``offset``."""
 
     file: Path
     offset: int
@@ -51,7 +51,7 @@ class TensorPlace:
 
 
 class HFReader:
-    """An open model folder. A context manager; files are opened when their first tensor is read.
+    """An open model folder, as a context manager. Each file is opened when its first tensor is read.
 
     Raises:
         UserError: naming ``field`` and the folder or file that is missing, truncated or unreadable.
@@ -84,7 +84,7 @@ class HFReader:
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         """Rows ``start:stop`` along ``axis``, in the file's dtype.
 
-        Along the first axis only their bytes are read; along another the whole tensor is, a band of rows at a time.
+        Along the first axis only the needed bytes are read; along another, the whole tensor, a band of rows at a time.
         """
         place = self.places[name]
         shape = list(place.shape)
@@ -115,7 +115,7 @@ class HFReader:
                 raise UserError(
                     self._field,
                     self._folder,
-                    f"{name} has shape {list(self.shape(name))} where config.json implies {list(shape)}",
+                    f"{name} has shape {list(self.shape(name))}, but config.json implies {list(shape)}",
                     "check config.json against the weights",
                 )
 
@@ -127,7 +127,7 @@ class HFReader:
         while view:
             count = os.preadv(self._descriptors[place.file], [view], offset)
             if not count:
-                raise UserError(self._field, place.file, "has become shorter while it was read", _COPY_AGAIN)
+                raise UserError(self._field, place.file, "became shorter while it was read", _COPY_AGAIN)
             view, offset = view[count:], offset + count
         return buffer.view(place.dtype).view(stop - start, *place.shape[1:])
 
@@ -157,20 +157,20 @@ class HFReader:
         return places
 
     def _read_header(self, path: Path) -> dict[str, TensorPlace]:
-        """The tensors of one file. Its length must be what its header says: a truncated one is noticed before it is read."""
+        """The tensors of one file. Its length must match its header, so that a truncated file is noticed before it is read."""
         try:
             with path.open("rb") as file:
                 num_bytes = int.from_bytes(file.read(8), "little")
                 size, start = path.stat().st_size, 8 + num_bytes
                 if start > size:
-                    raise ValueError(f"its header of {num_bytes} bytes does not fit into its {size} bytes")
+                    raise ValueError(f"its header of {num_bytes} bytes exceeds its {size} bytes")
                 header = json.loads(file.read(num_bytes))
             places, end = {}, 0
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
                 if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+                    raise ValueError(f"{name} has an unknown dtype, {entry['dtype']}")
                 dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
                 first, last = entry["data_offsets"]
                 if last - first != math.prod(shape) * dtype.itemsize:
@@ -178,7 +178,7 @@ class HFReader:
                 places[name] = TensorPlace(path, start + first, dtype, shape)
                 end = max(end, last)
             if start + end != size:
-                raise ValueError(f"its tensors end at byte {start + end}, the file at {size}")
+                raise ValueError(f"its tensors end at byte {start + end}, but the file at {size}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(self._field, path, f"is not a whole safetensors file ({error})", _COPY_AGAIN) from error
+            raise UserError(self._field, path, f"is not a complete safetensors file ({error})", _COPY_AGAIN) from error
         return places

@@ -36,13 +36,13 @@ _COPIED = (
     "chat_template.json",
     "LICENSE",
 )
-"""Byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other."""
+"""Copied byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other."""
 
 
 def write_hf_folder(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], source: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write ``tensors`` into ``folder`` (which exists) with the configuration and tokenizer files of ``source``.
+    """Write ``tensors`` into the existing ``folder`` with the configuration and tokenizer files of ``source``.
 
     Holds one shard in memory at a time. One shard becomes ``model.safetensors``, several get an index.
 
@@ -66,7 +66,7 @@ def write_hf_folder(
         dtype = shard[-1][1].dtype
         shard.clear()  # before the next one fills
     with _writing(folder):
-        names = shard_names(len(shards))  # their number stands in each one's name
+        names = shard_names(len(shards))  # each name contains their number
         for number, name in enumerate(names):
             (folder / f"shard-{number}").rename(folder / name)
         if len(shards) > 1:
@@ -82,7 +82,7 @@ def copy_model_files(source: Path, folder: Path) -> None:
 
 
 def cut_into_shards(sized: Iterable[tuple[T, int]], max_shard_bytes: int) -> Iterator[list[T]]:
-    """Group items by their sizes, in order; an item that is larger than a shard is one of its own.
+    """Group items by size, in order; an item larger than a shard gets its own.
 
     >>> list(cut_into_shards([("a", 4), ("b", 4), ("c", 20), ("d", 1)], max_shard_bytes=8))
     [['a', 'b'], ['c'], ['d']]
@@ -100,7 +100,7 @@ def cut_into_shards(sized: Iterable[tuple[T, int]], max_shard_bytes: int) -> Ite
 
 
 def shard_names(num_shards: int) -> list[str]:
-    """File names as transformers gives them.
+    """File names as transformers writes them.
 
     >>> shard_names(1), shard_names(2)
     (['model.safetensors'], ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'])
@@ -117,7 +117,7 @@ def index_json(shards: Mapping[str, Sequence[str]], total_bytes: int) -> str:
 
 
 def state_dtype(path: Path, dtype: str) -> None:
-    """Where the weights are of another dtype than the source's, config.json says so (transformers loads in it)."""
+    """Set config.json's dtype to that of the weights (transformers loads in it)."""
     config = json.loads(path.read_text())
     field = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
     if config.get(field) != dtype:
@@ -126,7 +126,7 @@ def state_dtype(path: Path, dtype: str) -> None:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Tell what could not be written. safetensors reports a full disk as an error of its own, "… (os error 28)"."""
+    """Report what could not be written. safetensors wraps a full disk in its own error, "… (os error 28)"."""
     try:
         yield
     except (OSError, SafetensorError) as error:

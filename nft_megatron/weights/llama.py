@@ -1,4 +1,4 @@
-"""Llama 2 and 3: the pre-norm decoder without biases; from 3.1 on with "llama3" scaling of rotary positions."""
+"""Llama 2 and 3: the pre-norm decoder without biases; from 3.1 on with "llama3" rotary scaling."""
 
 from __future__ import annotations
 

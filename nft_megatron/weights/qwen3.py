@@ -1,4 +1,4 @@
-"""Qwen3, dense: the pre-norm decoder with RMSNorm over every head's query and key, no biases, and a head size of its own."""
+"""Qwen3, dense: the pre-norm decoder with RMSNorm over every head's query and key, no biases, and an independent head size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (30B-A3B, 235B-A22B): Qwen3's attention, and in every layer a mixture of experts instead of the MLP."""
+"""Qwen3-MoE (30B-A3B, 235B-A22B): Qwen3's attention, with a mixture of experts instead of the MLP in every layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shape(config: Config) -> ModelShape:
         normalise_topk=bool(config.get("norm_topk_prob", False)),
     )
     if experts.experts_per_token > experts.num_experts:
-        raise refusal("num_experts_per_tok", experts.experts_per_token, f"is more than the {experts.num_experts} experts")
+        raise refusal("num_experts_per_tok", experts.experts_per_token, f"exceeds the {experts.num_experts} experts")
     return read_decoder(config, ARCHITECTURE, qk_norm=True, experts=experts)
 
 

@@ -2,13 +2,14 @@
 
     θ_i = rope_theta^(−2i/D),   i = 0 … D/2 − 1
 
-"llama3" scaling leaves the high frequencies as they are, divides the low ones by ``factor`` and goes over linearly in between.
+"llama3" scaling keeps the high frequencies, divides the low ones by ``factor`` and interpolates linearly in between.
 With λ_i = 2π/θ_i the wavelength in tokens and L the original maximum of positions:
 
     s_i = clamp((L/λ_i − low_freq_factor) / (high_freq_factor − low_freq_factor), 0, 1)
     θ_i ← (1 − s_i)·θ_i/factor + s_i·θ_i
 
-Megatron's own scaling knows the factor only and takes L = 8192, factors 1 and 4 (rotary_pos_embedding.py:_apply_scaling).
+Megatron's own scaling takes only the factor and fixes L = 8192 and the frequency factors 1 and 4
+(rotary_pos_embedding.py:_apply_scaling).
 
 Shapes: D head dimension.
 """

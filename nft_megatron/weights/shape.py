@@ -1,4 +1,4 @@
-"""The sizes of a decoder-only model: what a family's file reads from ``config.json``, and all that building the model takes."""
+"""The sizes of a decoder-only model: what a family's file reads from ``config.json``, and all that building the model needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in every layer: a router gives each token to ``experts_per_token`` gated MLPs of ``num_experts``.
+    """A mixture of experts in every layer: a router sends each token to ``experts_per_token`` of ``num_experts`` gated MLPs.
 
-    ``normalise_topk``: the router's probabilities of the chosen experts are scaled to sum to 1.
+    ``normalise_topk``: scale the chosen experts' router probabilities to sum to 1.
     """
 
     num_experts: int
@@ -30,9 +30,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What it takes to build the model. All sizes are those of the whole model; ``vocab_size`` is without padding.
+    """What building the model needs. All sizes are those of the whole model; ``vocab_size`` is without padding.
 
-    ``ffn_hidden_size`` is that of a dense MLP, which no layer has where there are ``experts``. ``qkv_bias``: the query, key and
+    ``ffn_hidden_size`` is that of a dense MLP; with ``experts`` no layer has one. ``qkv_bias``: the query, key and
     value projections have a bias; no other linear layer ever has. ``qk_norm``: RMSNorm over each head's query and key.
     """
 

@@ -1,15 +1,16 @@
-"""Which rows of which Hugging Face tensors make up a Megatron-Core parameter, and the way back. Pure: no files, no groups.
+"""Which rows of which Hugging Face tensors make up a Megatron-Core parameter, and the reverse. Pure: no files, no groups.
 
 Every layout that Megatron uses (interleaved QKV, gate above up, a shard of the vocabulary) is a list of *slices*: along one
-axis, the parameter is a row of contiguous pieces of Hugging Face tensors. So each entry states its slices once, for any tensor
-parallel rank, and loading, export, conversion and gradients all follow from that one statement.
+axis, the parameter is a sequence of contiguous slices of Hugging Face tensors. So each entry states its slices once, for any
+tensor-parallel rank, and loading, export, conversion and gradients all follow from that one statement.
 
     linear_qkv (2 query groups of 2 heads)   q0 q1 k0 v0 | q2 q3 k1 v1         tp 2 cuts at the bar
     linear_fc1                               gate | up                         tp 2: gate_0 up_0, gate_1 up_1
 
-Names count layers and experts over the whole model: ``decoder.layers.7.mlp.experts.local_experts.5.linear_fc1.weight`` belongs
-to expert 5 of all, on whichever rank. Expert-parallel ranks hold equal consecutive ranges of the experts, and tensor ranks cut
-each expert as they cut a dense MLP (Megatron's default: expert tensor parallel size = tensor parallel size).
+Names number layers and experts across the whole model: ``decoder.layers.7.mlp.experts.local_experts.5.linear_fc1.weight``
+belongs to expert 5 of the model, on whichever rank. Expert-parallel ranks hold equal consecutive ranges of the experts, and
+tensor ranks split each expert as they split a dense MLP (Megatron's default: expert tensor parallel size = tensor parallel
+size).
 
 Shapes in comments: H hidden, V vocabulary, d head dimension, g query groups.
 """
@@ -24,10 +25,10 @@ import torch
 
 
 class Layout(Enum):
-    """How the pieces of an entry follow each other."""
+    """How the slices of an entry are ordered."""
 
     WHOLE = "whole"  # the same on every tensor rank
-    SPLIT = "split"  # sources one under the other, each cut into tp equal parts: one source is a plain shard, two are gate | up
+    SPLIT = "split"  # sources stacked, each cut into tp equal parts: one source is a plain shard, two are gate | up
     QKV = "qkv"  # sources q, k, v, interleaved by query group; whole groups per rank
     VOCABULARY = "vocabulary"  # rows of the padded vocabulary; those past the real one are padding
 
@@ -45,10 +46,10 @@ class Piece:
 class Entry:
     """One Megatron-Core parameter and the Hugging Face tensors it consists of.
 
-    ``name`` is Megatron's name with the layer counted over the whole model; ``sources`` and ``shapes`` are the Hugging Face
-    names and full shapes; ``axis`` is the one along which the sources are concatenated and ranks cut. ``num_groups`` is for
-    ``QKV``. ``expert`` is the number of the expert that the parameter belongs to, None outside experts. ``exported`` is False
-    for a second copy of a tensor that another entry already gives back (a tied LM head).
+    ``name`` is Megatron's name with the layer numbered across the whole model; ``sources`` and ``shapes`` are the Hugging Face
+    names and full shapes; ``axis`` is the one along which the sources are concatenated and split over ranks. ``num_groups`` is
+    for ``QKV``. ``expert`` is the number of the parameter's expert, None outside experts. ``exported`` is False for a second
+    copy of a tensor that another entry already exports (a tied LM head).
     """
 
     name: str
@@ -100,7 +101,7 @@ class Entry:
 class WeightTable:
     """All entries of a model, in the order in which Hugging Face lists its tensors.
 
-    ``ignored`` are Hugging Face names that a folder may hold and nobody reads, such as a stored copy of a tied LM head.
+    ``ignored`` are Hugging Face names that a folder may contain but nobody reads, such as a stored copy of a tied LM head.
     """
 
     entries: tuple[Entry, ...]
@@ -113,7 +114,7 @@ class WeightTable:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every Hugging Face tensor of the model and its shape: what a complete folder holds."""
+        """Every Hugging Face tensor of the model and its shape: what a complete folder contains."""
         return {
             source: shape
             for entry in self.entries
@@ -125,7 +126,7 @@ class WeightTable:
 def split(entry: Entry, shards: Sequence[torch.Tensor], padded_vocab: int) -> list[torch.Tensor]:
     """The Hugging Face tensors of ``entry`` from the shards of all tensor ranks, in rank order; padding is dropped.
 
-    Returns new tensors, one a source, in the shards' dtype and device. The inverse of :func:`merge`.
+    Returns new tensors, one per source, in the shards' dtype and device. The inverse of :func:`merge`.
     """
     full = [torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device) for shape in entry.shapes]
     shards = shards[:1] if entry.layout is Layout.WHOLE else shards
@@ -153,7 +154,7 @@ def merge(entry: Entry, sources: Sequence[torch.Tensor], tensor_size: int, tenso
 
 
 def fill(parameter: torch.Tensor, pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
-    """Copy ``pieces`` one after the other along ``axis`` into ``parameter`` and zero what is left (vocabulary padding)."""
+    """Copy ``pieces`` in sequence along ``axis`` into ``parameter`` and zero the rest (vocabulary padding)."""
     offset = 0
     for piece in pieces:
         parameter.narrow(axis, offset, piece.shape[axis]).copy_(piece)

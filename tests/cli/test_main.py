@@ -15,7 +15,7 @@ TEACHES = {
     "train": ("torchrun --nproc-per-node N", "optimizer", "learning_rate"),
     "plan": ("nft-megatron plan CONFIG --gpus 256", "TFLOP/s", "--layouts"),
     "eval": ("nft-megatron eval RUN/hf/step_000320", "--benchmarks PATH", "section.key=value"),
-    "doctor": ("Ends with 2 where something needed is missing",),
+    "doctor": ("Exits with 2 if something required is missing",),
     "overlap": ("13-grams", "--against EVAL"),
     "verify": ("strict, math-verify, dapo or simplerl", "--gold-field"),
     "report": ("--png",),

@@ -241,6 +241,6 @@ def test_an_engine_unlike_the_trainer_is_refused_before_the_first_update(run_con
     """Float32 noise is beyond a limit of 1e-12: found by the gate, or else in the step's own answers."""
     refused = command("train", run_config(rollout={"probe_questions": gate, "max_mismatch": 1e-12}))
     assert refused.returncode == 2
-    what = "the gate's answers of version 0" if gate else "the answers of step 1"
+    what = "the probe's answers of version 0" if gate else "the answers of step 1"
     assert f"rollout.max_mismatch = 1e-12: in {what} the log-probs of engine and trainer differ by" in refused.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -351,6 +351,6 @@ def test_round_size(collector, tmp_path, missing, rate, expected):
 def test_a_run_folder_that_has_gone_away_is_not_made_again(collector, tmp_path):
     collect = collector(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(OSError, match="the run folder has gone away"):
+    with pytest.raises(OSError, match="the run folder has disappeared"):
         collect.collect(1, CollectorState())
     assert not (tmp_path / "run").exists()

@@ -93,7 +93,7 @@ def test_missing_field(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not readable as YAML"), ("seed: 1\nseed: 2\n", "key 'seed' appears twice"), ("- 1\n", "holds no sections")],
+    [("a: [", "not readable as YAML"), ("seed: 1\nseed: 2\n", "key 'seed' appears twice"), ("- 1\n", "contains no sections")],
 )
 def test_unreadable_file(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)

@@ -15,7 +15,7 @@ def test_an_old_key_in_an_override_or_a_file_is_an_error_that_names_the_new_one(
         load_config(run_config(), [f"{old}=4"])
     with pytest.raises(UserError) as of_file:
         load_config(run_config(**{section: {leaf: 4}}))
-    assert str(of_override.value) == str(of_file.value) == f"{old} = 4: no such key; it is called '{new}' now"
+    assert str(of_override.value) == str(of_file.value) == f"{old} = 4: no such key; it is now called '{new}'"
 
 
 def test_the_configuration_in_the_folder_of_an_earlier_run_is_translated(run_config, tmp_path):
@@ -26,5 +26,5 @@ def test_the_configuration_in_the_folder_of_an_earlier_run_is_translated(run_con
     record.write_text(yaml.safe_dump(tree))
     config = load_config(record)
     assert (config.rollout.group_size, config.rollout.probe_questions, config.rollout.probe_tokens) == (5, 5, 7)
-    with pytest.raises(UserError, match=r"it is called 'rollout\.group_size' now"):
+    with pytest.raises(UserError, match=r"it is now called 'rollout\.group_size'"):
         load_config(record, ["rollout.answers_per_question=5"])

@@ -68,7 +68,7 @@ def test_workers_do_not_change_a_byte(sources, tmp_path: Path):
 
 
 def test_what_is_written_is_sent_to_the_disk_at_once_and_its_pages_given_back(sources, tmp_path: Path, monkeypatch):
-    """Each range is advised when it is written, and once more when sixteen others have been."""
+    """Each range is advised when it is written, and again sixteen writes later."""
     advised = []
     advise = os.posix_fadvise
     to_megatron(sources["untied"], tmp_path / "expected")
@@ -113,7 +113,7 @@ def test_without_proof_the_bytes_are_the_same_and_the_manifest_says_so(sources, 
     content = json.loads((tmp_path / "megatron" / "conversion.json").read_text())
     assert content["fingerprint"] is None
     assert {(record["sha256"], record["non_finite"]) for record in content["tensors"].values()} == {(None, None)}
-    with pytest.raises(UserError, match=r"2 problems in .*non-finite"):  # on both sides, and no hash is missed
+    with pytest.raises(UserError, match=r"2 problems compared with .*non-finite"):  # on both sides, and no hash is missed
         check(source, tmp_path / "megatron")
     assert "B was converted without proof" in capsys.readouterr().out
     to_hf(tmp_path / "megatron", tmp_path / "hf")  # what is unproven is proven from here on
@@ -142,7 +142,7 @@ def test_a_manifest_that_contradicts_itself(converted: Path):
     content = json.loads(path.read_text())
     content["tensors"]["lm_head.weight"]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="its fingerprint does not belong to its tensors"):
+    with pytest.raises(UserError, match="its fingerprint does not match its tensors"):
         read_manifest(converted, "SRC")
     assert isinstance(Manifest({}, {}, {}).fingerprint, str)
 

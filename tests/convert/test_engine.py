@@ -53,7 +53,7 @@ def test_a_stored_checksum(tmp_path: Path):
     path.write_bytes(b"head" + bytes(range(100)))
     with Files("SRC") as files:
         files.verify(Checksum(path, 4, 100, zlib.crc32(bytes(range(100)))), "w")
-        with pytest.raises(UserError, match="the bytes of w do not have the checksum"):
+        with pytest.raises(UserError, match="the bytes of w do not match their stored checksum"):
             files.verify(Checksum(path, 4, 100, 1), "w")
 
 

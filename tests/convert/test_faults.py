@@ -24,7 +24,7 @@ FAULTS = {
     ),
     "shape": (
         lambda tensors: tensors.update({"lm_head.weight": torch.ones(130, 32)}),
-        r"lm_head.weight has shape \[130, 32\] in .*model.safetensors, config.json implies \[131, 32\]",
+        r"lm_head.weight has shape \[130, 32\] in .*model.safetensors, but config.json implies \[131, 32\]",
     ),
     "not finite": (add_nan, r"model.safetensors: model.layers.1.mlp.up_proj.weight is not finite at \[5, 17\]"),
     "dtypes within a parameter": (
@@ -43,7 +43,7 @@ def test_a_faulty_folder_is_refused_and_nothing_appears(sources, changed, tmp_pa
 
 
 def test_metadata_pickled_by_an_older_python_is_read(sources, tmp_path: Path):
-    """Before 3.11.4 members of an enumeration are pickled as a call of getattr."""
+    """Before 3.11.4 enumeration members are pickled as a call of getattr."""
     from torch.distributed.checkpoint import metadata
 
     class OlderPickler(pickle.Pickler):
@@ -81,7 +81,7 @@ def test_one_float32_tensor_is_kept_and_reported(sources, changed, tmp_path: Pat
     name = "model.layers.1.input_layernorm.weight"
     source = changed(sources["untied"], lambda tensors: tensors.update({name: tensors[name].float() + 1e-6}))
     to_megatron(source, tmp_path / "megatron")
-    assert f"kept as they are: {name}\n" in capsys.readouterr().out
+    assert f"kept unchanged: {name}\n" in capsys.readouterr().out
     to_hf(tmp_path / "megatron", tmp_path / "hf")
     after = tensors_of(tmp_path / "hf")[name]
     assert after.dtype == torch.float32
@@ -146,7 +146,7 @@ OF_SHARDS = OF_BOTH | {
         lambda folder: edit_index(folder, **{"model.absent": SHARD}),
         f"{SHARD}: lacks model.absent, which .*index.json places",
     ),
-    "truncated shard": (lambda folder: cut_short(folder / SHARD), f"{SHARD}: is not a whole safetensors file"),
+    "truncated shard": (lambda folder: cut_short(folder / SHARD), f"{SHARD}: is not a complete safetensors file"),
 }
 OF_TORCH_DIST = OF_BOTH | {
     "missing file": (lambda folder: (folder / DISTCP).unlink(), f"lacks its file {DISTCP}"),
@@ -159,7 +159,7 @@ OF_TORCH_DIST = OF_BOTH | {
         "model.norm.weight is not in",
     ),
     "truncated file": (lambda folder: cut_short(folder / DISTCP), f"{DISTCP}: is truncated"),
-    "truncated metadata": (cut_metadata_short, "is no metadata of a torch_dist checkpoint"),
+    "truncated metadata": (cut_metadata_short, "is not the metadata of a torch_dist checkpoint"),
 }
 
 
@@ -193,12 +193,12 @@ def position_of(folder: Path, tensor: torch.Tensor) -> int:
 def test_one_flipped_bit_is_found(sources, converted: Path, tmp_path: Path):
     name = "model.layers.1.mlp.down_proj.weight"
     flip(converted / "__0_0.distcp", position_of(converted, tensors_of(sources["untied"])[name]) + 2 * (48 * 3 + 5))
-    with pytest.raises(UserError, match=rf"__0_0.distcp: is damaged: {name} does not have the hash"):
+    with pytest.raises(UserError, match=rf"__0_0.distcp: is damaged: {name} does not match its hash"):
         to_hf(converted, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     with pytest.raises(UserError, match=rf"bits: {name} differs in 1 of 1536 elements, first at \[3, 5\]"):
         check(sources["untied"], converted)
-    with pytest.raises(UserError, match=rf"damaged: {name} in .*__0_0.distcp \(A\) does not have the hash"):
+    with pytest.raises(UserError, match=rf"damaged: {name} in .*__0_0.distcp \(A\) does not match its hash"):
         check(converted, converted)
 
 
@@ -206,15 +206,13 @@ def test_one_flipped_bit_is_found(sources, converted: Path, tmp_path: Path):
 def test_a_flipped_bit_outside_all_tensors_is_found(converted: Path, file: str):
     position = (converted / file).read_bytes().find(b"archive") if file.endswith("distcp") else 8
     flip(converted / file, position)
-    message = (
-        r"\.metadata: is not what conversion.json recorded" if file == ".metadata" else rf"damaged: {file} of A is not what"
-    )
+    message = r"\.metadata: differs from conversion.json" if file == ".metadata" else rf"damaged: {file} of A differs from"
     with pytest.raises(UserError, match=message):
         check(converted, converted)
 
 
 def test_a_checkpoint_without_manifest_is_proven_by_the_checksums_in_its_archives(sources, tmp_path: Path):
-    """As Megatron saves: here by torch's own writer. Megatron itself loads such a file without a word."""
+    """As Megatron saves: here by torch's own writer. Megatron itself silently loads such a file."""
     import torch.distributed.checkpoint as dcp
 
     state = {}
@@ -231,16 +229,18 @@ def test_a_checkpoint_without_manifest_is_proven_by_the_checksums_in_its_archive
     (file,) = (tmp_path / "saved").glob("*.distcp")
     wanted = tensors["lm_head.weight"].view(torch.uint8).numpy().tobytes()
     flip(file, file.read_bytes().find(wanted) + 1001)
-    with pytest.raises(UserError, match=rf"{file.name}: is damaged: the bytes of lm_head.weight do not have the checksum"):
+    with pytest.raises(
+        UserError, match=rf"{file.name}: is damaged: the bytes of lm_head.weight do not match their stored checksum"
+    ):
         to_hf(tmp_path / "saved", tmp_path / "again", model=sources["untied"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 140}, r"embedding.word_embeddings.weight has shape \[131, 32\], config.json implies \[140, 32\]"),
-        ({"num_hidden_layers": 3}, r"linear_qkv.weight has shape \[2, 64, 32\], config.json implies \[3, 64, 32\]"),
-        ({"intermediate_size": 64}, r"linear_fc1.weight has shape \[2, 96, 32\], config.json implies \[2, 128, 32\]"),
+        ({"vocab_size": 140}, r"embedding.word_embeddings.weight has shape \[131, 32\], but config.json implies \[140, 32\]"),
+        ({"num_hidden_layers": 3}, r"linear_qkv.weight has shape \[2, 64, 32\], but config.json implies \[3, 64, 32\]"),
+        ({"intermediate_size": 64}, r"linear_fc1.weight has shape \[2, 96, 32\], but config.json implies \[2, 128, 32\]"),
         ({"tie_word_embeddings": True}, "output_layer.weight is a key of .* but not of the model"),
         ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 4}, "q_norm.weight is not in|linear_qkv.bias is a key"),
     ],
@@ -262,7 +262,7 @@ def test_check_lists_everything(sources, changed, tmp_path: Path, capsys):
         tensors["model.layers.0.input_layernorm.weight"][3] += 1
         add_nan(tensors)
 
-    with pytest.raises(UserError, match=r"problems in comparison"):
+    with pytest.raises(UserError, match=r"problems compared with"):
         check(sources["untied"], changed(sources["untied"], spoil))
     found = {tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()}
     assert found == {
@@ -297,7 +297,7 @@ def test_an_existing_name_and_a_second_process_are_refused(sources, converted: P
 
     (tmp_path / "there").mkdir()
     for convert, source in ((to_megatron, sources["untied"]), (to_hf, converted)):
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="already exists"):
             convert(source, tmp_path / "there")
     assert not list((tmp_path / "there").iterdir())
     (tmp_path / "out.partial").mkdir()
@@ -321,7 +321,7 @@ def test_exit_codes_and_messages(command, sources, changed, tmp_path: Path):
     assert "non-finite: model.layers.1.mlp.up_proj.weight at [5, 17]" in different.stdout
 
 
-def test_a_full_disk_says_so_and_the_same_command_goes_on(sources, command, small_disk):
+def test_a_full_disk_says_so_and_the_same_command_resumes(sources, command, small_disk):
     disk = small_disk("64k")
     full = command("convert", "to-megatron", sources["untied"], disk / "out")
     assert full.returncode == 75, full.stderr

@@ -1,4 +1,4 @@
-"""The real Megatron-Core loads what is converted, under many layouts, and what it saves is converted back to the bit."""
+"""The real Megatron-Core loads what is converted, under many layouts, and what it saves converts back bit for bit."""
 
 import contextlib
 import copy

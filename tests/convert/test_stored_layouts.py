@@ -75,7 +75,7 @@ def test_layers_with_their_numbers_in_the_keys(deep: Path, tmp_path: Path):
 
 def test_padding_of_the_vocabulary_is_left_out_and_mentioned(deep: Path, tmp_path: Path, capsys):
     test_layers_with_their_numbers_in_the_keys(deep, tmp_path)
-    assert f"output_layer.weight: rows 131 to {PADDED_VOCAB} are padding and left out" in capsys.readouterr().out
+    assert f"output_layer.weight: rows 131 to {PADDED_VOCAB} are padding and ignored" in capsys.readouterr().out
 
 
 def test_a_checkpoint_in_a_run_folder_knows_its_model(deep: Path, tmp_path: Path):
@@ -101,5 +101,5 @@ def test_what_is_no_checkpoint(deep: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no such folder"):
         to_hf(tmp_path / "absent", tmp_path / "hf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         to_hf(tmp_path / "empty", tmp_path / "hf", model=deep)

@@ -186,7 +186,7 @@ def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to measure it on; add --benchmarks"),
+        ([], "no questions to measure it on; add --benchmarks"),
         (["--benchmarks", "missing"], "--benchmarks = missing: no such file or folder"),
         (["--benchmarks", "{sums}", "--grader", "oracle"], "oracle"),
         (["--benchmarks", "{sums}", "--samples", "0"], "--samples = 0"),

@@ -189,5 +189,5 @@ def test_cold_start_learns_and_follows_the_seed(start: Path, tmp_path: Path) -> 
 def test_what_is_there_is_left_alone(start: Path) -> None:
     weights = start / "model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert "is there already" in run_prepare("--out", start, "--seed", 6, "--updates", 1).stdout
+    assert "already exists" in run_prepare("--out", start, "--seed", 6, "--updates", 1).stdout
     assert weights.stat().st_mtime_ns == before

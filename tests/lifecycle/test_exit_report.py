@@ -1,4 +1,4 @@
-"""What a rank that ends leaves for machines, by every way of ending but the watchdog's (test_watchdog.py)."""
+"""The exit report of a rank, for every way to exit except the watchdog's (test_watchdog.py)."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from launcher import Ranks
 from waiting import until
 
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
-from nft_megatron.lifecycle import exit_report as ending
+from nft_megatron.lifecycle import exit_report
 from nft_megatron.lifecycle.exit_report import ExitReport, read_exit_reports, write_exit_report
 
 
@@ -85,21 +85,21 @@ def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path):
 
 
 def test_unreadable_files_are_left_out(tmp_path):
-    write_exit_report(tmp_path, ExitReport(3, "n1", 70, "stood still", "update", 5.0))
+    write_exit_report(tmp_path, ExitReport(3, "n1", 70, "hung", "update", 5.0))
     (tmp_path / "logs" / "end_rank1.json").write_text('{"rank": 1, "ho')
     (tmp_path / "logs" / "end_rank2.json").write_text('{"rank": 2, "surprise": true}')
     assert [each.rank for each in read_exit_reports(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("what", ["gone", "not a folder", "silent"])
-def test_a_folder_that_has_gone_away_keeps_nobody(tmp_path, monkeypatch, what):
-    monkeypatch.setattr(ending, "_LONGEST_WRITE", 0.2)
+def test_an_unreachable_folder_blocks_nobody(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(exit_report, "_LONGEST_WRITE", 0.2)
     run = tmp_path / "run"
     if what == "not a folder":
         run.write_text("")
     if what == "silent":
         (run / "logs").mkdir(parents=True)
-        monkeypatch.setattr(ending.json, "dumps", lambda _: time.sleep(3600))
+        monkeypatch.setattr(exit_report.json, "dumps", lambda _: time.sleep(3600))
     write_exit_report(run, ExitReport.here(1, "a fault"))
     assert read_exit_reports(run) == []
     assert os.path.exists(run) == (what != "gone")

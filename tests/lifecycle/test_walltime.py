@@ -1,4 +1,4 @@
-"""A run whose job is about to end, one that is asked to save and go on, one whose updates are not finite."""
+"""A run whose job is about to end, one that is asked to save and continue, one whose updates are not finite."""
 
 import json
 import random
@@ -95,7 +95,7 @@ def test_too_short_a_job_leaves_before_the_first_updates(run_config, tmp_path):
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
-def test_save_and_go_on(run_config, start, tmp_path):
+def test_save_and_continue(run_config, start, tmp_path):
     run = tmp_path / "run"
     process = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}), ranks=2)
     limit = time.monotonic() + 60
@@ -113,7 +113,7 @@ def test_save_and_go_on(run_config, start, tmp_path):
 
     while num_steps() < saved + 2 and process.is_running and time.monotonic() < limit:
         time.sleep(0.02)
-    assert process.is_running and num_steps() >= saved + 2, "it went on"
+    assert process.is_running and num_steps() >= saved + 2, "it continued"
 
 
 def skipped(run: Path) -> list[int]:

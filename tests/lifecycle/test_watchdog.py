@@ -1,4 +1,4 @@
-"""A rank that stands still ends within its deadline and says where."""
+"""A rank that hangs ends within its deadline and says where."""
 
 import os
 import signal
@@ -60,9 +60,9 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     assert first == "rank 3 has been silent for 0 s in phase update (allowed by deadlines.update_seconds: 0.2 s) of step 12"
     assert "the_thread_that_hangs" in stacks and "_watch" in stacks
     assert first in capsys.readouterr().err
-    (ending,) = read_exit_reports(tmp_path)
-    assert (ending.rank, ending.code, ending.phase) == (rank_info().rank, 70, "update")
-    assert ending.message == first
+    (exit_report,) = read_exit_reports(tmp_path)
+    assert (exit_report.rank, exit_report.code, exit_report.phase) == (rank_info().rank, 70, "update")
+    assert exit_report.message == first
 
 
 def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
@@ -109,6 +109,6 @@ def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, met
     assert process.processes[0].exitcode == 70
     report = Path(run / "logs" / "stall_rank0.txt").read_text()
     assert report.startswith("rank 0 has been silent for 3 s in phase ")
-    (ending,) = read_exit_reports(run)
-    assert (ending.rank, ending.code) == (0, 70) and f"in phase {ending.phase} " in report
+    (exit_report,) = read_exit_reports(run)
+    assert (exit_report.rank, exit_report.code) == (0, 70) and f"in phase {exit_report.phase} " in report
     assert "nft_megatron/run.py" in report or "nft_megatron/train.py" in report

@@ -58,15 +58,15 @@ def test_each_sequence_as_if_alone(lengths: list[int], seed: int):
 
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40))
 @settings(deadline=None)
-def test_rows_hold_every_token_once_and_little_padding(lengths: list[int]):
+def test_padded_ranges_hold_every_token_once_and_little_padding(lengths: list[int]):
     packed = pack_sequences(lengths, CPU)
     total = sum(lengths)
     assert packed.cu_seqlens_q.tolist() == [0, *itertools.accumulate(lengths)]
-    for rows in (packed.query_rows, packed.key_rows):
-        assert torch.equal(rows.tokens_R[rows.rows_T], torch.arange(total))
-        assert len(rows.tokens_R) == sum(bucket.num_pieces * bucket.num_keys for bucket in packed.buckets)
-        assert len(rows.tokens_R) <= 1.125 * total
-    assert sum(bucket.num_pieces for bucket in packed.buckets) == len(lengths)
+    for ranges in (packed.query_ranges, packed.key_ranges):
+        assert torch.equal(ranges.tokens_R[ranges.positions_T], torch.arange(total))
+        assert len(ranges.tokens_R) == sum(batch.num_chunks * batch.num_keys for batch in packed.batches)
+        assert len(ranges.tokens_R) <= 1.125 * total
+    assert sum(batch.num_chunks for batch in packed.batches) == len(lengths)
 
 
 @settings(max_examples=25, deadline=None)

@@ -68,7 +68,7 @@ def test_models_that_cannot_be_cut_that_way(sizes: tuple[int, int, int], field: 
         (Experts(8, 2, 64, True), 1, 3, "parallel.expert", "the 8 experts"),
         (None, 1, 2, "parallel.expert", "no experts"),
         (Experts(8, 2, 63, True), 2, 1, "parallel.tensor", "63 MLP units"),
-        (Experts(8, 2, 64, True), 2, 1, "parallel.sequence_parallel", "only with it"),
+        (Experts(8, 2, 64, True), 2, 1, "parallel.sequence_parallel", "require it"),
     ],
 )
 def test_experts_that_cannot_be_cut_that_way(experts: Experts | None, tensor: int, expert: int, field: str, problem: str):

@@ -25,7 +25,7 @@ CASES = [(name, layout) for layout in {**DENSE, **EXPERT} for name in FAMILIES i
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The tiny models, with transformers' logits and gradients of Σ weight · log-prob beside their weights."""
+    """The tiny models, with transformers' logits and gradients of Σ weight · log-prob, next to their weights."""
     root = tmp_path_factory.mktemp("families")
     folders = {}
     for name in FAMILIES:
@@ -95,7 +95,7 @@ def test_logits_gradients_and_export_are_those_of_transformers(folders, measured
         assert error < 1e-5, f"{key}: {error:.1e}"
 
 
-def test_experts_learn_alike_and_go_on_under_another_layout(folders, tmp_path):
+def test_experts_learn_alike_and_resume_under_another_layout(folders, tmp_path):
     runs = {
         "alone": (Layout(), None),
         "spread": (EXPERT["tensor 2 × expert 2"], None),
@@ -110,7 +110,7 @@ def test_experts_learn_alike_and_go_on_under_another_layout(folders, tmp_path):
         norms[name] = json.loads((tmp_path / name / "norms.json").read_text())
     for name in ("alone", "spread"):
         again = load_file(tmp_path / name / "again.safetensors")
-        assert all(torch.equal(tensor, again[key]) for key, tensor in third[name].items()), "restored, it goes on to the bit"
+        assert all(torch.equal(tensor, again[key]) for key, tensor in third[name].items()), "restored, it continues bit for bit"
     start = load_file(folders["qwen3_moe"] / "model.safetensors")
     for name in ("spread", "gathered", "scattered"):
         assert third[name].keys() == start.keys()

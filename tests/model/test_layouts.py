@@ -1,4 +1,4 @@
-"""Exports and checkpoints under every layout: nothing is lost, and one layout goes on where another one stopped.
+"""Exports and checkpoints under every layout: nothing is lost, and one layout resumes where another stopped.
 
 Each layout is one launch of ``parity_worker.reshard``, which does everything for a tied and an untied model and leaves its
 numbers in a JSON file. What the updates compute is the business of test_parity.py.
@@ -64,7 +64,7 @@ def test_updates_agree_with_one_process(measured: dict, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_restored_run_goes_on_to_the_bit(measured: dict, kind: str):
+def test_a_restored_run_continues_bit_for_bit(measured: dict, kind: str):
     assert measured[kind]["restored"] == {"missing": [], "unexpected": [], "differs": []}
     assert measured[kind]["restored_step"] == 7
     assert measured[kind]["restored_updates"] == 2
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_one_process_loads_under_every_layout(measured: dict, ki
 
 
 def test_what_any_layout_saved_is_the_same(folder, measured_of, models, ledger):
-    """One process restores what each layout wrote right after loading one process's checkpoint, and goes on to the bit."""
+    """One process restores what each layout wrote right after loading one process's checkpoint, and continues bit for bit."""
     for name in NAMES:
         measured_of(name)
     runs = [Run(folder / FIRST / kind / "config.yaml", ledger, folder / name / kind) for name in NAMES for kind in KINDS]

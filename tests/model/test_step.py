@@ -20,7 +20,7 @@ from nft_megatron.model.step import Trainer
 
 @pytest.mark.parametrize("name", ["alone", "tensor 2 × context 2"])
 def test_old_logprobs_make_every_ratio_one_before_the_first_update(models, ledger, tmp_path, name):
-    """With answers of the current weights (version step − 1), π_old is recomputed: R = 1, so the loss is 0 to the bit."""
+    """With answers of the current weights (version step − 1), π_old is recomputed: R = 1, so the loss is exactly 0."""
     fresh = [
         replace(group, answers=tuple(replace(a, completion=replace(a.completion, weight_version=0)) for a in group.answers))
         for group, _ in read_groups(ledger)
@@ -71,8 +71,8 @@ def test_importance_weights_are_truncated_and_leave_older_answers_alone():
     assert weighted.old_logprob_N.tolist() == pytest.approx([-1.2, -0.1, -1.0])
 
 
-def test_the_gate_counts_every_answer_whatever_the_algorithm(models, ledger, tmp_path):
-    """One answer a question, all called right, as the gate writes them: under GRPO they have no advantage."""
+def test_the_probe_counts_every_answer_whatever_the_algorithm(models, ledger, tmp_path):
+    """One answer per question, all marked right, as the probe writes them: under GRPO they have no advantage."""
     alone = []
     for group, _ in read_groups(ledger):
         answer = next(answer for answer in group.answers if answer.verdict.label == "correct")

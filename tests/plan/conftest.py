@@ -1,4 +1,4 @@
-"""Plans to look at, and what torch counts on the real model."""
+"""Plans to check, and what torch counts on the real model."""
 
 import functools
 import json

@@ -16,7 +16,7 @@ SHAPE = PUBLIC_MODELS["Qwen2.5-7B"]
 
 
 def place(layout) -> SimpleNamespace:
-    """As much of a topology as checks look at."""
+    """As much of a topology as the checks need."""
     return SimpleNamespace(
         data_size=layout.data,
         tensor_size=layout.tensor,

@@ -70,7 +70,9 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
     code, out, err = plan("parallel.tensor=1", "rollout.max_answer_tokens=15000", "train.micro_batch_tokens=16384")
     assert code == 2
     assert "of memory" in out  # the plan itself is shown
-    assert re.search(r"stage 0 needs \d+\.\d GB; 90% of h100 is 72.0 GB; the fastest that fits, with .* parallel.tensor=", err)
+    assert re.search(
+        r"stage 0 needs \d+\.\d GB; 90% of h100 is 72.0 GB; the fastest layout that fits, with .* parallel.tensor=", err
+    )
     remedy = re.search(
         r"parallel.tensor=\S+ parallel.pipeline=\S+ parallel.virtual_pipeline=\S+ parallel.context=\S+ model.\S+", err
     )
@@ -82,7 +84,7 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "v100"], "--gpu = v100: no such kind of GPU here; use one of a100-80gb, h100"),
+        (["--gpu", "v100"], "--gpu = v100: unknown kind of GPU; use one of a100-80gb, h100"),
         (["--gpus", "20"], "--gpus = 20: is not a number of whole nodes of 8"),
         (["parallel.tensor=8"], "parallel.tensor = 8: does not divide the model's 28 attention heads"),
         (["parallel.tensor=3"], "does not divide the 8 GPUs that train"),
@@ -96,12 +98,12 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
                 "cluster.gpus_per_node=1",
                 "parallel.pipeline=16",
             ],
-            "1 h100 of a node have no room for the weights and one longest answer; use GPUs with more memory",
+            "one node's 1 h100 cannot hold the weights and one answer of maximal length; use GPUs with more memory",
         ),
-        (["--mixed-share", "0"], "--mixed-share = 0.0: is no share"),
+        (["--mixed-share", "0"], "--mixed-share = 0.0: must be in (0, 1]"),
         (
             ["--gpu", "cpu", "--check", "model.path=Qwen2.5-0.5B", "model.recompute=full", "train.micro_batch_tokens=4096"],
-            "--check = cpu: builds models as GPUs hold them",
+            "--check = cpu: builds models as for GPUs",
         ),
     ],
 )
@@ -134,7 +136,7 @@ def test_experts_are_refused(plan, tmp_path: Path):
     (folder / "config.json").write_text(json.dumps(config))
     code, _, err = plan(f"model.path={folder}")
     assert code == 2
-    assert "has experts, and plans are made for dense models only" in err
+    assert "has experts, but plans support only dense models" in err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture):

@@ -73,7 +73,7 @@ def test_models_that_cannot_be_cut_that_way(make_layout, fields: dict, problem: 
 def test_sizes_come_from_a_folder_without_weights_or_from_a_public_name(tmp_path: Path):
     folder = tmp_path / "Qwen2.5-7B"
     shape, source = find_shape(folder)
-    assert (shape.num_layers, "not here yet" in source) == (28, True)
+    assert (shape.num_layers, "not downloaded yet" in source) == (28, True)
     folder.mkdir()
     config = {
         "architectures": ["Qwen2ForCausalLM"],

@@ -31,8 +31,10 @@ def test_tensor_parallel_bytes(counted, make_layout, sequence_parallel: bool, re
     layout = make_layout(tensor=2, sequence_parallel=sequence_parallel, recompute=recompute)
     moved = traffic(plan_worker.small_shape(2), layout, PACKS, "bfloat16")
     assert moved.tensor[0] == sent(seen, "forward", 2)
-    beside = 2 * 4 * NUM_TOKENS * 64 * 2 / 2  # two layers, four collectives (or two all-reduces) beside matrix products
-    assert moved.tensor[1] == sent(seen, "backward", 2) - beside
+    overlapped = (
+        2 * 4 * NUM_TOKENS * 64 * 2 / 2
+    )  # two layers, four collectives (or two all-reduces) overlapping matrix products
+    assert moved.tensor[1] == sent(seen, "backward", 2) - overlapped
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what is there while one is being written."""
+"""Which checkpoint a run resumes from, and what exists while one is being written."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ def test_a_damaged_newest_checkpoint_is_stepped_over_loudly(damaged_run, command
     damage(run / "checkpoints" / "step_000004")
     done = command("train", config)
     assert done.returncode == 0, done.stderr
-    assert "trying the checkpoint before it" in done.stderr and "step_000004" in done.stderr
+    assert "trying the previous checkpoint" in done.stderr and "step_000004" in done.stderr
     assert metrics_of(run) == undisturbed, "steps 4 and 5 as if nothing had happened"
     assert (run / "checkpoints" / "latest").read_text() == "step_000005"
 
@@ -68,7 +68,7 @@ def test_the_newest_good_one_is_taken_however_far_back(damaged_run, command, met
         damage(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
     done = command("train", config, ranks=1)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("trying the checkpoint before it") == 2
+    assert done.stderr.count("trying the previous checkpoint") == 2
     assert metrics_of(tmp_path / "run") == undisturbed
 
 
@@ -96,14 +96,14 @@ def rows(run: Path) -> list[dict]:
 
 def start_slow(config: Path, tmp_path: Path, name: str, *, ranks: int = 2, **fault) -> Ranks:
     (tmp_path / name).mkdir()
-    return Ranks(train_with_slow_writer, (str(config), str(tmp_path / "go_on"), fault), ranks, tmp_path / name)
+    return Ranks(train_with_slow_writer, (str(config), str(tmp_path / "continue"), fault), ranks, tmp_path / name)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
-def test_killed_while_a_checkpoint_is_written_aside_it_goes_on_from_the_one_before(
+def test_killed_while_a_checkpoint_is_written_in_the_background_it_resumes_from_the_previous_one(
     run_config, command, metrics_of, tmp_path, parallel
 ):
-    """The writer of step 2 stands still until a file is there; meanwhile steps 3 and 4 are trained."""
+    """The writer of step 2 waits until a file is there; meanwhile steps 3 and 4 are trained."""
     sections = {"train": {"num_steps": 5}, "checkpoint": {"every": 2, "keep": 1}, "parallel": parallel}
     sections["evaluate"] = {"data": []}  # else the row of a last step differs from that of any other
     assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
@@ -123,13 +123,13 @@ def test_killed_while_a_checkpoint_is_written_aside_it_goes_on_from_the_one_befo
 
 
 def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, metrics_of, tmp_path):
-    """Steps 3 and 4 are trained before the first byte of step 2 is written; then the run goes on from that checkpoint."""
+    """Steps 3 and 4 are trained before the first byte of step 2 is written; then the run resumes from that checkpoint."""
     sections = {"train": {"num_steps": 4}, "checkpoint": {"every": 2}}
     assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
     config, run = run_config("aside", **sections), tmp_path / "aside"
     process = start_slow(config, tmp_path, "first")
     until(lambda: len(rows(run)) == 4, process=process)
-    (tmp_path / "go_on").touch()
+    (tmp_path / "continue").touch()
     assert process.wait().returncode == 0
     assert latest(run) == 4
     shutil.rmtree(run / "checkpoints" / "step_000004")
@@ -144,7 +144,7 @@ def test_a_stop_request_waits_for_what_is_being_written(run_config, command, met
     process = start_slow(config, tmp_path, "first")
     until(lambda: len(rows(run)) >= 3, process=process)
     (run / "stop").touch()
-    (tmp_path / "go_on").touch()
+    (tmp_path / "continue").touch()
     assert process.wait().returncode == 75
     assert latest(run) == len(rows(run)) and not list(run.rglob(".tmp-*"))
 
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_ends_the_run_with_the_o
     sections = {"train": {"num_steps": 6}, "checkpoint": {"keep": 1, "asynchronous": asynchronous}}
     assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
     config, run = run_config("full", **sections), tmp_path / "full"
-    (tmp_path / "go_on").touch()
+    (tmp_path / "continue").touch()
     process = start_slow(config, tmp_path, "first", rank=1, step=3, errno=errno.ENOSPC)
     outcome = process.wait()
     assert [each.exitcode for each in process.processes] == [75, 75], outcome.stderr
@@ -174,6 +174,6 @@ def test_a_fault_of_training_leaves_time_for_what_is_being_written(run_config, t
     config, run = run_config(), tmp_path / "run"
     process = start_slow(config, tmp_path, "first", ranks=1, broken_update=3)
     until(lambda: list((run / "checkpoints").glob(".tmp-*")), process=process)
-    (tmp_path / "go_on").touch()
+    (tmp_path / "continue").touch()
     assert process.wait().returncode == 1
     assert latest(run) == 1 and not list(run.rglob(".tmp-*"))

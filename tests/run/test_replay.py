@@ -1,4 +1,4 @@
-"""A recorded step once more: to the bit under its own layout, to rounding under others, and what another algorithm would do."""
+"""Replay of a recorded step: bit for bit under its own layout, to rounding under others, and under another algorithm."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def test_its_own_layout_repeats_every_step_to_the_bit_and_leaves_the_run_alone(r
     rows = [json.loads(line) for line in (recorded / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         output = replayed(command, recorded, row["step"])
-        assert output.splitlines()[-1] == "the same to the bit"
+        assert output.splitlines()[-1] == "bit-identical"
         measured = table(output)
         for name in ("loss", "loss_positive", "loss_negative", "grad_norm", "kl_old", "ratio_max", "entropy", "clamp_rate"):
             assert measured[name] == (row[name], row[name])
@@ -93,7 +93,7 @@ def test_what_cannot_be_replayed_is_said(recorded, command, tmp_path):
     for arguments, message in (
         ((recorded, "--step", 9), "--step = 9: has no ledger; one of 1, 2, 3"),
         ((tmp_path, "--step", 1), "is not a run folder"),
-        ((recorded, "--step", 1, "--against", recorded / "config.yaml"), "is no saved replay"),
+        ((recorded, "--step", 1, "--against", recorded / "config.yaml"), "is not a saved replay"),
         ((recorded, "--step", 1, "algorithm.name=ppo"), "no such algorithm"),
     ):
         done = command("replay", *arguments)

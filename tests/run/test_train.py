@@ -1,4 +1,4 @@
-"""Whole runs of the command: they learn, resume to the bit, and say what is wrong."""
+"""Whole runs of the command: they learn, resume bit for bit, and say what is wrong."""
 
 import random
 import signal
@@ -93,7 +93,7 @@ def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, start, metrics_of, tmp_path, attempt):
-    processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core
+    processes = 2 if attempt == 0 else 0  # of the engine; the default is one process per core
     sections = {"rollout": {"oversample": 1.0, "processes": processes}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
     assert command("train", run_config("whole", **sections)).returncode == 0
     config, run, moments = run_config("killed", **sections), tmp_path / "killed", random.Random(attempt)
@@ -117,7 +117,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
 
 
 @pytest.mark.parametrize("name", ["stop file", "signal"])
-def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, start, metrics_of, tmp_path, name):
+def test_stop_request_saves_and_the_next_start_resumes(run_config, command, start, metrics_of, tmp_path, name):
     config, run = run_config(train={"num_steps": 200}, checkpoint={"every": 1000}), tmp_path / "run"
     process = start("train", config)
     until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process=process)
@@ -156,7 +156,7 @@ def test_fewer_steps_than_are_done_are_refused(run_config, command, tmp_path):
     assert [folder.name for folder in (tmp_path / "run" / "hf").iterdir()] == ["step_000002"]
 
 
-def test_a_moved_run_goes_on_and_other_questions_are_refused(run_config, command, question_file, tmp_path):
+def test_a_moved_run_resumes_and_other_questions_are_refused(run_config, command, question_file, tmp_path):
     assert command("train", run_config("first", train={"num_steps": 1})).returncode == 0
     (tmp_path / "first").rename(tmp_path / "second")
     config = run_config("second", train={"num_steps": 2})

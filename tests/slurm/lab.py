@@ -196,7 +196,7 @@ class Lab:
         self._wait(f"{node} did not come back", 30, lambda: self._states()[node] in ("idle", "alloc", "mix"))
 
     def drain(self, node: str, reason: str = "test") -> None:
-        """No new job on ``node``; what runs there goes on."""
+        """No new job on ``node``; what runs there continues."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
 
     def clear(self) -> None:

@@ -65,7 +65,7 @@ def test_a_preflight_that_crashes_is_a_failure_and_its_node_a_bad_one(conduct, c
     assert requeued == [["n2"]]
     conduct(f"exit {code}")
     conduct(f"exit {code}")
-    with pytest.raises(UserError, match="no node wrote into the shared folder"):
+    with pytest.raises(UserError, match="no node wrote to the shared folder"):
         conduct(f"exit {code}")
     assert [attempt.kind for attempt in folder.attempts()] == ["bad nodes", "failed", "failed", "failed"]
     assert folder.attempts()[0].blamed == ("n2",)
@@ -74,7 +74,7 @@ def test_a_preflight_that_crashes_is_a_failure_and_its_node_a_bad_one(conduct, c
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Atomic files fail for want of room, so many times; without a number for good."""
+    """Atomic files fail for lack of space the given number of times; without a number, forever."""
     write = agent.atomic_file
 
     def fill(failures=None):
@@ -102,7 +102,7 @@ def test_a_job_that_begins_on_a_full_disk_is_requeued(conduct, full_disk):
     assert [attempt.kind for attempt in folder.attempts()] == [None]
 
 
-def test_a_job_that_begins_on_a_full_disk_goes_on_once_there_is_room(conduct, full_disk):
+def test_a_job_that_begins_on_a_full_disk_continues_once_there_is_room(conduct, full_disk):
     full_disk(failures=3)
     assert [attempt.kind for attempt in conduct("exit 143").attempts()] == ["left"]
 

@@ -28,7 +28,7 @@ def test_a_bad_node_is_excluded_and_the_job_requeued_without_it(slurm_run):
     run = slurm_run(train={"num_steps": 1}, slurm={"preflight": True, "preflight_seconds": 60.0, "preflight_command": check})
     run.submit()
     assert run.wait_end() == "finished"
-    assert run.folder.excluded() == {"n1": "n1: slurm.preflight_command ended with 1: a fan is broken"}
+    assert run.folder.excluded() == {"n1": "n1: slurm.preflight_command exited with 1: a fan is broken"}
     first, last = run.attempts
     assert (first.kind, first.nodes, first.blamed) == ("bad nodes", ("n1", "n2"), ("n1",))
     assert "n1" not in last.nodes
@@ -82,7 +82,7 @@ def test_what_people_ask_of_a_running_job(slurm_run):
     assert re.search(r"step +\d+ of 10000", shown)
     assert "step 1" in run.command("logs", run.root, "-n", "500").stdout
     assert "n2" in run.command("attach", "--node=n2", run.root, "--", "printenv", "SLURMD_NODENAME").stdout
-    assert "works on it" in run.command("submit", run.config, check=False).stderr
+    assert "is active on it" in run.command("submit", run.config, check=False).stderr
 
     assert run.folder.run.latest_step() is None
     run.command("checkpoint", run.root)
@@ -119,7 +119,7 @@ def test_a_rendered_script_may_be_given_to_sbatch_by_hand(slurm_run):
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 
-def test_a_chain_goes_on_where_requeueing_is_forbidden(slurm_run):
+def test_a_chain_continues_where_requeueing_is_forbidden(slurm_run):
     run = slurm_run(train={"num_steps": 10_000}, slurm={"restart": "chain", "chain_jobs": 2})
     first = run.submit()
     run.wait_step(2)
@@ -153,8 +153,8 @@ def test_the_time_limit_is_survived(slurm_run):
     [
         (["data.train=/nowhere.parquet"], r"data.train = /nowhere.parquet: no such file"),
         (["slurm.partition=nothing"], r"slurm = .*invalid partition"),
-        (["slurm.time=soon"], r"slurm.time = soon: is no time limit"),
-        (["cluster.rollout_nodes=1"], r"rollout.engine = embedded: asks no servers"),
+        (["slurm.time=soon"], r"slurm.time = soon: is not a time limit"),
+        (["cluster.rollout_nodes=1"], r"rollout.engine = embedded: uses no servers"),
         (["cluster.gpu=abacus"], r"cluster.gpu = abacus: .*slurm.plan=false"),
         (["cluster.trainer_nodes=5"], r"slurm = .*(unavailable|not available|invalid)"),
     ],

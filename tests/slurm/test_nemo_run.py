@@ -34,7 +34,7 @@ def test_its_examples_hold():
 
 
 @needs_nemo_run
-def test_a_run_is_requeued_and_goes_on(slurm_run):
+def test_a_run_is_requeued_and_continues(slurm_run):
     settings = {"account": "us", "python": sys.executable, "sbatch": ["--comment=ours"], "signal_seconds": 120}
     run = slurm_run(slurm=settings, train={"num_steps": 200})
     assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=180).stdout
@@ -73,10 +73,10 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("slurm.account=null", "slurm.account = None: NeMo-Run submits nothing without"),
+        ("slurm.account=null", "slurm.account = None: is required by NeMo-Run"),
         ("run_dir=/shared/nemo_runs/a", "run_dir = /shared/nemo_runs/a: has /nemo_run in it"),
-        ("slurm.restart=chain", "slurm.restart = chain: is not built for NeMo-Run"),
-        ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is no --option=value"),
+        ("slurm.restart=chain", "slurm.restart = chain: is not supported with NeMo-Run"),
+        ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is not of the form --option=value"),
     ],
 )
 def test_what_it_has_no_way_for_is_refused_before_anything_is_written(

@@ -1,4 +1,4 @@
-"""What the look at a node finds, with an nvidia-smi and a kernel's log that report faults on demand."""
+"""What the check of a node finds, with an nvidia-smi and a kernel log that report faults on demand."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_good_gpus_have_no_problems(program):
 def test_missing_failing_and_busy_gpus_are_named(program):
     program("nvidia-smi", gpus(("0", "4"), ("3", "4"), ("0", "71234")))
     assert gpu_problems(4) == [
-        "3 GPUs in place of 4",
+        "3 GPUs instead of 4",
         "GPU 1 had 3 uncorrected ECC errors",
         "71234 MiB of GPU 2 are in use",
     ]
@@ -43,7 +43,7 @@ def test_an_nvidia_smi_that_fails_or_is_missing_is_a_problem(program, monkeypatc
     program("nvidia-smi", "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error", 15)
     assert gpu_problems(8) == ["nvidia-smi failed: Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error"]
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert gpu_problems(8) == ["there is no nvidia-smi"]
+    assert gpu_problems(8) == ["nvidia-smi is missing"]
 
 
 def test_serious_xids_are_told_from_those_of_programs(program):
@@ -52,13 +52,13 @@ def test_serious_xids_are_told_from_those_of_programs(program):
         "[12.3] NVRM: Xid (PCI:0000:3b:00): 31, pid=7, name=python, Ch 00000008, MMU Fault\n"
         "[13.3] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.\n",
     )
-    assert xid_problems() == ["Xid 79 in the kernel's log"]
+    assert xid_problems() == ["Xid 79 in the kernel log"]
 
 
 def test_the_sites_own_check_counts():
     assert node_problems(0, "true") == []
-    assert node_problems(0, "echo the fan stands still >&2; exit 3") == [
-        "slurm.preflight_command ended with 3: the fan stands still"
+    assert node_problems(0, "echo the fan is blocked >&2; exit 3") == [
+        "slurm.preflight_command exited with 3: the fan is blocked"
     ]
 
 
@@ -67,14 +67,14 @@ def write(folder, name, **content):
 
 
 def test_what_the_agent_makes_of_the_answers(tmp_path):
-    assert read_preflight(tmp_path, ["n1", "n2"]).problem == "no node wrote into the shared folder"
+    assert read_preflight(tmp_path, ["n1", "n2"]).problem == "no node wrote to the shared folder"
     write(tmp_path, "n1", node="n1", problems=[])
-    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "said nothing in the preflight"}
-    write(tmp_path, "n2", node="n2", problems=["7 GPUs in place of 8", "Xid 79 in the kernel's log"])
-    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "7 GPUs in place of 8; Xid 79 in the kernel's log"}
+    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "did not report in the preflight"}
+    write(tmp_path, "n2", node="n2", problems=["7 GPUs instead of 8", "Xid 79 in the kernel log"])
+    assert read_preflight(tmp_path, ["n1", "n2"]).bad == {"n2": "7 GPUs instead of 8; Xid 79 in the kernel log"}
     write(tmp_path, "n2", node="n2", problems=[])
     found = read_preflight(tmp_path, ["n1", "n2"])
-    assert (found.bad, found.problem) == ({}, "the all-reduce over all nodes did not end")
+    assert (found.bad, found.problem) == ({}, "the all-reduce over all nodes did not complete")
     write(tmp_path, "all_reduce", problem="all-reduce: 2 ones add up to 1")
     assert read_preflight(tmp_path, ["n1", "n2"]).problem == "all-reduce: 2 ones add up to 1"
     write(tmp_path, "all_reduce", problem=None)

@@ -81,7 +81,7 @@ def test_guests_are_an_array_of_single_nodes(config):
 
 def test_rollout_nodes_need_an_engine_that_asks_them(config):
     settings, path = config("rollout.engine=embedded")
-    with pytest.raises(UserError, match=r"rollout.engine = embedded: asks no servers"):
+    with pytest.raises(UserError, match=r"rollout.engine = embedded: uses no servers"):
         render(settings, path)
 
 

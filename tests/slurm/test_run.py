@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(900)
 EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; benchmarks/slurm_soak.py has more
     (incidents.time_limit_near, "left", r"a person's USR1: stopped (after|while collecting) step"),
     (incidents.rank_killed, "failed", r"rank 1 on n\d: Killed"),
-    (incidents.first_node_lost, "lost", r"the agent on n\d ended without a word"),
+    (incidents.first_node_lost, "lost", r"the agent on n\d disappeared: node lost"),
     (incidents.preemption, "left|lost", ""),
     (incidents.rank_stopped, "failed", r"rank 1 on n\d gave no sign of life while rank 0 waited in phase \w+"),
     (incidents.rank_0_stopped, "failed", r"rank 0 on n\d gave no sign of life"),
@@ -24,7 +24,7 @@ EVENTS = [  # what happens, the kind of the attempt's end, what its cause says; 
 ]
 
 
-def test_whatever_happens_the_run_goes_on_as_if_nothing_had(slurm_run, run_config, command, metrics_of, small_disk, tmp_path):
+def test_whatever_happens_the_run_continues_as_if_nothing_had(slurm_run, run_config, command, metrics_of, small_disk, tmp_path):
     settings = {  # of a collective, long before any watchdog
         "parallel": {"threads": 1, "timeout_seconds": 10.0},
         "deadlines": {"heartbeat_seconds": 20.0},

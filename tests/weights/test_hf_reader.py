@@ -42,7 +42,7 @@ def test_slices_along_either_axis(tmp_path: Path, sharded: bool):
     [
         ({"a": TENSORS["a"]}, "lacks the tensor b"),
         ({**TENSORS, "c": torch.zeros(2)}, "unexpected tensor c"),
-        ({**TENSORS, "a": torch.zeros(4, 4)}, r"a has shape \[4, 4\] where config.json implies \[4, 3\]"),
+        ({**TENSORS, "a": torch.zeros(4, 4)}, r"a has shape \[4, 4\], but config.json implies \[4, 3\]"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, tensors: dict[str, torch.Tensor], problem: str):
@@ -62,7 +62,7 @@ def test_a_file_of_another_length_than_its_header_says(tmp_path: Path, change: s
     save_file(TENSORS, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-1] if change == "one byte less" else content + b"\0")
-    with pytest.raises(UserError, match=r"model\.safetensors: is not a whole safetensors file \(its tensors end at byte"):
+    with pytest.raises(UserError, match=r"model\.safetensors: is not a complete safetensors file \(its tensors end at byte"):
         HFReader(tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_broken_folders(tmp_path: Path):
         HFReader(tmp_path)
 
     (tmp_path / "model-1.safetensors").write_bytes(b"\x10")
-    with pytest.raises(UserError, match=r"model-1\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model-1\.safetensors: is not a complete safetensors file"):
         HFReader(tmp_path)
 
     (tmp_path / "model.safetensors.index.json").write_text("[]")
