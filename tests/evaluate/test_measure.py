@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_data import bench_file
+from bench_data import BENCH, recorded
+from own_questions import write_benchmarks
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt
@@ -224,11 +225,9 @@ def test_parts_hold_neighbours_with_the_same_room(tmp_path):
         plan_parts(Task(BY_NAME["amc23"], prompts(5, 100), samples=1), max_tokens=10, context=100, folder=tmp_path)
 
 
-def test_all_six_benchmarks(model, command, tmp_path):
-    """On the development data. The grader is the one without algebra: here the point is the table, for 1547 questions."""
-    files = [bench_file(f"{benchmark.name}.jsonl") for benchmark in BENCHMARKS]
-    out = tmp_path / "out"
-    done = command("eval", model, "--benchmarks", *files, *OPTIONS, "--samples", "1", "--grader", "dapo", "--out", out)
+def measure_all_six(paths, model, command, out):
+    """The grader is the one without algebra: here the point is the table, for 1547 questions."""
+    done = command("eval", model, "--benchmarks", *paths, *OPTIONS, "--samples", "1", "--grader", "dapo", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     for benchmark in BENCHMARKS:
@@ -236,3 +235,33 @@ def test_all_six_benchmarks(model, command, tmp_path):
     assert "mean of 6" in rows
     assert "not 30" not in done.stderr
     assert len(answers(out)) == sum(benchmark.num_questions for benchmark in BENCHMARKS)
+    return rows, done.stderr
+
+
+def test_all_six_benchmarks(model, command, tmp_path):
+    """Of own questions; the model's answers are a box or none, so that the share of right ones is that of equal texts."""
+    written = write_benchmarks(tmp_path / "benchmarks")
+    rows, messages = measure_all_six([tmp_path / "benchmarks"], model, command, tmp_path / "out")
+    assert "golds are not correct" not in messages
+    num_right = 0
+    for benchmark in BENCHMARKS:
+        golds = {question_id: gold for question_id, _, gold in written[benchmark.name][1]}
+        given = [
+            (group.prompt.question_id, answer)
+            for path in sorted((tmp_path / "out" / "answers" / benchmark.name).iterdir())
+            for group, _ in read_groups(path)
+            for answer in group.answers
+        ]
+        assert [question_id for question_id, _ in given] == list(golds)
+        right = [
+            answer.completion.finish_reason == "stop" and f"\\boxed{{{golds[question_id].lstrip('0') or '0'}}}" in answer.text
+            for question_id, answer in given
+        ]
+        assert rows[benchmark.title][2] == f"{100 * sum(right) / len(right):.1f}"
+        num_right += sum(right)
+    assert num_right > 0
+
+
+@recorded(*(f"{benchmark.name}.jsonl" for benchmark in BENCHMARKS))
+def test_all_six_recorded_benchmarks(model, command, tmp_path):
+    measure_all_six([BENCH / f"{benchmark.name}.jsonl" for benchmark in BENCHMARKS], model, command, tmp_path / "out")
