@@ -36,7 +36,7 @@ def test_mistakes(tmp_path: Path) -> None:
     other = write(tmp_path / "other" / "aime2024.jsonl")
     with pytest.raises(UserError, match=r"--benchmarks = .*missing: no such file"):
         find_benchmarks([tmp_path / "missing"])
-    with pytest.raises(UserError, match=r"AIME 2024 again, beside .*aime24\.jsonl"):
+    with pytest.raises(UserError, match=r"AIME 2024 again, besides .*aime24\.jsonl"):
         find_benchmarks([aime, other])
     with pytest.raises(UserError, match=r"is not named after a benchmark .* name it one of aime24, aime25, amc23, math500,"):
         find_benchmarks([write(tmp_path / "gsm8k.jsonl")])
