@@ -68,7 +68,7 @@ def test_file(tmp_path: Path) -> None:
 
 
 def typeset(rng: random.Random, text: list[str]) -> str:
-    """The same words for whoever looks at letters alone."""
+    """The same words in other typography."""
     return "".join(
         rng.choice([word, word.upper(), f"${word}$", f"({word})"]) + rng.choice([" ", ", ", "\n", " -- "]) for word in text
     )

@@ -1,4 +1,4 @@
-"""Values of expressions against math-verify's reading of them, and "different" against its verdicts.
+"""Values of expressions against math-verify's reading, and "different" against its verdicts.
 
 NFT_MEGATRON_FUZZ sets how many expressions are tried (10000 take a few minutes).
 """
@@ -33,7 +33,7 @@ class TooLongError(BaseException):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Computer algebra may take for ever; what is left out by this is counted by the caller."""
+    """Computer algebra may take forever; callers count how many expressions remain."""
 
     def give_up(signum, frame):
         raise TooLongError
@@ -48,7 +48,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def expression(rng: random.Random, depth: int) -> str:
-    """LaTeX put together at random, with everything that may be written in more than one way."""
+    """Random LaTeX, with everything that can be written in more than one way."""
     if depth == 0 or rng.random() < 0.2:
         return rng.choice([str(rng.randint(0, 30)), str(rng.randint(2, 9)), rng.choice("xynabk"), rng.choice(LETTERS), r"\pi"])
     a, b, digit = expression(rng, depth - 1), expression(rng, depth - 1), rng.randint(1, 9)
@@ -91,7 +91,7 @@ def expression(rng: random.Random, depth: int) -> str:
 
 
 def by_math_verify(text: str) -> Decimal | None:
-    """What math-verify reads, with our numbers for its variables; None where it cannot read or evaluate it in time."""
+    """What math-verify reads, with our numbers for its variables; None if it cannot read or evaluate that."""
     with at_most(0.5):
         parsed = parse(rf"\boxed{{{text}}}", (LatexExtractionConfig(),), parsing_timeout=None)
         if not parsed or isinstance(parsed[0], str):
@@ -188,7 +188,7 @@ def test_values(text: str, value: Decimal) -> None:
         "(" * 150 + "x" + ")" * 150 + "+1",
     ],
 )
-def test_what_could_mean_something_else_is_not_read(text: str) -> None:
+def test_ambiguous_text_is_not_read(text: str) -> None:
     assert value_of(text) is None
 
 
@@ -217,7 +217,7 @@ def test_what_could_mean_something_else_is_not_read(text: str) -> None:
         ("f(x)=2x", "f(x)=3x"),
     ],
 )
-def test_nothing_is_said_of_what_may_be_equal(answer: str, gold: str) -> None:
+def test_what_may_be_equal_is_left_open(answer: str, gold: str) -> None:
     assert not differ(answer, gold)
 
 
