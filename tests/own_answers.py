@@ -46,7 +46,7 @@ _INTEGER_RIGHT = {
 _INTEGER_WRONG = {
     "another": r"\boxed{<n+1>}",
     "negative": r"\boxed{-<n>}",
-    "decimal": r"\boxed{<n>.4}",
+    "not whole": r"\boxed{<n>.4}",
     "last counts": "\\boxed{<n>} hmm, no.\n\n\\boxed{<n+2>}",
     "list": r"\boxed{<n>, <n+1>}",
     "or": r"\boxed{<n> \text{ or } <n-1>}",

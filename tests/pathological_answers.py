@@ -96,6 +96,6 @@ PATHOLOGICAL = [
     *(Pathological(text[:40], text) for text in (*map(_box, _POWERS + _SUMS), *_PLAIN)),
     *(Pathological(name, text) for name, text in _SPAM),
     Pathological("power of a sum", _box("(x+y+z)^{60}"), "x+y"),
-    *(Pathological(f"{text[:40]} for x+1", _box(text), "x+1") for text in (*_POWERS[:7], _POWERS[12], _SUMS[1], _SUMS[4])),
-    *(Pathological(f"{text[:40]} for x+1", text, "x+1") for text in _PLAIN[1:5]),
+    *(Pathological(f"{text[:40]} for x+1", _box(text), "x+1") for text in (*_POWERS[:4], _SUMS[1], _SUMS[4])),
+    *(Pathological(f"{text[:40]} for x+1", text, "x+1") for text in _PLAIN[2:5:2]),
 ]

@@ -43,7 +43,7 @@ FORGIVEN_KINDS = {
     "long, cut",
     "long, cut in the box",  # 64 for 6400
 }
-NEAR_KINDS = {"another", "decimal", "last counts", "answers everywhere"}  # within 1e-4 of a gold that is large
+NEAR_KINDS = {"another", "not whole", "last counts", "answers everywhere"}  # within 1e-4 of a gold that is large
 
 
 def verdicts_of(mode: str, cases: list[Case]) -> list[Verdict]:
@@ -145,6 +145,7 @@ def test_golds_in_the_form_of_every_benchmark_verify_themselves(tmp_path) -> Non
     assert unverifiable(golds) == []
 
 
+@pytest.mark.timeout(1200)  # a killed grader's successor imports all of SymPy, dozens of times
 @pytest.mark.parametrize("mode", MODES)
 def test_pathological_answers(mode: Any) -> None:
     """Each is answered, none but two is right, and the pool survives. All of them in the mode of training, some in others."""
