@@ -17,7 +17,7 @@ from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.simplerl import unverifiable
 from nft_megatron.verify.worker import judge_math_verify
 
-UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 60.0}  # starting a grader costs more than its work here
+UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 600.0}  # starting a grader costs more than its work here
 # What strict mode says where math-verify on the whole text says the opposite, by the classes of docs/verification.md.
 REASONS = {
     "no box": {"no closed box", "empty box"},

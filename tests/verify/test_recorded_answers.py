@@ -20,7 +20,7 @@ from nft_megatron.verify.numbers import read_bare_number
 from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.simplerl import unverifiable
 
-UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 60.0}  # starting a grader costs more than its work here
+UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 600.0}  # starting a grader costs more than its work here
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva_math")
 
 
