@@ -170,9 +170,9 @@ def broken(path: Path) -> Path:
         (lambda folder: write_jsonl(folder / "a.jsonl", [1]), "unreadable at row 0: not a JSON object"),
         (
             lambda folder: write_jsonl(folder / "a.jsonl", {"text": "1+1?", "answer": "2"}),
-            "has no question (it has text, answer)",
+            r"has no question \(it has text, answer\)",
         ),
-        (lambda folder: write_jsonl(folder / "a.jsonl", {"question": "1+1?"}), "has no gold answer (it has question)"),
+        (lambda folder: write_jsonl(folder / "a.jsonl", {"question": "1+1?"}), r"has no gold answer \(it has question\)"),
         (lambda folder: write_jsonl(folder / "a.jsonl", {"question": "1+1?", "answer": " "}), "has no gold answer"),
         (lambda folder: write_dapo(folder / "a.parquet", dapo_row("u", "1+1?", None)), "has no gold answer"),
         (
@@ -181,11 +181,11 @@ def broken(path: Path) -> Path:
         ),
         (
             lambda folder: write_dapo(folder / "a.parquet", dapo_row("u", "1?", "1"), dapo_row("u", "2?", "2")),
-            "id 'u' belongs to",
+            "id 'u' also belongs to",
         ),
         (
             lambda folder: write_dapo(folder / "a.parquet", dapo_row("u", "1?", "1"), dapo_row("u", "1?", "2")),
-            "id 'u' belongs to",
+            "id 'u' also belongs to",
         ),
     ],
 )
