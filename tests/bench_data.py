@@ -1,22 +1,24 @@
-"""The development data, which is not part of the project: next to the repository, or in NFT_MEGATRON_BENCH."""
+"""Recorded data: outputs of models, human solutions, the public benchmarks and training questions. It belongs to others.
+
+So it is not part of the project, whose own cases (own_answers, own_questions, pathological_answers) test the same in every
+clone. Where NFT_MEGATRON_BENCH names a folder with recorded data (default: shared/bench beside the repository) more tests run.
+"""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import Any, TypeVar
 
 BENCH = Path(os.environ.get("NFT_MEGATRON_BENCH", Path(__file__).parents[1].parent / "shared" / "bench"))
+Test = TypeVar("Test", bound=Callable[..., None])
 
 
-def bench_file(name: str) -> Path:
-    """Its path; the test is skipped where it is absent."""
-    if not (BENCH / name).exists():
-        pytest.skip(f"{BENCH / name} is absent: set NFT_MEGATRON_BENCH to the folder with the development data")
-    return BENCH / name
+def recorded(*names: str) -> Callable[[Test], Test | None]:
+    """Marks a test that reads these files. Without them there is no such test: nothing to skip, nothing to fail."""
+    return lambda test: test if all((BENCH / name).is_file() for name in names) else None
 
 
 def bench_rows(name: str) -> list[dict[str, Any]]:
-    with bench_file(name).open(encoding="utf-8") as lines:
+    with (BENCH / name).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]

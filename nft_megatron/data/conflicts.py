@@ -1,8 +1,8 @@
 r"""Questions that a data set answers in two ways: whatever a model says, one of the two golds calls it wrong.
 
-Two questions are the same when their texts are equal but for what never changes the meaning: the wording around them, white
-space, LaTeX's math delimiters and spacing commands, and full stops, commas and the like that no digit follows. Letters, digits,
-brackets and operators all count: ``x-1`` and ``x+1`` are two questions. Two golds are the same when they are equal as texts or
+Two questions are the same when their texts differ only in what never changes the meaning: the wording around them, whitespace,
+LaTeX's math delimiters and spacing commands, and full stops, commas and the like not followed by a digit. Letters, digits,
+brackets and operators all count: ``x-1`` and ``x+1`` are two questions. Two golds are the same when they are equal as text or
 as numbers.
 """
 
@@ -21,7 +21,7 @@ _MEANINGLESS = re.compile(r"\\[()\[\],;:! ]|[\s$~]|[.,;:?'\"](?!\d)")
 
 
 def text_key(question: Question) -> str:
-    r"""What two spellings of one question have in common.
+    r"""The key that all spellings of one question share.
 
     >>> one, two = (Question("q", ({"role": "user", "content": text},), "1")
     ...             for text in ("Find $x$: \\(x + 1 = 2\\).", "Find\n$x$; $x+1=2$"))
@@ -41,7 +41,7 @@ def same_gold(one: str, other: str) -> bool:
 
 
 def find_conflicts(questions: Sequence[Question]) -> list[list[Question]]:
-    """The groups of same questions with different golds, in the order of their first member."""
+    """The groups of equal questions with different golds, in the order of their first member."""
     same: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         same[text_key(question)].append(question)

@@ -1,6 +1,6 @@
-"""The ledger: the rollouts of one step as one Parquet file, one row an answer, the answers of a group together.
+"""The ledger: the rollouts of one step as one Parquet file, one row per answer, the answers of a group together.
 
-It is what a step trains on, what a resumed run reads instead of generating again, and what the report shows. Written whole or
+A step trains on it, a resumed run reads it instead of generating again, and the report shows it. It is written completely or
 not at all; every page has a checksum, so that a damaged file is refused. Row groups are small, so that a rank reads its own
 rows without decoding the rest.
 """
@@ -69,9 +69,9 @@ class AnswerTokens(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LedgerIndex:
-    """All of a ledger but its texts and tokens. Numpy arrays with one entry a row, in file order; row i is ``row[i] == i``.
+    """A ledger without its texts and tokens: NumPy arrays with one entry per row, in file order; ``row[i] == i``.
 
-    ``correct_rate`` is NaN where no answer of the group was judged.
+    ``correct_rate`` is NaN if no answer of the group was judged.
     """
 
     row: np.ndarray
@@ -90,16 +90,16 @@ class LedgerIndex:
 
 
 def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], meta: dict[str, Any]) -> None:
-    """Write ``groups`` and the JSON-able ``meta`` to ``path``, replacing it at once.
+    """Write ``groups`` and the JSON-serialisable ``meta`` to ``path``, replacing it atomically.
 
-    Raises :class:`ValueError` for an answer whose log-probs are not finite or not one a token: an engine's fault must not be
+    Raises :class:`ValueError` for an answer whose log-probs are not finite or not one per token: an engine fault must not be
     trained on.
     """
-    assert len(fates) == len(groups), "one fate a group"
+    assert len(fates) == len(groups), "one fate per group"
     assert len({group.group_id for group in groups}) == len(groups), "group ids are unique within a step"
     rows = [_row(group, answer, fate) for group, fate in zip(groups, fates, strict=True) for answer in group.answers]
     schema = SCHEMA.with_metadata({_VERSION_KEY: str(LEDGER_VERSION), _META_KEY: json.dumps(meta)})
-    plain = set(_TOKEN_COLUMNS[1:]) | {"answer"}  # next to nothing repeats in these
+    plain = set(_TOKEN_COLUMNS[1:]) | {"answer"}  # hardly anything repeats in these
     with atomic_file(Path(path)) as temporary:
         dictionary_columns = [name for name in SCHEMA.names if name not in plain]
         with pq.ParquetWriter(
@@ -110,13 +110,13 @@ def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], 
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The ``meta`` that was written with the file."""
+    """The ``meta`` written with the file."""
     with _open(path) as ledger:
         return json.loads(ledger.schema_arrow.metadata[_META_KEY])
 
 
 def read_groups(path: Path) -> list[tuple[Group, Fate]]:
-    """All groups with their fates, equal to what was written."""
+    """All groups with their fates, as they were written."""
     with _open(path) as ledger:
         rows = [
             {**row, **tokens._asdict()}
@@ -128,7 +128,7 @@ def read_groups(path: Path) -> list[tuple[Group, Fate]]:
 
 
 def read_index(path: Path) -> LedgerIndex:
-    """The index of all rows; texts and tokens are not read."""
+    """The index of all rows, without reading texts and tokens."""
     columns = [name for name in LedgerIndex.__dataclass_fields__ if name not in ("row", "is_correct")]
     with _open(path) as ledger:
         table = ledger.read(columns=columns)
@@ -137,7 +137,7 @@ def read_index(path: Path) -> LedgerIndex:
 
 
 def read_tokens(path: Path, rows: Sequence[int] | np.ndarray) -> list[AnswerTokens]:
-    """The tokens of ``rows``, in the order asked for. Only the row groups that hold them are read."""
+    """The tokens of ``rows``, in that order. Only the row groups that hold them are read."""
     wanted = np.asarray(rows, dtype=np.int64)
     found: dict[int, AnswerTokens] = {}
     with _open(path) as ledger:
@@ -153,22 +153,22 @@ def read_tokens(path: Path, rows: Sequence[int] | np.ndarray) -> list[AnswerToke
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a ledger and check what it is; damage met anywhere while reading becomes a :class:`UserError`."""
+    """Open a file and check that it is a ledger; damage found while reading becomes a :class:`UserError`."""
     if not Path(path).exists():
-        raise UserError("ledger", path, "no such file", "check the step; a step has a ledger once its questions are collected")
+        raise UserError("ledger", path, "no such file", "check the step; a step has a ledger once its answers are collected")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as ledger:
             metadata = ledger.schema_arrow.metadata or {}
             if _VERSION_KEY not in metadata:
-                raise UserError("ledger", path, "Parquet, but not a ledger", "name a file that nft_megatron wrote")
+                raise UserError("ledger", path, "is Parquet but not a ledger", "name a file that nft_megatron wrote")
             if int(metadata[_VERSION_KEY]) > LEDGER_VERSION:
                 version = metadata[_VERSION_KEY].decode()
-                problem = f"format {version}, this program reads up to {LEDGER_VERSION}"
-                raise UserError("ledger", path, problem, "use the nft_megatron that wrote it, or a newer one")
+                problem = f"has format {version}; this version reads up to {LEDGER_VERSION}"
+                raise UserError("ledger", path, problem, "use the version of nft_megatron that wrote it, or a newer one")
             yield ledger
     except (pa.ArrowException, OSError) as error:
-        problem = f"damaged: {str(error).splitlines()[0]}"
-        raise UserError("ledger", path, problem, "delete it and run again: its step is then collected anew") from error
+        problem = f"is damaged: {str(error).splitlines()[0]}"
+        raise UserError("ledger", path, problem, "delete it and run again to collect its step anew") from error
 
 
 def _row(group: Group, answer: Answer, fate: Fate) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _row(group: Group, answer: Answer, fate: Fate) -> dict[str, Any]:
 
 
 def _row_groups(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Cut ``rows`` so that no piece but a single row exceeds the limits of a row group."""
+    """Split ``rows`` so that no chunk exceeds the limits of a row group, unless it is a single row."""
     chunk: list[dict[str, Any]] = []
     num_tokens = 0
     for row in rows:
@@ -221,7 +221,7 @@ def _row_groups(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 
 def _tokens(table: pa.Table) -> list[AnswerTokens]:
-    """The token columns row by row, each a copy, so that nobody holds the whole table."""
+    """The token columns row by row, copied so that they do not keep the whole table alive."""
     columns = [[row.values.to_numpy().copy() for row in table[name]] for name in _TOKEN_COLUMNS]
     return [AnswerTokens(*row) for row in zip(*columns, strict=True)]
 

@@ -1,9 +1,9 @@
-"""Which evaluation questions were seen in training: the share of a question's word 13-grams that one training question holds.
+"""Which evaluation questions are in the training data: the share of a question's word 13-grams found in one training question.
 
 A text's words are its runs of the letters a to z and its runs of digits, in lower case; everything else (spaces, LaTeX's
-backslashes and brackets, operators, other scripts) only separates them, so that two typesettings of one problem agree. The
-instructions around a question are taken off first: a data set's own wording would match itself everywhere. A question with
-fewer than 13 words has no 13-gram and is counted apart, as one that cannot be compared.
+backslashes and brackets, operators, other scripts) only separates them, so that two typesettings of one problem match. The
+instructions around a question are removed first: a data set's own wording would match itself everywhere. A question with
+fewer than 13 words has no 13-gram; it cannot be compared and is counted separately.
 
 Lee et al. 2021 and GPT-3 (Brown et al. 2020, appendix C) look for a single shared 13-gram; in mathematics half of them, within
 one training question, tells a copied problem from a shared phrase.
@@ -29,9 +29,9 @@ _WORD = re.compile(r"[a-z]+|[0-9]+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """An evaluation question with the training questions that hold at least the threshold of its n-grams, most first.
+    """An evaluation question and the training questions that hold at least the threshold share of its n-grams, most first.
 
-    ``overlap`` is the largest share, ``same_gold`` those of ``train_ids`` whose gold is the same too.
+    ``overlap`` is the largest share; ``same_gold`` are the ``train_ids`` whose gold is also the same.
     """
 
     bench_id: str
@@ -58,7 +58,7 @@ def find_overlaps(
     threshold: float = 0.5,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[int, Overlap]:
-    """Of which evaluation questions some training question holds at least ``threshold`` of the n-grams, by position, in order.
+    """The evaluation questions with at least ``threshold`` of their n-grams in one training question, by position, in order.
 
     ``advance`` is called after each training question.
     """
@@ -90,18 +90,18 @@ def find_overlaps(
 
 
 def num_comparable(questions: Sequence[Question], n: int = 13) -> int:
-    """How many questions have an n-gram at all."""
+    """The number of questions that have at least one n-gram."""
     return sum(bool(ngrams(question.text, n)) for question in questions)
 
 
 def write_overlaps(path: Path, overlaps: Iterable[Overlap]) -> None:
-    """One JSON object a line, with the fields of :class:`Overlap`."""
+    """Write one JSON object per line, with the fields of :class:`Overlap`."""
     with atomic_file(path) as temporary:
         temporary.write_text("".join(json.dumps(vars(overlap)) + "\n" for overlap in overlaps), encoding="utf-8")
 
 
 def read_overlapping_ids(path: Path, field: str) -> frozenset[str]:
-    """The ids of the evaluation questions in a file of :func:`write_overlaps`."""
+    """The ids of the evaluation questions in a file written by :func:`write_overlaps`."""
     try:
         return frozenset(json.loads(line)["bench_id"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError, KeyError, TypeError) as error:

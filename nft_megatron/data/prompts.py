@@ -19,7 +19,7 @@ from nft_megatron.data.wording import reword
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are asked, and how many questions of their data set are not."""
+    """The prompts that are asked, and how many questions of their data set are left out."""
 
     prompts: tuple[Prompt, ...] = ()
     num_conflicting: int = 0
@@ -32,15 +32,15 @@ class PromptSet:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Both counts under their names in the metrics."""
+        """Both counts, under their names in the metrics."""
         return {"questions_conflicting": self.num_conflicting, "questions_overlong": self.num_overlong}
 
 
 def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str = "data.train") -> PromptSet:
-    """The prompts of ``questions`` in the same order, without conflicting and overlong ones where ``settings`` drop those.
+    """The prompts of ``questions``, in the same order, without the conflicting and overlong ones that ``settings`` drops.
 
     ``tokenizer`` is a Hugging Face tokenizer. Raises :class:`UserError` for a question longer than
-    ``settings.max_prompt_tokens`` under ``overlong: error``, when none is left, and for a chat template that is missing.
+    ``settings.max_prompt_tokens`` under ``overlong: error``, if no question is left, and if a chat template is missing.
     """
     conflicts = find_conflicts(questions) if settings.conflicting == "drop" else []
     conflicting = {question.question_id for group in conflicts for question in group}
@@ -71,7 +71,7 @@ def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataCo
 def tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataConfig) -> list[Prompt]:
     """The prompts of all ``questions`` under the instruction and the template of ``settings``, however long.
 
-    Raises :class:`UserError` where the template needs a chat template and the tokenizer has none.
+    Raises :class:`UserError` if the template needs a chat template and the tokenizer has none.
     """
     asked = [reword(question, settings.instruction) for question in questions]
     return [
@@ -96,7 +96,7 @@ def _token_ids(questions: Sequence[Question], tokenizer: Any, settings: DataConf
 
 
 def _with_system(messages: Sequence[dict[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
-    """``messages`` under ``system_prompt``, which replaces a system message of the data set; None leaves them alone."""
+    """``messages`` after ``system_prompt``, which replaces the data set's system message; None leaves them unchanged."""
     if system_prompt is None:
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *(message for message in messages if message["role"] != "system")]
@@ -109,9 +109,9 @@ def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """An endless order of prompts: one permutation an epoch, each drawn from (seed, epoch).
+    """An endless order of prompts: one permutation per epoch, drawn from (seed, epoch).
 
-    The cursor, a number of prompts, is its whole state, so that resuming is taking from the saved cursor.
+    The cursor, a number of prompts, is the whole state: a resumed run takes prompts from the saved cursor.
 
     >>> order = PromptOrder(prompts=("a", "b", "c"), seed=0)
     >>> order.take(0, 3) + order.take(3, 3) == order.take(0, 6)
@@ -124,7 +124,7 @@ class PromptOrder:
     seed: int
 
     def index(self, position: int) -> int:
-        """Which prompt stands at ``position`` of the order."""
+        """The index of the prompt at ``position`` of the order."""
         epoch, within = divmod(position, len(self.prompts))
         return int(_epoch_order(len(self.prompts), self.seed, epoch)[within])
 

@@ -1,7 +1,7 @@
 """Reads questions: Parquet in the schema of DAPO-Math-17k, JSONL, or a local Hugging Face data set folder.
 
 One rule serves all formats: a row is a dictionary, and :func:`question_of_row` finds the question, the gold answer and the
-id in it. Arrow files of ``datasets.save_to_disk`` are Arrow IPC streams, so pyarrow reads them alone.
+id in it. Arrow files from ``datasets.save_to_disk`` are Arrow IPC streams, which pyarrow reads by itself.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def load_questions(
 ) -> list[Question]:
     """All questions of ``paths``, in file order, each id once.
 
-    Of a data set folder with several splits the first of ``splits`` that it has is read.
+    From a data set folder with several splits, the first of ``splits`` that it has is read.
 
-    A row that repeats an earlier one (same id, question and gold: the public DAPO-Math-17k holds each a hundred times) is left
-    out. A row without an id is named after its place, ``folder/train.parquet/17``; where several paths are listed, their
-    position in the list stands before it, so that equal names in two data sets stay apart.
+    A row that repeats an earlier one (same id, question and gold: the public DAPO-Math-17k has each a hundred times) is left
+    out. A row without an id is named after its place, ``folder/train.parquet/17``; if several paths are listed, the path's
+    position comes first, so that equal names in two data sets stay distinct.
 
-    Raises :class:`UserError` naming ``field``: no such file, unreadable, empty, a row without question or gold, one id for two
-    different questions.
+    Raises :class:`UserError` naming ``field`` if a file is missing, unreadable or empty, a row has no question or gold, or two
+    different questions share an id.
     """
     questions: dict[str, Question] = {}
     for position, path in enumerate(map(Path, paths)):
@@ -56,7 +56,7 @@ def load_questions(
                     raise UserError(
                         field,
                         f"{file}, row {number}",
-                        f"id {question.question_id!r} belongs to another question or gold too",
+                        f"id {question.question_id!r} also belongs to another question or gold",
                         "give every question its own id, or remove the ids",
                     )
     if not questions:
@@ -65,7 +65,7 @@ def load_questions(
 
 
 def question_of_row(row: Row, default_id: str, where: str, field: str) -> Question:
-    r"""The question in one row, whatever the columns are called; ``where`` names the row in errors.
+    r"""The question in one row, whatever its columns are called; ``where`` names the row in errors.
 
     >>> row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
     >>> question_of_row(row, "f/0", "f, row 0", "data.train")
@@ -79,7 +79,7 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
         raise _missing(row, "question", QUESTION_KEYS, where, field)
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not _are_messages(messages):
-        raise UserError(field, where, "the question is neither a text nor a list of {role, content}", "make it one of them")
+        raise UserError(field, where, "the question is neither text nor a list of {role, content}", "make it one of the two")
     gold = _first(_section(row, "reward_model"), ("ground_truth",))
     gold = _as_text(_first(row, GOLD_KEYS) if gold is None else gold)
     if not gold.strip():
@@ -87,7 +87,7 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
     source = str(_first(row, ("data_source", "source")) or "")
     index = _first(_section(row, "extra_info"), ("index",))
     given_id = _first(row, ID_KEYS) if index is None else index
-    # A number only counts rows within a file; a text is taken to be unique.
+    # A number only counts rows within a file; a string is taken to be unique.
     question_id = given_id if isinstance(given_id, str) and given_id else default_id
     return Question(
         question_id, tuple({key: message[key] for key in ("role", "content")} for message in messages), gold, source
@@ -99,7 +99,7 @@ def _first(row: Row, keys: Sequence[str]) -> Any:
 
 
 def _as_text(gold: Any) -> str:
-    """A gold answer as a text, empty where there is none: 27.0 is 27, several answers are one list as a text."""
+    """A gold answer as text, empty if there is none: 27.0 becomes 27, several answers become one list."""
     if isinstance(gold, float) and gold.is_integer():
         gold = int(gold)
     if isinstance(gold, list):
@@ -108,7 +108,7 @@ def _as_text(gold: Any) -> str:
 
 
 def _section(row: Row, key: str) -> Row:
-    """The nested row under ``key``; some data sets keep a text there, which says nothing about gold or id."""
+    """The nested row under ``key``; some data sets have a string there, which gives neither gold nor id."""
     return row[key] if isinstance(row.get(key), dict) else {}
 
 
@@ -121,11 +121,11 @@ def _are_messages(messages: Any) -> bool:
 
 def _missing(row: Row, what: str, looked_for: Sequence[str], where: str, field: str) -> UserError:
     present = ", ".join(key for key in row if row[key] is not None) or "nothing"
-    return UserError(field, where, f"has no {what}: it has {present}", f"give it as one of {', '.join(looked_for)}")
+    return UserError(field, where, f"has no {what} (it has {present})", f"name the column one of {', '.join(looked_for)}")
 
 
 def _files_of(path: Path, field: str, splits: Sequence[str]) -> list[Path]:
-    """``path`` itself, or the files of a data set folder that belong to the first of ``splits`` that it has."""
+    """``path`` itself, or a data set folder's files of the first of ``splits`` that it has."""
     if path.is_file():
         return [path]
     if (path / "dataset_dict.json").exists():
@@ -141,14 +141,14 @@ def _files_of(path: Path, field: str, splits: Sequence[str]) -> list[Path]:
 
 
 def _of_split(candidates: list[Path], path: Path, field: str, splits: Sequence[str]) -> list[Path]:
-    """Those named after the first split that any is named after, else the only one. Taking all would train on a test split."""
+    """Those named after the first split that occurs, else the only candidate. Taking all would train on a test split."""
     for split in splits:
         named = re.compile(f"(?<![a-z]){split}(?![a-z])")
         if found := [candidate for candidate in candidates if named.search(str(candidate.relative_to(path)))]:
             return found
     if len(candidates) != 1:
         names = ", ".join(candidate.name for candidate in candidates[:5])
-        problem = f"has several parts and none named {' or '.join(splits)}: {names}"
+        problem = f"has several parts but none named {' or '.join(splits)}: {names}"
         raise UserError(field, path, problem, "name the files themselves")
     return candidates
 
@@ -164,7 +164,7 @@ def _rows_of(file: Path, field: str) -> Iterator[Row]:
             number += 1
     except (pa.ArrowException, ValueError, OSError) as error:
         problem = f"unreadable at row {number}: {str(error).splitlines()[0]}"
-        raise UserError(field, file, problem, "check that the file is whole, or fetch it again") from error
+        raise UserError(field, file, problem, "check that the file is complete, or download it again") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-r"""How a question becomes the text that a model family reads; ``data.template`` names one.
+r"""How a question becomes the text that a model family reads; ``data.template`` names the way.
 
 | name | for | system message |
 |---|---|---|
@@ -6,8 +6,8 @@ r"""How a question becomes the text that a model family reads; ``data.template``
 | ``qwen2.5-math`` | Qwen2.5 models that are not Qwen2.5-Math, asked as Qwen2.5-Math is | "Please reason step by step, …" |
 | ``plain`` | base models without a chat template: ``data.plain_format`` | none |
 
-The chat template of Qwen2.5-Math puts its system message in by itself, so for the paper's 7B model ``chat`` and
-``qwen2.5-math`` give the same text. ``data.system_prompt`` replaces the system message of either.
+The chat template of Qwen2.5-Math adds its system message by itself, so for the paper's 7B model ``chat`` and
+``qwen2.5-math`` give the same text. ``data.system_prompt`` replaces either system message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Template:
-    """``uses_chat``: the tokenizer's chat template, under ``system_prompt`` where there is one."""
+    """``uses_chat``: apply the tokenizer's chat template, with ``system_prompt`` if there is one."""
 
     uses_chat: bool
     system_prompt: str | None = None

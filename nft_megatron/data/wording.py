@@ -1,11 +1,11 @@
-r"""What stands around a question of DAPO-Math-17k, and its variants.
+r"""The instructions around a question of DAPO-Math-17k, and their variants.
 
-| variant | the last line that is asked for | where it is from |
+| variant | the last line that it asks for | source |
 |---|---|---|
 | ``answer`` | ``Answer: $Answer (without quotes)`` | DAPO-Math-17k as published |
 | ``boxed`` | ``Answer: \boxed{$Answer}`` | NFT's training data; what the ``strict`` verifier reads |
 
-Everything here works on texts alone, so that training, evaluating and comparing data sets mean the same by "the question".
+Everything here works on text alone, so that training, evaluation and comparing data sets mean the same by "the question".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WORDED = re.compile(
 
 
 def bare(text: str) -> str:
-    r"""The question alone, whichever variant stands around it; any other text as it is.
+    r"""The question alone, whichever variant surrounds it; any other text unchanged.
 
     >>> bare(worded("What is 2+2?", "answer")), bare("What is 2+2?")
     ('What is 2+2?', 'What is 2+2?')
@@ -42,7 +42,7 @@ def bare(text: str) -> str:
 
 
 def worded(text: str, wording: Wording) -> str:
-    r"""The question in ``wording``, in place of the variant that it may stand in.
+    r"""The question in ``wording``, which replaces any variant around it.
 
     >>> print(worded("What is 2+2?", "boxed").split(". ")[1])
     The last line of your response should be of the form Answer: \boxed{$Answer} where $Answer is the answer to the problem.
@@ -55,7 +55,7 @@ def worded(text: str, wording: Wording) -> str:
 
 
 def reword(question: Question, instruction: Literal["keep", "boxed", "answer", "none"]) -> Question:
-    """A question in either variant put into another one, or stripped (``none``). Any other question is returned as it is.
+    """A question in either variant, reworded or stripped (``none``). Any other question is returned unchanged.
 
     >>> asked = Question("q", ({"role": "user", "content": worded("What is 2+2?", "answer")},), gold="4")
     >>> reword(asked, "none").text, reword(asked, "boxed").text == worded("What is 2+2?", "boxed")
@@ -75,7 +75,7 @@ def reword(question: Question, instruction: Literal["keep", "boxed", "answer", "
 
 
 def instruct(question: Question, wording: Wording) -> Question:
-    """The question with its user message in ``wording``, also where it stood in none.
+    """The question with its user message in ``wording``, even if it was in no variant before.
 
     >>> instruct(Question("q", ({"role": "user", "content": "2+2?"},), gold="4"), "boxed").text == worded("2+2?", "boxed")
     True

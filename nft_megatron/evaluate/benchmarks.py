@@ -1,8 +1,8 @@
-r"""The six benchmarks of the paper as a table, and where to find them on the disk.
+r"""The six benchmarks of the paper as a table, and how to find them on disk.
 
-AIME and AMC are asked 32 times each in the wording of the training data, since their answers are integers like those of
-DAPO-Math-17k; the other three once, as they stand (section 5.1 and appendix B.3). All are sampled with top-p 0.7, at
-temperature 1.0 for the 7B model and 0.6 for the 32B model, in the context of training.
+AIME and AMC questions are asked 32 times each in the wording of the training data, since their answers are integers like those
+of DAPO-Math-17k; the other three once, as they stand (section 5.1 and appendix B.3). All are sampled with top-p 0.7, at
+temperature 1.0 for the 7B model and 0.6 for the 32B model, with the context length of training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGE = 20e9  # parameters; between the paper's 7B and 32B
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``samples`` is the k of avg@k. ``training_wording``: asked as training questions are, not as it stands."""
+    """``samples`` is the k of avg@k. ``training_wording``: asked like training questions, not as it stands."""
 
     name: str
     title: str
@@ -41,7 +41,7 @@ BENCHMARKS = (
 
 
 def temperature_for(num_parameters: int) -> float:
-    """The paper's: 1.0 for its 7B model, 0.6 for its 32B model, and for what is nearer to either.
+    """The paper's temperature for the nearer of its models: 1.0 for 7B, 0.6 for 32B.
 
     >>> temperature_for(7_600_000_000), temperature_for(32_800_000_000)
     (1.0, 0.6)
@@ -62,8 +62,8 @@ def benchmark_named(path: Path) -> Benchmark | None:
 def find_benchmarks(paths: Sequence[Path], field: str = "--benchmarks") -> list[tuple[Benchmark, Path]]:
     """The benchmarks among ``paths`` with their files or folders, in the table's order.
 
-    A path is named after a benchmark, or is a folder that holds such files and folders; what else it holds is passed over.
-    Raises :class:`UserError` where a path is neither, and for two paths to one benchmark.
+    A path is named after a benchmark, or is a folder of such files and folders; anything else in it is ignored.
+    Raises :class:`UserError` if a path is neither, or if two paths lead to one benchmark.
     """
     found: dict[str, Path] = {}
     for path in paths:
@@ -76,6 +76,8 @@ def find_benchmarks(paths: Sequence[Path], field: str = "--benchmarks") -> list[
             raise UserError(field, path, "is not named after a benchmark and holds nothing that is", f"name it one of {known}")
         for benchmark, item in named:
             if benchmark.name in found:
-                raise UserError(field, item, f"{benchmark.title} again, beside {found[benchmark.name]}", "name one of the two")
+                raise UserError(
+                    field, item, f"is {benchmark.title} again, besides {found[benchmark.name]}", "name one of the two"
+                )
             found[benchmark.name] = item
     return [(benchmark, found[benchmark.name]) for benchmark in BENCHMARKS if benchmark.name in found]

@@ -1,4 +1,4 @@
-"""``nft-megatron eval``: how good the model in a Hugging Face folder is, on a config's held-out questions or on benchmarks."""
+"""``nft-megatron eval``: measures the model in a Hugging Face folder on a config's held-out questions or on benchmarks."""
 
 from __future__ import annotations
 
@@ -41,15 +41,13 @@ _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None = None) -> Evaluation:
     """Print the accuracy of ``model_folder`` on ``config.evaluate.data`` with its standard error; write it to ``out`` too.
 
-    Returns the judged answers.
-
-    Raises :class:`UserError` when there are no held-out questions or the folder is not a whole model.
+    Returns the judged answers. Raises :class:`UserError` if there are no held-out questions or the folder is not a complete model.
     """
     if not config.evaluate.data:
         raise UserError(
             "evaluate.data",
             "(nothing)",
-            "no questions to evaluate on",
+            "names no questions to evaluate on",
             "name a file: evaluate.data=questions.parquet, or measure benchmarks: --benchmarks FOLDER",
         )
     model_folder = Path(model_folder)
@@ -72,7 +70,7 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
     if out is not None:
         _write_json(out, summary)
     print(
-        f"{model_folder}: {result.accuracy:.1%} ± {result.standard_error:.1%} of {len(prompts)} questions right "
+        f"{model_folder}: {result.accuracy:.1%} ± {result.standard_error:.1%} of {len(prompts)} questions correct "
         f"(avg@{config.evaluate.samples}, temperature {config.evaluate.temperature:g}), {result.truncated_rate:.1%} cut off"
     )
     return result
@@ -80,9 +78,9 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What the command line says. None: each benchmark's own k, the paper's temperature for the model's size, the answer
-    length of training. ``out`` is a folder for answers and summary; ``overlap`` a file of ``nft-megatron overlap``; ``beside``
-    files whose scores are printed beside these."""
+    """Options of the command line. None means each benchmark's own k, the paper's temperature for the model's size, or the
+    answer length of training. ``out`` is a folder for answers and summary, ``overlap`` a file from ``nft-megatron overlap``,
+    ``beside`` files whose scores are printed beside these."""
 
     paths: tuple[Path, ...]
     out: Path
@@ -96,7 +94,7 @@ class BenchmarkOptions:
 
 
 def default_config(model_folder: Path, run_dir: Path, overrides: Sequence[str]) -> Config:
-    """What a benchmark evaluation without a CONFIG goes by: the defaults of all fields, and the template that the model has."""
+    """The config of a benchmark evaluation without CONFIG: every field's default, and the template that the model has."""
     template = "chat" if load_tokenizer(model_folder, "MODEL").chat_template else "plain"
     tree: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -108,10 +106,10 @@ def default_config(model_folder: Path, run_dir: Path, overrides: Sequence[str]) 
 
 
 def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOptions) -> None:
-    """Measure ``model_folder`` on benchmarks, print their table and write ``summary.json``; go on where a killed call was.
+    """Measure ``model_folder`` on benchmarks, print a table and write ``summary.json``; resumes where a killed call stopped.
 
-    Prompts and lengths are those of ``config``. Raises :class:`UserError` for what the user can mend, such as answers in
-    ``options.out`` that were given under other settings.
+    Prompts and lengths are those of ``config``. Raises :class:`UserError` for what the user can fix, such as answers in
+    ``options.out`` from other settings.
     """
     overlapping = read_overlapping_ids(options.overlap, "--overlap") if options.overlap else frozenset[str]()
     others = [scores for path in options.beside for scores in read_scores(path)]
@@ -123,7 +121,7 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     ]
     asked = {prompt.question_id for task in tasks for prompt in task.prompts}
     if overlapping and not overlapping & asked:
-        log.warning("%s: none of its questions is in these benchmarks; was it made with the same files?", options.overlap)
+        log.warning("%s: none of its questions are in these benchmarks; was it made from the same files?", options.overlap)
     context = read_shape(model_folder, "MODEL").max_positions
     parts = [plan_parts(task, sampling.max_tokens, context, options.out) for task in tasks]
     _answer(parts, config, model_folder, tokenizer, sampling)
@@ -142,9 +140,9 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
 
 
 def _with_grader(config: Config, grader: str) -> Config:
-    """``config`` with the grader of the evaluation, and deadline: an unknown verdict is a hole in the table."""
+    """``config`` with the evaluation's grader and longer deadlines: an unknown verdict is a hole in the table."""
     if grader not in GRADERS:
-        raise UserError("--grader", grader, "no such grader", f"one of {', '.join(GRADERS)}")
+        raise UserError("--grader", grader, "no such grader", f"use one of {', '.join(GRADERS)}")
     verify = config.verify.model_dump() | {
         "mode": grader,
         "soft_seconds": max(config.verify.soft_seconds, _SOFT_SECONDS),
@@ -183,7 +181,7 @@ def _answer(
     tokenizer: Any,
     sampling: Sampling,
 ) -> None:
-    """Answer the parts that have no file yet. The model is loaded either way: its hash must be that of the answers there."""
+    """Answer the parts that have no file yet. The model is always loaded: its hash must match that of existing answers."""
     everything = [part for own in parts for part in own]
     done = [part for part in everything if part.path.exists()]
     for own in parts:
@@ -207,14 +205,14 @@ def _answer(
 
 
 def _check_golds(tasks: Sequence[Task], client: RolloutClient, grader: str) -> None:
-    """Warn of questions that no answer can get right: their gold, in a box, is not correct to the grader."""
+    """Warn of questions that no answer can get right: the grader does not accept their gold in a box."""
     for task in tasks:
         golds = [prompt.gold for prompt in task.prompts]
         verdicts = client.verifier.verify_many((rf"\boxed{{{gold}}}", gold, "stop") for gold in golds)
         missed = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.label != "correct"]
         if missed:
             log.warning(
-                "%s: %d of %d golds are not correct to the grader %s themselves, such as %s",
+                "%s: %d of %d golds are not judged correct by the grader %s themselves, such as %s",
                 task.benchmark.title,
                 len(missed),
                 len(golds),
@@ -227,7 +225,7 @@ def _check_golds(tasks: Sequence[Task], client: RolloutClient, grader: str) -> N
 def _open_model(
     config: Config, model_folder: Path, tokenizer: Any, *, num_steps: int, first_step: int = 0
 ) -> Iterator[tuple[RolloutClient, str]]:
-    """Engine and verifier with the weights of ``model_folder``, and their fingerprint."""
+    """A client with the weights of ``model_folder`` loaded, and their fingerprint."""
     shape = read_shape(model_folder, "MODEL")
     table = weight_table(shape)
     with contextlib.ExitStack() as stack:
@@ -242,8 +240,8 @@ def _open_model(
 
 
 def _apart(config: Config, model_folder: Path, shape: ModelShape) -> Config:
-    """``config`` with a run folder of its own, so that servers of an evaluation and of a training do not meet, and servers that
-    take what the model has room for."""
+    """``config`` with its own run folder, so that servers of an evaluation and of training stay apart, and with servers that
+    accept whatever fits the model's context."""
     longest = max(shape.max_positions - config.data.max_prompt_tokens, config.rollout.max_answer_tokens)
     update = {
         "run_dir": config.run_dir / "evaluate",

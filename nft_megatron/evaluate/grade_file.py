@@ -29,13 +29,13 @@ Row = dict[str, Any]
 def verify_file(
     path: Path, *, answer_field: str, gold_field: str, mode: str, out: Path | None = None, workers: int | None = None
 ) -> None:
-    """Grade the answers in a JSONL or Parquet file and print the table of reasons.
+    """Grade the answers in a JSONL or Parquet file and print a table of reasons.
 
-    ``out`` gets each row as it was plus ``verdict`` and ``reason`` (a field of that name is replaced). A row that has a
-    ``finish_reason`` of "length" or "abort", as those of a ledger do, is judged accordingly. ``workers``: grader processes, one
-    a core unless given.
+    ``out`` gets each row unchanged plus ``verdict`` and ``reason`` (fields of that name are replaced). A row with a
+    ``finish_reason`` of "length" or "abort", as in a ledger, is judged accordingly. ``workers``: grader processes, by default
+    one per core.
 
-    Raises :class:`UserError` with file and line for what is not a row, lacks a field or holds no text there.
+    Raises :class:`UserError` with file and line if a line is not a row, lacks a field, or has no text there.
     """
     if mode not in MODES:
         raise UserError("--mode", mode, "no such mode", f"use one of {', '.join(MODES)}")
@@ -60,7 +60,7 @@ def verify_file(
 
 
 def table_of(counts: Counter[str]) -> str:
-    """Reasons that occur, with their number and share.
+    """The reasons that occur, with their counts and shares.
 
     >>> print(table_of(Counter({"exact": 3, "truncated": 1})))
     verdict   reason                 answers    share
@@ -82,15 +82,18 @@ def _answer_of(row: Row, where: str, answer_field: str, gold_field: str) -> tupl
     for option, field in (("--answer-field", answer_field), ("--gold-field", gold_field)):
         if field not in row:
             raise UserError(
-                "FILE", where, f"has no field {field!r}: it has {', '.join(row) or 'none'}", f"name the right one with {option}"
+                "FILE",
+                where,
+                f"has no field {field!r} (it has {', '.join(row) or 'none'})",
+                f"name the right one with {option}",
             )
     text, gold = row[answer_field], row[gold_field]
     if not isinstance(text, str):
-        problem = f"{answer_field!r} is no text but {type(text).__name__}"
-        raise UserError("FILE", where, problem, "write the whole answer of the model there")
+        problem = f"{answer_field!r} is not text but {type(text).__name__}"
+        raise UserError("FILE", where, problem, "put the model's whole answer there")
     if not isinstance(gold, (str, int, float)) or not str(gold).strip():
-        problem = f"{gold_field!r} is neither a text nor a number: {gold!r}"
-        raise UserError("FILE", where, problem, "write the right answer there")
+        problem = f"{gold_field!r} is neither text nor a number: {gold!r}"
+        raise UserError("FILE", where, problem, "put the correct answer there")
     reason = row.get("finish_reason")
     return text, str(gold), reason if reason in ("length", "abort") else "stop"
 
@@ -114,7 +117,7 @@ def _count(path: Path) -> int:
 
 
 def _rows_of(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row with its place for messages: lines count from 1, rows of Parquet from 0."""
+    """Each row with its place for messages: lines are numbered from 1, Parquet rows from 0."""
     if path.suffix == ".parquet":
         with _parquet(path) as parquet:
             batches = (batch.to_pylist() for batch in parquet.iter_batches(batch_size=256))
@@ -131,9 +134,9 @@ def _json_object(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError("FILE", where, f"not JSON: {error}", "correct that line") from error
+        raise UserError("FILE", where, f"is not JSON: {error}", "correct that line") from error
     if not isinstance(row, dict):
-        raise UserError("FILE", where, "not a JSON object", "write one {…} a line")
+        raise UserError("FILE", where, "is not a JSON object", "write one {…} per line")
     return row
 
 
@@ -144,5 +147,5 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield parquet
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            "FILE", path, f"not readable as Parquet: {str(error).splitlines()[0]}", "check that it is whole"
+            "FILE", path, f"is not readable as Parquet: {str(error).splitlines()[0]}", "check that it is complete"
         ) from error

@@ -1,8 +1,8 @@
-"""Answers the questions of a benchmark part by part, each part a ledger file, so that a killed evaluation asks nothing twice.
+"""Answers the questions of a benchmark part by part, one ledger file per part, so that a killed evaluation asks nothing twice.
 
-The parts depend on the questions and the settings alone, and so does an answer: on its seed, which comes from run seed,
-benchmark, position of the question and number of the answer. An evaluation that is started again reads the parts that are there
-and asks the rest just as it would have been asked before: it ends with the same answers as one that was never interrupted.
+The parts depend only on the questions and the settings. So does an answer: its seed comes from the run's seed, the benchmark,
+the question's position and the answer's number. A restarted evaluation reads the parts that exist and asks the rest exactly as
+before, so that it ends with the same answers as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from nft_megatron.evaluate.benchmarks import Benchmark
 from nft_megatron.evaluate.run import Evaluation
 
 ANSWERS_PER_PART = 512
-"""What a killed evaluation loses at most, and what an engine has to work on at a time."""
+"""The most that a killed evaluation loses, and the engine's unit of work."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark to be measured: ``samples`` answers to each of its prompts."""
+    """A benchmark to measure, with ``samples`` answers to each of its prompts."""
 
     benchmark: Benchmark
     prompts: tuple[Prompt, ...]
@@ -47,10 +47,10 @@ class Part:
 
 
 def plan_parts(task: Task, max_tokens: int, context: int, folder: Path) -> list[Part]:
-    """The parts of ``task``: neighbouring questions with the same room for their answers, few enough for one part.
+    """The parts of ``task``: neighbouring questions with the same room for answers, at most ``ANSWERS_PER_PART`` answers each.
 
-    A question whose prompt leaves less than ``max_tokens`` of the model's ``context`` is answered with what is left. Raises
-    :class:`UserError` for one that leaves nothing.
+    An answer is shorter than ``max_tokens`` if its prompt leaves less of the model's ``context``. Raises :class:`UserError` for
+    a prompt that leaves nothing.
     """
     room = [min(max_tokens, context - len(prompt.tokens)) for prompt in task.prompts]
     if min(room) < 1:
@@ -58,7 +58,7 @@ def plan_parts(task: Task, max_tokens: int, context: int, folder: Path) -> list[
         raise UserError(
             "--benchmarks",
             longest.question_id,
-            f"has {len(longest.tokens)} tokens, the model's context is {context}",
+            f"has {len(longest.tokens)} tokens, but the model's context is {context}",
             "measure a model with a longer context, or remove the question from its file",
         )
     most = max(1, ANSWERS_PER_PART // task.samples)
@@ -73,7 +73,7 @@ def plan_parts(task: Task, max_tokens: int, context: int, folder: Path) -> list[
 
 
 def questions_hash(prompts: Sequence[Prompt]) -> str:
-    """Of all prompts and golds in order."""
+    """A hash of all prompts and golds, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.question_id}\0{prompt.gold}\0".encode() + np.asarray(prompt.tokens, np.int32).tobytes())
@@ -81,20 +81,20 @@ def questions_hash(prompts: Sequence[Prompt]) -> str:
 
 
 def check_part(part: Part, settings: dict[str, Any]) -> None:
-    """Raise :class:`UserError` where the part's file holds answers under other settings than ``settings``."""
+    """Raise :class:`UserError` if the part's file has answers from other settings than ``settings``."""
     recorded = read_meta(part.path)["settings"]
     for key in sorted(settings.keys() | recorded.keys()):
         if recorded.get(key) != settings.get(key):
             raise UserError(
                 "--out",
                 part.path,
-                f"has answers with {key} = {recorded.get(key)}, now it is {settings.get(key)}",
-                "set it back, or name another folder",
+                f"has answers with {key} = {recorded.get(key)}, but it is {settings.get(key)} now",
+                "restore that value, or name another folder",
             )
 
 
 def answer_part(part: Part, client: RolloutClient, sampling: Sampling, settings: dict[str, Any]) -> Evaluation:
-    """Ask and judge a part, write its file and return what is in it. ``settings`` is what :func:`check_part` compares."""
+    """Answer and judge a part, write its file and return the answers. :func:`check_part` compares ``settings``."""
     prompts = part.task.prompts[part.first : part.stop]
     name = part.task.benchmark.name
     answers = client.ask(
@@ -111,6 +111,6 @@ def answer_part(part: Part, client: RolloutClient, sampling: Sampling, settings:
 
 
 def read_answers(parts: Sequence[Part]) -> Evaluation:
-    """All answers of one task's parts."""
+    """All answers in the parts of one task."""
     groups = [group for part in parts for group, _ in read_groups(part.path)]
     return Evaluation(tuple(group.prompt for group in groups), tuple(group.answers for group in groups))

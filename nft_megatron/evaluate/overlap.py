@@ -1,4 +1,4 @@
-"""``nft-megatron overlap``: which evaluation questions stand in the training data."""
+"""``nft-megatron overlap``: which evaluation questions are in the training data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nft_megatron.evaluate.table import aligned
 
 
 def report_overlap(train: Sequence[Path], against: Sequence[Path], *, n: int, threshold: float, out: Path | None) -> None:
-    """Print, for each file of ``against``, how many of its questions ``train`` holds; write them to ``out`` too.
+    """Print how many questions of each file in ``against`` are in ``train``; write them to ``out`` too.
 
-    Each file is read by itself, as ``eval`` does, so that the ids of questions without a name agree.
+    Each file is read by itself, as in ``eval``, so that questions without an id get the same one.
     """
     if n < 1:
-        raise UserError("--n", n, "no words make no n-gram", "use 13, or another positive number")
+        raise UserError("--n", n, "is not positive", "use 13, or another positive number")
     if not 0 < threshold <= 1:
-        raise UserError("--threshold", threshold, "is not a share in (0, 1]", "use 0.5, or 1 for whole questions alone")
+        raise UserError("--threshold", threshold, "must be in (0, 1]", "use 0.5, or 1 for whole questions only")
     trained = load_questions(train, "TRAIN")
     evaluations = [(path, load_questions([path], "--against", HELD_OUT_SPLIT)) for path in against]
     lines: list[tuple[str, ...]] = [("", "questions", "too short", "overlapping", "same answer")]
@@ -39,8 +39,8 @@ def report_overlap(train: Sequence[Path], against: Sequence[Path], *, n: int, th
         first += len(questions)
     print(aligned(lines))
     print(
-        f"\nOverlapping: one of {len(trained)} training questions holds at least {threshold:.0%} of the question's word "
-        f"{n}-grams. Too short: fewer than {n} words, never found."
+        f"\nOverlapping: one of the {len(trained)} training questions has at least {threshold:.0%} of the question's word "
+        f"{n}-grams. Too short: fewer than {n} words, so never found."
     )
     if out is not None:
         write_overlaps(out, overlaps.values())

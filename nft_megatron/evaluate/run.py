@@ -1,4 +1,4 @@
-"""Answers to held-out questions, and what they say about the model that gave them."""
+"""Answers to held-out questions, and the statistics of the model that gave them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nft_megatron.verify.simplerl import extract, respell
 class Evaluation:
     """Judged answers to held-out questions: ``answers[i]`` are those to ``prompts[i]``.
 
-    :mod:`nft_megatron.evaluate.statistics` says what the statistics mean.
+    :mod:`nft_megatron.evaluate.statistics` defines the statistics.
     """
 
     prompts: tuple[Prompt, ...]
@@ -28,12 +28,12 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """avg@k: share of right answers among the judged ones, averaged over questions."""
+        """avg@k: the share of correct answers among the judged ones, averaged over questions."""
         return average(self._judged)
 
     @property
     def standard_error(self) -> float:
-        """Of :attr:`accuracy`, from the spread between questions."""
+        """The standard error of :attr:`accuracy`, from the spread between questions."""
         return standard_error(self._judged)
 
     def pass_at(self, k: int) -> float:
@@ -58,7 +58,7 @@ class Evaluation:
         return float(np.mean([len(answer.completion.tokens) for group in self.answers for answer in group]))
 
     def without(self, question_ids: frozenset[str]) -> Evaluation:
-        """The same answers but for those to ``question_ids``."""
+        """The same answers without those to ``question_ids``."""
         kept = [i for i, prompt in enumerate(self.prompts) if prompt.question_id not in question_ids]
         return Evaluation(tuple(self.prompts[i] for i in kept), tuple(self.answers[i] for i in kept))
 
@@ -73,8 +73,8 @@ class Evaluation:
 
 
 def vote_of(answer: Answer) -> str | None:
-    r"""What an answer votes for: its final answer as the final evaluation's grader reads and spells it; None where it has none
-    or was cut off.
+    r"""What an answer votes for: its final answer as the final evaluation's grader reads and normalises it; None if it has
+    none or was cut off.
 
     >>> from nft_megatron.base.records import Completion, Verdict
     >>> completion = Completion(0, 0, np.ones(1, np.int32), -np.ones(1, np.float32), "stop", 0, 0.0)
@@ -88,9 +88,9 @@ def vote_of(answer: Answer) -> str | None:
 def evaluate(client: RolloutClient, prompts: Sequence[Prompt], settings: EvaluateConfig, training: Sampling) -> Evaluation:
     """Answer and judge every prompt ``settings.samples`` times with the engine's current weights.
 
-    Lengths and stops are those of training. The seeds don't depend on the step: the same weights give the same answers.
+    Lengths and stop tokens are those of training. Seeds do not depend on the step: the same weights give the same answers.
     """
     sampling = replace(training, temperature=settings.temperature, top_p=settings.top_p)
-    # A clock of its own: to a training step all of this is "evaluate", not "generate" and "verify".
+    # Its own clock: to a training step all of this is "evaluate", not "generate" and "verify".
     answers = replace(client, timer=PhaseTimer()).ask(prompts, settings.samples, sampling, purpose="evaluate")
     return Evaluation(tuple(prompts), tuple(answers))

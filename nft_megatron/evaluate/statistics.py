@@ -1,17 +1,17 @@
-r"""What judged answers say about a model: avg@k, its standard error, pass@k, maj@k. Questions weigh the same; what could not be
-judged is left out, and so is a question of which nothing could be judged.
+r"""What judged answers say about a model: avg@k, its standard error, pass@k, maj@k. All questions weigh the same; answers that
+could not be judged are left out, and so is a question with no judged answer.
 
 avg@k
-    the mean over questions of the share of right answers. Its standard error is that of a mean of independent questions,
+    the share of correct answers, averaged over questions. Its standard error is that of a mean of independent questions,
     sd(shares) / sqrt(questions): the answers to one question are a cluster (Miller 2024, arXiv 2411.00640, section 2.2), so
     more samples of 30 questions cannot make it arbitrarily small.
 pass@k
-    the chance that of k answers at least one is right, without bias from n ≥ k answers of which c are right:
+    the chance that at least one of k answers is correct, estimated without bias from n ≥ k answers of which c are correct:
     1 − C(n − c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 maj@k
-    whether the answer that most of all k answers give is right. A tie counts as the share of the tied answers that are right,
-    which is what drawing one of them gives on average. An answer cut off, or without an answer, has no vote; where nobody
-    votes the question counts as wrong.
+    whether the most frequent of all k answers is correct. A tie counts as the share of the tied answers that are correct,
+    the average of drawing one of them. A response that was cut off or has no final answer does not vote; a question without
+    votes counts as wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Judged:
-    """The judged answers to one question: which are right, and what each votes for (None: nothing).
+    """The judged answers to one question: which are correct, and what each votes for (None: no vote).
 
     >>> question = Judged((True, False, True), ("3", "4", "3"))
     >>> question.share, question.pass_at(2), question.majority
@@ -62,13 +62,13 @@ def average(questions: Sequence[Judged]) -> float:
 
 
 def standard_error(questions: Sequence[Judged]) -> float:
-    """Of :func:`average`, clustered by question; NaN for fewer than two."""
+    """The standard error of :func:`average`, clustered by question; NaN for fewer than two questions."""
     shares = [question.share for question in questions]
     return float(np.std(shares, ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else math.nan
 
 
 def pass_at(questions: Sequence[Judged], k: int) -> float:
-    """pass@k over the questions with at least ``k`` judged answers; NaN without such."""
+    """pass@k over the questions with at least ``k`` judged answers; NaN if there are none."""
     return _mean([question.pass_at(k) for question in questions if len(question.right) >= k])
 
 

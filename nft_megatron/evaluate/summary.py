@@ -1,7 +1,7 @@
-"""What an evaluation leaves beside its answers: the table that is printed, and ``summary.json`` with the same numbers.
+"""What an evaluation reports besides its answers: the printed table, and ``summary.json`` with the same numbers.
 
-Shares are printed in percent. A benchmark's row tells avg@k and its standard error, pass@k and maj@k of all k answers, answers
-cut off at the length limit, and their mean length in tokens. The mean weighs the benchmarks the same, as the paper does.
+Shares are printed in percent. A benchmark's row has avg@k and its standard error, pass@k and maj@k of all k answers, the share
+of answers cut off at the length limit, and the mean length in tokens. The mean weighs the benchmarks equally, as in the paper.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _HEAD = ("", "questions", "k", "avg@k", "± s.e.", "pass@k", "maj@k", "cut off",
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's avg@k on some benchmarks, in percent: a row of the paper's Table 1, or an evaluation of one's own."""
+    """One model's avg@k on some benchmarks, in percent: a row of the paper's Table 1, or your own evaluation."""
 
     name: str
     scores: Mapping[str, float]
 
     @property
     def mean(self) -> float:
-        """NaN unless all six are there."""
+        """NaN unless all six scores are there."""
         known = [self.scores[benchmark.name] for benchmark in BENCHMARKS if benchmark.name in self.scores]
         return sum(known) / len(known) if len(known) == len(BENCHMARKS) else math.nan
 
@@ -49,13 +49,13 @@ def summary_of(results: Sequence[tuple[Benchmark, Evaluation]], overlapping: fro
 
 
 def _kept(result: Evaluation, overlapping: frozenset[str]) -> Evaluation | None:
-    """``result`` without its questions in ``overlapping``; None where it has none of them, or no others."""
+    """``result`` without its questions in ``overlapping``; None if none or all of its questions are."""
     kept = result.without(overlapping)
     return kept if 0 < len(kept.prompts) < len(result.prompts) else None
 
 
 def _statistics(result: Evaluation) -> dict[str, Any]:
-    """By name, pass@k for k = 1, 2, 4 … and all. Shares in [0, 1], None where there is none; lengths in tokens."""
+    """Statistics by name; pass@k for k = 1, 2, 4 … and all. Shares are in [0, 1] or None; lengths in tokens."""
     samples = len(result.answers[0])
     counts = sorted({*(2**i for i in range(samples.bit_length())), samples})
     return {
@@ -72,7 +72,7 @@ def _statistics(result: Evaluation) -> dict[str, Any]:
 
 
 def table_of(results: Sequence[tuple[Benchmark, Evaluation]], overlapping: frozenset[str]) -> str:
-    """The table of all benchmarks; one with questions in ``overlapping`` has a second row without them."""
+    """The table of all benchmarks; one with questions in ``overlapping`` has a second row that leaves them out."""
     rows: list[tuple[str, ...]] = [_HEAD]
     for benchmark, result in results:
         rows.append(_row(benchmark.title, result))
@@ -121,7 +121,7 @@ def read_scores(path: Path, field: str = "--beside") -> list[Scores]:
             field,
             path,
             f"holds no scores ({error})",
-            'name a summary.json of another evaluation, or write [{"name": "…", "scores": {"aime24": 30.0}}], in percent',
+            'name the summary.json of another evaluation, or write [{"name": "…", "scores": {"aime24": 30.0}}], in percent',
         ) from error
 
 

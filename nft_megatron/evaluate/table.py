@@ -1,4 +1,4 @@
-"""Tables as plain aligned text, so that a terminal, a log and a pipe show the same."""
+"""Tables as plain aligned text, which looks the same in a terminal, a log and a pipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as text, the first column to the left and the others to the right.
+    """Rows of equal length as text, the first column aligned left and the others right.
 
     >>> print(aligned([("", "n"), ("all", "12"), ("some", "3")]))
            n

@@ -1,4 +1,4 @@
-r"""Finds the ``\boxed{}`` that holds the answer. Pure, and linear in the length of the text."""
+r"""Finds the ``\boxed{}`` that holds the answer. Pure functions, linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 MAX_BOX_CHARS = 1000
 
-# A box, an escaped backslash or brace, a brace. Models write "\\boxed" where they quote code.
+# A box, an escaped backslash or brace, or a brace. Models write "\\boxed" when they quote code.
 _TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)\s*\{|\\[\\{}]|[{}]")
 _OPENING = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
-# What may stand between two boxes that together are one answer: "$\boxed{3}$ and $\boxed{4}$".
+# What may stand between two boxes that together form one answer: "$\boxed{3}$ and $\boxed{4}$".
 _JOINT = re.compile(r"(?:[\s$,;&*.]|\\[()\[\],;! ]|\\q?quad|and|or|\\(?:text|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)?\s*,?\s*\})*")
 
 
@@ -24,7 +24,7 @@ class Box:
 
 
 def closed_boxes(text: str, start: int = 0) -> list[Box]:
-    r"""All closed, outermost boxes that open in ``text[start:]``, in order; braces balance, escaped ones do not count.
+    r"""All closed, outermost boxes that open in ``text[start:]``, in order; braces must balance, escaped ones do not count.
 
     >>> [box.content for box in closed_boxes(r"\boxed{1}, \fbox{\frac{1}{2}}, \boxed {\{3\}}, \boxed{4")]
     ['1', '\\frac{1}{2}', '\\{3\\}']
@@ -48,9 +48,9 @@ def closed_boxes(text: str, start: int = 0) -> list[Box]:
 
 
 def last_boxes(text: str) -> list[Box]:
-    """The last closed box of ``text`` and those that stand directly before it, joined by nothing but punctuation, and, or.
+    """The last closed box of ``text`` and those directly before it, joined only by punctuation, "and" or "or".
 
-    Long answers are read from their end: what opens more than ``2 * MAX_BOX_CHARS`` before the last box plays no part.
+    Long answers are read from the end: a box that opens more than ``2 * MAX_BOX_CHARS`` before the last one plays no part.
     """
     opening = _last_opening(text)
     if opening < 0:
@@ -63,7 +63,7 @@ def last_boxes(text: str) -> list[Box]:
 
 
 def unboxed(content: str) -> str:
-    r"""The content of a box that holds nothing but another box, any number of times.
+    r"""The content of a box, with any number of boxes that hold nothing but another box removed.
 
     >>> unboxed(r" \boxed{\fbox{34}} "), unboxed(r"\boxed{3} or 4")
     ('34', '\\boxed{3} or 4')
@@ -75,7 +75,7 @@ def unboxed(content: str) -> str:
 
 
 def _last_opening(text: str) -> int:
-    """Where the last box opens, closed or not; -1 without one."""
+    """Where the last box opens, closed or not; -1 if there is none."""
     word = len(text)
     while (word := text.rfind("box", 0, word)) >= 0:
         backslash = text.rfind("\\", max(word - len(r"\frame"), 0), word)

@@ -1,10 +1,10 @@
-r"""Tells expressions apart by their values: most wrong answers need no computer algebra.
+r"""Tells expressions apart by their values, so that most wrong answers need no computer algebra.
 
-Two expressions that differ at one point are different. Both are evaluated at a point where every variable has a number of its
-own; what differs there by more than rounding could is settled, and what agrees is left to computer algebra. Reads integers,
-letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^, brackets; points such as ``(1, \frac{\pi}{2})`` by their
-coordinates; ``y = 2x`` by what ``y`` is. Refuses, by reading nothing, whatever math-verify reads in another way than LaTeX
-means it or than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m`` (a unit?), the letters d, e, i.
+Two expressions that differ at one point are different. Both are evaluated at a point where every variable has its own number;
+a difference larger than rounding could cause settles the matter, and agreement leaves it to computer algebra. Reads integers,
+letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^ and brackets; points such as ``(1, \frac{\pi}{2})`` coordinate by
+coordinate; ``y = 2x`` by its right-hand side. Does not read whatever math-verify may read differently than LaTeX means it or
+than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m`` (a unit?), the letters d, e, i.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nft_megatron.verify.numbers import tight
 
 _MAX_CHARS = 200
 _CONTEXT = decimal.Context(prec=60, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow])
-# With what is beyond these nothing is decided; within them rounding stays far below _DIFFERENCE.
+# Nothing is decided beyond these limits; within them rounding stays far below _DIFFERENCE.
 _LARGEST, _SMALLEST_DIVISOR, _LARGEST_EXPONENT = Decimal("1e12"), Decimal("1e-6"), Decimal(32)
 _DIFFERENCE = Decimal("1e-9")
 
@@ -31,7 +31,7 @@ _SHORT_FRACTION = [
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*\{"), r"\\frac{\1}{"),
 ]
-# Letters at the end behind a digit or a brace may be a unit, unless they are these.
+# Trailing letters after a digit or a brace may be a unit, unless they are these.
 _UNIT = re.compile(r"[0-9}\s](?!(?:[abruvw]|[knpqxyz]+)$)[A-Za-z]+$")
 _PRODUCT = {"*", r"\cdot", r"\times"}
 # Neighbours that need not be a product: f(x), \pi^f(x), \frac{1}{2}(x), 2\frac13.
@@ -39,11 +39,11 @@ _AMBIGUOUS = {("letter", "("), ("fraction", "("), ("root", "("), ("number", r"\f
 
 
 class _Unreadable(Exception):
-    """Whatever keeps an expression from having a value here."""
+    """The expression has no value here."""
 
 
 def differ(answer: str, gold: str) -> bool:
-    r"""Whether ``answer`` and ``gold`` have different values for sure; False says nothing.
+    r"""Whether ``answer`` and ``gold`` certainly have different values; False says nothing.
 
     >>> differ("(x-2)^2", "x^2-4"), differ("(x-2)(x+2)", "x^2-4"), differ(r"\frac{\sqrt3}{2}", r"\frac{\sqrt2}{2}")
     (True, False, True)
@@ -61,7 +61,7 @@ def differ(answer: str, gold: str) -> bool:
 
 
 def value_of(text: str) -> Decimal | None:
-    r"""The value of an expression where each variable has its own number; None where it cannot be read without doubt.
+    r"""The value of an expression in which each variable has its own number; None if it cannot be read unambiguously.
 
     >>> value_of(r"\frac{3}{4}-2^{-2}"), value_of("1/2x"), value_of("3(4)"), value_of("5m")
     (Decimal('0.50'), None, None, None)
@@ -93,14 +93,14 @@ def _values_differ(answer: str, gold: str) -> bool:
 
 
 def _letters(text: str) -> set[str]:
-    """The variables; commands aside, and in lower case, as math-verify reads them."""
+    """The variables, without commands, in lower case as math-verify reads them."""
     return set(re.findall("[a-z]", re.sub(r"\\[A-Za-z]+", "", text).lower()))
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
-    """The coordinates in ``(a,b)`` with "()", the b in ``y=b`` with "y="; any other text is itself, with "".
+    """The coordinates of ``(a,b)`` with "()", the b of ``y=b`` with "y="; any other text unchanged, with "".
 
-    ``(a,b]`` is no point: to math-verify all such intervals that are empty are equal.
+    ``(a,b]`` is not a point: to math-verify all empty intervals of that kind are equal.
     """
     if re.match("[A-Za-z]=", text):
         return text[:2].lower(), [text[2:]]
@@ -119,7 +119,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
 
 
 class _Reader:
-    """Reads and evaluates tokens from left to right; one method for each level of precedence."""
+    """Reads and evaluates tokens from left to right, with one method per level of precedence."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._tokens, self._position = tokens, 0

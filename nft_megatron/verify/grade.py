@@ -1,19 +1,19 @@
-r"""Decides what can be decided by exact comparison. Pure.
+r"""Decides what exact comparison can decide. Pure functions.
 
-The strict route, in order (the first that applies decides):
+The strict route; the first rule that applies decides:
 
-1. the engine was interrupted: unknown. Cut at the token limit: wrong, as in the paper.
+1. the engine aborted the answer: unknown. Cut at the token limit: wrong, as in the paper.
 2. no closed box, an empty one, or one of more than ``MAX_BOX_CHARS`` characters: wrong.
-3. several different boxes side by side where the gold is one number: wrong.
-4. box and gold are the same text, spacing apart, or the same number: correct.
+3. several different boxes side by side when the gold is one number: wrong.
+4. box and gold are the same text apart from spacing, or the same number: correct.
 5. the gold is an integer, and the box another number or anything but plain arithmetic: wrong. Two different fractions: wrong.
 6. box and gold are expressions that have different values at one point: wrong.
-7. else math-verify must compare the box (not the text around it) with the gold: :class:`Undecided`.
+7. otherwise math-verify must compare the box (not the text around it) with the gold: :class:`Undecided`.
 
-Steps 3 and 5 are stricter than math-verify, which accepts ``34\%``, ``1=34`` and ``n \approx 34`` for 34.
+Rules 3 and 5 are stricter than math-verify, which accepts ``34\%``, ``1=34`` and ``n \approx 34`` for 34.
 
-The DAPO route never needs math-verify: the last "Answer:" line of the last ``DAPO_WINDOW`` characters, or without one the last
-box there, must be the gold's text or number.
+The DAPO route never needs math-verify: the last "Answer:" line of the last ``DAPO_WINDOW`` characters, or if there is none the
+last box there, must be the gold's text or number.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ DAPO = "dapo/1"
 DAPO_WINDOW = 300
 
 _ANSWER_LINE = re.compile(r"answer\W*?:\**(.*)", re.IGNORECASE)
-_SMALL_CACHE = 4096  # answers of a few groups
+_SMALL_CACHE = 4096  # enough for the answers of a few groups
 
 
 @dataclass(frozen=True)
 class Undecided:
-    """Nothing but computer algebra tells whether ``text`` answers with ``gold``."""
+    """Only computer algebra can tell whether ``text`` gives ``gold`` as its answer."""
 
     text: str
     gold: str
 
 
 def cut_off(finish_reason: FinishReason, verifier: str) -> Verdict | None:
-    """The verdict on an answer that did not end by itself, whatever it says; None where it did."""
+    """The verdict on an answer that did not end by itself, whatever it says; None if it did."""
     if finish_reason == "length":
         return verdict("truncated", verifier)
     if finish_reason == "abort":
@@ -100,7 +100,7 @@ def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
 
 @functools.lru_cache(_SMALL_CACHE)
 def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
-    """Compare the boxes that together are the answer with the gold."""
+    """Compare the boxes that together form the answer with the gold."""
     answer, gold_number = stated_part(contents[-1]), read_bare_number(gold)
     number = read_number(answer)
     if not all(content == contents[-1] or _is_number(content, number) for content in contents):

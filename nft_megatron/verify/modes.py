@@ -1,4 +1,4 @@
-"""The ways to judge an answer, as one table: what is decided at once, and who compares what is left."""
+"""The ways to judge an answer, as one table: what is decided at once, and which judge compares the rest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ JudgeName = Literal["math-verify", "simplerl"]
 
 @dataclass(frozen=True)
 class Mode:
-    """``decide`` (text, gold, finish reason) is quick; what it leaves undecided goes to the ``judge`` in a worker process.
+    """``decide`` (text, gold, finish reason) is quick; what it leaves undecided goes to ``judge`` in a worker process.
 
-    ``version`` names the rules in every verdict; the judge adds its own. ``forgives`` is what makes it too lenient to train on.
+    ``version`` names the rules in every verdict; the judge adds its own. ``forgives``: why it is too lenient to train on.
     """
 
     decide: Callable[[str, str, FinishReason], Verdict | Undecided]
@@ -44,17 +44,17 @@ MODES: dict[str, Mode] = {
         _whole_text_even_cut,
         judge="simplerl",
         version=SIMPLERL,
-        forgives="a factor of 100, a relative error of 1e-4, a missing box and being cut off",
+        forgives="a factor of 100, a relative error of 1e-4, a missing box and truncation",
     ),
 }
-"""By the names that ``verify.mode`` may have."""
+"""Modes by their name in ``verify.mode``."""
 
 
 def check_for_training(mode: str) -> None:
     """Raise :class:`UserError` for a mode that would reward wrong answers.
 
-    For whoever collects answers to train on, not for the configuration: ``eval`` may measure a model under such a mode with the
-    configuration of a run.
+    Called where answers are collected to train on, not when a configuration loads: ``eval`` may measure a model in such a mode
+    with the configuration of a run.
 
     >>> check_for_training("simplerl")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -65,6 +65,6 @@ def check_for_training(mode: str) -> None:
         raise UserError(
             "verify.mode",
             mode,
-            f"forgives {forgiven}, which training would learn to use",
+            f"forgives {forgiven}, which training would learn to exploit",
             f"set {', '.join(others[:-1])} or {others[-1]} (eval --grader takes any)",
         )

@@ -1,4 +1,4 @@
-r"""Reads exact numbers out of LaTeX, and refuses whatever could mean something else.
+r"""Reads exact numbers from LaTeX and rejects whatever could mean something else.
 
 ``12\,345``, ``\text{34}``, ``n = 75``, ``\frac{160}{2}``, ``30^\circ`` and ``\$78`` are numbers. ``34\%`` (is it 0.34?),
 ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3``, ``5 \text{ million}`` and ``1 = 34`` are not.
@@ -12,7 +12,7 @@ from fractions import Fraction
 _FONTS = r"\\(?:text|textbf|textit|textrm|textnormal|mathbf|mathrm|mathit|mathbb|mbox|boldsymbol|bm)\s*"
 _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 
-# Same meaning, one spelling; in this order.
+# One spelling for the same meaning, applied in this order.
 _RESPELL = [
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
@@ -22,7 +22,7 @@ _RESPELL = [
     (re.compile(r"\\[,;: ]|\\thinspace(?![A-Za-z])|[~\s\u2009\u202f\u00a0]"), " "),
 ]
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
-# Around a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
+# What may surround a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
 _WRAPPERS = [
     re.compile(r"\$+([^$]*)\$+"),
     re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]"),
@@ -38,19 +38,19 @@ _BARE_UNIT = re.compile(
     r"\s*(?:[ckm]m|kg|degrees?|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
     r"(?:\s*\^\s*\{?[23]\}?)?$"
 )
-# Words that make "5 \text{ …}" something else than the number 5, and single letters that are no unit.
+# Words that make "5 \text{ …}" something other than the number 5, and single letters that are not units.
 _NOT_UNIT = re.compile(
     r"(?i:\b(?:percent|pct|hundred|thousand|million|billion|trillion|dozen|or|and|not|mod|modulo|base|at|most|least|more|less|"
     r"fewer|about|approx|approximately|around|factorial|squared|cubed|times|over|to|plus|minus|pi|half|halves|thirds?|"
     r"quarters?|tenths|hundredths|thousandths|point|i+|iv)\b)|\b[^ACFJKLNVWghlms\W]\b"
 )
 
-_MAX_DIGITS = 4000  # Python refuses to read an integer of more than 4300
+_MAX_DIGITS = 4000  # Python does not parse integers of more than 4300
 _DIGITS = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+)"
 _DECIMAL = re.compile(rf"([+-]?)\s*({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)")
 _FRACTION = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 
-# An "=" after these does not give a value to what stands before it.
+# An "=" after one of these does not assign a value to what precedes it.
 _NOT_IN_NAMES = re.compile(
     r"[,;:<>!≤≥≈≠±]|\\(?:n?[lg]eq?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pm|mp|in|quad|qquad|to|rightarrow)(?![A-Za-z])"
 )
@@ -58,7 +58,7 @@ _ARITHMETIC = re.compile(r"(?:[0-9.+*/^!(){} -]|\\(?:frac|sqrt(?:\s*\[[0-9]+\])?
 
 
 def read_bare_number(text: str) -> Fraction | None:
-    r"""The number that ``text`` is, without a unit; None if it is anything else.
+    r"""The number that ``text`` states without a unit; None if it is anything else.
 
     >>> read_bare_number(r"\textbf{(12\,345) }"), read_bare_number(r"-\frac{6}{4}"), read_bare_number("1,22")
     (Fraction(12345, 1), Fraction(-3, 2), None)
@@ -95,7 +95,7 @@ def read_number(text: str) -> Fraction | None:
 
 
 def stated_part(text: str) -> str:
-    r"""Of ``name = value`` or ``name = arithmetic = value`` the value; any other text as it is.
+    r"""The value in ``name = value`` or ``name = arithmetic = value``; any other text unchanged.
 
     >>> stated_part("n = 75"), stated_part("m+n = 30+4 = 34"), stated_part("1 = 34"), stated_part(r"x = 2 \text{ or } x = 3")
     ('75', '34', '1 = 34', 'x = 2 \\text{ or } x = 3')
@@ -113,7 +113,7 @@ def stated_part(text: str) -> str:
 
 
 def is_arithmetic(text: str) -> bool:
-    r"""Whether ``text`` is made of numbers, + − · / ^ !, fractions, roots and binomials alone.
+    r"""Whether ``text`` consists only of numbers, + − · / ^ !, fractions, roots and binomials.
 
     >>> is_arithmetic(r"2^{10}-\binom{5}{2}"), is_arithmetic("2k+2"), is_arithmetic("3 4"), is_arithmetic(r"\{3\}")
     (True, False, False, False)
@@ -123,7 +123,7 @@ def is_arithmetic(text: str) -> bool:
 
 
 def same_spelling(text: str, other: str) -> bool:
-    r"""Whether two pieces of LaTeX differ in nothing but spacing, ``\left``, ``\dfrac`` and the like.
+    r"""Whether two pieces of LaTeX differ only in spacing, ``\left``, ``\dfrac`` and the like.
 
     >>> same_spelling(r"\left( 2n - 1,\, \dfrac12 \right)", r"(2n-1, \frac12)"), same_spelling("3 4", "34")
     (True, False)
@@ -132,7 +132,7 @@ def same_spelling(text: str, other: str) -> bool:
 
 
 def tight(text: str) -> str:
-    """``text`` without the spaces that touch a sign: those between letters or digits may mean something."""
+    """``text`` without spaces next to a symbol; those between letters or digits may mean something."""
     return _LOOSE_SPACE.sub("", _respell(text))
 
 
@@ -148,7 +148,7 @@ def _respell(text: str) -> str:
 
 
 def _peel(text: str) -> str:
-    """``text`` without what may stand around a whole number."""
+    """``text`` without whatever may surround a number."""
     while match := next(filter(None, (wrapper.fullmatch(text) for wrapper in _WRAPPERS)), None):
         text = next(inside for inside in match.groups() if inside is not None).strip()
     return text

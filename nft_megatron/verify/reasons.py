@@ -1,4 +1,4 @@
-"""Every way in which a verdict comes about. The share of each among a step's answers is a metric."""
+"""Every reason for a verdict. Its share among a step's answers is a metric."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ REASONS: dict[str, tuple[Label, str]] = {
     "equal": ("correct", "computer algebra found answer and gold equal"),
     "truncated": ("wrong", "cut at the length limit"),
     "no closed box": ("wrong", r"no \boxed{} that is closed"),
-    "empty box": ("wrong", "nothing in the last box"),
-    "box too long": ("wrong", "the last box is no answer but a text"),
-    "several answers": ("wrong", "different boxes side by side where one number is asked for"),
-    "another number": ("wrong", "a number other than the gold"),
-    "not a number": ("wrong", "the gold is an integer, the answer neither a number nor arithmetic"),
-    "no answer found": ("wrong", "nothing in the text that could be an answer"),
-    "not equal": ("wrong", "answer and gold were compared and differ"),
-    "engine fault": ("unknown", "the engine broke the answer off"),
+    "empty box": ("wrong", "the last box is empty"),
+    "box too long": ("wrong", "the last box is too long to be an answer"),
+    "several answers": ("wrong", "different boxes side by side when the gold is one number"),
+    "another number": ("wrong", "the answer is a number other than the gold"),
+    "not a number": ("wrong", "the gold is an integer, but the answer is neither a number nor arithmetic"),
+    "no answer found": ("wrong", "the text has nothing that could be an answer"),
+    "not equal": ("wrong", "answer and gold differ"),
+    "engine fault": ("unknown", "the engine aborted the answer"),
     "unreadable gold": ("unknown", "the grader cannot read the gold"),
     "soft limit": ("unknown", "the grader gave up after verify.soft_seconds of processor time"),
     "hard limit": ("unknown", "the grader was killed after verify.hard_seconds"),
     "crash": ("unknown", "the grader raised an error"),
-    "worker died": ("unknown", "the grader's process ended, and so did the one that took over"),
-    "worker did not start": ("unknown", "a grader's process was not ready in time"),
+    "worker died": ("unknown", "the grader's process died, and so did the one that took over"),
+    "worker did not start": ("unknown", "no grader process was ready in time"),
     "verifier closed": ("unknown", "the run ended before the answer was judged"),
 }
-"""Reason → the label that goes with it, and what it means."""
+"""Reason → its label and its meaning."""
 
 
 def verdict(reason: str, verifier: str, *, detail: str = "", seconds: float = 0.0) -> Verdict:
-    """The verdict that goes with ``reason``, one of ``REASONS``; a ``detail`` is appended to it.
+    """The verdict for ``reason``, one of ``REASONS``; a ``detail`` is appended to the reason.
 
     >>> verdict("crash", "math-verify/0.9.0", detail="ValueError")
     Verdict(label='unknown', reason='crash: ValueError', verifier='math-verify/0.9.0', seconds=0.0)
@@ -46,7 +46,7 @@ def reason_of(verdict: Verdict) -> str:
 
 
 def reason_rates(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Of the reasons that occur, the share of the verdicts that have it; in the order of ``REASONS``.
+    """Each reason that occurs with its share of the verdicts, in the order of ``REASONS``.
 
     >>> reason_rates([verdict("not equal", "v"), verdict("exact", "v"), verdict("exact", "v"), verdict("exact", "v")])
     {'exact': 0.75, 'not equal': 0.25}

@@ -1,14 +1,14 @@
 """The verifier: decides what it can at once and lets killable processes compare the rest.
 
-One thread a worker: it hands its process one task, waits for the answer until shortly before the hard limit, and kills and
-replaces the process that has none, so that whoever asked has a verdict within the limit on a busy machine too. That limit
-(``verify.hard_seconds``) goes by the clock and is for processes that hang; a comparison that
-is merely long ends before it by the soft limit (``verify.soft_seconds``), which counts the worker's processor time. A warm
-spare takes over, so that the next task does not wait for imports. Nothing is started before the first task that needs it: data
-sets with integer answers hardly ever do.
+Each worker has one thread, which hands its process one task at a time and waits until shortly before the hard limit. It kills
+and replaces a process that has not answered by then, so that the caller has a verdict within the limit even on a busy machine.
+The hard limit (``verify.hard_seconds``) is wall-clock time, for processes that hang; a comparison that is merely long hits the
+soft limit (``verify.soft_seconds``) first, which counts the worker's processor time. A warm spare takes over, so that the
+next task does not wait for imports. No process starts before the first task that needs one: data sets with integer answers
+hardly ever do.
 
-A task whose process died under it (killed from outside, out of memory) is tried once more, with what is left of the limit. A
-judgement that times out, crashes or dies again is *unknown*, never wrong.
+A task whose process dies (killed from outside, out of memory) is retried once, within the time that is left. A judgement that
+times out, crashes, or loses its process again is *unknown*, never wrong.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
 
 _START_SECONDS = 60.0  # for imports, on a busy machine
-_PATIENCE = 0.8  # of the hard limit; the rest is for the killing, and for this process to get a core
+_PATIENCE = 0.8  # of the hard limit; the rest allows for the kill and for this process to be scheduled
 _AHEAD = 1024  # answers
-_CACHE_SIZE = 65536  # verdicts; their keys are digests, since an answer in math-verify mode is a whole text
+_CACHE_SIZE = 65536  # verdicts, keyed by digests because an answer in math-verify mode is a whole text
 
 
 class Worker:
-    """One worker process. Not thread-safe: one thread at a time uses it.
+    """One worker process. Not thread-safe: only one thread at a time may use it.
 
     The thread that starts it must outlive it: the kernel counts the end of that *thread* as the parent's death.
     """
@@ -71,9 +71,9 @@ class Worker:
         return not self._is_killed and self.process.poll() is None
 
     def judge(self, task: Undecided, seconds: float) -> Verdict:
-        """The verdict, its ``verifier`` left empty. A worker that does not answer within ``seconds`` is killed.
+        """The verdict, with an empty ``verifier``. A worker that does not answer within ``seconds`` is killed.
 
-        The clock starts when the worker has the task; whether it is ready for one is waited for before.
+        The clock starts when the worker, once ready, has the task.
         """
         request = json.dumps({"gold": task.gold, "text": task.text}).encode() + b"\n"
         self.num_tasks += 1
@@ -102,18 +102,18 @@ class Worker:
         return verdict(reply["reason"], "", detail=reply["detail"], seconds=reply["seconds"])
 
     def kill(self) -> None:
-        """End the process now. May be called from another thread; whoever waits for its answer gets *unknown*."""
+        """End the process now. May be called from another thread; a pending :meth:`judge` returns *unknown*."""
         self._is_killed = True
         self.process.kill()
 
     def close(self) -> None:
-        """Kill it and wait until the kernel has taken back its memory, which may be gigabytes."""
+        """Kill the process and wait until the kernel has reclaimed its memory, which may be gigabytes."""
         self.kill()
         self.process.wait()
         self._socket.close()
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
-        """Send ``request``, receive a line. :class:`TimeoutError` after ``seconds``, other :class:`OSError` if it is gone."""
+        """Send ``request``, receive one line. :class:`TimeoutError` after ``seconds``, another :class:`OSError` if it died."""
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)
         self._socket.sendall(request)
@@ -128,7 +128,7 @@ class Worker:
 
 
 def _key(task: Undecided) -> bytes:
-    """What a comparison is remembered by: 32 bytes, however long the texts are."""
+    """The cache key of a comparison: 32 bytes, however long the texts are."""
     return hashlib.sha256(json.dumps([task.gold, task.text]).encode()).digest()
 
 
@@ -136,7 +136,7 @@ _Job = tuple[Undecided, "Future[Verdict]"]
 
 
 class Verifier:
-    r"""Judges answers in one of :data:`~nft_megatron.verify.modes.MODES`; thread-safe. A context manager, or close it.
+    r"""Judges answers in one of :data:`~nft_megatron.verify.modes.MODES`; thread-safe. Close it, or use ``with``.
 
     >>> with Verifier() as verifier:
     ...     verifier.submit(r"So it is \boxed{34}.", gold="34", finish_reason="stop").result().label
@@ -166,7 +166,7 @@ class Verifier:
     def submit(self, text: str, gold: str, finish_reason: FinishReason) -> Future[Verdict]:
         """The verdict on one answer. From asyncio: ``await asyncio.wrap_future(verifier.submit(…))``.
 
-        Unblocked by: what the mode decides at once; else a worker's reply, or the hard limit after those queued before it.
+        Unblocked by: the mode's own decision, at once; else a worker's reply or the hard limit, after tasks queued before.
         """
         decision = self._mode.decide(text, gold, finish_reason)
         if isinstance(decision, Undecided):
@@ -176,9 +176,9 @@ class Verifier:
         return decided
 
     def verify_many(self, answers: Iterable[tuple[str, str, FinishReason]]) -> Iterator[Verdict]:
-        """The verdicts on all (text, gold, finish reason), in order, each as soon as those before it are there.
+        """The verdicts on all (text, gold, finish reason), in order, each as soon as all before it are ready.
 
-        Reads ``answers`` at most ``_AHEAD`` further than what is yielded, so that a file of any size fits.
+        Reads at most ``_AHEAD`` answers beyond the last verdict yielded, so that a file of any size fits in memory.
         """
         pending: deque[Future[Verdict]] = deque()
         for answer in answers:
@@ -189,7 +189,7 @@ class Verifier:
             yield pending.popleft().result()
 
     def close(self) -> None:
-        """Kill the workers; what is not judged by now becomes unknown. Returns within seconds."""
+        """Kill the workers; answers not judged by now become unknown. Returns within seconds."""
         with self._lock:
             self._is_closed = True
             doomed = [*self._workers, *([self._spare] if self._spare else [])]
@@ -210,7 +210,7 @@ class Verifier:
         self.close()
 
     def _compare(self, task: Undecided) -> Future[Verdict]:
-        """Queue a task, unless the same one is known or under way: K answers to one question often share their box."""
+        """Queue a task, unless the same one is decided or in progress: answers to one question often share their box."""
         key = _key(task)
         with self._lock:
             if self._is_closed:
@@ -219,7 +219,7 @@ class Verifier:
             if future is not None:
                 return future
             future = self._cache[key] = Future()
-            future.set_running_or_notify_cancel()  # several may wait for it: none may cancel it
+            future.set_running_or_notify_cancel()  # several callers may wait for it: none may cancel it
             if len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
             if not self._threads:
@@ -230,22 +230,22 @@ class Verifier:
         return future
 
     def _serve(self) -> None:
-        """One thread: judge tasks with one worker after the other until the verifier is closed."""
+        """Body of one thread: judge tasks, with one worker after another, until the verifier is closed."""
         worker: Worker | None = None
         while (job := self._jobs.get()) is not None:
             task, future = job
             try:
                 worker, result = self._judge(worker, task)
-            except Exception as error:  # no process can be started, or a bug: whoever waits must hear of it
+            except Exception as error:  # no process can be started, or a bug: the caller must see it
                 self._forget(task)
                 future.set_exception(error)
                 continue
             if result.label == "unknown":
-                self._forget(task)  # it may do better another time
+                self._forget(task)  # a retry may succeed
             future.set_result(replace(result, verifier=self._name))
 
     def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
-        """The verdict and the worker to go on with. Who dies under a task is replaced once, for the seconds that are left."""
+        """The verdict and the worker for the next task. A worker that dies is replaced once, for the time left."""
         seconds = _PATIENCE * self._settings.hard_seconds
         for is_last in (False, True):
             worker = self._usable(worker)
@@ -262,7 +262,7 @@ class Verifier:
             self._cache.pop(_key(task), None)
 
     def _usable(self, worker: Worker | None) -> Worker | None:
-        """``worker`` itself, or the spare once it is dead or worn out; None when the verifier is closed."""
+        """``worker`` itself, or the spare once it is dead or has done its tasks; None if the verifier is closed."""
         if worker and worker.is_alive and worker.num_tasks < self._tasks_per_worker:
             return worker
         if worker:

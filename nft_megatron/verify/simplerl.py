@@ -1,19 +1,19 @@
-r"""The verifier of the final evaluation, with which the paper's tables were made: "simpleRL", the grader of Qwen2.5-Math.
+r"""The verifier of the final evaluation, which produced the paper's tables: "simpleRL", the grader of Qwen2.5-Math.
 
-An answer is read out of the text: after "final answer is", from the last box, or else the last number (:func:`extract`). Answer
-and gold are brought to one spelling (:func:`respell`) and compared (:func:`equal`): as texts; as numbers, where a relative
-error of 1e-4 and a factor of 100 either way (percent) are forgiven; as lists, matrices and equations part by part; last by
-computer algebra. The truncated answer is judged by what it says. Pure, but algebra may take for ever: whoever cannot wait uses
-``Verifier(VerifyConfig(mode="simplerl"))``.
+An answer is read from the text: after "final answer is", from the last box, or else the last number (:func:`extract`). Answer
+and gold are normalised to one spelling (:func:`respell`) and compared (:func:`equal`): as texts; as numbers, tolerating a
+relative error of 1e-4 and a factor of 100 either way (percent); as lists, matrices and equations, part by part; last by
+computer algebra. A truncated answer is judged by its text. Pure functions, but algebra may take forever: callers with a
+deadline use ``Verifier(VerifyConfig(mode="simplerl"))``.
 
-Departures from the public code, all where its spelling rules turn one answer into another:
+Departures from the public code, all in places where its spelling rules turn one answer into another:
 
-1. Units go only where they follow a number or stand in ``\text{}`` at the end. There, lone letters go anywhere, and
-   ``(a+5)(b+2)`` becomes ``(+5)(b+2)``; evaluations of Minerva Math therefore switch all units off, here nothing need be told.
-2. A space after a command stays (``\cot x``, not ``\cotx``); "and" becomes a comma and commas go only between
+1. Units are removed only after a number or in ``\text{}`` at the end. The public code removes single letters anywhere, so that
+   ``(a+5)(b+2)`` becomes ``(+5)(b+2)``; evaluations of Minerva Math therefore switch units off there, which is not needed here.
+2. A space after a command stays (``\cot x``, not ``\cotx``); "and" becomes a comma, and commas are removed only between
    thousands ("6 and 8" and "6,8" are not 68); ``\pm`` stays; ``j`` does not become ``i``; numbers in words are not read.
-3. LaTeX is read by latex2sympy2_extended alone, which shares its antlr4 with math-verify; nothing is evaluated as Python.
-4. What is longer than ``MAX_ALGEBRA_CHARS`` is compared as text and number only.
+3. Only latex2sympy2_extended, which shares its antlr4 with math-verify, reads LaTeX; nothing is evaluated as Python.
+4. Anything longer than ``MAX_ALGEBRA_CHARS`` is compared only as text and number.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
 
 
 def grade(answer_text: str, gold: str) -> Verdict:
-    r"""The verdict on a whole answer, ``gold`` being in its data set's own spelling.
+    r"""The verdict on a whole answer; ``gold`` is spelled as in its data set.
 
     >>> grade(r"... so the answer is $\boxed{\frac12}$.", "0.5")
     Verdict(label='correct', reason='equal', verifier='simplerl/1', seconds=0.0)
@@ -90,7 +90,7 @@ def grade(answer_text: str, gold: str) -> Verdict:
 
 
 def unverifiable(golds: Iterable[str]) -> list[str]:
-    r"""Those of ``golds`` that are not judged correct when given back in a box: their questions could never be answered.
+    r"""The ``golds`` that are not judged correct when answered in a box: nobody could answer their questions.
 
     >>> unverifiable([r"\frac{1}{2}", "", "34"])
     ['']
@@ -99,7 +99,7 @@ def unverifiable(golds: Iterable[str]) -> list[str]:
 
 
 def extract(text: str) -> str:
-    r"""The part of ``text`` that is its answer, "" if there is none.
+    r"""The part of ``text`` that is its answer; "" if there is none.
 
     >>> extract(r"\boxed{1}, no: \boxed{\frac{1}{2}}."), extract("The answer is 3."), extract("1,234 or so"), extract("none")
     ('\\frac{1}{2}', '3', '1234', '')
@@ -117,7 +117,7 @@ def extract(text: str) -> str:
 
 
 def respell(answer: str) -> str:
-    r"""One spelling for what means the same.
+    r"""``answer`` in the one spelling that all texts of the same meaning share.
 
     >>> respell(r" \left( 3, \dfrac12 \right) "), respell(r"x = 5.00\text{ cm}"), respell(r"3 \pm 2\sqrt3"), respell("12/7")
     ('(3,\\frac{1}{2})', '5', '3\\pm2\\sqrt{3}', '\\frac{12}{7}')
@@ -156,7 +156,7 @@ def equal(answer: str, gold: str) -> bool:
 
 
 def _last_box(text: str) -> str:
-    """What the last box holds; all that follows where it is not closed; up to the end of the formula where it has no braces."""
+    """The content of the last box: up to the end of the text if it is not closed, of the formula if it has no braces."""
     content = text.rpartition("boxed")[2].lstrip()
     if not content.startswith("{"):
         return content.partition("$")[0]
@@ -187,7 +187,7 @@ def _without_brackets(text: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    r"""The elements of ``(a,b]`` or of a matrix, row by row, each row opened by its length; nothing for any other text."""
+    r"""The elements of ``(a,b]``, or of a matrix row by row, each row after its length; nothing for any other text."""
     if matrix := _MATRIX.fullmatch(text):
         rows = [row.split("&") for row in matrix[1].split(r"\\") if row]
         return list(itertools.chain.from_iterable([str(len(row)), *row] for row in rows))
@@ -206,7 +206,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _same_expression(answer: str, gold: str) -> bool:
-    """Whether computer algebra finds both equal, exactly or within the relative error."""
+    """Whether computer algebra finds the two equal, exactly or within the relative error."""
     if max(len(answer), len(gold)) > MAX_ALGEBRA_CHARS:
         return False
     first, second = _expression(answer), _expression(gold)
@@ -216,16 +216,16 @@ def _same_expression(answer: str, gold: str) -> bool:
 
 
 def _expression(latex: str) -> Any:
-    """``latex`` as SymPy reads it; None where it cannot."""
+    """``latex`` as a SymPy expression; None if it cannot be read."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
 
-    with contextlib.suppress(Exception):  # whatever the parser raises, the text is not mathematics to it
+    with contextlib.suppress(Exception):  # whatever the parser raises, it could not read the text
         return latex2sympy(latex, normalization_config=NormalizationConfig(basic_latex=True, boxed="none"))
     return None
 
 
 def _holds(test: Callable[[Any, Any], bool], first: Any, second: Any) -> bool:
-    """SymPy raises for what a test is not made for: sets, booleans, matrices of other shapes."""
+    """SymPy raises where a test does not apply: sets, booleans, matrices of different shapes."""
     with contextlib.suppress(Exception):
         return bool(test(first, second))
     return False

@@ -1,12 +1,12 @@
-"""One judge: the program of a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
+"""The program of one judge, a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
 
     python -m nft_megatron.verify.worker JUDGE SOCKET_FD PARENT_PID SOFT_SECONDS HARD_SECONDS MEMORY_BYTES
 
-It reads one JSON object a line, {"gold", "text"}, and writes one, {"reason", "detail", "seconds"}. The judge works in the main
-thread, math-verify's own alarms off: they count whole seconds of the clock and start anew for every call; here one timer
-covers the comparison. It counts the processor time that the worker itself gets, so that a busy machine makes a verdict late
-but does not change it. Where Python cannot interrupt itself (a power of huge integers) the kernel ends the process after
-HARD_SECONDS of processor time, even if nobody is left to kill it; and it dies with its parent.
+It reads one JSON object per line, {"gold", "text"}, and writes one, {"reason", "detail", "seconds"}. The judge runs in the main
+thread with math-verify's own alarms off: those count whole seconds of wall-clock time and restart with every call, whereas here
+one timer covers the comparison. It counts the worker's own processor time, so that a busy machine delays a verdict but does not
+change it. Where Python cannot interrupt itself (a power of huge integers), the kernel ends the process after HARD_SECONDS of
+processor time, even if nobody is left to kill it; and it dies with its parent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# The first of a kind costs up to a third of a second in imports and tables of the parser: paid before any task comes.
+# The first task of a kind costs up to a third of a second in imports and parser tables: paid before any task arrives.
 _FIRST_TASKS = (
     (r"\frac{\sqrt{2}}{2}", r"\frac{\sqrt{3}}{2}"),
     ("x^2-1", "(x-1)(x+1)"),
@@ -44,10 +44,10 @@ class SoftLimit(BaseException):
 
 
 def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
-    """Reason and detail, as the reference implementation compares (its verifier.py), but with three labels.
+    """Reason and detail, compared as in the reference implementation (its verifier.py) but with three labels.
 
-    The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read and whatever
-    makes it crash is unknown, never wrong.
+    The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read, or
+    anything that makes it crash, is unknown, never wrong.
     """
     from math_verify.grader import verify
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -68,7 +68,7 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     return ("crash", error) if error else ("not equal", "")
 
 
-@functools.lru_cache(256)  # the answers to a question come one after the other
+@functools.lru_cache(256)  # the answers to a question arrive one after another
 def _read_gold(gold: str) -> list[Any]:
     from math_verify.parser import LatexExtractionConfig, parse
 
@@ -76,7 +76,7 @@ def _read_gold(gold: str) -> list[Any]:
 
 
 def judge_simplerl(gold: str, text: str) -> tuple[str, str]:
-    """Reason and detail of :func:`nft_megatron.verify.simplerl.grade`."""
+    """Reason and detail from :func:`nft_megatron.verify.simplerl.grade`."""
     from nft_megatron.verify.simplerl import grade
 
     return grade(text, gold).reason, ""
@@ -87,7 +87,7 @@ JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {"math-verify": judge
 
 @contextmanager
 def limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
-    """Raise :class:`SoftLimit` after ``soft_seconds`` of processor time in the body, die after ``hard_seconds`` of it."""
+    """Raise :class:`SoftLimit` after ``soft_seconds`` of processor time in the body; die after ``hard_seconds``."""
 
     def give_up(signum: int, frame: FrameType | None) -> None:
         raise SoftLimit
@@ -104,7 +104,7 @@ def limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
 
 
 def _die_with_parent(parent: int) -> None:
-    # Ctrl-C and the scheduler's signals reach all processes of a job; what they mean is for the parent to decide.
+    # Ctrl-C and the scheduler's signals reach every process of a job; the parent decides what they mean.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -1,9 +1,11 @@
 """What counts as the same question, and what as the same answer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from bench_data import bench_file, bench_rows
+from bench_data import BENCH, bench_rows, recorded
+from own_questions import CONFLICTS, TRAINING, write_training
 
 from nft_megatron.base.records import Question
 from nft_megatron.data.conflicts import find_conflicts
@@ -57,9 +59,17 @@ def test_golds_that_agree_are_no_conflict() -> None:
     ]
 
 
-def test_dapo() -> None:
+def test_conflicts_of_a_file_in_dapo_wording(tmp_path: Path) -> None:
+    """To the letter and in other typesetting; neither another spelling of the gold nor another sign in the question."""
+    loaded = load_questions([write_training(tmp_path / "train.parquet")])
+    assert [question.question_id for question in loaded] == [asked.question_id for asked in TRAINING]
+    assert ids(find_conflicts(loaded)) == CONFLICTS
+
+
+@recorded("dapo_math_17k.jsonl")
+def test_conflicts_of_dapo() -> None:
     """The 11 that agree to the letter, as that data's own README counts them; the others, read one by one, are one problem."""
-    conflicts = find_conflicts(load_questions([bench_file("dapo_math_17k.jsonl")]))
+    conflicts = find_conflicts(load_questions([BENCH / "dapo_math_17k.jsonl"]))
     golds: dict[str, set[str]] = {}
     for row in bench_rows("dapo_math_17k.jsonl"):
         golds.setdefault(row["question"], set()).add(row["answer"])

@@ -203,5 +203,5 @@ def test_other_parquet_files_and_newer_ledgers(path: Path) -> None:
         read_groups(path)
     metadata = {"nft_megatron.ledger_version": str(ledger.LEDGER_VERSION + 1), "nft_megatron.meta": json.dumps({})}
     pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(metadata), path)
-    with pytest.raises(UserError, match="this program reads up to 1"):
+    with pytest.raises(UserError, match="this version reads up to 1"):
         read_groups(path)

@@ -1,10 +1,13 @@
-"""The overlap of small texts by hand, of the development data against a list made apart from this program."""
+"""Overlaps: of small texts by hand, of many against a search by substrings, of recorded data against another program's list."""
 
 import json
+import random
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from bench_data import bench_file, bench_rows
+from bench_data import BENCH, bench_rows, recorded
+from own_questions import DAPO_PREFIX, DAPO_SUFFIX
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
@@ -64,11 +67,51 @@ def test_file(tmp_path: Path) -> None:
             read_overlapping_ids(tmp_path / "bad", "--overlap")
 
 
-def test_development_data() -> None:
+def typeset(rng: random.Random, text: list[str]) -> str:
+    """The same words in other typography."""
+    return "".join(
+        rng.choice([word, word.upper(), f"${word}$", f"({word})"]) + rng.choice([" ", ", ", "\n", " -- "]) for word in text
+    )
+
+
+def test_spliced_questions() -> None:
+    """300 training questions of pieces of 60 others, some in DAPO's wording; shares by looking for substrings."""
+    rng = random.Random(20250518)
+    syllables = ["ba", "de", "fi", "go", "hu", "ky", "lo", "mi"]
+    vocabulary = [a + b + c for a in syllables for b in syllables for c in syllables]
+    asked = [[rng.choice(vocabulary) for _ in range(rng.randint(8, 60))] for _ in range(60)]
+    spliced = []
+    for _ in range(300):
+        pieces = [
+            text[start : start + rng.randint(5, 60)] for text in rng.choices(asked, k=2) for start in [rng.randint(0, 10)]
+        ]
+        spliced.append([*pieces[0], rng.choice(vocabulary), *pieces[1]])
+    golds = [str(rng.randint(1, 3)) for _ in range(300)]
+
+    expected = {}
+    for i, text in enumerate(asked):
+        grams = [f" {' '.join(text[start : start + 13])} " for start in range(len(text) - 12)]
+        found = [sum(gram in f" {' '.join(words)} " for gram in grams) for words in spliced]
+        holders = sorted((j for j in range(300) if grams and found[j] * 2 >= len(grams)), key=lambda j: (-found[j], j))
+        if holders:
+            expected[i] = (Fraction(max(found), len(grams)), holders, [j for j in holders if golds[j] == "2"])
+
+    frames = ["{}", DAPO_PREFIX.replace("{", "{{") + "{}" + DAPO_SUFFIX]
+    train = [question(str(j), rng.choice(frames).format(typeset(rng, text)), golds[j]) for j, text in enumerate(spliced)]
+    overlaps = find_overlaps(train, [question(f"e{i}", typeset(rng, text), "2.0") for i, text in enumerate(asked)])
+    assert len(expected) > 40
+    assert {
+        i: (Fraction(overlap.overlap).limit_denominator(100), [*map(int, overlap.train_ids)], [*map(int, overlap.same_gold)])
+        for i, overlap in overlaps.items()
+    } == expected
+
+
+@recorded("dapo_overlap.jsonl", "dapo_math_17k.jsonl", *(f"{name}.jsonl" for name in BENCHMARKS))
+def test_recorded_overlaps() -> None:
     """``dapo_overlap.jsonl`` was made by another program; shares there have two decimals."""
     expected = {row["bench_id"]: row for row in bench_rows("dapo_overlap.jsonl")}
-    train = load_questions([bench_file("dapo_math_17k.jsonl")])
-    asked = [question for name in BENCHMARKS for question in load_questions([bench_file(f"{name}.jsonl")])]
+    train = load_questions([BENCH / "dapo_math_17k.jsonl"])
+    asked = [question for name in BENCHMARKS for question in load_questions([BENCH / f"{name}.jsonl"])]
     found = find_overlaps(train, asked)
     assert {overlap.bench_id for overlap in found.values()} == expected.keys()
     assert len(found) == 22 + 18 + 51

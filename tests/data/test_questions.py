@@ -7,35 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from own_questions import TRAINING, dapo_row, write_dapo, write_training
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
-
-DAPO_SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
-        ("extra_info", pa.struct([("index", pa.string())])),
-    ]
-)
-
-
-def dapo_row(index: str | None, question: str, gold: str | None) -> dict[str, Any]:
-    return {
-        "data_source": "math_dapo",
-        "prompt": [{"content": question, "role": "user"}],
-        "ability": "MATH",
-        "reward_model": {"ground_truth": gold, "style": "rule-lighteval/MATH_v2"},
-        "extra_info": {"index": index},
-    }
-
-
-def write_dapo(path: Path, *rows: dict[str, Any]) -> Path:
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=DAPO_SCHEMA), path)
-    return path
+from nft_megatron.data.wording import bare, worded
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:
@@ -74,6 +51,14 @@ def test_repeated_rows_count_once(tmp_path: Path) -> None:
     rows = [dapo_row("u1", "1+1?", "2"), dapo_row("u2", "2+2?", "4")]
     path = write_dapo(tmp_path / "dapo.parquet", *rows * 100)
     assert [q.question_id for q in load_questions([path])] == ["u1", "u2"]
+
+
+def test_dapo_wording(tmp_path: Path) -> None:
+    """As published; golds of any size, also 0 and negative ones, arrive as they are."""
+    loaded = load_questions([write_training(tmp_path / "dapo.parquet")])
+    assert [(q.question_id, bare(q.text), q.gold) for q in loaded] == TRAINING
+    assert all(q.text == worded(bare(q.text), "answer") != bare(q.text) for q in loaded)
+    assert sum(abs(int(q.gold.replace(",", ""))) >= 10_000 for q in loaded) == 103  # 101 sums, a debt, a power
 
 
 @pytest.mark.parametrize("asked", ["question", "problem", "prompt"])
@@ -185,22 +170,22 @@ def broken(path: Path) -> Path:
         (lambda folder: write_jsonl(folder / "a.jsonl", [1]), "unreadable at row 0: not a JSON object"),
         (
             lambda folder: write_jsonl(folder / "a.jsonl", {"text": "1+1?", "answer": "2"}),
-            "has no question: it has text, answer",
+            r"has no question \(it has text, answer\)",
         ),
-        (lambda folder: write_jsonl(folder / "a.jsonl", {"question": "1+1?"}), "has no gold answer: it has question"),
+        (lambda folder: write_jsonl(folder / "a.jsonl", {"question": "1+1?"}), r"has no gold answer \(it has question\)"),
         (lambda folder: write_jsonl(folder / "a.jsonl", {"question": "1+1?", "answer": " "}), "has no gold answer"),
         (lambda folder: write_dapo(folder / "a.parquet", dapo_row("u", "1+1?", None)), "has no gold answer"),
         (
             lambda folder: write_jsonl(folder / "a.jsonl", {"prompt": [{"text": "?"}], "answer": "2"}),
-            "neither a text nor a list",
+            "neither text nor a list",
         ),
         (
             lambda folder: write_dapo(folder / "a.parquet", dapo_row("u", "1?", "1"), dapo_row("u", "2?", "2")),
-            "id 'u' belongs to",
+            "id 'u' also belongs to",
         ),
         (
             lambda folder: write_dapo(folder / "a.parquet", dapo_row("u", "1?", "1"), dapo_row("u", "1?", "2")),
-            "id 'u' belongs to",
+            "id 'u' also belongs to",
         ),
     ],
 )

@@ -1,13 +1,14 @@
-"""The table against the development data, and finding its files."""
+"""Finding the benchmarks' files and reading them, in every layout that they are published in."""
 
 import json
 from pathlib import Path
 
 import pytest
-from bench_data import bench_file
+from bench_data import BENCH, recorded
+from own_questions import Asked, write_benchmarks
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.data.questions import load_questions
+from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
 from nft_megatron.evaluate.benchmarks import BENCHMARKS, find_benchmarks, temperature_for
 
 
@@ -35,15 +36,27 @@ def test_mistakes(tmp_path: Path) -> None:
     other = write(tmp_path / "other" / "aime2024.jsonl")
     with pytest.raises(UserError, match=r"--benchmarks = .*missing: no such file"):
         find_benchmarks([tmp_path / "missing"])
-    with pytest.raises(UserError, match=r"AIME 2024 again, beside .*aime24\.jsonl"):
+    with pytest.raises(UserError, match=r"AIME 2024 again, besides .*aime24\.jsonl"):
         find_benchmarks([aime, other])
     with pytest.raises(UserError, match=r"is not named after a benchmark .* name it one of aime24, aime25, amc23, math500,"):
         find_benchmarks([write(tmp_path / "gsm8k.jsonl")])
 
 
+def test_layouts_of_the_hub(tmp_path: Path) -> None:
+    """Own questions, as many as published, under the columns, file names and ids of each benchmark."""
+    written = write_benchmarks(tmp_path)
+    assert find_benchmarks([tmp_path]) == [(benchmark, written[benchmark.name][0]) for benchmark in BENCHMARKS]
+    for benchmark in BENCHMARKS:
+        path, asked = written[benchmark.name]
+        loaded = load_questions([path], splits=HELD_OUT_SPLIT)
+        assert [Asked(question.question_id, question.text, question.gold) for question in loaded] == asked
+        assert len(loaded) == benchmark.num_questions
+
+
+@recorded(*(f"{benchmark.name}.jsonl" for benchmark in BENCHMARKS))
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
-def test_development_data(benchmark) -> None:
-    path = bench_file(f"{benchmark.name}.jsonl")
+def test_recorded_benchmarks(benchmark) -> None:
+    path = BENCH / f"{benchmark.name}.jsonl"
     assert find_benchmarks([path]) == [(benchmark, path)]
     questions = load_questions([path])
     assert len(questions) == benchmark.num_questions

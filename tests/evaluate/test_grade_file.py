@@ -82,7 +82,7 @@ BAD = [
     ('["a"]\n', ("line 1", "not a JSON object")),
     ('{"text": "a", "gold": "1"}\n{"answer": "a", "gold": "1"}\n', ("line 2", "'text'", "answer, gold", "--answer-field")),
     ('{"text": "a"}\n', ("line 1", "'gold'", "--gold-field")),
-    ('{"text": null, "gold": "1"}\n', ("line 1", "'text' is no text but NoneType")),
+    ('{"text": null, "gold": "1"}\n', ("line 1", "'text' is not text but NoneType")),
     ('{"text": "a", "gold": [1]}\n', ("line 1", "'gold'", "[1]")),
     ('{"text": "a", "gold": " "}\n', ("line 1", "'gold'")),
     ("\udcff\n", ("line 1", "not JSON")),

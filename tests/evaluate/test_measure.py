@@ -1,4 +1,4 @@
-"""``nft-megatron eval --benchmarks`` with a tiny random model: the table, and going on after a kill."""
+"""``nft-megatron eval --benchmarks`` with a tiny random model: the table, and resuming after a kill."""
 
 import json
 import re
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_data import bench_file
+from bench_data import BENCH, recorded
+from own_questions import write_benchmarks
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt
@@ -150,7 +151,7 @@ def test_killed_and_started_again_it_ends_with_the_same_answers(model, sums, sta
 
     other = command(*arguments, broken, "--temperature", "0.5")
     assert other.returncode == 2
-    assert "has answers with temperature = 1.0, now it is 0.5; set it back, or name another folder" in other.stderr
+    assert "has answers with temperature = 1.0, but it is 0.5 now; restore that value, or name another folder" in other.stderr
 
 
 def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_path, run_config):
@@ -180,7 +181,7 @@ def test_greedy_answers_need_no_benchmark_defaults(model, sums, command, tmp_pat
     assert (summary["sampling"]["max_tokens"], summary["sampling"]["temperature"], summary["seed"]) == (3, 0.0, 7)
     assert summary["grader"] == "strict"
     assert "mean of 1" in done.stdout
-    assert "overlap.jsonl: none of its questions is in these benchmarks" in done.stderr
+    assert "overlap.jsonl: none of its questions are in these benchmarks" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_golds_that_nobody_can_answer_are_named(model, command, tmp_path):
     path.write_text("".join(json.dumps({"id": g, "question": "1", "answer": g}) + "\n" for g in ("3", r"\boxed{x", "4")))
     done = command("eval", model, "--benchmarks", path, *OPTIONS, "--grader", "dapo", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert r"MATH500: 1 of 3 golds are not correct to the grader dapo themselves, such as \boxed{x" in done.stderr
+    assert r"MATH500: 1 of 3 golds are not judged correct by the grader dapo themselves, such as \boxed{x" in done.stderr
 
 
 def prompts(*lengths: int) -> tuple[Prompt, ...]:
@@ -220,15 +221,13 @@ def test_parts_hold_neighbours_with_the_same_room(tmp_path):
     assert len({part.path for part in parts}) == 4
     many = plan_parts(Task(BY_NAME["amc23"], prompts(5, 5), samples=1000), max_tokens=10, context=100, folder=tmp_path)
     assert [(part.first, part.stop) for part in many] == [(0, 1), (1, 2)]
-    with pytest.raises(UserError, match=r"--benchmarks = q1: has 100 tokens, the model's context is 100"):
+    with pytest.raises(UserError, match=r"--benchmarks = q1: has 100 tokens, but the model's context is 100"):
         plan_parts(Task(BY_NAME["amc23"], prompts(5, 100), samples=1), max_tokens=10, context=100, folder=tmp_path)
 
 
-def test_all_six_benchmarks(model, command, tmp_path):
-    """On the development data. The grader is the one without algebra: here the point is the table, for 1547 questions."""
-    files = [bench_file(f"{benchmark.name}.jsonl") for benchmark in BENCHMARKS]
-    out = tmp_path / "out"
-    done = command("eval", model, "--benchmarks", *files, *OPTIONS, "--samples", "1", "--grader", "dapo", "--out", out)
+def measure_all_six(paths, model, command, out):
+    """The grader is the one without algebra: here the point is the table, for 1547 questions."""
+    done = command("eval", model, "--benchmarks", *paths, *OPTIONS, "--samples", "1", "--grader", "dapo", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     for benchmark in BENCHMARKS:
@@ -236,3 +235,33 @@ def test_all_six_benchmarks(model, command, tmp_path):
     assert "mean of 6" in rows
     assert "not 30" not in done.stderr
     assert len(answers(out)) == sum(benchmark.num_questions for benchmark in BENCHMARKS)
+    return rows, done.stderr
+
+
+def test_all_six_benchmarks(model, command, tmp_path):
+    """Of own questions; the model's answers are a box or none, so that the share of right ones is that of equal texts."""
+    written = write_benchmarks(tmp_path / "benchmarks")
+    rows, messages = measure_all_six([tmp_path / "benchmarks"], model, command, tmp_path / "out")
+    assert "not judged correct" not in messages
+    num_right = 0
+    for benchmark in BENCHMARKS:
+        golds = {question_id: gold for question_id, _, gold in written[benchmark.name][1]}
+        given = [
+            (group.prompt.question_id, answer)
+            for path in sorted((tmp_path / "out" / "answers" / benchmark.name).iterdir())
+            for group, _ in read_groups(path)
+            for answer in group.answers
+        ]
+        assert [question_id for question_id, _ in given] == list(golds)
+        right = [
+            answer.completion.finish_reason == "stop" and f"\\boxed{{{golds[question_id].lstrip('0') or '0'}}}" in answer.text
+            for question_id, answer in given
+        ]
+        assert rows[benchmark.title][2] == f"{100 * sum(right) / len(right):.1f}"
+        num_right += sum(right)
+    assert num_right > 0
+
+
+@recorded(*(f"{benchmark.name}.jsonl" for benchmark in BENCHMARKS))
+def test_all_six_recorded_benchmarks(model, command, tmp_path):
+    measure_all_six([BENCH / f"{benchmark.name}.jsonl" for benchmark in BENCHMARKS], model, command, tmp_path / "out")

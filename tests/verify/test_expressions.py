@@ -1,4 +1,4 @@
-"""Values of expressions against math-verify's reading of them, and "different" against its verdicts.
+"""Values of expressions against math-verify's reading, and "different" against its verdicts.
 
 NFT_MEGATRON_FUZZ sets how many expressions are tried (10000 take a few minutes).
 """
@@ -13,7 +13,7 @@ from decimal import Decimal
 
 import pytest
 import sympy
-from bench_data import bench_rows
+from bench_data import bench_rows, recorded
 from math_verify.parser import LatexExtractionConfig, parse
 
 from nft_megatron.verify.boxes import last_boxes, unboxed
@@ -21,6 +21,7 @@ from nft_megatron.verify.expressions import differ, value_of
 from nft_megatron.verify.worker import judge_math_verify
 
 NUM_EXPRESSIONS = int(os.environ.get("NFT_MEGATRON_FUZZ", "400"))
+BENCHMARKS = ("math500", "olympiadbench", "minerva_math")  # whose golds are not all integers
 LETTERS = "abcfghjklmnopqrstuvwxyzABNX"
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -32,7 +33,7 @@ class TooLongError(BaseException):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Computer algebra may take for ever; what is left out by this is counted by the caller."""
+    """Computer algebra may take forever; callers count how many expressions remain."""
 
     def give_up(signum, frame):
         raise TooLongError
@@ -47,7 +48,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def expression(rng: random.Random, depth: int) -> str:
-    """LaTeX put together at random, with everything that may be written in more than one way."""
+    """Random LaTeX, with everything that can be written in more than one way."""
     if depth == 0 or rng.random() < 0.2:
         return rng.choice([str(rng.randint(0, 30)), str(rng.randint(2, 9)), rng.choice("xynabk"), rng.choice(LETTERS), r"\pi"])
     a, b, digit = expression(rng, depth - 1), expression(rng, depth - 1), rng.randint(1, 9)
@@ -90,7 +91,7 @@ def expression(rng: random.Random, depth: int) -> str:
 
 
 def by_math_verify(text: str) -> Decimal | None:
-    """What math-verify reads, with our numbers for its variables; None where it cannot read or evaluate it in time."""
+    """What math-verify reads, with our numbers for its variables; None if it cannot read or evaluate that."""
     with at_most(0.5):
         parsed = parse(rf"\boxed{{{text}}}", (LatexExtractionConfig(),), parsing_timeout=None)
         if not parsed or isinstance(parsed[0], str):
@@ -187,7 +188,7 @@ def test_values(text: str, value: Decimal) -> None:
         "(" * 150 + "x" + ")" * 150 + "+1",
     ],
 )
-def test_what_could_mean_something_else_is_not_read(text: str) -> None:
+def test_ambiguous_text_is_not_read(text: str) -> None:
     assert value_of(text) is None
 
 
@@ -216,7 +217,7 @@ def test_what_could_mean_something_else_is_not_read(text: str) -> None:
         ("f(x)=2x", "f(x)=3x"),
     ],
 )
-def test_nothing_is_said_of_what_may_be_equal(answer: str, gold: str) -> None:
+def test_what_may_be_equal_is_left_open(answer: str, gold: str) -> None:
     assert not differ(answer, gold)
 
 
@@ -240,6 +241,7 @@ def test_what_differs_in_random_answers_differs_for_math_verify() -> None:
                 assert judge_math_verify(gold, rf"\boxed{{{answer}}}")[0] != "equal", (answer, gold)
 
 
+@recorded("verifier_cases.jsonl", *(f"{name}.jsonl" for name in BENCHMARKS))
 def test_what_differs_in_recorded_answers_differs_for_math_verify() -> None:
     """All boxes of the recorded answers against their golds, and every gold of the benchmarks against its neighbour's."""
     pairs = {
@@ -247,7 +249,7 @@ def test_what_differs_in_recorded_answers_differs_for_math_verify() -> None:
         for row in bench_rows("verifier_cases.jsonl")
         if (boxes := last_boxes(row["pred_text"]))
     }
-    for name in ("math500", "olympiadbench", "minerva_math"):
+    for name in BENCHMARKS:
         golds = [row["answer"].strip() for row in bench_rows(f"{name}.jsonl")]
         pairs |= set(zip(golds, [*golds[1:], golds[0]], strict=True))
     different = sorted(pair for pair in pairs if differ(*pair))

@@ -216,7 +216,7 @@ def test_every_fraction(above: int, below: int) -> None:
 @example("\\" * 59)
 @example("{" * 60)
 def test_boxes_balance(text: str) -> None:
-    """Every box found is a slice of the text whose unescaped braces balance, and boxes do not overlap."""
+    """Every box is a slice of the text with balanced unescaped braces, and boxes do not overlap."""
     boxes = closed_boxes(text)
     for before, after in itertools.pairwise(boxes):
         assert before.end <= after.start
@@ -233,7 +233,7 @@ def test_boxes_balance(text: str) -> None:
 )
 @example([r"\boxed{1}", r"\boxed{", "x " * 900])
 def test_reading_from_the_end_finds_what_reading_all_finds(pieces: list[str]) -> None:
-    """The last box of the whole text, unless it is one of those that span more than any answer."""
+    """The last box of the whole text, unless a box is longer than any answer."""
     text = "".join(pieces)
     boxes = closed_boxes(text)
     if not any(box.end - box.start > MAX_BOX_CHARS for box in boxes):

@@ -1,4 +1,4 @@
-"""Ways in which models write an integer, put together at random: the strict route against math-verify and against the integer.
+"""Random combinations of the ways in which models write an integer: the strict route against the integer and math-verify.
 
 NFT_MEGATRON_FUZZ sets how many forms are tried (10000 takes about a minute on an idle core).
 """
@@ -90,4 +90,4 @@ def test_integer_forms() -> None:
         assert label(text, number + 1) == "wrong", (number, text)
         assert label(text, -number) == ("wrong" if number else "correct"), (number, text)
         num_read_by_math_verify += judge_math_verify(str(number), text)[0] == "equal"
-    assert num_read_by_math_verify > NUM_FORMS / 2, "the forms are such that math-verify reads most of them"
+    assert num_read_by_math_verify > NUM_FORMS / 2, "math-verify reads most of the forms"

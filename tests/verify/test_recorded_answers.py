@@ -1,4 +1,4 @@
-"""Recorded model outputs, human solutions, constructed traps and pathological texts from the development data.
+"""Recorded model outputs and human solutions, where there are any; test_own_answers has the same for the project's own.
 
 Kinds: ``aime_human``, ``math500_pos`` human solutions; ``math500_neg`` the same against other golds; ``int_pos``, ``int_neg``
 constructed; ``qwen_recorded``, ``mathcoder_recorded`` model outputs with another grader's verdict, which is sometimes mistaken.
@@ -10,18 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from bench_data import bench_rows
+from bench_data import bench_rows, recorded
 
 from nft_megatron.base.records import Verdict
 from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.boxes import closed_boxes, last_boxes
 from nft_megatron.verify.grade import Undecided, grade
-from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.numbers import read_bare_number
 from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.simplerl import unverifiable
 
-UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 60.0}  # the start of a grader costs more than its work here
+UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 600.0}  # starting a grader costs more than its work here
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva_math")
 
 
@@ -56,6 +55,7 @@ def has_integer_gold(row: dict[str, Any]) -> bool:
     return number is not None and number.denominator == 1
 
 
+@recorded("dapo_math_17k.jsonl")
 def test_every_training_gold_is_right_when_echoed() -> None:
     rows = bench_rows("dapo_math_17k.jsonl")
     verdicts = [grade(rf"So the answer is $\boxed{{{row['answer']}}}$.", row["answer"], "stop") for row in rows]
@@ -63,6 +63,7 @@ def test_every_training_gold_is_right_when_echoed() -> None:
     assert all(not isinstance(verdict, Undecided) and verdict.label == "correct" for verdict in verdicts)
 
 
+@recorded("verifier_cases.jsonl")
 def test_integer_golds() -> None:
     """No false positive, and no right answer in a box is missed but those listed."""
     rows = [row for row in bench_rows("verifier_cases.jsonl") if has_integer_gold(row)]
@@ -96,6 +97,7 @@ def test_integer_golds() -> None:
     ]
 
 
+@recorded("verifier_cases.jsonl")
 def test_strict_differs_from_math_verify_only_in_the_classes_of_the_docs(
     by_strict: list[Verdict], by_math_verify: list[Verdict], math_verify: Verifier
 ) -> None:
@@ -130,6 +132,7 @@ def class_of(row: dict[str, Any], strict: Verdict, math_verify: Verifier) -> str
     return "text outside the box" if boxed.label == strict.label else "other"
 
 
+@recorded("verifier_cases.jsonl")
 def test_human_solutions(by_strict: list[Verdict]) -> None:
     """Of MATH-500, with its own gold and with others', whatever kind of gold."""
     pairs = zip(bench_rows("verifier_cases.jsonl"), by_strict, strict=True)
@@ -138,6 +141,7 @@ def test_human_solutions(by_strict: list[Verdict]) -> None:
     assert all(is_right == label for is_right, label in verdicts)
 
 
+@recorded("verifier_cases.jsonl")
 def test_simplerl_agrees_with_math_verify(by_math_verify: list[Verdict]) -> None:
     """On recorded answers and human solutions; its tolerance of 1e-4 takes 9999 for 10000."""
     kinds = ("aime_human", "math500_pos", "math500_neg", "qwen_recorded")
@@ -150,12 +154,14 @@ def test_simplerl_agrees_with_math_verify(by_math_verify: list[Verdict]) -> None
     assert sum(agreement) / len(agreement) >= 0.998
 
 
+@recorded(*(f"{name}.jsonl" for name in BENCHMARKS))
 def test_every_gold_of_the_benchmarks_verifies_itself() -> None:
     golds = [row["answer"] for name in BENCHMARKS for row in bench_rows(f"{name}.jsonl")]
     assert len(golds) == 1547
     assert unverifiable(golds) == []
 
 
+@recorded("verifier_cases.jsonl")
 def test_math_verify_mode_agrees_with_the_reference_implementation(by_math_verify: list[Verdict]) -> None:
     """Against verifier.py of the public NFT code: math_metric called directly, in the main thread."""
     from math_verify.metric import math_metric
@@ -167,17 +173,3 @@ def test_math_verify_mode_agrees_with_the_reference_implementation(by_math_verif
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     expected = [metric([rf"\boxed{{{row['gold']}}}"], [row["pred_text"]])[0] > 0.5 for row in rows]
     assert [verdict.label == "correct" for verdict in verdicts] == expected
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_pathological_answers(mode: Any) -> None:
-    """Each is answered, none is right but two, and the pool survives. All of them in the mode of training, some in others."""
-    rows = bench_rows("patho_cases.jsonl")[:: 1 if mode in ("strict", "dapo") else 8]
-    with Verifier(VerifyConfig(mode=mode, workers=1, soft_seconds=0.2, hard_seconds=0.6)) as verifier:
-        futures = [verifier.submit(row["pred_text"], row["gold"], "stop") for row in rows]
-        verdicts = [future.result(120) for future in futures]
-        power = r"\boxed{2^{%d}}" if MODES[mode].judge else r"\boxed{%d}"  # in a grader, where the mode has any
-        after = [verifier.submit(power % n, str(2**n if MODES[mode].judge else n), "stop").result(60) for n in range(2, 8)]
-    right = [row["name"] for row, verdict in zip(rows, verdicts, strict=True) if verdict.label == "correct"]
-    assert set(right) <= {"mod2", "deep parens 300"}, "2^{10^6} mod 7 is 2, and 34 in 300 brackets is 34"
-    assert "correct" in [verdict.label for verdict in after], "the pool survives"

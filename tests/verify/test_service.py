@@ -1,4 +1,4 @@
-"""The verifier with real worker processes: they are killed, run away, and lose their parent."""
+"""The verifier with real worker processes, which are killed, run away and lose their parent."""
 
 import asyncio
 import contextlib
@@ -89,7 +89,7 @@ def test_threads_and_asyncio_agree(verifier: Verifier) -> None:
 
 
 def test_a_cancelled_waiter_leaves_the_others_alone(verifier: Verifier) -> None:
-    """The same question from two sides shares one future; asyncio's cancelling must not reach it."""
+    """Two callers with the same question share one future, which asyncio must not cancel."""
 
     async def cancel_first() -> str:
         first = asyncio.wrap_future(verifier.submit(r"\boxed{\sqrt{49}}", "7", "stop"))
@@ -143,7 +143,7 @@ def test_soft_limit() -> None:
 
 
 def test_the_soft_limit_counts_processor_time_alone() -> None:
-    """Waiting, as for a core on a busy machine, is free; computing is not."""
+    """Waiting, for instance for a core on a busy machine, does not count; computing does."""
     program = """
 import time
 from nft_megatron.verify.worker import SoftLimit, limits
@@ -184,7 +184,7 @@ def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
 
 
 def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() -> None:
-    """One task in twenty loses its worker. It is tried again; who loses two is unknown; nobody gets another's verdict."""
+    """One task in twenty loses its worker and is retried; a task that loses two is unknown; none gets another's verdict."""
     golds = [(rf"\boxed{{\sqrt[2]{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in range(2, 202)]
     expected = ["correct" if n % 3 else "wrong" for n in range(2, 202)]
     is_over = threading.Event()
@@ -238,7 +238,7 @@ def test_dapo_mode_starts_no_process() -> None:
 
 
 def test_simplerl_mode() -> None:
-    """Cut answers are judged by what they say, as the public grader does; so is a last number without a box."""
+    """As in the public grader, truncated answers are judged by their text, and a last number needs no box."""
     with Verifier(VerifyConfig(mode="simplerl", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
         verdict = verifier.submit(r"\boxed{(x+1)^2}", "x^2+2x+1", "length").result(60)
         assert (verdict.label, verdict.reason, verdict.verifier) == ("correct", "equal", "simplerl/1")
@@ -257,7 +257,7 @@ def test_workers_are_recycled() -> None:
 
 
 def test_memory_limit() -> None:
-    """A text of 48 MB does not fit into a worker of 128 MB, of which imports take the half."""
+    """A text of 48 MB does not fit into a worker of 128 MB, half of which imports take."""
     settings = VerifyConfig(mode="math-verify", workers=1, soft_seconds=60.0, hard_seconds=60.0)
     with Verifier(settings, memory_bytes=128 * 2**20) as verifier:
         verdict = verifier.submit("x" * (48 * 2**20), "34", "stop").result(120)

@@ -1,4 +1,4 @@
-"""The final evaluation's grader against verdicts written by hand. Its file lists what it forgives and where it departs."""
+"""The final evaluation's grader against hand-written verdicts. Its docstring lists its tolerances and departures."""
 
 import json
 import subprocess
