@@ -78,10 +78,22 @@ def _render(name: str, rows: list[MetricsRow], config: dict[str, Any], answers: 
         config=list(config.items()),
         metrics=list(METRICS.values()),
         data=Markup(json_for_script(page_data(rows, answers))),
-        css=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
-        charts_js=Markup((_PAGE / "charts.js").read_text(encoding="utf-8")),
-        answers_js=Markup((_PAGE / "answers.js").read_text(encoding="utf-8")),
+        uplot_css=_read("uplot/uPlot.min.css"),
+        css=_read("report.css"),
+        uplot_js=_comment(_read("uplot/LICENSE")) + _read("uplot/uPlot.iife.min.js"),
+        charts_js=_read("charts.js"),
+        panels_js=_read("panels.js"),
+        answers_js=_read("answers.js"),
     )
+
+
+def _read(name: str) -> Markup:
+    """A file of the page, which is ours and so goes into it as it is."""
+    return Markup((_PAGE / name).read_text(encoding="utf-8"))
+
+
+def _comment(text: Markup) -> Markup:
+    return Markup("/*\n") + text + Markup("\n*/\n")
 
 
 def page_data(rows: Sequence[Mapping[str, Any]], answers: AnswerSample) -> dict[str, Any]:
