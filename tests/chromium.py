@@ -55,10 +55,10 @@ class Tab:
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.send(f"{domain}.enable")
         self.events.clear()
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         )
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.send("Page.navigate", url=path.resolve().as_uri())
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
             message = self._receive()
@@ -77,8 +77,8 @@ class Tab:
 
     def mouse(self, kind: str, x: float, y: float, clicks: int = 0) -> None:
         """A real mouse event, of ``kind`` Moved, Pressed or Released, at a point of the window."""
-        button = "left" if clicks else "none"
-        self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button=button, buttons=int(kind != "Released" and clicks > 0), clickCount=clicks)
+        button = {"button": "left", "buttons": int(kind != "Released")} if clicks else {}
+        self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, **button)
 
     def click(self, x: float, y: float, clicks: int = 1) -> None:
         """A click, or with ``clicks=2`` a double click."""
@@ -99,7 +99,14 @@ def chromium(profile: Path) -> Iterator[Tab]:
     """A browser with one tab and a fresh ``profile`` folder; it ends with the block."""
     read_command, write_command = os.pipe()
     read_answer, write_answer = os.pipe()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={profile}",
+    ]
     # Chromium reads commands from descriptor 3 and answers on 4.
     wire = f'exec "$@" 3<&{read_command} 4>&{write_answer}'
     with (profile.parent / "chromium.log").open("wb") as log:

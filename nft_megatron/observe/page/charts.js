@@ -17,7 +17,8 @@ const significant = (value) => {
   return String(Number(value.toPrecision(4))).replace("-", "−");
 };
 const theme = getComputedStyle(document.documentElement);
-const color = (name) => theme.getPropertyValue(`--${name}`);
+const palette = new Map(); // asking the style costs a layout
+const color = (name) => palette.get(name) ?? palette.set(name, theme.getPropertyValue(`--${name}`)).get(name);
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 
 function html(tag, className, text) {
@@ -124,7 +125,7 @@ class Chart {
     const pad = () => margin || (view.from === view.to ? 0.5 : 0);
     const axis = { stroke: () => color("ink-3"), font: "11px system-ui, sans-serif", ticks: { show: false } };
     return {
-      width: this.frame.clientWidth, height: this.height, padding: [8, 14, 0, 0],
+      width: this.width, height: this.height, padding: [8, 14, 0, 0],
       series: [{}, ...this.lines().map((line, k) => ({ label: this.of(k + 1).label, value: (plot, _, k, i) => this.readout(k, i), ...line }))],
       scales: {
         x: { time: false, range: () => [view.from - pad(), view.to + pad()] },
@@ -159,6 +160,13 @@ class Chart {
   }
 
   toggle(plot, k, show) { if (k <= this.series.length) plot.setSeries(k + this.series.length, { show }, false); }
+
+  // Whether the room for the chart has changed.
+  measure() {
+    const before = this.width;
+    this.width = this.frame.clientWidth;
+    return this.width !== before;
+  }
 
   build() {
     const options = this.options();
@@ -297,8 +305,14 @@ function showCharts() {
     charts.forEach((chart) => chart.refresh());
   });
   controls.bar.hidden = false;
+  charts.forEach((chart) => chart.measure()); // all before the first is drawn: each would cost a layout
   charts.forEach((chart) => chart.build());
   zoom();
-  new ResizeObserver(() => charts.forEach(({ plot, frame, height }) => plot.setSize({ width: frame.clientWidth, height }))).observe(document.querySelector("main"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(({ plot }) => plot.redraw()));
+  new ResizeObserver(() => charts.forEach((chart) => {
+    if (chart.measure()) chart.plot.setSize({ width: chart.width, height: chart.height });
+  })).observe(document.querySelector("main"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    palette.clear();
+    charts.forEach(({ plot }) => plot.redraw());
+  });
 }
