@@ -167,10 +167,10 @@ def test_header_and_table_of_time(run_dir):
     assert table[4:8] == ["Verifying", "5.0 %", "0.500", "2.0 s"]
     assert table[8:12] == ["Updating", "55.0 %", "5.500", "22.0 s"]
     assert texts[texts.index("Everything else") + 1] == "10.0 %"
-    outside = texts[texts.index("Where the time of a rollout step went") + 1 :][:2]
+    outside = texts[texts.index("Where the time of a rollout step goes") + 1 :][:2]
     assert outside == [
         "10.0 %",
-        "of it went outside generating, verifying and updating: 5.0 % on held-out evaluation, 5.0 % on the rest.",
+        "of it is spent outside generating, verifying and updating: 5.0 % on held-out evaluation, 5.0 % on everything else.",
     ]
 
 
@@ -265,7 +265,7 @@ def test_a_run_that_just_began(tmp_path):
     with MetricsLog(tmp_path, tensorboard=False, wandb_project=None, config={}) as log:
         log.write({"step": 1, "accuracy": 0.25})
     page = read_page(write_report(tmp_path, tmp_path / "elsewhere" / "page.html"))
-    assert "This run folder holds no recorded answers." in page.texts
+    assert "This run folder has no recorded answers." in page.texts
     assert page.data["groups"] == []
     assert not (tmp_path / "report.html").exists()
 
