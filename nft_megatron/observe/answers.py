@@ -1,6 +1,6 @@
 """A sample of a run's recorded answers, small enough for one page.
 
-The ledgers of a large run have gigabytes; a page must open at once. So: evenly spread steps, whole groups drawn at random
+The ledgers of a large run take gigabytes; a page must open at once. Hence evenly spread steps, whole groups drawn at random
 within a step (r̂ is about all K answers of a question), the middle of very long texts cut, and a cap on the total.
 """
 
@@ -45,7 +45,7 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True)
 class AnswerSample:
-    """``groups``: JSON-ready dicts in order of step, each with its ``answers``. ``note``: what the reader doesn't see."""
+    """``groups``: JSON-ready dicts in order of step, each with its ``answers``. ``note``: what the page omits."""
 
     groups: list[dict[str, Any]]
     note: str
@@ -59,7 +59,7 @@ def sample_answers(run_dir: Path | str, max_bytes: int = MAX_BYTES) -> AnswerSam
     """
     paths = sorted((Path(run_dir) / "ledger").glob("step_*.parquet"))
     if not paths:
-        return AnswerSample([], "This run folder holds no recorded answers.")
+        return AnswerSample([], "This run folder has no recorded answers.")
     by_step = [_draw_groups(path) for path in _spread(paths, MAX_STEPS)]
     kept: list[dict[str, Any]] = []
     num_bytes = 0
@@ -75,8 +75,8 @@ def sample_answers(run_dir: Path | str, max_bytes: int = MAX_BYTES) -> AnswerSam
     num_answers, num_steps = sum(len(group["answers"]) for group in kept), len({group["step"] for group in kept})
     note = (
         f"A random sample of the ledger: {len(kept)} questions with {num_answers} answers from {num_steps} of {len(paths)} "
-        f"rollout steps. A page shows at most {MAX_STEPS} steps, {MAX_GROUPS_PER_STEP} questions a step and "
-        f"{max_bytes / 1e6:g} MB; of texts beyond {MAX_CHARACTERS:,} characters the middle is left out. All of it is in "
+        f"rollout steps. The page shows at most {MAX_STEPS} steps, {MAX_GROUPS_PER_STEP} questions per step and "
+        f"{max_bytes / 1e6:g} MB; texts longer than {MAX_CHARACTERS:,} characters lose their middle. The full record is in "
         f"{Path(run_dir).resolve().name}/ledger."
     )
     return AnswerSample(kept, note)
@@ -100,7 +100,7 @@ def _draw_groups(path: Path) -> list[dict[str, Any]]:
             path, columns=list(_TEXT_COLUMNS), filters=[("group_id", "in", drawn)], page_checksum_verification=True
         )
     except (pa.ArrowException, OSError) as error:
-        raise UserError("ledger", path, f"damaged: {error}", "restore it, or delete it and run the report again") from error
+        raise UserError("ledger", path, f"damaged: {error}", "restore it, or delete it and write the report again") from error
     rows = groupby(table.to_pylist(), key=lambda row: row["group_id"])
     groups = {group_id: _show_group(step, list(members)) for group_id, members in rows}
     return [groups[group_id] for group_id in drawn]

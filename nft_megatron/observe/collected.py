@@ -1,4 +1,4 @@
-"""What a collected step says about the policy that answered: numbers over its groups."""
+"""Metrics of a collected step: what its groups say about the policy that generated them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nft_megatron.verify.reasons import reason_rates
 
 
 def sampled_metrics(sampled: Sequence[Group], group_size: int) -> MetricsRow:
-    """Of all questions asked in a step, before the prompt filter; of none only their number."""
+    """Over all questions sampled in a step, before the prompt filter; without any, only their number."""
     metrics: MetricsRow = {"groups_sampled": len(sampled), "groups_mixed": sum(group.is_mixed for group in sampled)}
     if not sampled:
         return metrics
@@ -38,6 +38,6 @@ def sampled_metrics(sampled: Sequence[Group], group_size: int) -> MetricsRow:
 
 
 def trained_metrics(step: int, trained: Sequence[Group]) -> MetricsRow:
-    """Of the groups that pass the filter: how many, and by how many steps the oldest of their answers is behind."""
+    """Over the groups that pass the filter: their number, and how many steps behind their oldest answer is."""
     oldest = min(answer.completion.weight_version for group in trained for answer in group.answers)
     return {"groups_trained": len(trained), "staleness_max": step - 1 - oldest}

@@ -1,8 +1,8 @@
-"""The numbers of a rollout step: their names, where they are written, and the clock behind the timings.
+"""The metrics of a rollout step: their names, where they are written, and the clock behind the timings.
 
 A step's metrics are one flat dict. ``METRICS`` is the single source of the names, units and meanings; the report and the
-documentation print it. What begins with ``time/``, ``ahead/``, ``tokens_per_second/``, ``fleet/`` or ``server/`` depends on the
-clock; everything else repeats to the bit when a run is killed and resumed on one layout.
+documentation print it. Names that begin with ``time/``, ``ahead/``, ``tokens_per_second/``, ``fleet/`` or ``server/`` depend on
+the clock; everything else repeats to the bit when a run is killed and resumed on one layout.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Metric:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("step", "1", "rollout step, counted from 1; the number in the names of its ledger and its checkpoint"),
-        Metric("updates", "count", "optimizer steps since the start of the run, this step's included"),
-        Metric("loss", "1", "the objective, mean over the step's updates"),
+        Metric("step", "1", "rollout step, counted from 1; the number in the names of its ledger and checkpoint"),
+        Metric("updates", "count", "optimizer steps since the start of the run, including this rollout step's"),
+        Metric("loss", "1", "the objective, averaged over the step's updates"),
         Metric("loss_positive", "1", "the part of the loss that right answers contribute"),
         Metric("loss_negative", "1", "the part of the loss that wrong answers contribute"),
-        Metric("grad_norm", "1", "norm of the gradient before clipping, mean over the step's updates"),
-        Metric("grad_norm_max", "1", "norm of the gradient before clipping, largest of the step's updates"),
+        Metric("grad_norm", "1", "gradient norm before clipping, mean over the step's updates"),
+        Metric("grad_norm_max", "1", "gradient norm before clipping, largest of the step's updates"),
         Metric("learning_rate", "1", "learning rate of the step's last update"),
         Metric("entropy", "nats", "entropy of the policy, mean over trained tokens"),
         Metric(
@@ -75,91 +75,111 @@ METRICS: dict[str, Metric] = {
         Metric(
             "mismatch_mean",
             "nats",
-            "|log-prob of the engine − of the trainer| for the same weights, mean over trained tokens; π_old of answers older "
-            "than that is the engine's (rollout.max_staleness > 0), of all others the trainer's",
+            "|engine log-prob − trainer log-prob| under the same weights, mean over trained tokens; for answers from older "
+            "weights (rollout.max_staleness > 0) π_old is the engine's, for all others the trainer's",
         ),
         Metric("mismatch_max", "nats", "the same, largest"),
-        Metric("mismatch_kl", "nats", "KL divergence of the trainer from the engine that answered, a token"),
-        Metric("mismatch_ess", "share", "effective sample size of importance weights trainer / engine, of the tokens trained"),
+        Metric("mismatch_kl", "nats", "KL divergence of the trainer from the engine that generated the answers, per token"),
+        Metric("mismatch_ess", "share", "effective sample size of the importance weights trainer / engine over trained tokens"),
         Metric("ratio_max", "1", "largest R_t = π⁺(a_t) / π(a_t) over the step's trained tokens"),
         Metric("clamp_rate", "share", "tokens of wrong answers whose negative ratio (1 - r̂R)/(1 - r̂) was raised to ε"),
         *(
-            Metric(f"{name}/{bucket}", unit, f"{meaning}, questions with r̂ from {bucket.replace('-', ' to ')}; absent: none")
+            Metric(
+                f"{name}/{bucket}",
+                unit,
+                f"{meaning}, questions with r̂ from {bucket.replace('-', ' to ')}; absent where there are none",
+            )
             for name, unit, meaning in (
                 ("clamp_rate", "share", "the same"),
                 ("negative_ratio", "1", "mean of (1 - r̂R)/(1 - r̂) over tokens of wrong answers"),
-                ("gradient_share", "share", "part of the sum over tokens of |∂loss/∂log π(a_t)|, over the step's updates"),
+                ("gradient_share", "share", "share of Σ |∂loss/∂log π(a_t)| over tokens, summed over the step's updates"),
             )
             for bucket in RATE_BUCKETS
         ),
         Metric(
             "gradient_cosine",
             "1",
-            "cosine between the gradients of right and of wrong answers, of the step's first update, before it; "
+            "cosine between the gradients of right and wrong answers, before the step's first update; "
             "every observe.gradient_cosine_every steps",
         ),
-        Metric("skipped_updates", "count", "updates left out because loss or gradient was not finite"),
+        Metric("skipped_updates", "count", "updates skipped because the loss or the gradient was not finite"),
         Metric("accuracy", "share", "right answers among all judged answers, before the prompt filter"),
         Metric("groups_sampled", "count", "questions that were answered"),
         Metric("groups_mixed", "count", "questions with 0 < r̂ < 1"),
-        Metric("groups_abandoned", "count", "questions asked but given up: the quota was met, or their verdicts all agreed"),
+        Metric("groups_abandoned", "count", "questions sent but abandoned: the quota was met, or all their verdicts agreed"),
         Metric(
-            "answers_too_old", "count", "answers left out because their weights were older than rollout.max_staleness allows"
+            "answers_too_old", "count", "answers dropped because their weights were older than rollout.max_staleness allows"
         ),
         Metric("groups_trained", "count", "questions trained on"),
         Metric(
             "groups_surplus",
             "count",
-            "mixed questions beyond the quota; kept for a later step only when rollout.max_staleness allows",
+            "mixed questions beyond the quota; kept for a later step only where rollout.max_staleness allows",
         ),
-        Metric("questions_conflicting", "count", "questions of the data set left out: the same one has another gold too"),
-        Metric("questions_overlong", "count", "questions of the data set left out: longer than data.max_prompt_tokens"),
+        Metric(
+            "questions_conflicting",
+            "count",
+            "questions dropped from the data set: the same question also appears with another gold answer",
+        ),
+        Metric("questions_overlong", "count", "questions dropped from the data set: longer than data.max_prompt_tokens"),
         Metric("correct_rate_histogram", "counts", "questions by r̂ in K+1 bins from 0 to 1, over all questions answered"),
         Metric("truncated_rate", "share", "answers cut at the length limit"),
         Metric("answer_length_mean", "tokens", "mean length of an answer"),
-        Metric("answer_length_p90", "tokens", "length that 90 % of the answers do not exceed"),
+        Metric("answer_length_p90", "tokens", "90th percentile of answer length"),
         Metric("answer_length_max", "tokens", "length of the longest answer"),
         Metric("unknown_rate", "share", "answers that could not be judged; they count neither as right nor as wrong"),
         *(
-            Metric(f"verdict/{reason}", "share", f"answers judged {label}: {meaning}; absent: none")
+            Metric(f"verdict/{reason}", "share", f"answers judged {label}: {meaning}; absent where there are none")
             for reason, (label, meaning) in REASONS.items()
         ),
-        Metric("rounds", "count", "rounds of generation until the quota of mixed questions was met"),
+        Metric("rounds", "count", "generation rounds until the quota of mixed questions was met"),
         Metric("staleness_max", "steps", "age of the oldest weights that generated a trained answer"),
         Metric("response_tokens", "tokens", "tokens generated for this step"),
-        Metric("trained_tokens", "tokens", "answer tokens in the loss"),
+        Metric("trained_tokens", "tokens", "answer tokens that enter the loss"),
         Metric(
-            "gate_mean", "nats", "|log-prob of the engine − of the trainer| on fixed prompts after the sync of this step, mean"
+            "gate_mean", "nats", "|engine log-prob − trainer log-prob| on fixed prompts after this step's weight sync, mean"
         ),
         Metric("gate_max", "nats", "the same, largest"),
         Metric("eval_accuracy", "share", "held-out accuracy of the weights after this step, or after eval_step"),
-        Metric("eval_step", "1", "step that was evaluated, where that went on beside the next one; absent: the row's own"),
-        Metric("eval_accuracy_initial", "share", "held-out accuracy before the first step; in the row of step 1 only"),
+        Metric(
+            "eval_step",
+            "1",
+            "step whose weights were evaluated, if evaluation overlapped a later step; absent: this row's step",
+        ),
+        Metric("eval_accuracy_initial", "share", "held-out accuracy before the first step; only in the row of step 1"),
         Metric("eval_answer_length_mean", "tokens", "mean length of a held-out answer"),
         Metric("eval_truncated_rate", "share", "held-out answers cut at the length limit"),
         Metric("eval_unknown_rate", "share", "held-out answers that could not be judged"),
         Metric("time/generate", "s", "waiting for answers"),
-        Metric("time/verify", "s", "waiting for verdicts after the last answer came; verifying while generating is free"),
-        Metric("time/prepare", "s", "balancing, packing, old log-probs"),
-        Metric("time/update", "s", "forward, backward and optimizer of all updates"),
-        Metric("time/publish", "s", "new weights to the engines"),
+        Metric(
+            "time/verify",
+            "s",
+            "waiting for verdicts after the last answer arrived; verification during generation is not counted",
+        ),
+        Metric("time/prepare", "s", "balancing, packing, computing the old log-probs"),
+        Metric("time/update", "s", "forward, backward and optimizer step of all updates"),
+        Metric("time/publish", "s", "sending new weights to the engines"),
         Metric("time/ledger", "s", "writing and reading the step's answers"),
         Metric("time/evaluate", "s", "held-out evaluation"),
-        Metric("time/save", "s", "waiting for checkpoints and exports; what is written aside is free"),
-        Metric("time/other", "s", "the rest of the step"),
+        Metric("time/save", "s", "waiting for checkpoints and exports; background writes are not counted"),
+        Metric("time/other", "s", "everything else in the step"),
         Metric("time/step", "s", "the whole step: the sum of the phases"),
-        Metric("ahead/collect", "s", "collecting this step while others trained (rollout.max_staleness > 0)"),
-        Metric("ahead/wait", "s", "the collector's wait for weights that are not too old, before it began"),
+        Metric("ahead/collect", "s", "collecting this step's answers during earlier training (rollout.max_staleness > 0)"),
+        Metric("ahead/wait", "s", "the collector's wait for sufficiently recent weights before it began"),
         Metric("fleet/healthy", "count", "servers that can serve at the end of the step"),
-        Metric("fleet/tokens_per_second", "tokens/s", "tokens of all servers by the whole step; server/<name>/… of one"),
-        Metric("fleet/idle_share", "share", "of the servers' time in the step, without anything to generate"),
-        Metric("fleet/wasted_tokens", "tokens", "generated for nobody: broken off at the quota, given up, asked again"),
-        Metric("fleet/retries", "count", "answers that had to be asked again"),
-        Metric("fleet/restarts", "count", "servers started again since the run's start"),
-        Metric("fleet/sync_seconds", "s", "the slowest server's last taking over of weights"),
-        Metric("fleet/sync_bytes", "bytes", "of one version of the weights"),
-        Metric("tokens_per_second/generate", "tokens/s", "generated tokens by time/generate"),
-        Metric("tokens_per_second/update", "tokens/s", "trained tokens by time/update"),
+        Metric(
+            "fleet/tokens_per_second",
+            "tokens/s",
+            "tokens from all servers / time of the whole step; server/<name>/… for one server",
+        ),
+        Metric("fleet/idle_share", "share", "share of the servers' time in the step with nothing to generate"),
+        Metric("fleet/wasted_tokens", "tokens", "generated but not used: cut off at the quota, abandoned, retried"),
+        Metric("fleet/retries", "count", "answers that had to be requested again"),
+        Metric("fleet/restarts", "count", "server restarts since the start of the run"),
+        Metric("fleet/sync_seconds", "s", "the slowest server's latest weight sync"),
+        Metric("fleet/sync_bytes", "bytes", "size of one version of the weights"),
+        Metric("tokens_per_second/generate", "tokens/s", "generated tokens / time/generate"),
+        Metric("tokens_per_second/update", "tokens/s", "trained tokens / time/update"),
     )
 }
 
@@ -194,7 +214,7 @@ def _parse_row(path: Path, number: int, line: str) -> MetricsRow:
     except json.JSONDecodeError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise UserError("metrics", f"{path}:{number}", "not a row of metrics", "restore the file or delete that line")
+        raise UserError("metrics", f"{path}:{number}", "is not a row of metrics", "restore the file or delete that line")
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
@@ -298,7 +318,7 @@ class PhaseTimer:
     def finish_step(self, *, generated_tokens: int, trained_tokens: int) -> dict[str, float]:
         """``time/…`` and ``tokens_per_second/…`` of the step that ends now; the next one begins.
 
-        A rate is left out where no tokens or no time went into its phase, as in a step that was resumed from its ledger.
+        A rate is omitted where no tokens or no time went into its phase, as in a step resumed from its ledger.
         """
         assert not self._open, f"open phases at the end of a step: {self._open}"
         self._charge()

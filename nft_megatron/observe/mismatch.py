@@ -1,7 +1,7 @@
-"""How far the engine that answered is from the trainer that learns from the answers.
+"""How far the engine that generated the answers is from the trainer that learns from them.
 
-Both hold the same weights, but in other kernels, batches and maybe dtypes, so that the trainer's policy π differs a little from
-the engine's μ, from which the answers were drawn. With Δ = log π − log μ of each token:
+Both hold the same weights but use different kernels, batches and perhaps dtypes, so the trainer's policy π differs slightly
+from the engine's μ, from which the answers were drawn. With Δ = log π − log μ of each token:
 
     mean |Δ|, max |Δ|
     KL(μ ‖ π) ≈ mean(e^Δ − 1 − Δ)                  unbiased, each term ≥ 0

@@ -103,7 +103,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_entropy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    _style(axes, "Entropy (nats a token)")
+    _style(axes, "Entropy (nats per token)")
     points = finite_points(rows, "entropy")
     if points:
         axes.plot(*zip(*points, strict=True), color=_BLUE, linewidth=1.8)
@@ -111,7 +111,7 @@ def _draw_entropy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A column a step, a row a value k/K of r̂, coloured by the share of the step's questions."""
+    """A column per step, a row per value k/K of r̂, coloured by the share of the step's questions."""
     _style(axes, "Questions by r̂, the share of right answers")
     axes.grid(visible=False)
     histograms = [(row["step"], row["correct_rate_histogram"]) for row in rows if sum(row.get("correct_rate_histogram", []))]
@@ -137,7 +137,7 @@ def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    _style(axes, "Seconds of a rollout step")
+    _style(axes, "Seconds per rollout step")
     steps = [row["step"] for row in rows]
     width = 0.86 if len(rows) <= _MOST_MARKS else 1.0
     base = np.zeros(len(rows))
@@ -160,8 +160,8 @@ def _draw_clamp_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_gradient_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The share of each r̂, one upon the other; a bucket without tokens has none."""
-    _style(axes, "Share in the gradient, by r̂")
+    """The share of each r̂, stacked; a bucket without tokens has none."""
+    _style(axes, "Share of the gradient, by r̂")
     steps = [row["step"] for row in rows]
     shares = [[row.get(f"gradient_share/{bucket}", 0.0) for row in rows] for bucket in RATE_BUCKETS]
     axes.stackplot(steps, shares, labels=RATE_BUCKETS, colors=_BUCKETS)
@@ -170,7 +170,7 @@ def _draw_gradient_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None
 
 
 def _draw_cosine(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    _style(axes, "Cosine, gradients of right and wrong")
+    _style(axes, "Cosine of right and wrong gradients")
     axes.axhline(0, color=_INK_2, linewidth=0.8)
     if points := finite_points(rows, "gradient_cosine"):
         axes.plot(*zip(*points, strict=True), color=_BLUE, linewidth=1.4, marker="o", markersize=4)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live display on a terminal, single lines anywhere else. Ranks other than 0
+"""What a run prints as it works: a live display on a terminal, single lines anywhere else. Ranks other than 0
 hold the silent :class:`Progress`.
 
 with open_progress(config.train.num_steps, first_step) as progress:
@@ -31,7 +31,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("accuracy", "accuracy", lambda value: f"{value:.1%}"),
     ("entropy", "entropy", lambda value: f"{value:.3f}"),
     ("loss", "loss", lambda value: f"{value:+.4f}"),
-    ("eval_accuracy_initial", "held-out before", lambda value: f"{value:.1%}"),
+    ("eval_accuracy_initial", "held-out (initial)", lambda value: f"{value:.1%}"),
     ("eval_accuracy", "held-out", lambda value: f"{value:.1%}"),
 )
 
@@ -46,7 +46,7 @@ class Progress:
         """``count`` more parts of the current phase are done."""
 
     def begin(self, step: int) -> None:
-        """The set-up is done; ``step`` steps were done before this process. The time left is reckoned from here."""
+        """The set-up is done; ``step`` steps were done before this process. The remaining time is estimated from here."""
 
     def step_done(self, metrics: Mapping[str, Any]) -> None:
         """A rollout step has ended with this metrics row."""
@@ -59,7 +59,7 @@ class Progress:
 
 
 def open_progress(num_steps: int, first_step: int = 0, *, console: Console | None = None) -> Progress:
-    """The display that suits the place: :class:`LiveProgress` on a terminal, :class:`LineProgress` anywhere else.
+    """The display that suits the console: :class:`LiveProgress` on a terminal, :class:`LineProgress` anywhere else.
 
     ``num_steps`` are the steps of the whole run, ``first_step`` the number of those done before this process.
     """
@@ -81,7 +81,7 @@ def format_duration(seconds: float) -> str:
 
 
 def time_left(seconds: float, first_step: int, step: int, num_steps: int) -> str:
-    """How long the run still takes at the pace of the steps since ``first_step``.
+    """The estimated remaining time at the pace of the steps since ``first_step``.
 
     >>> time_left(40.0, first_step=10, step=12, num_steps=20)
     '2 min 40 s left'
@@ -90,7 +90,7 @@ def time_left(seconds: float, first_step: int, step: int, num_steps: int) -> str
 
 
 def describe_step(metrics: Mapping[str, Any]) -> str:
-    """The few numbers of a row that tell how a run is doing. What is absent or not finite is left out.
+    """The few numbers of a row that tell how a run is doing; absent and non-finite ones are omitted.
 
     >>> describe_step({"step": 3, "accuracy": 0.4567, "entropy": 0.31, "loss": -0.012, "learning_rate": 1e-6})
     'accuracy 45.7%  entropy 0.310  loss -0.0120'
@@ -100,7 +100,7 @@ def describe_step(metrics: Mapping[str, Any]) -> str:
 
 
 class LineProgress(Progress):
-    """One line a step; within a phase a line whenever the last one is ``SECONDS_BETWEEN_LINES`` old."""
+    """One line per step; within a phase, a line whenever the last one is ``SECONDS_BETWEEN_LINES`` old."""
 
     def __init__(self, console: Console, num_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._num_steps, self._done, self._clock = console, num_steps, first_step, clock
@@ -136,7 +136,7 @@ class LineProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """Three lines that stay at the foot of the terminal: the run, the current phase, the last numbers."""
+    """Three lines at the foot of the terminal: the run, the current phase, the last numbers."""
 
     def __init__(self, console: Console, num_steps: int, first_step: int) -> None:
         self._shown: dict[str, Any] = {}
@@ -168,7 +168,7 @@ class LiveProgress(Progress):
     def step_done(self, metrics: Mapping[str, Any]) -> None:
         left = time_left(time.monotonic() - self._start, self._first_step, metrics["step"], self._num_steps)
         self._bars.update(self._run, completed=metrics["step"], note=left)
-        # A held-out accuracy stays in sight until the next evaluation.
+        # The held-out accuracy stays visible until the next evaluation.
         self._shown.update(metrics)
 
     def _render(self) -> Table:

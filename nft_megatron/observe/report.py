@@ -30,9 +30,9 @@ _PAGE = Path(__file__).parent / "page"
 _SUMMARY = (
     ("algorithm.name", "{}"),
     ("model.path", "model {}"),
-    ("rollout.questions_per_step", "{} questions a step"),
-    ("rollout.group_size", "{} answers a question"),
-    ("train.updates_per_step", "{} updates a step"),
+    ("rollout.questions_per_step", "{} questions per step"),
+    ("rollout.group_size", "{} answers per question"),
+    ("train.updates_per_step", "{} updates per step"),
     ("optimizer.learning_rate", "learning rate {}"),
     ("seed", "seed {}"),
 )
@@ -61,9 +61,9 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("config", path, f"not readable as YAML: {error}", "restore the file or delete it") from error
+        raise UserError("config", path, f"cannot be read as YAML: {error}", "restore the file or delete it") from error
     if not isinstance(tree, dict):
-        raise UserError("config", path, "holds no sections", "restore the file or delete it")
+        raise UserError("config", path, "has no sections", "restore the file or delete it")
     return flatten(tree)
 
 
@@ -78,14 +78,26 @@ def _render(name: str, rows: list[MetricsRow], config: dict[str, Any], answers: 
         config=list(config.items()),
         metrics=list(METRICS.values()),
         data=Markup(json_for_script(page_data(rows, answers))),
-        css=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
-        charts_js=Markup((_PAGE / "charts.js").read_text(encoding="utf-8")),
-        answers_js=Markup((_PAGE / "answers.js").read_text(encoding="utf-8")),
+        uplot_css=_read("uplot/uPlot.min.css"),
+        css=_read("report.css"),
+        uplot_js=_comment(_read("uplot/LICENSE")) + _read("uplot/uPlot.iife.min.js"),
+        charts_js=_read("charts.js"),
+        panels_js=_read("panels.js"),
+        answers_js=_read("answers.js"),
     )
 
 
+def _read(name: str) -> Markup:
+    """A file of the page, which is ours and so goes into it as it is."""
+    return Markup((_PAGE / name).read_text(encoding="utf-8"))
+
+
+def _comment(text: Markup) -> Markup:
+    return Markup("/*\n") + text + Markup("\n*/\n")
+
+
 def page_data(rows: Sequence[Mapping[str, Any]], answers: AnswerSample) -> dict[str, Any]:
-    """What the scripts read: ``steps``, ``columns`` {name: one value a step, None where absent}, ``held_out``
+    """What the scripts read: ``steps``, ``columns`` {name: one value per step, None where absent}, ``held_out``
     [[rollout steps done, accuracy]], ``groups``.
 
     The column ``time/rest`` is what the stacked chart shows as one: publish, ledger, save and other.
@@ -114,7 +126,7 @@ def _percent(share: float) -> str:
 
 
 def _tiles(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The header's few numbers: before and after first."""
+    """The header's key numbers, starting with accuracy before and after."""
     tiles = []
     for label, points in (
         ("Held-out accuracy", held_out_points(rows)),
@@ -130,7 +142,7 @@ def _tiles(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list
         _tile("Rollout steps", f"{rows[-1]['step']}{planned}", f"{rows[-1].get('updates', '–')} updates, {num_skipped} skipped")
     )
     seconds = math.fsum(phase_seconds(rows).values())
-    tiles.append(_tile("Time", format_duration(seconds), f"{format_duration(seconds / len(rows))} a step"))
+    tiles.append(_tile("Time", format_duration(seconds), f"{format_duration(seconds / len(rows))} per step"))
     return tiles
 
 

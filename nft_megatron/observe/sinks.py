@@ -1,4 +1,4 @@
-"""Where a row of metrics goes besides the file: TensorBoard and Weights & Biases.
+"""Where metrics rows go besides the file: TensorBoard and Weights & Biases.
 
 Both take rows through ``write``, forget what a killed process wrote beyond a step through ``truncate_from``, and ``close``.
 """
@@ -64,13 +64,16 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One Weights & Biases run for one run folder: its id is kept in RUN/logs/wandb_id, so a resumed run goes on in it."""
+    """One Weights & Biases run for one run folder: its id is kept in RUN/logs/wandb_id, so a resumed run continues in it."""
 
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
-            problem, remedy = "the package wandb is not installed", "run `pip install 'nft_megatron[wandb]'`, or leave it out"
+            problem, remedy = (
+                "the package wandb is not installed",
+                "run `pip install 'nft_megatron[wandb]'`, or unset it",
+            )
             raise UserError("observe.wandb_project", project, problem, remedy) from error
         id_file = run_dir / "logs" / "wandb_id"
         if not id_file.exists():

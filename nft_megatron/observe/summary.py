@@ -1,4 +1,4 @@
-"""What a run's rows come to: the numbers that the report and the plots share."""
+"""Summaries of a run's rows: the numbers that the report and the plots share."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def load_rows(run_dir: Path | str) -> list[MetricsRow]:
     """The run's metrics, at least one row.
 
     Raises:
-        UserError: no such folder, or no step has ended in it yet.
+        UserError: no such folder, or no step has finished in it yet.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError("RUN", run_dir, "no such folder", "give the run_dir of a run")
+        raise UserError("RUN", run_dir, "no such folder", "pass the run_dir of a run")
     rows = read_metrics(run_dir)
     if not rows:
-        raise UserError("RUN", run_dir, "has no metrics yet", "wait for the first rollout step to end")
+        raise UserError("RUN", run_dir, "has no metrics yet", "wait until the first rollout step has finished")
     return rows
 
 
@@ -51,5 +51,5 @@ def held_out_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]
 
 
 def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of all rollout steps together by phase."""
+    """Seconds per phase, summed over all rollout steps."""
     return {phase: math.fsum(row.get(f"time/{phase}", 0.0) for row in rows) for phase in PHASES}

@@ -31,9 +31,9 @@ def test_instruments_have_a_row_of_their_own():
     (line,) = found["Clamped tokens of wrong answers, by r̂"].lines  # one bucket has any
     assert (line.get_label(), list(line.get_xdata())) == ("0.4-0.6", [1, 2])
     assert list(line.get_ydata()) == pytest.approx([0.2, 0.4])
-    tops = [area.get_paths()[0].vertices[:, 1].max() for area in found["Share in the gradient, by r̂"].collections]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in found["Share of the gradient, by r̂"].collections]
     assert len(tops) == len(RATE_BUCKETS) and tops == pytest.approx([0.25, 0.25, 1.0, 1.0, 1.0])  # one upon the other
-    assert found["Cosine, gradients of right and wrong"].lines[1].get_xydata().tolist() == [[2, -0.4]]
+    assert found["Cosine of right and wrong gradients"].lines[1].get_xydata().tolist() == [[2, -0.4]]
 
 
 def test_an_instrument_without_data_has_no_panel():

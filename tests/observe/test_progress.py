@@ -29,7 +29,7 @@ def test_one_line_a_step_with_the_time_left():
     clock.now = 20.0
     progress.step_done({**METRICS, "step": 4, "eval_accuracy": 0.625, "loss": float("nan"), "time/step": 12.0})
     assert lines_of(console) == [
-        "step 3/10  accuracy 45.7%  entropy 0.310  loss -0.0120  held-out before 25.0%  8.0 s  56.0 s left",
+        "step 3/10  accuracy 45.7%  entropy 0.310  loss -0.0120  held-out (initial) 25.0%  8.0 s  56.0 s left",
         "step 4/10  accuracy 45.7%  entropy 0.310  held-out 62.5%  12.0 s  1 min 0 s left",  # 20 s for 2 steps, 6 to go
     ]
 

@@ -1,8 +1,10 @@
 """The report page: its numbers are the run's, it needs nothing from outside, and no answer can break out of it."""
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import yaml
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.data.ledger import write_ledger
-from nft_megatron.observe import answers
+from nft_megatron.observe import answers, report
 from nft_megatron.observe.metrics import METRICS, MetricsLog
 from nft_megatron.observe.plots import write_overview_png
 from nft_megatron.observe.report import write_report
@@ -165,10 +167,10 @@ def test_header_and_table_of_time(run_dir):
     assert table[4:8] == ["Verifying", "5.0 %", "0.500", "2.0 s"]
     assert table[8:12] == ["Updating", "55.0 %", "5.500", "22.0 s"]
     assert texts[texts.index("Everything else") + 1] == "10.0 %"
-    outside = texts[texts.index("Where the time of a rollout step went") + 1 :][:2]
+    outside = texts[texts.index("Where the time of a rollout step goes") + 1 :][:2]
     assert outside == [
         "10.0 %",
-        "of it went outside generating, verifying and updating: 5.0 % on held-out evaluation, 5.0 % on the rest.",
+        "of it is spent outside generating, verifying and updating: 5.0 % on held-out evaluation, 5.0 % on everything else.",
     ]
 
 
@@ -194,7 +196,7 @@ def test_answers_of_the_ledger(run_dir):
 
 def test_hostile_text_stays_text(run_dir):
     page = read_page(write_report(run_dir))
-    assert sum(tag == "script" for tag, _ in page.tags) == 3  # the data and two programs
+    assert sum(tag == "script" for tag, _ in page.tags) == 5  # the data, uPlot and three programs
     assert not any(tag == "img" for tag, _ in page.tags)
     hostile = next(one for one in page.data["groups"] if one["question_id"] == "q/7")
     assert hostile["question"] == hostile["answers"][0]["text"] == HOSTILE
@@ -205,10 +207,22 @@ def test_hostile_text_stays_text(run_dir):
 
 def test_page_needs_nothing_from_outside(run_dir):
     page = read_page(write_report(run_dir))
-    assert not re.search(r"https?:|//cdn|@import|url\(", page.text)
+    ours = page.text.replace("/*! https://github.com/leeoniya/uPlot (v1.6.32) */", "")  # a comment
+    assert len(ours) < len(page.text)
+    assert not re.search(r"https?:|//cdn|@import|url\(", ours)
     assert not [tag for tag in page.tags if {"src", "href"} & tag[1].keys() or tag[0] in ("link", "iframe", "object", "base")]
     policy = next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
     assert "default-src 'none'" in policy
+
+
+def test_the_page_holds_uplot_unmodified_with_its_license(run_dir):
+    page = read_page(write_report(run_dir))
+    uplot = Path(report.__file__).parent / "page" / "uplot"
+    program = (uplot / "uPlot.iife.min.js").read_text()
+    assert hashlib.sha256(program.encode()).hexdigest() == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
+    assert program in page.text
+    assert (uplot / "LICENSE").read_text() in page.text
+    assert "Copyright (c) 2022 Leon Sorokin" in page.scripts["program"]
 
 
 def test_size_cap_holds_and_every_step_keeps_its_share(tmp_path):
@@ -251,7 +265,7 @@ def test_a_run_that_just_began(tmp_path):
     with MetricsLog(tmp_path, tensorboard=False, wandb_project=None, config={}) as log:
         log.write({"step": 1, "accuracy": 0.25})
     page = read_page(write_report(tmp_path, tmp_path / "elsewhere" / "page.html"))
-    assert "This run folder holds no recorded answers." in page.texts
+    assert "This run folder has no recorded answers." in page.texts
     assert page.data["groups"] == []
     assert not (tmp_path / "report.html").exists()
 

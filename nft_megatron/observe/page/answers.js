@@ -59,7 +59,7 @@ function showAnswers() {
   }));
   const answers = group.answers.filter((answer) => label === "all" || answer.label === label);
   const list = viewer.querySelector(".list");
-  list.replaceChildren(...(answers.length ? answers.map(answerCard) : [html("p", "hint", "No answer with this verdict.")]));
+  list.replaceChildren(...(answers.length ? answers.map(answerCard) : [html("p", "hint", "No answers with this verdict.")]));
   list.querySelectorAll("pre").forEach(fold);
 }
 
@@ -70,7 +70,7 @@ function answerCard(answer) {
   meta.append(html("span", "", `${answer.num_tokens} tokens`), html("span", "", `finish: ${answer.finish_reason}`));
   if (isNumber(answer.mean_logprob)) meta.append(html("span", "", `mean log-prob ${answer.mean_logprob.toFixed(3)}`));
   meta.append(html("span", "", `weights of step ${answer.weight_version}`));
-  if (answer.cut) meta.append(html("span", "", `${answer.cut} characters of the middle left out`));
+  if (answer.cut) meta.append(html("span", "", `${answer.cut} characters cut from the middle`));
   card.append(html("pre", "", answer.text));
   return card;
 }
@@ -79,7 +79,7 @@ function answerCard(answer) {
 function fold(text) {
   if (text.scrollHeight < 320) return;
   text.classList.add("folded");
-  const button = html("button", "", "Show all of it");
+  const button = html("button", "", "Show all");
   button.type = "button";
   button.addEventListener("click", () => { text.classList.remove("folded"); button.remove(); });
   text.after(button);

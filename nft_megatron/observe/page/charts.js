@@ -1,19 +1,25 @@
 "use strict";
-// Charts of the report. The data are columns over rollout steps: run.columns[name][i] belongs to step run.steps[i].
-const run = JSON.parse(document.getElementById("run-data").textContent);
-const SVG_NAMESPACE = document.getElementById("svg").namespaceURI;
+// The kinds of charts, on uPlot. All have the same steps, visible range and cursor; panels.js says which charts there are.
+const run = JSON.parse(document.getElementById("run-data").textContent); // run.columns[name][i] belongs to step run.steps[i]
+const rowOf = new Map(run.steps.map((step, i) => [step, i]));
+const heldOut = new Map(run.held_out); // may begin at 0, the model before the first step
+const steps = [...new Set([...heldOut.keys(), ...run.steps])].sort((a, b) => a - b);
+const view = { from: steps[0], to: steps.at(-1), at: steps.length - 1, smoothing: 0 }; // at: index of the step under the cursor
 const charts = [];
-let hovered = run.steps.length - 1;
 
+const isNumber = (value) => typeof value === "number";
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
 const significant = (value) => {
   const size = Math.abs(value);
   if (size >= 1000) return Math.round(value).toLocaleString("en-US").replace("-", "−");
   if (size !== 0 && size < 0.001) return value.toExponential(2).replace(/\.?0*e/, "e").replaceAll("-", "−");
   return String(Number(value.toPrecision(4))).replace("-", "−");
 };
-const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
-const isNumber = (value) => typeof value === "number";
+const theme = getComputedStyle(document.documentElement);
+const palette = new Map(); // asking the style costs a layout
+const color = (name) => palette.get(name) ?? palette.set(name, theme.getPropertyValue(`--${name}`)).get(name);
+const sum = (values) => values.reduce((a, b) => a + b, 0);
 
 function html(tag, className, text) {
   const element = document.createElement(tag);
@@ -22,205 +28,215 @@ function html(tag, className, text) {
   return element;
 }
 
-function svg(tag, attributes, parent) {
-  const element = document.createElementNS(SVG_NAMESPACE, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  if (parent) parent.appendChild(element);
-  return element;
+function column(name, label, color, sparse = false) {
+  const values = run.columns[name];
+  return values && { label, color, sparse, y: steps.map((step) => values[rowOf.get(step)] ?? null) };
 }
 
-// Round ticks that span [low, high]: steps of 1, 2 or 5 times a power of ten.
-function ticks(low, high, count) {
-  const rough = (high - low) / count;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
-  const first = Math.floor(low / step + 1e-9);
-  const last = Math.ceil(high / step - 1e-9);
-  return Array.from({ length: last - first + 1 }, (_, k) => Number(((first + k) * step).toPrecision(12)));
+// Exponential moving average of the numbers in y, over the sum of its weights: it does not lean to 0 at the start.
+function smooth(y, weight) {
+  let [total, norm] = [0, 0];
+  return y.map((value) => {
+    if (!isNumber(value)) return null;
+    [total, norm] = [weight * total + (1 - weight) * value, weight * norm + (1 - weight)];
+    return total / norm;
+  });
 }
-
-function column(name, label, color) {
-  if (!run.columns[name]) return null;
-  return { label, color, x: run.steps, y: run.columns[name] };
-}
-
-const heldOut = run.held_out.map(([step]) => step);
-const xLow = Math.min(run.steps[0], ...heldOut); // 0, the model before the first step, where that was evaluated
-const xHigh = Math.max(run.steps.at(-1), xLow + 1);
 
 class Chart {
-  constructor({ section, title, about = "", series, format = significant, wide = false, height = 180, zero = false }) {
-    Object.assign(this, { format, height, zero, series: series.filter(Boolean), xPad: 0, yPad: 0 });
-    if (!this.series.some((one) => one.y.some(isNumber))) return;
+  static isLines = true; // and so can be smoothed, and drawn on a logarithmic axis
+  static margin = 0; // around the visible range, in steps
+
+  // zero: whether the axis always shows 0
+  constructor(section, title, about, series, { format = significant, wide = false, height = 180, zero = true } = {}) {
+    Object.assign(this, { title, format, height, zero, log: false, series: series.filter((one) => one?.y.some(isNumber)) });
+    if (!this.series.length) return;
     this.card = html("figure", `card chart${wide ? " wide" : ""}`);
-    this.card.style.margin = "0";
     this.card.tabIndex = 0;
     this.card.setAttribute("aria-label", title);
     const heading = this.card.appendChild(html("h3", "", title));
     this.at = heading.appendChild(html("span", "at"));
-    if (about) this.card.append(html("p", "about", about));
+    this.card.appendChild(html("p", "about", `${about} `)).append(this.omitted = html("span"));
     this.legend = this.card.appendChild(html("div", "legend"));
-    this.readouts = this.series.map((one) => this.addReadout(one));
-    this.frame = this.card.appendChild(svg("svg", { height, role: "img", "aria-label": title }));
-    document.querySelector(`[data-section="${section}"] .charts`).append(this.card);
-    this.card.addEventListener("pointermove", (event) => this.point(event));
-    this.card.addEventListener("pointerleave", () => hover(run.steps.length - 1));
+    this.frame = this.card.appendChild(html("div", "frame"));
+    this.frame.style.height = `${height}px`;
+    if (this.constructor.isLines) this.addLogButton(heading);
     this.card.addEventListener("keydown", (event) => {
-      const turn = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (turn) { hover(hovered + turn); event.preventDefault(); }
+      const turn = event.target === this.card && { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (turn) { pointAt(view.at + turn); event.preventDefault(); }
     });
-    new ResizeObserver(() => requestAnimationFrame(() => this.draw())).observe(this.card);
+    document.querySelector(`[data-section="${section}"] .charts`).append(this.card);
     charts.push(this);
   }
 
-  addReadout(one) {
-    const entry = this.legend.appendChild(html("span"));
-    if (one.color) entry.appendChild(html("i")).style.background = one.color;
-    entry.append(one.label);
-    return entry.appendChild(html("b"));
-  }
-
-  yDomain() {
+  addLogButton(heading) {
+    const button = heading.appendChild(html("button", "log", "log"));
     const values = this.series.flatMap((one) => one.y.filter(isNumber));
-    let [low, high] = [Math.min(...values), Math.max(...values)];
-    if (this.zero) [low, high] = [Math.min(low, 0), Math.max(high, 0)];
-    if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
-    return [low, high];
-  }
-
-  draw() {
-    const width = this.frame.clientWidth;
-    if (!width) return;
-    const [low, high] = this.yDomain();
-    const yTicks = ticks(low, high, this.height > 200 ? 5 : 4);
-    this.left = 12 + 6.4 * Math.max(...yTicks.map((tick) => this.tickText(tick).length));
-    this.width = width;
-    const [bottom, top] = [this.height - 22, 8];
-    this.slot = (width - this.left - 8) / (xHigh - xLow + 2 * this.xPad); // width of one step
-    this.xOf = (x) => this.left + (x - xLow + this.xPad) * this.slot;
-    const [yLow, yHigh] = [yTicks[0] - this.yPad, yTicks.at(-1) + this.yPad];
-    this.yOf = (y) => bottom - ((y - yLow) / (yHigh - yLow)) * (bottom - top);
-    this.frame.replaceChildren();
-    for (const tick of yTicks) {
-      svg("line", { x1: this.left, x2: width - 8, y1: this.yOf(tick), y2: this.yOf(tick), class: "grid" }, this.frame);
-      svg("text", { x: this.left - 8, y: this.yOf(tick) + 4, "text-anchor": "end" }, this.frame).textContent = this.tickText(tick);
-    }
-    this.drawXAxis(bottom);
-    this.drawSeries();
-    this.cross = svg("line", { y1: top, y2: bottom, class: "cross" }, this.frame);
-    this.marks = this.hasMarks ? this.series.map((one) => svg("circle", { r: 4.5, fill: one.color, class: "dot" }, this.frame)) : [];
-    this.update();
-  }
-
-  tickText(tick) { return this.format === percent ? `${Math.round(100 * tick * 100) / 100} %` : significant(tick); }
-
-  drawXAxis(bottom) {
-    svg("line", { x1: this.left, x2: this.width - 8, y1: bottom, y2: bottom, class: "axis" }, this.frame);
-    const whole = ticks(xLow, xHigh, Math.max(2, Math.floor(this.width / 90))).filter((tick) => Number.isInteger(tick));
-    for (const tick of whole.filter((tick) => tick >= xLow && tick <= xHigh)) {
-      svg("text", { x: this.xOf(tick), y: bottom + 16, "text-anchor": "middle" }, this.frame).textContent = String(tick);
-    }
-  }
-
-  drawSeries() {
-    for (const one of this.series) {
-      let path = "";
-      let pen = "M";
-      one.y.forEach((y, i) => {
-        if (isNumber(y)) { path += `${pen}${this.xOf(one.x[i]).toFixed(1)},${this.yOf(y).toFixed(1)}`; pen = "L"; } else if (!one.sparse) pen = "M";
-      });
-      svg("path", { d: path, class: "series", stroke: one.color, "stroke-width": one.y.length > 150 ? 1.5 : 2 }, this.frame);
-      const known = one.y.filter(isNumber).length;
-      if (one.sparse ? 14 * known < this.width : known <= 2) {
-        one.y.forEach((y, i) => isNumber(y) && svg("circle", { cx: this.xOf(one.x[i]), cy: this.yOf(y), r: 4, fill: one.color, class: "dot" }, this.frame));
-      }
-    }
-  }
-
-  point(event) {
-    const x = event.clientX - this.frame.getBoundingClientRect().left;
-    const step = xLow - this.xPad + (x - this.left) / this.slot;
-    let nearest = 0;
-    run.steps.forEach((other, i) => { if (Math.abs(other - step) < Math.abs(run.steps[nearest] - step)) nearest = i; });
-    hover(nearest);
-  }
-
-  // A sparse series shows its newest value at that step; the others show the step's own.
-  indexOf(one) {
-    if (!one.sparse) return hovered;
-    return one.x.findLastIndex((x) => x <= run.steps[hovered]);
-  }
-
-  update() {
-    if (!this.cross) return;
-    const x = this.xOf(run.steps[hovered]);
-    this.cross.setAttribute("x1", x);
-    this.cross.setAttribute("x2", x);
-    this.at.textContent = `step ${run.steps[hovered]}`;
-    this.series.forEach((one, k) => {
-      const i = this.indexOf(one);
-      const value = one.y[i];
-      this.readouts[k].textContent = isNumber(value) ? this.format(value) : "–";
-      const mark = this.marks[k];
-      if (!mark) return;
-      mark.style.display = isNumber(value) ? "" : "none";
-      if (isNumber(value)) { mark.setAttribute("cx", this.xOf(one.x[i])); mark.setAttribute("cy", this.yOf(value)); }
+    const numOmitted = values.filter((value) => value <= 0).length;
+    Object.assign(button, { type: "button", title: "Logarithmic axis", disabled: numOmitted === values.length, ariaPressed: "false" });
+    button.addEventListener("click", () => {
+      this.log = !this.log;
+      button.ariaPressed = String(this.log);
+      this.omitted.textContent = this.log && numOmitted ? `Not shown: ${numOmitted} values ≤ 0.` : "";
+      this.build();
     });
   }
 
-  get hasMarks() { return true; }
+  // The steps, each series as measured, each series smoothed.
+  data() {
+    this.smoothed = this.series.map((one) => (view.smoothing ? smooth(one.y, view.smoothing) : one.y.map(() => null)));
+    const shown = (y) => (this.log ? y.map((value) => (value > 0 ? value : null)) : y);
+    return [steps, ...this.series.map((one) => shown(one.y)), ...this.smoothed.map(shown)];
+  }
+
+  of(k) { return this.series[(k - 1) % this.series.length]; } // what uPlot's series k shows
+
+  lines() {
+    const line = (one) => ({
+      stroke: () => color(one.color), width: steps.length > 150 ? 1.5 : 2, spanGaps: one.sparse,
+      points: { show: hasRoom, size: 8, width: 2, stroke: () => color("card"), fill: () => color(one.color) },
+    });
+    return [...this.series.map(line), ...this.series.map((one) => ({ ...line(one), points: { show: false }, class: "smoothed" }))];
+  }
+
+  readout(k, i) {
+    const [value, smoothed] = [this.of(k).y[i], this.smoothed?.[k - 1]?.[i]];
+    return (isNumber(value) ? this.format(value) : "–") + (isNumber(smoothed) ? ` (${this.format(smoothed)})` : "");
+  }
+
+  yRange(plot, low, high) {
+    if (this.log) {
+      const [from, to] = low === null ? [0.1, 1] : high / low < 1.01 ? [low / 2, high * 2] : [low, high];
+      return uPlot.rangeLog(from, to, 10, false);
+    }
+    const [from, to] = low === null ? [0, 1] : this.zero ? [Math.min(low, 0), Math.max(high, 0)] : [low, high];
+    const [bottom, top] = uPlot.rangeNum(from, to, 0.05, true); // an end at 0 stays there
+    return [bottom, this.format === percent && to <= 1 ? Math.min(top, 1) : top];
+  }
+
+  tickText(tick) { return this.format === percent ? `${significant(100 * tick)} %` : significant(tick); }
+
+  atText() { return `step ${steps[view.at]}`; }
+
+  draw() {}
+
+  options() {
+    const { isLines, margin } = this.constructor;
+    const pad = () => margin || (view.from === view.to ? 0.5 : 0);
+    const axis = { stroke: () => color("ink-3"), font: "11px system-ui, sans-serif", ticks: { show: false } };
+    return {
+      width: this.width, height: this.height, padding: [8, 14, 0, 0],
+      series: [{}, ...this.lines().map((line, k) => ({ label: this.of(k + 1).label, value: (plot, _, k, i) => this.readout(k, i), ...line }))],
+      scales: {
+        x: { time: false, range: () => [view.from - pad(), view.to + pad()] },
+        y: { distr: this.log ? 3 : 1, range: (plot, low, high) => this.yRange(plot, low, high) },
+      },
+      axes: [
+        { ...axis, grid: { show: false }, size: 22, gap: 4, space: 60, incrs: wholeSteps, values: (plot, ticks) => ticks.map(String) },
+        {
+          ...axis, grid: { stroke: () => color("grid"), width: 1 }, gap: 8, space: 34,
+          size: (plot, texts) => 14 + 6.4 * Math.max(1, ...(texts ?? []).map((text) => text.length)),
+          values: (plot, ticks) => ticks.map((tick) => (isNumber(tick) ? this.tickText(tick) : "")),
+        },
+      ],
+      legend: { mount: (plot, table) => this.legend.prepend(table), markers: { width: 0, fill: (plot, k) => `var(--${this.of(k).color})` } },
+      cursor: {
+        y: false, drag: { setScale: false, dist: 5 }, bind: { dblclick: () => () => zoom() },
+        points: isLines ? { size: 9, width: 2, stroke: () => color("card"), fill: (plot, k) => color(this.of(k).color) } : { show: false },
+        sync: { key: "steps", scales: ["x", null], filters: { pub: (type) => type === "mousemove", sub: () => true } },
+        dataIdx: (plot, k, i) => (k && this.of(k).sparse ? newest(this.of(k).y, i) : i),
+      },
+      hooks: {
+        setCursor: [(plot) => { if (plot.cursor.idx !== null) { view.at = plot.cursor.idx; this.at.textContent = this.atText(plot); } }],
+        setSelect: [(plot) => {
+          const [left, right] = [0, plot.select.width].map((x) => Math.round(plot.posToVal(plot.select.left + x, "x")));
+          plot.setSelect({ left: 0, width: 0 }, false);
+          zoom(left, right);
+        }],
+        setSeries: [(plot, k, { show }) => { if (show !== undefined) this.toggle(plot, k, show); }],
+        draw: [(plot) => this.draw(plot)],
+      },
+    };
+  }
+
+  toggle(plot, k, show) { if (k <= this.series.length) plot.setSeries(k + this.series.length, { show }, false); }
+
+  // Whether the room for the chart has changed.
+  measure() {
+    const before = this.width;
+    this.width = this.frame.clientWidth;
+    return this.width !== before;
+  }
+
+  build() {
+    const options = this.options();
+    this.plot?.series.forEach((one, k) => { options.series[k].show = one.show; });
+    this.plot?.destroy();
+    this.plot = new uPlot(options, [], this.frame);
+    this.refresh();
+    this.plot.over.addEventListener("mouseleave", () => pointAt(Infinity)); // at rest, all charts tell the last visible step
+    this.plot.over.addEventListener("pointermove", (event) => {
+      if (event.pointerType === "touch") this.plot.setCursor({ left: event.offsetX, top: event.offsetY });
+    });
+    queueMicrotask(() => pointAt(view.at)); // after uPlot's own, which lays it out
+  }
+
+  refresh() {
+    if (this.constructor.isLines) this.series.forEach((_, k) => { this.plot.series[k + 1].alpha = view.smoothing ? 0.3 : 1; });
+    this.plot.setData(this.data());
+  }
+}
+
+const wholeSteps = [0, 1, 2, 3, 4, 5, 6].flatMap((n) => [1, 2, 5].map((k) => k * 10 ** n));
+
+const newest = (y, i) => { const k = y.findLastIndex((value, k) => k <= i && isNumber(value)); return k < 0 ? null : k; };
+
+// Whether there is room for a dot at each visible value.
+function hasRoom(plot, k) {
+  const [first, last] = plot.series[0].idxs;
+  return 14 * plot.data[k].slice(first, last + 1).filter(isNumber).length < plot.width;
 }
 
 // Series piled on each other, as bars: a step's bar is as high as its sum.
 class StackedChart extends Chart {
-  constructor(options) {
-    super(options);
-    this.xPad = 0.5;
+  static isLines = false;
+  static margin = 0.5;
+
+  data() { return [steps, ...this.series.map((one) => one.y)]; }
+
+  tops(plot, k) { return steps.map((_, i) => sum(this.series.slice(0, k).map((one, j) => (plot.series[j + 1].show ? one.y[i] ?? 0 : 0)))); }
+
+  lines() {
+    const bound = (shift) => ({ unit: 1, values: (plot, k) => this.tops(plot, k + shift) });
+    const paths = uPlot.paths.bars({ size: [0.86, 48], disp: { y0: bound(-1), y1: bound(0) } });
+    return this.series.map((one) => ({ fill: () => color(one.color), width: 0, points: { show: false }, paths }));
   }
 
-  get hasMarks() { return false; }
-
-  yDomain() { return [0, Math.max(...run.steps.map((_, i) => this.heightOf(this.series.length - 1, i)), 1e-9)]; }
-
-  heightOf(k, i) { return this.series.slice(0, k + 1).reduce((sum, one) => sum + (one.y[i] ?? 0), 0); }
-
-  drawSeries() {
-    const width = Math.min(this.slot > 4 ? this.slot - 1.5 : this.slot, 48);
-    this.series.forEach((one, k) => one.y.forEach((y, i) => {
-      if (!y) return;
-      const top = this.yOf(this.heightOf(k, i));
-      const height = this.yOf(this.heightOf(k, i) - y) - top;
-      svg("rect", { x: this.xOf(one.x[i]) - width / 2, y: top, width, height: height > 4 ? height - 1 : height, fill: one.color }, this.frame);
-    }));
+  yRange(plot) {
+    const [first, last] = plot.series[0].idxs;
+    return [0, Math.max(...this.tops(plot, this.series.length).slice(first, last + 1), 1e-9)];
   }
+
+  toggle(plot) { plot.redraw(); }
 }
 
-// Questions by r̂ over time: a column a step, a row a value k/K, stronger where more questions lie.
-class HeatMap extends Chart {
-  constructor({ name, ...options }) {
-    const counts = (run.columns[name] ?? []).map((bins) => bins ?? []); // empty for a step that sampled nothing
-    const shares = counts.map((bins) => { const total = bins.reduce((a, b) => a + b, 0); return bins.map((bin) => (total ? bin / total : 0)); });
-    const part = (pick) => shares.map((bins) => (bins.length ? bins.filter((_, k) => pick(k, bins.length - 1)).reduce((a, b) => a + b, 0) : null));
-    super({ ...options, format: percent, series: [
-      { label: "all wrong, r̂ = 0", x: run.steps, y: part((k) => k === 0) },
-      { label: "mixed", x: run.steps, y: part((k, last) => k > 0 && k < last) },
-      { label: "all right, r̂ = 1", x: run.steps, y: part((k, last) => k === last) },
-    ] });
+// Questions by r̂ over time: a column per step, a row per value k/K, stronger where more questions lie.
+class HeatMap extends StackedChart {
+  constructor(section, name, title, about, options) {
+    const shares = steps.map((step) => {
+      const bins = run.columns[name]?.[rowOf.get(step)] ?? []; // empty for a step that sampled nothing
+      return bins.map((bin) => bin / (sum(bins) || 1));
+    });
+    const part = (label, pick) => ({ label, y: shares.map((bins) => (bins.length ? sum(bins.filter((_, k) => pick(k, bins.length - 1))) : null)) });
+    const [wrong, right] = [part("all wrong, r̂ = 0", (k) => k === 0), part("all right, r̂ = 1", (k, last) => k === last)];
+    super(section, title, about, [wrong, part("mixed", (k, last) => k > 0 && k < last), right], { ...options, format: percent });
     this.shares = shares;
-    this.numBins = Math.max(2, ...shares.map((bins) => bins.length));
-    this.xPad = 0.5;
-    this.yPad = 0.5 / (this.numBins - 1); // a row lies around its value k/K
+    this.last = Math.max(1, ...shares.map((bins) => bins.length - 1));
     this.strongest = Math.max(...shares.flat());
     if (this.card) this.addScale();
   }
 
-  get hasMarks() { return false; }
-
-  yDomain() { return [0, 1]; }
-
-  tickText(tick) { return tick.toFixed(1); }
-
-  opacity(share) { return (0.05 + 0.95 * Math.sqrt(share / this.strongest)).toFixed(3); }
+  opacity(share) { return 0.05 + 0.95 * Math.sqrt(share / this.strongest); }
 
   addScale() {
     const scale = html("span", "scale", "0 %");
@@ -229,178 +245,74 @@ class HeatMap extends Chart {
     this.legend.append(scale);
   }
 
-  drawSeries() {
-    const height = (this.yOf(0) - this.yOf(1)) / (this.numBins - 1);
-    const every = Math.max(1, Math.ceil(1.5 / this.slot)); // no column thinner than 1.5 pixels
-    for (let i = 0; i < this.shares.length; i += every) {
-      const x = this.xOf(run.steps[i] - 0.5);
-      const width = Math.min(this.slot * every, this.width - 8 - x);
-      this.shares[i].forEach((share, k) => {
-        const y = this.yOf(k / (this.numBins - 1)) - height / 2;
-        if (share) svg("rect", { x, y, width, height, fill: "var(--blue)", "fill-opacity": this.opacity(share), "shape-rendering": "crispEdges" }, this.frame);
-      });
-    }
+  lines() { return this.series.map(() => ({ paths: () => null, points: { show: false } })); }
+
+  yRange() { return [-0.5 / this.last, 1 + 0.5 / this.last]; }
+
+  tickText(tick) { return tick.toFixed(1); }
+
+  draw({ ctx, bbox, valToPos }) {
+    const [x, y] = [(step) => Math.round(valToPos(step, "x", true)), (k) => Math.round(valToPos(k / this.last, "y", true))];
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.fillStyle = color("blue");
+    this.shares.forEach((bins, i) => bins.forEach((share, k) => {
+      ctx.globalAlpha = share && this.opacity(share);
+      ctx.fillRect(x(steps[i] - 0.5), y(k + 0.5), x(steps[i] + 0.5) - x(steps[i] - 0.5), y(k - 0.5) - y(k + 0.5));
+    }));
+    ctx.restore();
   }
 
-  point(event) {
-    super.point(event);
-    const y = event.clientY - this.frame.getBoundingClientRect().top;
-    const k = Math.round(((this.yOf(0) - y) / (this.yOf(0) - this.yOf(1))) * (this.numBins - 1));
-    const share = this.shares[hovered][k];
-    if (isNumber(share)) this.at.textContent = `step ${run.steps[hovered]}, r̂ = ${k}/${this.numBins - 1}: ${percent(share)}`;
+  atText(plot) {
+    const k = Math.round(plot.posToVal(plot.cursor.top, "y") * this.last);
+    const share = plot.cursor.event && this.shares[view.at][k];
+    return super.atText() + (isNumber(share) ? `, r̂ = ${k}/${this.last}: ${percent(share)}` : "");
   }
 }
 
-function hover(index) {
-  hovered = Math.min(Math.max(index, 0), run.steps.length - 1);
-  charts.forEach((chart) => chart.update());
+// Put every chart's cursor on a step, or on the nearest one that is visible.
+function pointAt(index) {
+  const [first, last] = [steps.findIndex((step) => step >= view.from), steps.findLastIndex((step) => step <= view.to)];
+  view.at = Math.min(Math.max(index, first), last);
+  for (const { plot } of charts) plot.setCursor({ left: plot.valToPos(steps[view.at], "x"), top: 0 }, true, false);
 }
 
-new Chart({
-  section: "learning", title: "Accuracy", about: "On held-out questions, with the weights after a step; of the answers sampled in it, before the prompt filter.",
-  format: percent, wide: true, height: 280, zero: true,
-  series: [
-    { label: "held-out", color: "var(--blue)", sparse: true, x: heldOut, y: run.held_out.map(([, accuracy]) => accuracy) },
-    column("accuracy", "sampled", "var(--orange)"),
-  ],
-});
-new Chart({
-  section: "learning", title: "Entropy", zero: true,
-  about: "Nats a token: exact over trained tokens, estimated over all sampled ones.",
-  series: [column("entropy", "trained", "var(--blue)"), column("entropy_sampled", "sampled", "var(--orange)")],
-});
-new Chart({
-  section: "learning", title: "Answer length", about: "Tokens.", zero: true,
-  series: [column("answer_length_mean", "mean", "var(--blue)"), column("answer_length_p90", "90th percentile", "var(--orange)")],
-});
-new HeatMap({
-  section: "sampling", name: "correct_rate_histogram", title: "Distribution of r̂", wide: true, height: 240,
-  about: "Questions by the share of their answers that are right, r̂; all questions sampled. Only mixed ones train.",
-});
-new Chart({
-  section: "sampling", title: "Questions a step", zero: true, about: "Sampled until the quota of mixed ones is met.",
-  series: [column("groups_sampled", "sampled", "var(--gray)"), column("groups_mixed", "mixed", "var(--orange)"), column("groups_trained", "trained", "var(--blue)")],
-});
-new Chart({
-  section: "sampling", title: "Truncated and unknown answers", about: "Cut at the length limit (counted as wrong); not judged (dropped).",
-  format: percent, zero: true,
-  series: [column("truncated_rate", "truncated", "var(--orange)"), column("unknown_rate", "unknown", "var(--gray)")],
-});
-new StackedChart({
-  section: "sampling", title: "How verdicts came about", about: "Answers by the reason of their verdict; what never occurred is left out.",
-  format: percent, wide: true, height: 240,
-  series: Object.keys(run.columns).filter((name) => name.startsWith("verdict/")).map(
-    (name, k) => column(name, name.slice("verdict/".length), ["var(--blue)", "var(--orange)", "var(--gray)", "var(--aqua)", "var(--violet)", "var(--yellow)", "var(--red)"][k % 7]),
-  ),
-});
-new Chart({
-  section: "optimization", title: "Loss", about: "The objective and the parts that right and wrong answers contribute.",
-  series: [column("loss", "loss", "var(--blue)"), column("loss_positive", "right answers", "var(--aqua)"), column("loss_negative", "wrong answers", "var(--red)")],
-});
-new Chart({
-  section: "optimization", title: "Gradient norm", about: "Before clipping, over the updates of a step.", zero: true,
-  series: [column("grad_norm", "mean", "var(--blue)"), column("grad_norm_max", "largest", "var(--orange)")],
-});
-new Chart({
-  section: "optimization", title: "KL to the old policy", about: "Nats a token.", zero: true, series: [column("kl_old", "KL", "var(--blue)")],
-});
-new Chart({
-  section: "optimization", title: "Engine against trainer", about: "|Δ log-prob| of trained tokens for the same weights, nats.", zero: true,
-  series: [column("mismatch_mean", "mean", "var(--blue)"), column("mismatch_max", "largest", "var(--orange)")],
-});
-new Chart({
-  section: "optimization", title: "Largest likelihood ratio", about: "R = π⁺ / π over a step's trained tokens.", zero: true,
-  series: [column("ratio_max", "largest R", "var(--blue)")],
-});
-new Chart({
-  section: "optimization", title: "Clamped tokens", format: percent, zero: true,
-  about: "Wrong answers' tokens raised to ε; about half at ε = 1.",
-  series: [column("clamp_rate", "clamped", "var(--blue)")],
-});
-// One series for each range of r̂ that the run has numbers of: hard questions first.
-const byRate = (name) => Object.keys(run.columns).filter((column) => column.startsWith(`${name}/`)).sort().map((key) => {
-  const range = key.slice(name.length + 1);
-  const color = ["var(--violet)", "var(--blue)", "var(--aqua)", "var(--yellow)", "var(--orange)"][Math.round(5 * parseFloat(range))];
-  return column(key, `r̂ ${range.replace("-", "–")}`, color);
-});
-new Chart({
-  section: "optimization", title: "Clamped tokens by r̂", format: percent, zero: true,
-  about: "The same, by the share of right answers to the question.", series: byRate("clamp_rate"),
-});
-new Chart({
-  section: "optimization", title: "Implicit negative ratio by r̂",
-  about: "Mean of (1 − r̂R) / (1 − r̂) over wrong answers' tokens; 1 where nothing has moved.", series: byRate("negative_ratio"),
-});
-new StackedChart({
-  section: "optimization", title: "Gradient by r̂", format: percent,
-  about: "Where |∂loss / ∂log π| of a step's tokens lies.", series: byRate("gradient_share"),
-});
-const cosines = run.steps.map((step, i) => [step, (run.columns.gradient_cosine ?? [])[i]]).filter(([, cosine]) => isNumber(cosine));
-new Chart({
-  section: "optimization", title: "Right against wrong answers", zero: true,
-  about: "Cosine between the gradients of both; −1: they ask for opposite changes.",
-  series: [{ label: "cosine", color: "var(--blue)", sparse: true, x: cosines.map(([step]) => step), y: cosines.map(([, cosine]) => cosine) }],
-});
-new Chart({
-  section: "optimization", title: "Learning rate", about: "Of the last update of a step.", zero: true, series: [column("learning_rate", "learning rate", "var(--blue)")],
-});
-new StackedChart({
-  section: "time", title: "Time of a rollout step", about: "Seconds by phase.", wide: true, height: 260, format: seconds,
-  series: [
-    column("time/generate", "generate", "var(--blue)"), column("time/verify", "verify", "var(--aqua)"),
-    column("time/prepare", "old log-probs", "var(--violet)"), column("time/update", "update", "var(--orange)"),
-    column("time/evaluate", "held-out evaluation", "var(--yellow)"), column("time/rest", "everything else", "var(--gray)"),
-  ],
-});
-new Chart({
-  section: "time", title: "Generating", about: "Tokens a second.", zero: true,
-  series: [column("tokens_per_second/generate", "tokens/s", "var(--blue)")],
-});
-new Chart({
-  section: "time", title: "Updating", about: "Trained tokens a second.", zero: true,
-  series: [column("tokens_per_second/update", "tokens/s", "var(--orange)")],
-});
-new Chart({
-  section: "time", title: "Collecting ahead", about: "Seconds that a step's answers took while others trained, and the wait for new weights before.",
-  zero: true, format: seconds,
-  series: [column("ahead/collect", "collecting", "var(--blue)"), column("ahead/wait", "waiting", "var(--gray)")],
-});
-// Of the fleet: the whole, and a line for each server, as far as they can be told apart.
-const serverNames = [...new Set(Object.keys(run.columns).filter((name) => name.startsWith("server/")).map((name) => name.split("/")[1]))].sort();
-const ofServers = (field) => serverNames.slice(0, 8).map((name, k) => column(
-  `server/${name}/${field}`, name, ["var(--blue)", "var(--orange)", "var(--aqua)", "var(--violet)", "var(--yellow)", "var(--red)", "var(--gray)", "var(--ink-2)"][k],
-));
-new Chart({
-  section: "fleet", title: "Tokens by server", about: "Tokens a second of the whole step; with more than eight servers the first eight.",
-  wide: true, height: 240, zero: true, series: ofServers("tokens_per_second"),
-});
-new Chart({
-  section: "fleet", title: "Whole fleet", about: "Tokens a second of the whole step.", zero: true,
-  series: [column("fleet/tokens_per_second", "tokens/s", "var(--blue)")],
-});
-new Chart({
-  section: "fleet", title: "Idle", about: "Share of the step in which a server had nothing to generate.", format: percent, zero: true,
-  series: [...ofServers("idle_share"), column("fleet/idle_share", "all", "var(--ink)")],
-});
-new Chart({
-  section: "fleet", title: "Queue", about: "Answers that a server had to generate, averaged over the step.", zero: true, series: ofServers("queue"),
-});
-new Chart({
-  section: "fleet", title: "Waste", about: "Tokens generated for nobody.", zero: true,
-  series: [...ofServers("wasted_tokens"), column("fleet/wasted_tokens", "all", "var(--ink)")],
-});
-new Chart({
-  section: "fleet", title: "Servers", about: "That can serve at the end of a step; started again and answers asked again until then.", zero: true,
-  series: [
-    column("fleet/healthy", "healthy", "var(--blue)"), column("fleet/restarts", "restarts", "var(--orange)"), column("fleet/retries", "retries", "var(--red)"),
-  ],
-});
-new Chart({
-  section: "fleet", title: "Taking over weights", about: "Seconds.", format: seconds, zero: true,
-  series: [...ofServers("sync_seconds"), column("fleet/sync_seconds", "slowest", "var(--ink)")],
-});
-new Chart({
-  section: "fleet", title: "Gate", about: "|Δ log-prob| on fixed questions after each sync, nats.", zero: true,
-  series: [column("gate_mean", "mean", "var(--blue)"), column("gate_max", "largest", "var(--orange)")],
-});
-for (const section of document.querySelectorAll("[data-section]")) section.hidden = !section.querySelector(".chart");
+// Show in every chart the steps from one to another; all of them by default.
+function zoom(from = steps[0], to = steps.at(-1)) {
+  const inside = steps.filter((step) => step >= Math.min(from, to) && step <= Math.max(from, to));
+  if (inside.length) [view.from, view.to] = [inside[0], inside.at(-1)];
+  [controls.from.value, controls.to.value] = [view.from, view.to];
+  controls.reset.disabled = view.from === steps[0] && view.to === steps.at(-1);
+  for (const { plot } of charts) plot.setData(plot.data); // which asks for the range
+  queueMicrotask(() => pointAt(view.at));
+}
+
+const controls = Object.fromEntries([...document.querySelectorAll("[data-control]")].map((element) => [element.dataset.control, element]));
+
+// To be called when panels.js has made the charts.
+function showCharts() {
+  for (const section of document.querySelectorAll("[data-section]")) section.hidden = !section.querySelector(".chart");
+  for (const input of [controls.from, controls.to]) {
+    [input.min, input.max] = [steps[0], steps.at(-1)];
+    input.addEventListener("change", () => zoom(...[controls.from, controls.to].map((one) => (one.value === "" ? undefined : Number(one.value)))));
+  }
+  controls.reset.addEventListener("click", () => zoom());
+  controls.smoothing.addEventListener("input", () => {
+    view.smoothing = controls.smoothing.valueAsNumber;
+    controls.weight.textContent = view.smoothing ? view.smoothing.toFixed(2) : "off";
+    charts.forEach((chart) => chart.refresh());
+  });
+  controls.bar.hidden = false;
+  charts.forEach((chart) => chart.measure()); // all before the first is drawn: each would cost a layout
+  charts.forEach((chart) => chart.build());
+  zoom();
+  new ResizeObserver(() => charts.forEach((chart) => {
+    if (chart.measure()) chart.plot.setSize({ width: chart.width, height: chart.height });
+  })).observe(document.querySelector("main"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    palette.clear();
+    charts.forEach(({ plot }) => plot.redraw());
+  });
+}
