@@ -75,9 +75,10 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     import torch
 
     from nft_megatron.algorithms import build_algorithm
+    from nft_megatron.base.records import AnswerTokens
     from nft_megatron.batching.batch import MicroBatch, MiniBatch
     from nft_megatron.batching.minibatches import Layout
-    from nft_megatron.batching.packing import Row, pack
+    from nft_megatron.batching.packing import pack
     from nft_megatron.model.build import build_model
     from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
     from nft_megatron.model.step import Trainer
@@ -87,12 +88,16 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     shape, rng = shape_of(name), np.random.default_rng(0)
     lengths = [round(share * tokens) for share in LENGTHS[:-1]]
     lengths.append(tokens - sum(lengths))
-    packed = pack([Row(rng.integers(0, VOCABULARY, 8), rng.integers(0, VOCABULARY, length - 8)) for length in lengths])
+    answers = [
+        AnswerTokens(rng.integers(0, VOCABULARY, 8), rng.integers(0, VOCABULARY, length - 8), np.full(length - 8, -10.0))
+        for length in lengths
+    ]
+    packed = pack(answers)
     num = len(packed.targets_N)
     micro_batch = MicroBatch(
         packed,
         weight_N=torch.full((num,), 1 / num),
-        is_correct_N=packed.row_N % 2 == 0,
+        is_correct_N=packed.answer_N % 2 == 0,
         correct_rate_N=torch.full((num,), 0.5),
         engine_logprob_N=torch.full((num,), -10.0),
         is_stale_N=torch.zeros(num, dtype=torch.bool),

@@ -7,7 +7,7 @@ and makes each an ``Answer``; the K answers of one question are a ``Group``; the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -111,6 +111,20 @@ class Answer:
     completion: Completion
     text: str
     verdict: Verdict
+
+
+class AnswerTokens(NamedTuple):
+    """An answer as the trainer reads it: token ids of its prompt (at least one) and its own, int32; the engine's log-prob of
+    each of its own, float32.
+
+    >>> tokens = AnswerTokens(np.array([5, 6]), np.array([7, 8, 2]), np.array([-0.1, -0.7, -0.2], dtype=np.float32))
+    >>> len(tokens.prompt_tokens), len(tokens.answer_tokens)
+    (2, 3)
+    """
+
+    prompt_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    behaviour_logprobs: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

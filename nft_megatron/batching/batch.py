@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, AnswerBatch
+from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard
 from nft_megatron.batching.minibatches import Answers, Layout, plan_minibatches
-from nft_megatron.batching.packing import PackedBatch, Row, pack
-from nft_megatron.data.ledger import AnswerTokens, LedgerIndex, read_index, read_tokens
+from nft_megatron.batching.packing import PackedBatch, pack
+from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
 
 
 class PackedAnswers(NamedTuple):
@@ -146,7 +147,7 @@ def _micro_batch(
 ) -> MicroBatch:
     """Pack ``tokens``, of the ledger's ``rows``, and expand what is known of each answer to the loss tokens of this rank."""
     whole = pack(
-        [Row(answer.prompt_tokens, answer.answer_tokens) for answer in tokens],
+        tokens,
         multiple=layout.multiple,
         sequence_multiple=layout.sequence_multiple,
         num_tokens=layout.token_budget if layout.pad_to_budget else None,
@@ -163,12 +164,12 @@ def _micro_batch(
     )
     return MicroBatch(
         packed,
-        weight_N=answers.weight_R[packed.row_N],
-        is_correct_N=answers.is_correct_R[packed.row_N],
-        correct_rate_N=answers.correct_rate_R[packed.row_N],
+        weight_N=answers.weight_R[packed.answer_N],
+        is_correct_N=answers.is_correct_R[packed.answer_N],
+        correct_rate_N=answers.correct_rate_R[packed.answer_N],
         engine_logprob_N=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.float32), *engine_logprobs]))[kept_N],
-        is_stale_N=torch.from_numpy(index.weight_version[rows] < step - 1)[packed.row_N],
-        advantage_N=None if answers.advantage_R is None else answers.advantage_R[packed.row_N],
+        is_stale_N=torch.from_numpy(index.weight_version[rows] < step - 1)[packed.answer_N],
+        advantage_N=None if answers.advantage_R is None else answers.advantage_R[packed.answer_N],
         answers=answers if algorithm.coupling != "token" else None,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.base.records import Answer, AnswerTokens, Completion, Group, Prompt, Verdict
 
 LEDGER_VERSION = 1
 Fate = Literal["train", "surplus", "sampled"]
@@ -57,14 +57,6 @@ SCHEMA = pa.schema(
     ]
 )
 _TOKEN_COLUMNS = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
-
-
-class AnswerTokens(NamedTuple):
-    """One answer as the trainer needs it: int32 [prompt_length], int32 [answer_length], float32 [answer_length]."""
-
-    prompt_tokens: np.ndarray
-    answer_tokens: np.ndarray
-    behaviour_logprobs: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

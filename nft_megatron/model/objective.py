@@ -49,7 +49,7 @@ def sequence_loss(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, co
     answers = batch.answers
     assert batch.old_logprob_N is not None and answers is not None
     delta_N = logprob_N - batch.old_logprob_N
-    local_R = delta_N.new_zeros(len(answers.weight_R)).index_add(0, batch.packed.row_N, delta_N)
+    local_R = delta_N.new_zeros(len(answers.weight_R)).index_add(0, batch.packed.answer_N, delta_N)
     log_ratio_R = _SumOverRanks.apply(local_R, context_group)
     return answers.weight_R * algorithm.sequence_loss(
         SequenceBatch(

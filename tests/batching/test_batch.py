@@ -231,7 +231,7 @@ def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp
     ):
         for mine, theirs in zip(pack.answers, other.answers, strict=True):
             assert mine is theirs is None or torch.equal(mine, theirs)
-        row_N = torch.cat([pack.packed.row_N, other.packed.row_N])
+        row_N = torch.cat([pack.packed.answer_N, other.packed.answer_N])
         target_N = torch.cat([pack.packed.targets_N, other.packed.targets_N]).tolist()
         assert torch.equal(torch.bincount(row_N), pack.answers.length_R)
         assert torch.equal(pack.answers.weight_R[row_N], torch.cat([pack.weight_N, other.weight_N]))
@@ -268,5 +268,5 @@ def test_length_and_truncation_reach_the_advantage(tmp_path):
     reward = np.array([1.0, -1.0, -2.0])
     expected = (reward - reward.mean()) / reward.std()
     (micro_batch,) = minibatch.micro_batches
-    advantage = {n: micro_batch.advantage_N[micro_batch.packed.row_N == n].unique().tolist() for n in range(3)}
+    advantage = {n: micro_batch.advantage_N[micro_batch.packed.answer_N == n].unique().tolist() for n in range(3)}
     assert advantage == {n: pytest.approx([expected[n]], rel=1e-6) for n in range(3)}
