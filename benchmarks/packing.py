@@ -252,9 +252,8 @@ def heaviest_packs(case: Case, laid_out: LaidOut) -> tuple[Case, list[list[Answe
 
 
 def _tokens(length: int) -> AnswerTokens:
-    return AnswerTokens(
-        np.ones(50, dtype=np.int32), np.ones(length - 50, dtype=np.int32), np.zeros(length - 50, dtype=np.float32)
-    )
+    prompt, answer = np.split(np.ones(length, dtype=np.int32), [50])
+    return AnswerTokens(prompt, answer, np.zeros(len(answer), dtype=np.float32))
 
 
 def pack_rank(work: tuple[Case, list[list[AnswerTokens]]]) -> None:

@@ -79,8 +79,9 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     from nft_megatron.batching.batch import MicroBatch, MiniBatch
     from nft_megatron.batching.minibatches import Layout
     from nft_megatron.batching.packing import pack
+    from nft_megatron.config.schema import OptimizerConfig
     from nft_megatron.model.build import build_model
-    from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+    from nft_megatron.model.optimizer import PolicyOptimizer
     from nft_megatron.model.step import Trainer
     from nft_megatron.model.topology import init_topology
 
@@ -112,7 +113,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.uniform_(-0.02, 0.02)
-    optimizer = PolicyOptimizer(chunks, AdamW(learning_rate=1e-6))
+    optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-6, warmup_updates=0))
     built = status("VmRSS") - before
     layout = Layout(
         num_updates=1,

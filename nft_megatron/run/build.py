@@ -32,7 +32,7 @@ from nft_megatron.lifecycle.watchdog import LifeSigns, Watchdog
 from nft_megatron.model.build import build_model
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.load import load_weights
-from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
@@ -163,7 +163,7 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         topology=topology,
         shape=shape,
         chunks=chunks,
-        optimizer=PolicyOptimizer(chunks, AdamW(**config.optimizer.model_dump())),
+        optimizer=PolicyOptimizer(chunks, config.optimizer),
         algorithm=config.algorithm,
         layout=layout,
         temperature=config.rollout.temperature,

@@ -141,7 +141,7 @@ def test_a_group_over_the_budget_is_a_user_error():
     lengths, groups = [9, 9, 9, 30], [3, 3, 3, 1]  # 3 · 12 = 36 tokens with padding
     assert len(plan_micro_batches(lengths, **options)[0]) == 3
     with pytest.raises(
-        UserError, match=r"train\.micro_batch_tokens = 32.*one question.*36 tokens.*at least 40.*answers_per_quest"
+        UserError, match=r"train\.micro_batch_tokens = 32.*one question.*36 tokens.*at least 40.*rollout\.group_size"
     ):
         plan_micro_batches(lengths, groups=groups, **options)
 
