@@ -77,7 +77,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     from nft_megatron.algorithms import build_algorithm
     from nft_megatron.base.records import AnswerTokens
     from nft_megatron.batching.batch import MicroBatch, MiniBatch
-    from nft_megatron.batching.minibatches import Layout
+    from nft_megatron.batching.minibatches import BatchingRules
     from nft_megatron.batching.packing import pack
     from nft_megatron.config.schema import OptimizerConfig
     from nft_megatron.model.build import build_model
@@ -115,7 +115,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
             parameter.uniform_(-0.02, 0.02)
     optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-6, warmup_updates=0))
     built = status("VmRSS") - before
-    layout = Layout(
+    rules = BatchingRules(
         num_updates=1,
         num_ranks=1,
         token_budget=tokens,
@@ -127,7 +127,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
         count_multiple=1,
         pad_to_budget=False,
     )
-    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), layout, 1.0)
+    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), rules, 1.0)
     stats = trainer.update(MiniBatch((micro_batch,), num))
     assert stats.applied.grad_norm > 0
     return {"built": built, "peak": status("VmHWM") - before}

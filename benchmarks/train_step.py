@@ -23,7 +23,7 @@ import torch
 
 from nft_megatron.algorithms import build_algorithm
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.config.schema import OptimizerConfig
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.model.build import build_model
@@ -160,8 +160,8 @@ def run(options: argparse.Namespace, topology: Topology) -> None:
         for parameter in chunks[0].parameters():
             parameter.normal_(std=0.02)
     optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-6, warmup_updates=0))
-    layout = Layout(2, 1, tokens, shape.hidden_size, "tokens", 0, 1, 1, 1, False)
-    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), layout, 1.0)
+    rules = BatchingRules(2, 1, tokens, shape.hidden_size, "tokens", 0, 1, 1, 1, False)
+    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), rules, 1.0)
     apply = optimizer.step
     optimizer.step = lambda: clock.timed("optimizer", apply)  # type: ignore[method-assign]
     seconds: dict[str, list[float]] = {}

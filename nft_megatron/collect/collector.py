@@ -113,8 +113,8 @@ class Collector:
         path = self.folder.ledger(step)
         self._check_questions(state.questions)
         generated_tokens = 0 if path.exists() else self._fill(path, step, state)
-        for finished_round in self.folder.rounds(step):
-            finished_round.unlink()
+        for part in self.folder.rounds(step):
+            part.unlink()
         with self.client.timer.phase("ledger"):
             meta = read_meta(path)
             self._check_questions(meta["questions"])

@@ -61,9 +61,15 @@ _TOKEN_COLUMNS = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
 
 @dataclass(frozen=True, eq=False)
 class LedgerIndex:
-    """All of a ledger but its texts and tokens. Numpy arrays with one entry a row, in file order; row i is ``row[i] == i``.
+    """Answers of a ledger without their texts and tokens: numpy arrays with one entry an answer, in file order.
 
-    ``correct_rate`` is NaN where no answer of the group was judged.
+    ``row`` is the answer's row in the file. ``correct_rate`` is NaN where no answer of the group was judged. Lengths are in
+    tokens.
+
+    >>> fields = {name: np.array([3, 4, 4]) for name in LedgerIndex.__dataclass_fields__}
+    >>> index = LedgerIndex(**fields | {"row": np.arange(3)})
+    >>> index.take(np.flatnonzero(index.group_id == 4)).row.tolist()
+    [1, 2]
     """
 
     row: np.ndarray
@@ -79,6 +85,10 @@ class LedgerIndex:
     answer_length: np.ndarray
     finish_reason: np.ndarray
     weight_version: np.ndarray
+
+    def take(self, positions: np.ndarray) -> LedgerIndex:
+        """The answers at ``positions``, which keep their ``row``."""
+        return LedgerIndex(**{name: values[positions] for name, values in vars(self).items()})
 
 
 def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], meta: dict[str, Any]) -> None:

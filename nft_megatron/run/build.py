@@ -15,7 +15,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.records import Prompt, Sampling
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.collector import Collector
 from nft_megatron.collect.generate_and_grade import RolloutClient
@@ -149,7 +149,7 @@ def longest_silences(config: Config) -> dict[str, float]:
 
 def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
     """The model with the weights of ``config.model.path``, its optimizer and its algorithm, on this rank."""
-    layout = _layout(config, topology, shape)
+    rules = _batching_rules(config, topology, shape)
     chunks = build_model(
         shape,
         topology,
@@ -165,15 +165,15 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         chunks=chunks,
         optimizer=PolicyOptimizer(chunks, config.optimizer),
         algorithm=config.algorithm,
-        layout=layout,
+        rules=rules,
         temperature=config.rollout.temperature,
         importance_cap=config.train.importance_cap,
         gradient_cosine_every=config.observe.gradient_cosine_every,
     )
 
 
-def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
-    layout = Layout.of(
+def _batching_rules(config: Config, topology: Topology, shape: ModelShape) -> BatchingRules:
+    rules = BatchingRules.of(
         config,
         shape.hidden_size,
         data=topology.data_size,
@@ -183,15 +183,15 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
         virtual_pipeline=topology.virtual_pipeline,
         token_budget=config.train.micro_batch_tokens,
     )
-    if config.max_sequence_tokens > layout.longest_sequence:
+    if config.max_sequence_tokens > rules.longest_sequence:
         raise UserError(
             "train.micro_batch_tokens",
-            layout.token_budget,
-            f"packs are multiples of {layout.multiple} here: one has room for {layout.longest_sequence} tokens, "
+            rules.token_budget,
+            f"packs are multiples of {rules.multiple} here: one has room for {rules.longest_sequence} tokens, "
             f"and a sequence may have {config.max_sequence_tokens}",
-            f"raise it to at least {-(-config.max_sequence_tokens // layout.multiple) * layout.multiple}",
+            f"raise it to at least {-(-config.max_sequence_tokens // rules.multiple) * rules.multiple}",
         )
-    return layout
+    return rules
 
 
 def _open_rank0_services(

@@ -12,12 +12,14 @@ import pytest
 
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.collect import collector as collecting
 from nft_megatron.collect import generate_and_grade as ask
+from nft_megatron.collect import rounds
 from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.collector import Collector, CollectorState
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import load_config
-from nft_megatron.data.ledger import read_groups, read_index
+from nft_megatron.data.ledger import read_groups, read_index, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.observe.metrics import METRICS, PhaseTimer
@@ -215,6 +217,40 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
     assert not RunFolder(tmp_path / "broken").rounds(1)
 
 
+def test_an_answer_is_written_as_part_of_its_round_and_with_its_step(collector, tmp_path, monkeypatch):
+    written = Counter()
+
+    def counting(path, groups, **named):
+        written.update((group.group_id, answer.completion.index) for group in groups for answer in group.answers)
+        write_ledger(path, groups, **named)
+
+    for module in (rounds, collecting):
+        monkeypatch.setattr(module, "write_ledger", counting)
+    collected, state = collector(tmp_path / "run", save_seconds=1e-9, oversample=4.0).collect(1, CollectorState())
+    trained = {group.group_id for group, _ in read_groups(collected.ledger)}
+    times = {group_id: {n for (asked, _), n in written.items() if asked == group_id} for group_id in range(state.cursor)}
+    assert times == {group_id: {2} if group_id in trained else {1} for group_id in range(state.cursor)}
+    assert len(written) == 8 * state.cursor
+
+
+def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(collector, tmp_path):
+    settings = {"questions_per_step": 12}
+    whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    broken = collector(tmp_path / "broken", fails_in=1, **settings)
+    with pytest.raises(ConnectionError):
+        broken.collect(1, CollectorState())
+    (part,) = RunFolder(tmp_path / "broken").rounds(1)
+    groups = [group for group, _ in read_groups(part)]
+    part.with_name("step_000001_round_00.parquet").write_bytes(part.read_bytes())
+    write_ledger(part, groups[:5], fates=["sampled"] * 5, meta={})  # which a kill kept from being deleted
+    resumed = collector(tmp_path / "broken", **settings)
+    collected, _ = resumed.collect(1, CollectorState())
+    assert resumed.client.engine.rounds[0] == broken.client.engine.rounds[1]
+    assert content(collected.ledger) == content(whole.ledger)
+    assert collected.metrics == whole.metrics
+    assert not RunFolder(tmp_path / "broken").rounds(1)
+
+
 class Silent(Counting):
     """After 20 answers it says nothing until nobody wants the rest, as servers may for minutes."""
 
@@ -243,7 +279,7 @@ def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
         stopping.collect(1, CollectorState())
     parts = RunFolder(tmp_path / "run").round_parts(1, 0)
     assert all(len(group.answers) == 8 for part in parts for group, _ in read_groups(part)), "finished ones alone"
-    assert not RunFolder(tmp_path / "run").ledger_round(1, 0).exists()
+    assert all(read_meta(part) == {} for part in parts), "none says that the round is whole"
     assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState())[0].ledger) == content(whole.ledger)
 
 
