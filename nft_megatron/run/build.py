@@ -114,7 +114,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
     shape = together(topology, lambda: read_shape(config.model.path))
     config.check_context(shape.max_positions)
     services: list[Rank0Services] = []
-    on_main(topology, lambda: services.append(_open_rank0_services(config, folder, timer, stop, watchdog, stack)))
+    on_main(topology, lambda: services.append(_open_rank0_services(config, shape, folder, timer, stop, watchdog, stack)))
     rank0 = services[0] if services else None
     trainer = together(topology, lambda: build_trainer(config, topology, shape))
     run = Run(
@@ -195,7 +195,13 @@ def _batching_rules(config: Config, topology: Topology, shape: ModelShape) -> Ba
 
 
 def _open_rank0_services(
-    config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
+    config: Config,
+    shape: ModelShape,
+    folder: RunFolder,
+    timer: PhaseTimer,
+    stop: StopRequests,
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
 ) -> Rank0Services:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes what is opened."""
     stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
@@ -206,7 +212,7 @@ def _open_rank0_services(
     questions = read_prompts(config, tokenizer, "data.train")
     held_out = read_prompts(config, tokenizer, "evaluate.data")
     progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
-    client = open_rollout_client(config, config.model.path, tokenizer, stack, timer, progress)
+    client = open_rollout_client(config, config.model.path, shape, tokenizer, stack, timer, progress)
     metrics = MetricsLog(
         folder.root,
         tensorboard=config.observe.tensorboard,

@@ -230,7 +230,7 @@ def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp
         (m, o) for a, b in zip(first, second, strict=True) for m, o in zip(a.micro_batches, b.micro_batches, strict=True)
     ):
         for mine, theirs in zip(pack.answers, other.answers, strict=True):
-            assert mine is theirs is None or torch.equal(mine, theirs)
+            assert mine is theirs is None or torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
         answer_N = torch.cat([pack.packed.answer_N, other.packed.answer_N])
         target_N = torch.cat([pack.packed.targets_N, other.packed.targets_N]).tolist()
         assert torch.equal(torch.bincount(answer_N), pack.answers.length_A)

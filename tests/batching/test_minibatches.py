@@ -91,10 +91,7 @@ def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answe
     ],
 )
 def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
-    usual, other = (
-        plan_minibatches(answers, IS_FORWARDED, 7, RULES),
-        plan_minibatches(answers, IS_FORWARDED, 7, change(**fields)),
-    )
+    usual, other = (plan_minibatches(answers, IS_FORWARDED, 7, rules) for rules in (RULES, change(**fields)))
     assert [(members_of(p), p.denominator, p.num_tokens) for p in other] == [
         (members_of(p), p.denominator, p.num_tokens) for p in usual
     ]
@@ -104,13 +101,11 @@ def test_an_empty_answer_counts_for_nothing(answers):
     """Not even as a group, where all answers of one are empty."""
     answers.answer_length[answers.group_id == 103] = 0
     answers.answer_length[0] = 0
+    has_tokens = answers.answer_length > 0
     plans = plan_minibatches(answers, IS_FORWARDED, 7, change(num_updates=8, denominator="sequences"))
     assert len(plans) == 7
-    assert (
-        sorted(row for plan in plans for row in members_of(plan))
-        == np.flatnonzero(IS_FORWARDED & (answers.answer_length > 0)).tolist()
-    )
-    assert sum(plan.denominator for plan in plans) == (answers.answer_length > 0).sum()
+    assert sorted(row for plan in plans for row in members_of(plan)) == np.flatnonzero(IS_FORWARDED & has_tokens).tolist()
+    assert sum(plan.denominator for plan in plans) == has_tokens.sum()
 
 
 def test_padding_of_sequences_is_planned_for():

@@ -54,7 +54,7 @@ def collector(run_config, model_folder):
     with contextlib.ExitStack() as stack:
         config = load_config(run_config())
         tokenizer = load_tokenizer(model_folder)
-        client = open_rollout_client(config, model_folder, tokenizer, stack, PhaseTimer(), Progress())
+        client = open_rollout_client(config, model_folder, read_shape(model_folder), tokenizer, stack, PhaseTimer(), Progress())
         with HFReader(model_folder) as reader:
             shapes = weight_table(read_shape(model_folder)).shapes
             client.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
