@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankInfo:
-    """``local_*`` count the processes of this machine."""
+    """``local_*`` count the processes of this machine.
+
+    >>> RankInfo(rank=11, world_size=16, local_rank=3, local_size=8).local_rank
+    3
+    """
 
     rank: int = 0
     world_size: int = 1

@@ -36,7 +36,12 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A question as the model reads it: ``tokens`` (int32) end where the answer begins."""
+    """A question as the model reads it: ``tokens`` (int32) end where the answer begins.
+
+    >>> prompt = Prompt("dapo/0", "What is 2+2?", gold="4", tokens=np.array([3923, 374, 220, 17], dtype=np.int32))
+    >>> len(prompt.tokens)
+    4
+    """
 
     question_id: str
     question: str
@@ -50,6 +55,9 @@ class Sampling:
 
     Generation ends after any of ``stop_token_ids`` (kept in the answer: the model must learn to stop) or as soon as the
     decoded answer contains any of the texts in ``stop``.
+
+    >>> Sampling(max_tokens=4096, stop_token_ids=(151643, 151645)).temperature
+    1.0
     """
 
     temperature: float = 1.0
@@ -64,6 +72,10 @@ class Request:
     """Ask for ``len(seeds)`` answers to one prompt. Answer k depends on the weights, the prompt and ``seeds[k]`` alone.
 
     ``expected_tokens``, a guess at the length of one answer, changes only which requests an engine begins with.
+
+    >>> request = Request(7, np.array([3923, 374], dtype=np.int32), seeds=tuple(range(100, 116)))
+    >>> len(request.seeds)
+    16
     """
 
     request_id: int
@@ -79,6 +91,11 @@ class Completion:
     ``tokens`` (int32) and ``logprobs`` (float32, ≤ 0, under the distribution that was sampled from) have one entry a
     generated token. ``finish_reason``: ``stop``, ``length`` (cut at ``max_tokens``) or ``abort`` (an engine fault; such an
     answer is judged *unknown*).
+
+    >>> logprobs = np.array([-0.1, -0.02], dtype=np.float32)
+    >>> completion = Completion(7, 0, np.array([19, 151645]), logprobs, "stop", weight_version=11, seconds=0.4)
+    >>> completion.tokens.shape == completion.logprobs.shape
+    True
     """
 
     request_id: int
@@ -106,7 +123,12 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A completion with its text and its verdict."""
+    """A completion with its text and its verdict.
+
+    >>> completion = Completion(7, 0, np.array([19, 151645]), np.array([-0.1, -0.02]), "stop", weight_version=11, seconds=0.4)
+    >>> Answer(completion, "4", Verdict("correct", reason="exact", verifier="strict/1")).verdict.label
+    'correct'
+    """
 
     completion: Completion
     text: str
@@ -129,7 +151,15 @@ class AnswerTokens(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The K answers of one question. ``group_id`` is the question's position in the run's seeded order of prompts."""
+    """The K answers of one question. ``group_id`` is the question's position in the run's seeded order of prompts.
+
+    >>> completion = Completion(7, 0, np.array([19, 151645]), np.array([-0.1, -0.02]), "stop", weight_version=11, seconds=0.4)
+    >>> labels = ("correct", "wrong", "unknown", "wrong")
+    >>> answers = tuple(Answer(completion, "4", Verdict(label, "", "strict/1")) for label in labels)
+    >>> group = Group(7, 12, Prompt("dapo/0", "What is 2+2?", "4", np.array([3923])), answers)
+    >>> group.num_judged, round(group.correct_rate, 3), group.is_mixed
+    (3, 0.333, True)
+    """
 
     group_id: int
     step: int

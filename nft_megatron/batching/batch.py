@@ -29,6 +29,13 @@ class MicroBatch:
     ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own where the
     answer is older than the weights. The trainer fills it, on the last pipeline stage only. ``advantage_N`` is there for
     algorithms that have advantages, ``answers`` for those whose loss is of whole answers.
+
+    >>> logprob_N = np.array([-0.1, -0.7], dtype=np.float32)
+    >>> packed = pack([AnswerTokens(np.array([5, 6]), np.array([7, 8]), logprob_N)])
+    >>> ones_N = torch.ones(2)
+    >>> batch = MicroBatch(packed, ones_N / 2, ones_N > 0, ones_N / 2, torch.from_numpy(logprob_N), ones_N > 1)
+    >>> batch.weight_N.sum()
+    tensor(1.)
     """
 
     packed: PackedBatch
@@ -47,6 +54,9 @@ class MiniBatch:
     """One optimizer step: this rank's micro-batches; ``num_tokens`` is of all ranks.
 
     ``measures_cosine``: whether the update is to tell the angle between the gradients of right and of wrong answers.
+
+    >>> MiniBatch(micro_batches=(), num_tokens=0).measures_cosine
+    False
     """
 
     micro_batches: tuple[MicroBatch, ...]

@@ -37,6 +37,9 @@ class CollectorState:
     ``cursor``: questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's questions that
     were mixed, None before the first. ``surplus``: mixed groups beyond the quota, empty unless they may be stale.
     ``questions``: a hash of all of them, without which the cursor means nothing; empty before the first step.
+
+    >>> CollectorState(cursor=1024, mixed_rate=0.6, questions="6b86b273ff34fce1").surplus
+    ()
     """
 
     cursor: int = 0

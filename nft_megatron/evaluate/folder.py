@@ -83,7 +83,11 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
 class BenchmarkOptions:
     """What the command line says. None: each benchmark's own k, the paper's temperature for the model's size, the answer
     length of training. ``out`` is a folder for answers and summary; ``overlap`` a file of ``nft-megatron overlap``; ``beside``
-    files whose scores are printed beside these."""
+    files whose scores are printed beside these.
+
+    >>> BenchmarkOptions((Path("benchmarks"),), Path("eval/model"), samples=4).grader
+    'simplerl'
+    """
 
     paths: tuple[Path, ...]
     out: Path
@@ -190,10 +194,8 @@ def _answer(
     for own in parts:
         own[0].path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(own[0].path.parent)
-    with _open_model(config, model_folder, shape, tokenizer, num_steps=len(everything), first_step=len(done)) as (
-        client,
-        fingerprint,
-    ):
+    num_steps, first_step = len(everything), len(done)
+    with _open_model(config, model_folder, shape, tokenizer, num_steps=num_steps, first_step=first_step) as (client, fingerprint):
         common = {"weights": fingerprint, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
         common = json.loads(json.dumps(common))  # as it will be read back
         settings = {

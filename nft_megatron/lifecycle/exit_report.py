@@ -30,6 +30,9 @@ class ExitReport:
     """One rank's end. ``host``: Slurm's name of the node, else the machine's. ``phase``: of the run, where it was in one.
 
     ``time``: seconds since 1970. ``message``: for a fault "ErrorType: text".
+
+    >>> ExitReport(3, "node17", 1, "RuntimeError: no such device", phase="update", time=1748736000.0).phase
+    'update'
     """
 
     rank: int

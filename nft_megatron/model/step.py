@@ -46,7 +46,11 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A prepared rollout step. ``metrics`` are those of all ranks."""
+    """A prepared rollout step. ``metrics`` are those of all ranks.
+
+    >>> StepBatch(minibatches=(), metrics={"trained_tokens": 0}).metrics["trained_tokens"]
+    0
+    """
 
     minibatches: tuple[MiniBatch, ...]
     metrics: MetricsRow

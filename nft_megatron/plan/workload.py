@@ -22,6 +22,9 @@ class Assumptions:
 
     answer_tokens: mean length of an answer; by default a quarter of the limit. mixed_share: share of the questions that have
     right and wrong answers. With the prompt filter a step must ask more of them for it, without one it forwards fewer answers.
+
+    >>> Assumptions(answer_tokens=900).mixed_share
+    0.5
     """
 
     answer_tokens: int | None = None
