@@ -15,7 +15,7 @@ Suffix ``_N``: one entry a loss token, that is an answer token that is trained o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from nft_megatron.base.config_model import ConfigModel
 
@@ -64,8 +64,9 @@ class AnswerBatch(NamedTuple):
         return self._each(lambda value_A: value_A.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
-        tensors = {name: value for name, value in self._asdict().items() if value is not None and name != "length_limit"}
-        return self._replace(**{name: change(value) for name, value in tensors.items()})
+        fields: dict[str, Any] = self._asdict()
+        tensors = {name: value for name, value in fields.items() if value is not None and name != "length_limit"}
+        return AnswerBatch(**fields | {name: change(value) for name, value in tensors.items()})
 
 
 class TokenBatch(NamedTuple):

@@ -194,8 +194,8 @@ def _answer(
     for own in parts:
         own[0].path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(own[0].path.parent)
-    num_steps, first_step = len(everything), len(done)
-    with _open_model(config, model_folder, shape, tokenizer, num_steps=num_steps, first_step=first_step) as (client, fingerprint):
+    opened = _open_model(config, model_folder, shape, tokenizer, num_steps=len(everything), first_step=len(done))
+    with opened as (client, fingerprint):
         common = {"weights": fingerprint, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
         common = json.loads(json.dumps(common))  # as it will be read back
         settings = {
