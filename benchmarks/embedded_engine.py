@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
+from nft_megatron.weights import read_shape
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,7 +97,7 @@ def engines(model: Qwen2ForCausalLM, arguments: argparse.Namespace) -> Iterator[
         model.config.architectures = ["Qwen2ForCausalLM"]
         model.config.save_pretrained(folder)
         both = [
-            EmbeddedEngine(Path(folder), num_processes=num_processes, batch_size=arguments.batch_size)
+            EmbeddedEngine(Path(folder), read_shape(folder), num_processes=num_processes, batch_size=arguments.batch_size)
             for num_processes in (0, arguments.processes)
         ]
         try:

@@ -41,8 +41,9 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # read when
 import numpy as np
 import torch
 
+from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard
-from nft_megatron.batching.packing import Row, pack, plan_micro_batches, sequence_cost
+from nft_megatron.batching.packing import pack, plan_micro_batches, sequence_cost
 
 LAYOUTS = [(1, 1), (2, 8), (4, 8)]
 
@@ -244,16 +245,21 @@ def print_row(name: str, packs: int, fixed: float, real: float, heaviest: float,
     print(f"| {name} | {packs:5} | {fixed:11.4f} | {real:5.3f} | {heaviest:8.4f} | {step:12.3f} | {seconds} |", flush=True)
 
 
-def heaviest_packs(case: Case, laid_out: LaidOut) -> tuple[Case, list[list[Row]]]:
+def heaviest_packs(case: Case, laid_out: LaidOut) -> tuple[Case, list[list[AnswerTokens]]]:
     """The micro-batches of the rank that has most to do, with their tokens."""
     rank = laid_out.plan[int(figures(case, laid_out).costs.argmax())]
-    return case, [[Row(*np.split(np.ones(case.lengths[i], dtype=np.int32), [50])) for i in members] for members in rank]
+    return case, [[_tokens(case.lengths[i]) for i in members] for members in rank]
 
 
-def pack_rank(work: tuple[Case, list[list[Row]]]) -> None:
+def _tokens(length: int) -> AnswerTokens:
+    prompt, answer = np.split(np.ones(length, dtype=np.int32), [50])
+    return AnswerTokens(prompt, answer, np.zeros(len(answer), dtype=np.float32))
+
+
+def pack_rank(work: tuple[Case, list[list[AnswerTokens]]]) -> None:
     case, micro_batches = work
-    for rows in micro_batches:
-        context_shard(pack(rows, multiple=case.multiple, sequence_multiple=case.sequence_multiple), 0, case.context)
+    for answers in micro_batches:
+        context_shard(pack(answers, multiple=case.multiple, sequence_multiple=case.sequence_multiple), 0, case.context)
 
 
 def map_all(function: Callable, items: list) -> list:

@@ -75,11 +75,13 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     import torch
 
     from nft_megatron.algorithms import build_algorithm
+    from nft_megatron.base.records import AnswerTokens
     from nft_megatron.batching.batch import MicroBatch, MiniBatch
-    from nft_megatron.batching.minibatches import Layout
-    from nft_megatron.batching.packing import Row, pack
+    from nft_megatron.batching.minibatches import BatchingRules
+    from nft_megatron.batching.packing import pack
+    from nft_megatron.config.schema import OptimizerConfig
     from nft_megatron.model.build import build_model
-    from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+    from nft_megatron.model.optimizer import PolicyOptimizer
     from nft_megatron.model.step import Trainer
     from nft_megatron.model.topology import init_topology
 
@@ -87,12 +89,16 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     shape, rng = shape_of(name), np.random.default_rng(0)
     lengths = [round(share * tokens) for share in LENGTHS[:-1]]
     lengths.append(tokens - sum(lengths))
-    packed = pack([Row(rng.integers(0, VOCABULARY, 8), rng.integers(0, VOCABULARY, length - 8)) for length in lengths])
+    answers = [
+        AnswerTokens(rng.integers(0, VOCABULARY, 8), rng.integers(0, VOCABULARY, length - 8), np.full(length - 8, -10.0))
+        for length in lengths
+    ]
+    packed = pack(answers)
     num = len(packed.targets_N)
     micro_batch = MicroBatch(
         packed,
         weight_N=torch.full((num,), 1 / num),
-        is_correct_N=packed.row_N % 2 == 0,
+        is_correct_N=packed.answer_N % 2 == 0,
         correct_rate_N=torch.full((num,), 0.5),
         engine_logprob_N=torch.full((num,), -10.0),
         is_stale_N=torch.zeros(num, dtype=torch.bool),
@@ -107,9 +113,9 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.uniform_(-0.02, 0.02)
-    optimizer = PolicyOptimizer(chunks, AdamW(learning_rate=1e-6))
+    optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-6, warmup_updates=0))
     built = status("VmRSS") - before
-    layout = Layout(
+    rules = BatchingRules(
         num_updates=1,
         num_ranks=1,
         token_budget=tokens,
@@ -121,7 +127,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
         count_multiple=1,
         pad_to_budget=False,
     )
-    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), layout, 1.0)
+    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), rules, 1.0)
     stats = trainer.update(MiniBatch((micro_batch,), num))
     assert stats.applied.grad_norm > 0
     return {"built": built, "peak": status("VmHWM") - before}

@@ -23,10 +23,11 @@ import torch
 
 from nft_megatron.algorithms import build_algorithm
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
+from nft_megatron.config.schema import OptimizerConfig
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.model.build import build_model
-from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, distributed
 from nft_megatron.plan.compute import model_flops, num_parameters
@@ -158,9 +159,9 @@ def run(options: argparse.Namespace, topology: Topology) -> None:
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.normal_(std=0.02)
-    optimizer = PolicyOptimizer(chunks, AdamW(learning_rate=1e-6))
-    layout = Layout(2, 1, tokens, shape.hidden_size, "tokens", 0, 1, 1, 1, False)
-    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), layout, 1.0)
+    optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-6, warmup_updates=0))
+    rules = BatchingRules(2, 1, tokens, shape.hidden_size, "tokens", 0, 1, 1, 1, False)
+    trainer = Trainer(topology, shape, chunks, optimizer, build_algorithm("nft"), rules, 1.0)
     apply = optimizer.step
     optimizer.step = lambda: clock.timed("optimizer", apply)  # type: ignore[method-assign]
     seconds: dict[str, list[float]] = {}

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nft_megatron.algorithms import Algorithm, AnswerBatch, SequenceBatch, TokenBatch, build_algorithm
+from nft_megatron.algorithms import Algorithm, AnswerBatch, TokenBatch, build_algorithm
 from nft_megatron.base.atomic_io import atomic_file
 
 NUM_ANSWERS = 16
@@ -64,8 +64,7 @@ def answer_weight(algorithm: Algorithm, log_ratio_N: Tensor, rate: float, is_cor
         log_ratio_A = torch.zeros(NUM_ANSWERS, dtype=torch.float64)
         log_ratio_A[answer] = log_ratio
         log_ratio_A.requires_grad_()
-        batch = SequenceBatch(log_ratio_A, answers.length_A, answers.is_correct_A, answers.correct_rate_A, answers.group_A)
-        weights.append(-torch.autograd.grad(algorithm.sequence_loss(batch).sum(), log_ratio_A)[0][answer])
+        weights.append(-torch.autograd.grad(algorithm.sequence_loss(answers, log_ratio_A).sum(), log_ratio_A)[0][answer])
     return torch.stack(weights)
 
 

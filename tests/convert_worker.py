@@ -12,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
+from nft_megatron.config.schema import OptimizerConfig
 from nft_megatron.convert import engine
 from nft_megatron.convert.commands import to_hf, to_megatron
 from nft_megatron.model.attention import pack_sequences
@@ -19,7 +20,7 @@ from nft_megatron.model.build import Chunks, build_model, build_parts
 from nft_megatron.model.checkpoint import save_checkpoint
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.meta import _fake_place
-from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import lm_head_weight, policy_model
 from nft_megatron.model.settings import transformer_config
 from nft_megatron.model.topology import Topology, init_topology, shutdown
@@ -109,7 +110,8 @@ def _logits(chunks: Chunks, topology: Topology, shape: ModelShape) -> torch.Tens
 def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
     """``torch_dist`` with optimizer state and, where no experts are spread, one file per rank as Megatron-LM names them."""
     (folder / "torch_dist").mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder / "torch_dist", chunks, PolicyOptimizer(chunks, AdamW(1e-3)), topology, {"step": 0})
+    optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
+    save_checkpoint(folder / "torch_dist", chunks, optimizer, topology, {"step": 0})
     if topology.world_size > topology.tensor_size * topology.pipeline_size:
         return
     stage = f"_{topology.pipeline_rank:03d}" if topology.pipeline_size > 1 else ""

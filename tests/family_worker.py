@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny_families import VOCAB
 from torch import Tensor
 
+from nft_megatron.config.schema import OptimizerConfig
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, build_model, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.logprob import token_logprobs
-from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights import read_shape
@@ -155,7 +156,7 @@ def train(folder: Path, out: Path, layout: Layout, checkpoint: Path | None) -> N
 
     def run(topology: Topology) -> None:
         lab = Lab(folder, topology)
-        optimizer = PolicyOptimizer(lab.chunks, AdamW(learning_rate=1e-3))
+        optimizer = PolicyOptimizer(lab.chunks, OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
         norms = []
 
         def update(name: str | None = None) -> None:

@@ -12,7 +12,6 @@ from nft_megatron.algorithms.algorithm import (
     Algorithm,
     AnswerBatch,
     Coupling,
-    SequenceBatch,
     TokenBatch,
     TokenLoss,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "Algorithm",
     "AnswerBatch",
     "Coupling",
-    "SequenceBatch",
     "TokenBatch",
     "TokenLoss",
     "build_algorithm",

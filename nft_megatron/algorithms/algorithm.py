@@ -14,11 +14,13 @@ Suffix ``_N``: one entry per loss token, that is, per answer token that is train
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from nft_megatron.base.config_model import ConfigModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Coupling = Literal["token", "sequence", "group"]
@@ -28,11 +30,19 @@ LOG_RATIO_CAP = 10.0
 
 
 class AnswerBatch(NamedTuple):
-    """The judged answers to a step's questions: what is known before any forward pass. Whole groups, in any order.
+    """Judged answers in any order, and what is known of them before any forward pass.
 
-    ``group_A`` (int64) numbers the questions from 0. ``is_correct_A`` (bool) is r, ``correct_rate_A`` (float64) r̂ of the
-    question, ``length_A`` (int64) the answer's number of tokens. ``is_truncated_A`` (bool) marks truncated answers;
-    ``length_limit`` is the number of tokens at which answers are truncated.
+    They are all those of a step's questions or those of a micro-batch; under coupling "group" always all of their questions.
+    ``group_A`` (int64) numbers the questions from 0. ``is_correct_A`` (bool) is r, ``correct_rate_A`` (float64, float32
+    in a micro-batch) r̂ of the question. ``length_A`` (int64) is the answer's number of tokens, ``is_truncated_A`` (bool) marks
+    truncated answers, and ``length_limit`` is the number of tokens at which answers are truncated. ``weight_A`` is
+    :meth:`Algorithm.weight`, in a micro-batch divided by D, and ``advantage_A`` is :meth:`Algorithm.advantage`.
+
+    >>> import torch
+    >>> group_A, is_correct_A = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, False, False])
+    >>> answers = AnswerBatch(group_A, is_correct_A, torch.tensor([0.5, 0.5, 0, 0]), torch.full((4,), 7), is_correct_A, 9)
+    >>> answers.take(torch.tensor([3, 2])).group_A
+    tensor([0, 0])
     """
 
     group_A: Tensor
@@ -41,6 +51,22 @@ class AnswerBatch(NamedTuple):
     length_A: Tensor
     is_truncated_A: Tensor
     length_limit: int
+    weight_A: Tensor | None = None
+    advantage_A: Tensor | None = None
+
+    def take(self, index_A: Tensor) -> AnswerBatch:
+        """The answers at ``index_A``, their groups numbered from 0 again."""
+        taken = self._each(lambda value_A: value_A[index_A])
+        return taken._replace(group_A=taken.group_A.unique(return_inverse=True)[1])
+
+    def to(self, device: torch.device) -> AnswerBatch:
+        """The same with its tensors on ``device``."""
+        return self._each(lambda value_A: value_A.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
+        fields: dict[str, Any] = self._asdict()
+        tensors = {name: value for name, value in fields.items() if value is not None and name != "length_limit"}
+        return AnswerBatch(**fields | {name: change(value) for name, value in tensors.items()})
 
 
 class TokenBatch(NamedTuple):
@@ -49,6 +75,11 @@ class TokenBatch(NamedTuple):
     ``logprob_N`` is log π_θ⁺(a_t | q, a_<t) and carries the gradient; ``old_logprob_N`` is log π of the policy that generated
     the answer; both float32 (float64 in tests). ``is_correct_N`` (bool) is r of the token's answer, ``correct_rate_N`` is r̂ of
     its question, ``advantage_N`` is :meth:`Algorithm.advantage` of its answer.
+
+    >>> import torch
+    >>> logprob_N = torch.tensor([-0.7, -0.1], requires_grad=True)
+    >>> TokenBatch(logprob_N, logprob_N.detach(), torch.tensor([True, False]), torch.tensor([0.5, 0.5])).advantage_N is None
+    True
     """
 
     logprob_N: Tensor
@@ -63,25 +94,14 @@ class TokenLoss(NamedTuple):
 
     ``clamped_N`` (bool) marks the tokens whose ratio the algorithm bounded: for NFT negative ratios below ε, for GRPO and its
     relatives ratios beyond the clip.
+
+    >>> import torch
+    >>> TokenLoss(torch.tensor([0.7, 0.1]), torch.tensor([False, True])).clamped_N.sum()
+    tensor(1)
     """
 
     loss_N: Tensor
     clamped_N: Tensor
-
-
-class SequenceBatch(NamedTuple):
-    """The inputs of a loss of coupling "sequence" or "group", for some answers; under "group", all answers to their questions.
-
-    ``log_ratio_A`` = Σ_t log R_t, summed over all tokens of the answer on all ranks, carries the gradient. ``length_A``
-    is its number of tokens, ``group_A`` as in :class:`AnswerBatch`, ``advantage_A`` is :meth:`Algorithm.advantage`.
-    """
-
-    log_ratio_A: Tensor
-    length_A: Tensor
-    is_correct_A: Tensor
-    correct_rate_A: Tensor
-    group_A: Tensor
-    advantage_A: Tensor | None = None
 
 
 class Algorithm(ConfigModel):
@@ -110,8 +130,11 @@ class Algorithm(ConfigModel):
         """ℓ of every token. ℓ may not depend on other tokens, since packing and micro-batches separate them."""
         raise NotImplementedError(f"{self.name} has coupling {self.coupling!r}")
 
-    def sequence_loss(self, batch: SequenceBatch) -> Tensor:
-        """ℓ of every answer, shape A; differentiable in ``batch.log_ratio_A``."""
+    def sequence_loss(self, answers: AnswerBatch, log_ratio_A: Tensor) -> Tensor:
+        """ℓ of every answer, shape A; differentiable in ``log_ratio_A``.
+
+        ``log_ratio_A`` = Σ_t log R_t is summed over all tokens of the answer, on whatever context-parallel rank they lie.
+        """
         raise NotImplementedError(f"{self.name} has coupling {self.coupling!r}")
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from nft_megatron.algorithms.algorithm import Algorithm, Coupling, SequenceBatch
+from nft_megatron.algorithms.algorithm import Algorithm, AnswerBatch, Coupling
 from nft_megatron.base.config_model import PositiveFloat
 
 if TYPE_CHECKING:
@@ -44,25 +44,25 @@ class InfoNCA(Algorithm):
     """λ, weight of the supervised term on right answers."""
     coupling: ClassVar[Coupling] = "group"
 
-    def sequence_loss(self, batch: SequenceBatch) -> Tensor:
-        return infonca_loss(batch, beta=self.beta, sft_weight=self.sft_weight)
+    def sequence_loss(self, answers: AnswerBatch, log_ratio_A: Tensor) -> Tensor:
+        return infonca_loss(answers, log_ratio_A, beta=self.beta, sft_weight=self.sft_weight)
 
 
-def infonca_loss(batch: SequenceBatch, *, beta: float = 0.1, sft_weight: float = 0.0) -> Tensor:
+def infonca_loss(answers: AnswerBatch, log_ratio_A: Tensor, *, beta: float = 0.1, sft_weight: float = 0.0) -> Tensor:
     """ℓ_k of every answer, shape A. The gradient of a question's loss reaches all of its answers, even those with ℓ_k = 0.
 
     >>> import torch
     >>> log_ratio_A, is_correct_A, ones_A = torch.tensor([3.0, 1.0]), torch.tensor([True, False]), torch.ones(2)
-    >>> batch = SequenceBatch(log_ratio_A, ones_A, is_correct_A, ones_A / 2, group_A=torch.tensor([0, 0]))
-    >>> infonca_loss(batch, beta=0.5).sum(), -torch.tensor(0.5 * (3 - 1)).sigmoid().log()
+    >>> answers = AnswerBatch(torch.tensor([0, 0]), is_correct_A, ones_A / 2, ones_A, ones_A > 1, length_limit=8)
+    >>> infonca_loss(answers, log_ratio_A, beta=0.5).sum(), -torch.tensor(0.5 * (3 - 1)).sigmoid().log()
     (tensor(0.3133), tensor(0.3133))
     """
-    logit_A, num_answers = beta * batch.log_ratio_A, len(batch.log_ratio_A)
-    is_correct_A = batch.is_correct_A.to(logit_A)
-    num_right_G = logit_A.new_zeros(num_answers).index_add(0, batch.group_A, is_correct_A)
-    target_A = is_correct_A / num_right_G.clamp(min=1)[batch.group_A]
-    largest_G = logit_A.new_zeros(num_answers).scatter_reduce(0, batch.group_A, logit_A.detach(), "amax", include_self=False)
-    exp_A = (logit_A - largest_G[batch.group_A]).exp()
-    sum_G = logit_A.new_zeros(num_answers).index_add(0, batch.group_A, exp_A)
-    log_softmax_A = logit_A - (largest_G[batch.group_A] + sum_G[batch.group_A].log())
-    return -target_A * (log_softmax_A + sft_weight * batch.log_ratio_A)
+    logit_A, num_answers = beta * log_ratio_A, len(log_ratio_A)
+    is_correct_A = answers.is_correct_A.to(logit_A)
+    num_right_G = logit_A.new_zeros(num_answers).index_add(0, answers.group_A, is_correct_A)
+    target_A = is_correct_A / num_right_G.clamp(min=1)[answers.group_A]
+    largest_G = logit_A.new_zeros(num_answers).scatter_reduce(0, answers.group_A, logit_A.detach(), "amax", include_self=False)
+    exp_A = (logit_A - largest_G[answers.group_A]).exp()
+    sum_G = logit_A.new_zeros(num_answers).index_add(0, answers.group_A, exp_A)
+    log_softmax_A = logit_A - (largest_G[answers.group_A] + sum_G[answers.group_A].log())
+    return -target_A * (log_softmax_A + sft_weight * log_ratio_A)

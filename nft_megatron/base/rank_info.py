@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Rank and world size; ``local_*`` are those within this machine."""
+    """Rank and world size; ``local_*`` are those within this machine.
+
+    >>> RankInfo(rank=11, world_size=16, local_rank=3, local_size=8).local_rank
+    3
+    """
 
     rank: int = 0
     world_size: int = 1

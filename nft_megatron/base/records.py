@@ -7,7 +7,7 @@ and makes each an ``Answer``; the K answers to one question are a ``Group``; the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,12 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A question as the model reads it: the answer begins right after ``tokens`` (int32)."""
+    """A question as the model reads it: the answer begins right after ``tokens`` (int32).
+
+    >>> prompt = Prompt("dapo/0", "What is 2+2?", gold="4", tokens=np.array([3923, 374, 220, 17], dtype=np.int32))
+    >>> len(prompt.tokens)
+    4
+    """
 
     question_id: str
     question: str
@@ -50,6 +55,9 @@ class Sampling:
 
     Generation ends after any of ``stop_token_ids`` (kept in the answer: the model must learn to stop) or as soon as the
     decoded answer contains any of the texts in ``stop``.
+
+    >>> Sampling(max_tokens=4096, stop_token_ids=(151643, 151645)).temperature
+    1.0
     """
 
     temperature: float = 1.0
@@ -64,6 +72,10 @@ class Request:
     """A request for ``len(seeds)`` answers to one prompt. Answer k depends only on the weights, the prompt and ``seeds[k]``.
 
     ``expected_tokens``, a guess at the length of one answer, affects only which requests an engine starts first.
+
+    >>> request = Request(7, np.array([3923, 374], dtype=np.int32), seeds=tuple(range(100, 116)))
+    >>> len(request.seeds)
+    16
     """
 
     request_id: int
@@ -79,6 +91,11 @@ class Completion:
     ``tokens`` (int32) and ``logprobs`` (float32, ≤ 0, under the distribution that was sampled from) have one entry per
     generated token. ``finish_reason``: ``stop``, ``length`` (truncated at ``max_tokens``) or ``abort`` (an engine fault;
     such an answer is judged *unknown*).
+
+    >>> logprobs = np.array([-0.1, -0.02], dtype=np.float32)
+    >>> completion = Completion(7, 0, np.array([19, 151645]), logprobs, "stop", weight_version=11, seconds=0.4)
+    >>> completion.tokens.shape == completion.logprobs.shape
+    True
     """
 
     request_id: int
@@ -106,16 +123,43 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A completion with its text and its verdict."""
+    """A completion with its text and its verdict.
+
+    >>> completion = Completion(7, 0, np.array([19, 151645]), np.array([-0.1, -0.02]), "stop", weight_version=11, seconds=0.4)
+    >>> Answer(completion, "4", Verdict("correct", reason="exact", verifier="strict/1")).verdict.label
+    'correct'
+    """
 
     completion: Completion
     text: str
     verdict: Verdict
 
 
+class AnswerTokens(NamedTuple):
+    """An answer as the trainer reads it: token ids of its prompt (at least one) and its own, int32; the engine's log-prob of
+    each of its own, float32.
+
+    >>> tokens = AnswerTokens(np.array([5, 6]), np.array([7, 8, 2]), np.array([-0.1, -0.7, -0.2], dtype=np.float32))
+    >>> len(tokens.prompt_tokens), len(tokens.answer_tokens)
+    (2, 3)
+    """
+
+    prompt_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    behaviour_logprobs: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The K answers to one question. ``group_id`` is the question's position in the run's seeded order of prompts."""
+    """The K answers to one question. ``group_id`` is the question's position in the run's seeded order of prompts.
+
+    >>> completion = Completion(7, 0, np.array([19, 151645]), np.array([-0.1, -0.02]), "stop", weight_version=11, seconds=0.4)
+    >>> labels = ("correct", "wrong", "unknown", "wrong")
+    >>> answers = tuple(Answer(completion, "4", Verdict(label, "", "strict/1")) for label in labels)
+    >>> group = Group(7, 12, Prompt("dapo/0", "What is 2+2?", "4", np.array([3923])), answers)
+    >>> group.num_judged, round(group.correct_rate, 3), group.is_mixed
+    (3, 0.333, True)
+    """
 
     group_id: int
     step: int

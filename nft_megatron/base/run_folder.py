@@ -70,9 +70,9 @@ class RunFolder:
     def ledger(self, step: int) -> Path:
         return self.ledgers / f"step_{step:06d}.parquet"
 
-    def ledger_round(self, step: int, round_index: int) -> Path:
-        """One finished round of a step that is still being collected."""
-        return self.ledgers / "rounds" / f"step_{step:06d}_round_{round_index:02d}.parquet"
+    @property
+    def _rounds(self) -> Path:
+        return self.ledgers / "rounds"
 
     @property
     def logs(self) -> Path:
@@ -101,18 +101,21 @@ class RunFolder:
         return self.ledgers / "gate.parquet"
 
     def round_part(self, step: int, round_index: int, part: int) -> Path:
-        """Some finished groups of the current round."""
-        whole = self.ledger_round(step, round_index)
-        return whole.with_name(f"{whole.stem}_part_{part:04d}.parquet")
+        """Finished groups of a round of a step that is still being collected."""
+        return self._rounds / f"step_{step:06d}_round_{round_index:02d}_part_{part:04d}.parquet"
 
     def round_parts(self, step: int, round_index: int) -> list[Path]:
-        """The parts of a round that are on disk, in order."""
-        whole = self.ledger_round(step, round_index)
-        return sorted(whole.parent.glob(f"{whole.stem}_part_*.parquet"))
+        """The parts of a round that are on disk, in order.
+
+        Earlier versions wrote a complete round as one file, which is then the only part that counts.
+        """
+        stem = f"step_{step:06d}_round_{round_index:02d}"
+        whole = self._rounds / f"{stem}.parquet"
+        return [whole] if whole.exists() else sorted(self._rounds.glob(f"{stem}_part_*.parquet"))
 
     def rounds(self, step: int) -> list[Path]:
-        """The rounds of ``step`` that are on disk, complete or in parts."""
-        return sorted((self.ledgers / "rounds").glob(f"step_{step:06d}_round_*.parquet"))
+        """The parts of all rounds of ``step`` that are on disk."""
+        return sorted(self._rounds.glob(f"step_{step:06d}_round_*.parquet"))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -172,7 +175,7 @@ class RunFolder:
 
     @property
     def _folders(self) -> tuple[Path, ...]:
-        return self.root, self.logs, self.checkpoints, self.ledgers, self.ledgers / "rounds", self.root / "hf"
+        return self.root, self.logs, self.checkpoints, self.ledgers, self._rounds, self.root / "hf"
 
     def check_is_open(self) -> None:
         """Raise :class:`OSError` if the path no longer leads to the folder that this rank or another opened.

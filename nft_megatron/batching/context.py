@@ -59,6 +59,6 @@ def context_shard(packed: PackedBatch, rank: int, size: int) -> tuple[PackedBatc
         position_ids_T=packed.position_ids_T[index],
         loss_positions_N=place[kept_N],
         targets_N=packed.targets_N[kept_N],
-        row_N=packed.row_N[kept_N],
+        answer_N=packed.answer_N[kept_N],
     )
     return local, kept_N

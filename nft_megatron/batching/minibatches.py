@@ -6,6 +6,7 @@ A mini-batch, one optimizer step, is a random part of the step's questions with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,10 +15,13 @@ from nft_megatron.batching.denominator import Denominator, loss_denominator
 from nft_megatron.batching.packing import plan_micro_batches
 from nft_megatron.config.schema import Config
 
+if TYPE_CHECKING:
+    from nft_megatron.data.ledger import LedgerIndex
+
 
 @dataclass(frozen=True)
-class Layout:
-    """What the plan depends on besides the answers.
+class BatchingRules:
+    """How a step's answers are cut into mini-batches, micro-batches and packs: all that the plan depends on besides them.
 
     num_ranks: data-parallel ranks. token_budget: of a micro-batch over all its context-parallel ranks.
     count_multiple: micro-batches of a mini-batch are a multiple of it; the interleaved pipeline schedule needs its stages.
@@ -27,6 +31,13 @@ class Layout:
 
     Raises:
         UserError: ``pad_to_budget`` with a budget that no pack can have.
+
+    >>> sizes = {"num_updates": 16, "num_ranks": 8, "count_multiple": 1, "hidden_size": 3584}
+    >>> rules = BatchingRules(
+    ...     **sizes, token_budget=16390, denominator="tokens", seed=0, tensor_size=2, context_size=2, pad_to_budget=False
+    ... )
+    >>> rules.sequence_multiple, rules.multiple, rules.longest_sequence
+    (4, 8, 16384)
     """
 
     num_updates: int
@@ -54,7 +65,7 @@ class Layout:
         pipeline: int,
         virtual_pipeline: int,
         token_budget: int,
-    ) -> Layout:
+    ) -> BatchingRules:
         """What ``config`` says, on so many ranks of each kind: for training, and for a plan that tries other numbers."""
         return cls(
             num_updates=config.train.updates_per_step,
@@ -99,57 +110,47 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """The judged answers of a step's groups, as numpy arrays with one entry an answer.
-
-    ``lengths`` are tokens of prompt and answer. ``is_forwarded`` is False for an answer that cannot contribute to the loss (a
-    wrong one under RFT): it is in D, the loss of a token that is zero still being a token, but in no micro-batch.
-    """
-
-    group_id: np.ndarray
-    lengths: np.ndarray
-    answer_lengths: np.ndarray
-    is_forwarded: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
 class MiniBatchPlan:
-    """``rows_of[rank][micro_batch]`` are indices into the :class:`Answers`; every rank has as many micro-batches.
+    """``members_of[rank][micro_batch]`` are positions among the answers; every rank has as many micro-batches.
 
     ``denominator`` is D of contract 1; ``num_tokens`` counts the answer tokens that are forwarded, on all ranks.
     """
 
-    rows_of: list[list[np.ndarray]]
+    members_of: list[list[np.ndarray]]
     denominator: float
     num_tokens: int
 
 
-def plan_minibatches(answers: Answers, step: int, layout: Layout) -> list[MiniBatchPlan]:
-    """Split a step's answers into mini-batches.
+def plan_minibatches(answers: LedgerIndex, is_forwarded: np.ndarray, step: int, rules: BatchingRules) -> list[MiniBatchPlan]:
+    """Split a step's judged answers into mini-batches.
 
     There are ``num_updates`` of them, fewer if there are fewer groups; their numbers of groups differ by at most one.
-    Which groups meet depends on (seed, step) alone, not on ranks or budgets.
+    Which groups meet depends on (seed, step) alone, not on ranks or budgets. An empty answer is in none of them.
+
+    ``is_forwarded`` is False for an answer that cannot contribute to the loss (a wrong one under RFT): it is in D, as a token
+    whose loss is zero is still a token, but in no micro-batch.
     """
-    groups = np.unique(answers.group_id)
-    order = np.random.default_rng([layout.seed, step]).permutation(groups)
-    parts = np.array_split(order, min(layout.num_updates, len(groups)))
-    return [_plan(answers, np.isin(answers.group_id, part), layout) for part in parts]
+    has_tokens = answers.answer_length > 0
+    groups = np.unique(answers.group_id[has_tokens])
+    order = np.random.default_rng([rules.seed, step]).permutation(groups)
+    parts = np.array_split(order, min(rules.num_updates, len(groups)))
+    return [_plan(answers, np.isin(answers.group_id, part) & has_tokens, is_forwarded, rules) for part in parts]
 
 
-def _plan(answers: Answers, is_member: np.ndarray, layout: Layout) -> MiniBatchPlan:
-    rows = np.flatnonzero(is_member & answers.is_forwarded)
+def _plan(answers: LedgerIndex, is_member: np.ndarray, is_forwarded: np.ndarray, rules: BatchingRules) -> MiniBatchPlan:
+    forwarded = np.flatnonzero(is_member & is_forwarded)
     micro_batches = plan_micro_batches(
-        answers.lengths[rows],
-        token_budget=layout.token_budget,
-        num_ranks=layout.num_ranks,
-        multiple=layout.multiple,
-        sequence_multiple=layout.sequence_multiple,
-        count_multiple=layout.count_multiple,
-        groups=answers.group_id[rows] if layout.keep_groups else None,
-        hidden_size=layout.hidden_size,
+        (answers.prompt_length + answers.answer_length)[forwarded],
+        token_budget=rules.token_budget,
+        num_ranks=rules.num_ranks,
+        multiple=rules.multiple,
+        sequence_multiple=rules.sequence_multiple,
+        count_multiple=rules.count_multiple,
+        groups=answers.group_id[forwarded] if rules.keep_groups else None,
+        hidden_size=rules.hidden_size,
     )
     return MiniBatchPlan(
-        rows_of=[[rows[members] for members in rank] for rank in micro_batches],
-        denominator=loss_denominator(layout.denominator, answers.answer_lengths[is_member].tolist()),
-        num_tokens=int(answers.answer_lengths[rows].sum()),
+        members_of=[[forwarded[members] for members in rank] for rank in micro_batches],
+        denominator=loss_denominator(rules.denominator, answers.answer_length[is_member].tolist()),
+        num_tokens=int(answers.answer_length[forwarded].sum()),
     )

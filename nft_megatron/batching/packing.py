@@ -9,7 +9,7 @@ hold to, under any lengths, ranks and multiples:
 3. Every rank has the same number of micro-batches.
 4. Sequences of one group are in one micro-batch.
 
-Shapes: T tokens of a pack, padding included; N loss tokens; R rows; S sequences of a pack, the padding at its end counted as
+Shapes: T tokens of a pack, padding included; N loss tokens; A answers; S sequences of a pack, the padding at its end counted as
 one, or all sequences of a plan; I items of a plan, which are groups of sequences or sequences.
 """
 
@@ -26,23 +26,12 @@ import torch
 from torch import Tensor
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import AnswerTokens
 
 Count = TypeVar("Count", int, np.ndarray)
 
 PAD_TOKEN = 0
 """Fills up a pack. Any id of the vocabulary does: nothing attends to it and it carries no loss."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One sequence to train on: the token ids (integers, 1-D) of a prompt, at least one, and of its answer."""
-
-    prompt_tokens: np.ndarray
-    answer_tokens: np.ndarray
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_tokens) + len(self.answer_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +42,15 @@ class PackedBatch:
     the causal mask hides it from the real tokens. position_ids_T: position in the own sequence, on through its padding (int64).
     cu_seqlens: where each sequence starts, and T (int32). Padding of the pack, if any, is the last sequence.
     loss_positions_N: indices into T whose next token is an answer token (int64), ascending.
-    targets_N: that answer token (int64). row_N: its row in the order given to :func:`pack` (int64), so that
-    ``quantity_R[row_N]`` expands what belongs to a row to its loss tokens.
+    targets_N: that answer token (int64). answer_N: its answer in the order given to :func:`pack` (int64), so that
+    ``quantity_A[answer_N]`` expands what belongs to an answer to its loss tokens.
 
-    >>> batch = pack([Row(np.array([5, 6]), np.array([7, 8])), Row(np.array([5]), np.array([9]))], multiple=4)
+    >>> first, second = np.array([-0.1, -0.2]), np.array([-0.3])
+    >>> answers = [AnswerTokens(np.array([5, 6]), np.array([7, 8]), first), AnswerTokens(np.array([5]), np.array([9]), second)]
+    >>> batch = pack(answers, multiple=4)
     >>> batch.input_ids_T.tolist(), batch.cu_seqlens.tolist()
     ([5, 6, 7, 8, 5, 9, 0, 0], [0, 4, 6, 8])
-    >>> batch.loss_positions_N.tolist(), batch.targets_N.tolist(), batch.row_N.tolist()
+    >>> batch.loss_positions_N.tolist(), batch.targets_N.tolist(), batch.answer_N.tolist()
     ([1, 2, 4], [7, 8, 9], [0, 0, 1])
     """
 
@@ -68,7 +59,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     loss_positions_N: Tensor
     targets_N: Tensor
-    row_N: Tensor
+    answer_N: Tensor
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -76,45 +67,50 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def pack(rows: Sequence[Row], *, multiple: int = 1, sequence_multiple: int = 1, num_tokens: int | None = None) -> PackedBatch:
-    """Lay ``rows`` end to end, each padded to the next multiple of ``sequence_multiple``.
+def pack(
+    answers: Sequence[AnswerTokens], *, multiple: int = 1, sequence_multiple: int = 1, num_tokens: int | None = None
+) -> PackedBatch:
+    """Lay prompts and ``answers`` end to end, each padded to the next multiple of ``sequence_multiple``.
 
     The whole is padded to ``num_tokens``, or else to the next multiple of ``multiple`` (at least one), itself a multiple of
-    ``sequence_multiple``. No rows at all give a pack of padding without a loss token, so that a rank without work can still
+    ``sequence_multiple``. No answers at all give a pack of padding without a loss token, so that a rank without work can still
     run its step.
 
-    >>> batch = pack([Row(np.array([5, 6]), np.array([7])), Row(np.array([5]), np.array([9]))], multiple=8, sequence_multiple=2)
+    >>> logprob = np.array([-0.1])
+    >>> answers = [AnswerTokens(np.array([5, 6]), np.array([7]), logprob), AnswerTokens(np.array([5]), np.array([9]), logprob)]
+    >>> batch = pack(answers, multiple=8, sequence_multiple=2)
     >>> batch.input_ids_T.tolist(), batch.cu_seqlens.tolist()
     ([5, 6, 7, 0, 5, 9, 0, 0], [0, 4, 6, 8])
     >>> batch.position_ids_T.tolist(), batch.loss_positions_N.tolist()
     ([0, 1, 2, 3, 0, 1, 0, 1], [1, 4])
     """
     assert multiple % sequence_multiple == 0, (multiple, sequence_multiple)
-    assert all(len(row.prompt_tokens) for row in rows), "the first answer token needs a token before it"
-    real_R = np.array([row.num_tokens for row in rows], dtype=np.int64)
-    padded_R = _round_up(real_R, sequence_multiple)
-    num_used = int(padded_R.sum())
+    assert all(len(answer.prompt_tokens) for answer in answers), "the first answer token needs a token before it"
+    answer_lengths_A = np.array([len(answer.answer_tokens) for answer in answers], dtype=np.int64)
+    real_A = np.array([len(answer.prompt_tokens) for answer in answers], dtype=np.int64) + answer_lengths_A
+    padded_A = _round_up(real_A, sequence_multiple)
+    num_used = int(padded_A.sum())
     if num_tokens is None:
         num_tokens = max(multiple, _round_up(num_used, multiple))
     assert num_used <= num_tokens, (num_used, num_tokens)
     assert num_tokens % multiple == 0, (num_tokens, multiple)
 
-    lengths_S = np.append(padded_R, num_tokens - num_used) if num_tokens > num_used else padded_R
+    lengths_S = np.append(padded_A, num_tokens - num_used) if num_tokens > num_used else padded_A
     starts_S = np.cumsum(lengths_S) - lengths_S
     input_ids_T = np.full(num_tokens, PAD_TOKEN, dtype=np.int64)
-    for row, start, end in zip(rows, starts_S, starts_S[: len(rows)] + real_R, strict=False):
-        input_ids_T[start:end] = np.concatenate([row.prompt_tokens, row.answer_tokens])
-    answer_lengths_R = np.array([len(row.answer_tokens) for row in rows], dtype=np.int64)
-    first_loss_R = starts_S[: len(rows)] + real_R - answer_lengths_R - 1
+    ends_A = starts_S[: len(answers)] + real_A
+    for answer, start, end in zip(answers, starts_S, ends_A, strict=False):
+        input_ids_T[start:end] = np.concatenate([answer.prompt_tokens, answer.answer_tokens])
+    first_loss_A = ends_A - answer_lengths_A - 1
     return PackedBatch(
         input_ids_T=torch.from_numpy(input_ids_T),
         position_ids_T=_int64([np.arange(length) for length in lengths_S]),
         cu_seqlens=torch.from_numpy(np.append(starts_S, num_tokens).astype(np.int32)),
         loss_positions_N=_int64(
-            [first + np.arange(count) for first, count in zip(first_loss_R, answer_lengths_R, strict=True)]
+            [first + np.arange(count) for first, count in zip(first_loss_A, answer_lengths_A, strict=True)]
         ),
-        targets_N=_int64([row.answer_tokens for row in rows]),
-        row_N=torch.from_numpy(np.repeat(np.arange(len(rows)), answer_lengths_R)),
+        targets_N=_int64([answer.answer_tokens for answer in answers]),
+        answer_N=torch.from_numpy(np.repeat(np.arange(len(answers)), answer_lengths_A)),
     )
 
 

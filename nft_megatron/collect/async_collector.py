@@ -7,18 +7,17 @@ What is collected is on the disk, so the thread has nothing to hand over but whe
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 
+from nft_megatron.base.background import in_background
 from nft_megatron.base.errors import StoppedEarly
-from nft_megatron.collect.collector import Collected, Collector, CollectorState
+from nft_megatron.collect.collector import Collector, CollectorState, Dataset
 from nft_megatron.observe.metrics import MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress
-
-log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5  # between looks at a request to stop
 _CLOSE_SECONDS = 10.0
@@ -35,11 +34,10 @@ class AsyncCollector:
         self._collector = replace(collector, client=client, interrupted=self._closing_reason)
         self._version, self._first_step, self._last_step = version, version + 1, last_step
         self._changed = threading.Condition()
-        self._collected: dict[int, Collected] = {}
-        self._failure: BaseException | None = None
+        self._collected: dict[int, tuple[Dataset, CollectorState]] = {}
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, args=(state,), name="collect-ahead", daemon=True)
-        self._thread.start()
+        self._work = in_background("collect-ahead", lambda: self._run(state))
+        self._work.add_done_callback(lambda _: self._wake())
 
     def published(self, version: int) -> None:
         """The engine holds the weights of ``version``."""
@@ -47,8 +45,8 @@ class AsyncCollector:
             self._version = version
             self._changed.notify_all()
 
-    def take(self, step: int, deadline_seconds: float, interrupted: Callable[[], str | None]) -> Collected:
-        """The step's ledger. Waits for it at most ``deadline_seconds``.
+    def take(self, step: int, deadline_seconds: float, interrupted: Callable[[], str | None]) -> tuple[Dataset, CollectorState]:
+        """What :meth:`Collector.collect` returns of the step. Waits for it at most ``deadline_seconds``.
 
         Raises what stopped the collecting; :class:`StoppedEarly` when ``interrupted`` gives a reason meanwhile;
         :class:`TimeoutError` after the deadline.
@@ -56,8 +54,8 @@ class AsyncCollector:
         begin = time.monotonic()
         with self._changed:
             while step not in self._collected:
-                if self._failure is not None:
-                    raise self._failure
+                if self._work.done():
+                    self._work.result()
                 if reason := interrupted():
                     raise StoppedEarly(f"stopped while step {step} was collected by {reason}; the same command goes on")
                 if time.monotonic() - begin > deadline_seconds:
@@ -70,31 +68,26 @@ class AsyncCollector:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join(_CLOSE_SECONDS)
+        wait([self._work], _CLOSE_SECONDS)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _closing_reason(self) -> str | None:
         return "the end of the run" if self._is_closing else None
 
     def _run(self, state: CollectorState) -> None:
-        try:
-            for step in range(self._first_step, self._last_step + 1):
-                with self._changed:
-                    oldest = step - 1 - self._collector.settings.max_staleness
-                    begin = time.monotonic()
-                    self._changed.wait_for(lambda oldest=oldest: self._version >= oldest or self._is_closing)  # type: ignore[misc]
-                    waited = time.monotonic() - begin
-                    if self._is_closing:
-                        return
-                collected = self._collector.collect(step, state)
-                state = collected.state
-                seconds = time.monotonic() - begin - waited
-                timings: MetricsRow = {"ahead/collect": seconds, "ahead/wait": waited}
-                with self._changed:
-                    self._collected[step] = replace(collected, timings=timings, generated_tokens=0)
-                    self._changed.notify_all()
-        except BaseException as error:
+        for step in range(self._first_step, self._last_step + 1):
             with self._changed:
-                if not self._is_closing:
-                    log.debug("collecting ahead ends", exc_info=True)
-                self._failure = error
+                oldest = step - 1 - self._collector.settings.max_staleness
+                begin = time.monotonic()
+                self._changed.wait_for(lambda oldest=oldest: self._version >= oldest or self._is_closing)  # type: ignore[misc]
+                waited = time.monotonic() - begin
+                if self._is_closing:
+                    return
+            dataset, state = self._collector.collect(step, state)
+            timings: MetricsRow = {"ahead/collect": time.monotonic() - begin - waited, "ahead/wait": waited}
+            with self._changed:
+                self._collected[step] = replace(dataset, metrics=dataset.metrics | timings, generated_tokens=0), state
                 self._changed.notify_all()

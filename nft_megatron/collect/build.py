@@ -23,6 +23,7 @@ from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.exclusive import ExclusiveEngine
 from nft_megatron.verify.service import Verifier
+from nft_megatron.weights import ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sam
     return Sampling(rollout.temperature, rollout.top_p, rollout.max_answer_tokens, end, rollout.stop)
 
 
-def open_engine(config: Config, model_folder: Path) -> Engine:
+def open_engine(config: Config, model_folder: Path, shape: ModelShape) -> Engine:
     """The engine that ``rollout.engine`` names, for the model of ``model_folder``; without weights yet."""
     if config.rollout.engine == "vllm":
         from nft_megatron.rollout.fleet.engine import FleetEngine
@@ -81,6 +82,7 @@ def open_engine(config: Config, model_folder: Path) -> Engine:
         )
     return EmbeddedEngine(
         model_folder,
+        shape,
         num_processes=config.rollout.processes if config.rollout.processes is not None else num_cores(),
         batch_size=config.rollout.batch_size,
         dtype=getattr(torch, config.model.dtype),
@@ -89,10 +91,16 @@ def open_engine(config: Config, model_folder: Path) -> Engine:
 
 
 def open_rollout_client(
-    config: Config, model_folder: Path, tokenizer: Any, stack: contextlib.ExitStack, timer: PhaseTimer, progress: Progress
+    config: Config,
+    model_folder: Path,
+    shape: ModelShape,
+    tokenizer: Any,
+    stack: contextlib.ExitStack,
+    timer: PhaseTimer,
+    progress: Progress,
 ) -> RolloutClient:
     """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
-    engine = open_engine(config, model_folder)
+    engine = open_engine(config, model_folder, shape)
     stack.callback(engine.close)
     if config.rollout.max_staleness and not engine.overlaps:
         engine = ExclusiveEngine(engine, config.rollout.step_deadline_seconds)

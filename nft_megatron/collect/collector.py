@@ -37,6 +37,9 @@ class CollectorState:
     ``cursor``: questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's questions that
     were mixed, None before the first. ``surplus``: mixed groups beyond the quota, empty unless they may be stale.
     ``questions``: a hash of all of them, without which the cursor means nothing; empty before the first step.
+
+    >>> CollectorState(cursor=1024, mixed_rate=0.6, questions="6b86b273ff34fce1").surplus
+    ()
     """
 
     cursor: int = 0
@@ -57,18 +60,20 @@ class CollectorState:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """A collected step: its ledger file, the metrics of its answers, the state that the next step starts from.
+class Dataset:
+    """A collected step: its ledger file and the metrics of its answers.
 
-    ``generated_tokens`` are those of this call, without what a killed one had left on the disk. ``timings`` are those of
-    collecting that went on beside the step (``ahead/…``).
+    ``generated_tokens`` are those of this step's own time: none of what a killed process left on the disk or of what was
+    collected while an earlier step trained.
+
+    >>> dataset = Dataset(Path("runs/a/ledger/step_000012.parquet"), {"accuracy": 0.44, "groups_trained": 512}, 6_291_456)
+    >>> dataset.metrics["groups_trained"]
+    512
     """
 
     ledger: Path
     metrics: MetricsRow
-    state: CollectorState
     generated_tokens: int
-    timings: MetricsRow = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,8 @@ class Collector:
             digest.update(f"{prompt.question_id}\0{prompt.gold}\0".encode() + prompt.tokens.tobytes())
         return digest.hexdigest()[:16]
 
-    def collect(self, step: int, state: CollectorState) -> Collected:
-        """The step's ledger, read back if it is on the disk already.
+    def collect(self, step: int, state: CollectorState) -> tuple[Dataset, CollectorState]:
+        """The step's ledger, read back if it is on the disk already, and the state that the next step starts from.
 
         Raises :class:`UserError` when not a single question had both right and wrong answers, and when the questions are not
         those that the run began with; :class:`~nft_megatron.base.errors.StoppedEarly` when interrupted, with finished groups
@@ -111,17 +116,16 @@ class Collector:
         path = self.folder.ledger(step)
         self._check_questions(state.questions)
         generated_tokens = 0 if path.exists() else self._fill(path, step, state)
-        for finished_round in self.folder.rounds(step):
-            finished_round.unlink()
+        for part in self.folder.rounds(step):
+            part.unlink()
         with self.client.timer.phase("ledger"):
             meta = read_meta(path)
             self._check_questions(meta["questions"])
             surplus = (
                 tuple(group for group, fate in read_groups(path) if fate == "surplus") if self.settings.max_staleness else ()
             )
-        return Collected(
-            path, meta["metrics"], CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions), generated_tokens
-        )
+        after = CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions)
+        return Dataset(path, meta["metrics"], generated_tokens), after
 
     def _check_questions(self, known: str) -> None:
         if known not in ("", self.questions):

@@ -91,22 +91,22 @@ class RolloutClient:
     def ask(
         self,
         prompts: Sequence[Prompt],
-        answers_per_prompt: int,
+        group_size: int,
         sampling: Sampling,
         *,
         purpose: str,
         first_id: int = 0,
         label: str | None = None,
     ) -> list[tuple[Answer, ...]]:
-        """``answers_per_prompt`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``."""
+        """``group_size`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``."""
         numbered = {first_id + offset: prompt for offset, prompt in enumerate(prompts)}
-        answers = dict(self.stream(numbered, answers_per_prompt, sampling, purpose=purpose, label=label))
+        answers = dict(self.stream(numbered, group_size, sampling, purpose=purpose, label=label))
         return [answers[prompt_id] for prompt_id in numbered]
 
     def stream(
         self,
         prompts: Mapping[int, Prompt],
-        answers_per_prompt: int,
+        group_size: int,
         sampling: Sampling,
         *,
         purpose: str,
@@ -134,7 +134,7 @@ class RolloutClient:
             Request(
                 prompt_id,
                 prompt.tokens,
-                tuple(answer_seed(self.seed, purpose, prompt_id, index) for index in range(answers_per_prompt)),
+                tuple(answer_seed(self.seed, purpose, prompt_id, index) for index in range(group_size)),
                 expected_tokens=lengths.get(prompt.question_id),
             )
             for prompt_id, prompt in prompts.items()
@@ -143,7 +143,7 @@ class RolloutClient:
         finished: deque[int] = deque()
         broken: list[int] = []
         given_up = _Unwanted(interrupted)
-        self.progress.phase(label or purpose, total=len(prompts) * answers_per_prompt)
+        self.progress.phase(label or purpose, total=len(prompts) * group_size)
         with self.timer.phase("generate"):
             for completion in self.engine.generate(requests, sampling, given_up):
                 prompt_id = completion.request_id
@@ -153,16 +153,16 @@ class RolloutClient:
                 text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
                 question.answers[completion.index] = (completion, text, self._judge(text, question.prompt.gold, completion))
                 self.progress.advance()
-                if len(question.answers) == answers_per_prompt:
+                if len(question.answers) == group_size:
                     (broken if question.broken_off() else finished).append(prompt_id)
                 elif give_up_after is not None and question.is_one_sided(give_up_after):
                     given_up.add(prompt_id)
-                    self.progress.advance(answers_per_prompt - len(question.answers))
+                    self.progress.advance(group_size - len(question.answers))
                 while finished and questions[finished[0]].is_judged():
                     yield finished[0], questions.pop(finished.popleft()).judged(self.deadline_seconds)
         num_broken = sum(questions[prompt_id].broken_off() for prompt_id in broken)
-        if num_broken > len(prompts) * answers_per_prompt / 2:
-            raise EngineFault(f"the engine broke off {num_broken} of {len(prompts) * answers_per_prompt} answers")
+        if num_broken > len(prompts) * group_size / 2:
+            raise EngineFault(f"the engine broke off {num_broken} of {len(prompts) * group_size} answers")
         with self.timer.phase("verify"):
             for prompt_id in [*finished, *broken]:
                 yield prompt_id, questions[prompt_id].judged(self.deadline_seconds)

@@ -1,17 +1,17 @@
 """A round of lines 6-8 of Algorithm 1: questions asked together, and what is finished of it kept on the disk.
 
-A finished round is one file under RUN/ledger/rounds. Until then its finished groups are written every
-``rollout.save_seconds``, so that a killed run asks again only what was unfinished. An answer depends on its seed, prompt and
-weights, not on what is asked beside it: what is asked again gets the answers that it would have got.
+Finished groups are written as parts of their round under RUN/ledger/rounds, every ``rollout.save_seconds`` and at the round's
+end, so that a killed run asks again only what was unfinished. The last part says that the round is whole. So an answer is
+written twice: in a part, and in the ledger of its step. An answer depends on its seed, prompt and weights, not on what is asked
+beside it: what is asked again gets the answers that it would have got.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.base.records import Group, Sampling
@@ -20,6 +20,9 @@ from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.schema import RolloutConfig
 from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
+
+_NUM_ASKED = "num_asked"
+"""What the last part of a round says, and no other: how many questions were asked, answered or abandoned."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +55,41 @@ class Rounds:
 
         Raises :class:`StoppedEarly` when interrupted, with the groups finished by then on the disk.
         """
-        path = self.folder.ledger_round(step, number)
-        if path.exists():
-            with self.client.timer.phase("ledger"):
-                return Round(self._read([path]), read_meta(path)["num_asked"])
         with self.client.timer.phase("ledger"):
-            earlier = self._read(self.folder.round_parts(step, number))
+            parts = self.folder.round_parts(step, number)
+            earlier = [group for part in parts for group, _ in read_groups(part)]
+            num_asked = next((meta[_NUM_ASKED] for meta in map(read_meta, reversed(parts)) if _NUM_ASKED in meta), None)
+        if num_asked is not None:
+            return Round(_in_order(earlier), num_asked)
         new = self._stream(step, number, cursor, num_questions, missing, label, earlier)
-        groups = tuple(sorted([*earlier, *new], key=lambda group: group.group_id))
-        with self.client.timer.phase("ledger"):
-            self._write(path, groups, {"num_asked": num_questions})
-            for part in self.folder.round_parts(step, number):
-                part.unlink()
-        return Round(groups, num_questions, sum(len(answer.completion.tokens) for group in new for answer in group.answers))
+        num_tokens = sum(len(answer.completion.tokens) for group in new for answer in group.answers)
+        return Round(_in_order([*earlier, *new]), num_questions, num_tokens)
 
     def _stream(
         self, step: int, number: int, cursor: int, num_questions: int, missing: int, label: str, earlier: Sequence[Group]
     ) -> list[Group]:
-        """What is not among ``earlier``, until all is there or, if so configured, enough of it is mixed."""
+        """What is not among ``earlier``, until all is there or, if so configured, enough of it is mixed; written as parts."""
         settings = self.settings
         done = {group.group_id for group in earlier}
         num_mixed = sum(group.is_mixed for group in earlier)
         prompts = {
             cursor + i: prompt for i, prompt in enumerate(self.order.take(cursor, num_questions)) if cursor + i not in done
         }
-        if not prompts or (settings.stop_at_quota and num_mixed >= missing):
-            return []
         new: list[Group] = []
         num_written, num_parts, written_at = 0, len(self.folder.round_parts(step, number)), time.monotonic()
         reason: str | None = None
+
+        def write(meta: Mapping[str, int]) -> None:
+            nonlocal num_written, num_parts, written_at
+            with self.client.timer.phase("ledger"):
+                self.folder.check_is_open()
+                path, groups = self.folder.round_part(step, number, num_parts), new[num_written:]
+                write_ledger(path, groups, fates=["sampled"] * len(groups), meta=dict(meta))
+            num_written, num_parts, written_at = len(new), num_parts + 1, time.monotonic()
+
+        if not prompts or (settings.stop_at_quota and num_mixed >= missing):
+            write({_NUM_ASKED: num_questions})
+            return new
 
         def look() -> str | None:
             nonlocal reason
@@ -104,28 +113,23 @@ class Rounds:
                 num_mixed += group.is_mixed
                 self.lengths[group.prompt.question_id] = _mean_length(group)
                 if time.monotonic() - written_at >= settings.save_seconds:
-                    with self.client.timer.phase("ledger"):
-                        self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
-                    num_written, num_parts, written_at = len(new), num_parts + 1, time.monotonic()
+                    write({})
                 if settings.stop_at_quota and num_mixed >= missing:
                     break
                 if look():
                     break
         if reason:
             if num_written < len(new):
-                with self.client.timer.phase("ledger"):
-                    self._write(self.folder.round_part(step, number, num_parts), new[num_written:], {})
+                write({})
             raise StoppedEarly(
                 f"stopped while collecting step {step} by {reason}; what is finished is saved, the same command goes on"
             )
+        write({_NUM_ASKED: num_questions})
         return new
 
-    def _read(self, paths: Sequence[Path]) -> tuple[Group, ...]:
-        return tuple(group for path in paths for group, _ in read_groups(path))
 
-    def _write(self, path: Path, groups: Sequence[Group], meta: dict[str, int]) -> None:
-        self.folder.check_is_open()
-        write_ledger(path, groups, fates=["sampled"] * len(groups), meta=meta)
+def _in_order(groups: Iterable[Group]) -> tuple[Group, ...]:
+    return tuple(sorted(groups, key=lambda group: group.group_id))
 
 
 def _mean_length(group: Group) -> int:

@@ -154,6 +154,15 @@ class OptimizerConfig(ConfigModel):
     cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of master weights and moments that are kept and updated in host memory."""
 
+    def learning_rate_at(self, update: int) -> float:
+        """learning_rate · min(1, t / warmup_updates) for update t, counted from 1.
+
+        >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=4)
+        >>> [settings.learning_rate_at(update) for update in (1, 2, 4, 100)]
+        [0.25, 0.5, 1.0, 1.0]
+        """
+        return self.learning_rate * min(1.0, update / max(1, self.warmup_updates))
+
 
 class TrainConfig(ConfigModel):
     """The training loop."""

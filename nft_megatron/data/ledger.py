@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.base.records import Answer, AnswerTokens, Completion, Group, Prompt, Verdict
 
 LEDGER_VERSION = 1
 Fate = Literal["train", "surplus", "sampled"]
@@ -59,19 +59,17 @@ SCHEMA = pa.schema(
 _TOKEN_COLUMNS = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
 
 
-class AnswerTokens(NamedTuple):
-    """One answer as the trainer needs it: int32 [prompt_length], int32 [answer_length], float32 [answer_length]."""
-
-    prompt_tokens: np.ndarray
-    answer_tokens: np.ndarray
-    behaviour_logprobs: np.ndarray
-
-
 @dataclass(frozen=True, eq=False)
 class LedgerIndex:
-    """A ledger without its texts and tokens: NumPy arrays with one entry per row, in file order; ``row[i] == i``.
+    """Answers of a ledger without their texts and tokens: NumPy arrays with one entry per answer, in file order.
 
-    ``correct_rate`` is NaN if no answer of the group was judged.
+    ``row`` is the answer's row in the file. ``correct_rate`` is NaN if no answer of the group was judged. Lengths are
+    in tokens.
+
+    >>> fields = {name: np.array([3, 4, 4]) for name in LedgerIndex.__dataclass_fields__}
+    >>> index = LedgerIndex(**fields | {"row": np.arange(3)})
+    >>> index.take(np.flatnonzero(index.group_id == 4)).row.tolist()
+    [1, 2]
     """
 
     row: np.ndarray
@@ -87,6 +85,10 @@ class LedgerIndex:
     answer_length: np.ndarray
     finish_reason: np.ndarray
     weight_version: np.ndarray
+
+    def take(self, positions: np.ndarray) -> LedgerIndex:
+        """The answers at ``positions``, which keep their ``row``."""
+        return LedgerIndex(**{name: values[positions] for name, values in vars(self).items()})
 
 
 def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], meta: dict[str, Any]) -> None:

@@ -19,7 +19,11 @@ from nft_megatron.data.wording import reword
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are asked, and how many questions of their data set are left out."""
+    """The prompts that are asked, and how many questions of their data set are left out.
+
+    >>> PromptSet(num_conflicting=3, num_overlong=1).left_out
+    {'questions_conflicting': 3, 'questions_overlong': 1}
+    """
 
     prompts: tuple[Prompt, ...] = ()
     num_conflicting: int = 0

@@ -41,7 +41,8 @@ _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None = None) -> Evaluation:
     """Print the accuracy of ``model_folder`` on ``config.evaluate.data`` with its standard error; write it to ``out`` too.
 
-    Returns the judged answers. Raises :class:`UserError` if there are no held-out questions or the folder is not a complete model.
+    Returns the judged answers. Raises :class:`UserError` if there are no held-out questions or the folder is not a complete
+    model.
     """
     if not config.evaluate.data:
         raise UserError(
@@ -53,7 +54,8 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
     model_folder = Path(model_folder)
     tokenizer = load_tokenizer(model_folder, "MODEL")
     prompts = read_prompts(config, tokenizer, "evaluate.data").prompts
-    with _open_model(config, model_folder, tokenizer, num_steps=1) as (client, _):
+    shape = read_shape(model_folder, "MODEL")
+    with _open_model(config, model_folder, shape, tokenizer, num_steps=1) as (client, _):
         result = evaluate(client, prompts, config.evaluate, training_sampling(config, model_folder, tokenizer))
     summary = {
         "model": str(model_folder),
@@ -80,7 +82,11 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
 class BenchmarkOptions:
     """Options of the command line. None means each benchmark's own k, the paper's temperature for the model's size, or the
     answer length of training. ``out`` is a folder for answers and summary, ``overlap`` a file from ``nft-megatron overlap``,
-    ``beside`` files whose scores are printed beside these."""
+    ``beside`` files whose scores are printed beside these.
+
+    >>> BenchmarkOptions((Path("benchmarks"),), Path("eval/model"), samples=4).grader
+    'simplerl'
+    """
 
     paths: tuple[Path, ...]
     out: Path
@@ -114,17 +120,16 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     overlapping = read_overlapping_ids(options.overlap, "--overlap") if options.overlap else frozenset[str]()
     others = [scores for path in options.beside for scores in read_scores(path)]
     config = _with_grader(config, options.grader)
-    tokenizer = load_tokenizer(model_folder, "MODEL")
-    sampling = _sampling(config, model_folder, tokenizer, options)
+    shape, tokenizer = read_shape(model_folder, "MODEL"), load_tokenizer(model_folder, "MODEL")
+    sampling = _sampling(config, model_folder, shape, tokenizer, options)
     tasks = [
         _read_task(benchmark, path, config, tokenizer, options.samples) for benchmark, path in find_benchmarks(options.paths)
     ]
     asked = {prompt.question_id for task in tasks for prompt in task.prompts}
     if overlapping and not overlapping & asked:
         log.warning("%s: none of its questions are in these benchmarks; was it made from the same files?", options.overlap)
-    context = read_shape(model_folder, "MODEL").max_positions
-    parts = [plan_parts(task, sampling.max_tokens, context, options.out) for task in tasks]
-    _answer(parts, config, model_folder, tokenizer, sampling)
+    parts = [plan_parts(task, sampling.max_tokens, shape.max_positions, options.out) for task in tasks]
+    _answer(parts, config, model_folder, shape, tokenizer, sampling)
     results = [(task.benchmark, read_answers(own)) for task, own in zip(tasks, parts, strict=True)]
     settings = {"grader": options.grader, "sampling": asdict(sampling), "seed": config.seed}
     summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping)}
@@ -151,11 +156,11 @@ def _with_grader(config: Config, grader: str) -> Config:
     return config.model_copy(update={"verify": VerifyConfig(**verify)})
 
 
-def _sampling(config: Config, model_folder: Path, tokenizer: Any, options: BenchmarkOptions) -> Sampling:
+def _sampling(config: Config, model_folder: Path, shape: ModelShape, tokenizer: Any, options: BenchmarkOptions) -> Sampling:
     for name, value in (("--samples", options.samples), ("--max-answer-tokens", options.max_answer_tokens)):
         if value is not None and value < 1:
             raise UserError(name, value, "is not positive", "use 1 or more")
-    num_parameters = sum(math.prod(size) for size in weight_table(read_shape(model_folder, "MODEL")).shapes.values())
+    num_parameters = sum(math.prod(size) for size in weight_table(shape).shapes.values())
     return replace(
         training_sampling(config, model_folder, tokenizer),
         temperature=temperature_for(num_parameters) if options.temperature is None else options.temperature,
@@ -178,6 +183,7 @@ def _answer(
     parts: Sequence[Sequence[Part]],
     config: Config,
     model_folder: Path,
+    shape: ModelShape,
     tokenizer: Any,
     sampling: Sampling,
 ) -> None:
@@ -187,7 +193,8 @@ def _answer(
     for own in parts:
         own[0].path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(own[0].path.parent)
-    with _open_model(config, model_folder, tokenizer, num_steps=len(everything), first_step=len(done)) as (client, fingerprint):
+    opened = _open_model(config, model_folder, shape, tokenizer, num_steps=len(everything), first_step=len(done))
+    with opened as (client, fingerprint):
         common = {"weights": fingerprint, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
         common = json.loads(json.dumps(common))  # as it will be read back
         settings = {
@@ -223,17 +230,16 @@ def _check_golds(tasks: Sequence[Task], client: RolloutClient, grader: str) -> N
 
 @contextlib.contextmanager
 def _open_model(
-    config: Config, model_folder: Path, tokenizer: Any, *, num_steps: int, first_step: int = 0
+    config: Config, model_folder: Path, shape: ModelShape, tokenizer: Any, *, num_steps: int, first_step: int = 0
 ) -> Iterator[tuple[RolloutClient, str]]:
     """A client with the weights of ``model_folder`` loaded, and their fingerprint."""
-    shape = read_shape(model_folder, "MODEL")
     table = weight_table(shape)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(HFReader(model_folder, "MODEL"))
         reader.check(table)
         progress = stack.enter_context(open_progress(num_steps, first_step))
         client = open_rollout_client(
-            _apart(config, model_folder, shape), model_folder, tokenizer, stack, PhaseTimer(), progress
+            _apart(config, model_folder, shape), model_folder, shape, tokenizer, stack, PhaseTimer(), progress
         )
         tensors = ((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items())
         yield client, client.engine.load(tensors, version=0)

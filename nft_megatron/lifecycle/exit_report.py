@@ -30,6 +30,9 @@ class ExitReport:
     """How one rank ended. ``host``: Slurm's name of the node, else the machine's. ``phase``: the run's phase, if any.
 
     ``time``: seconds since 1970. ``message``: "ErrorType: text" for a fault.
+
+    >>> ExitReport(3, "node17", 1, "RuntimeError: no such device", phase="update", time=1748736000.0).phase
+    'update'
     """
 
     rank: int

@@ -1,9 +1,9 @@
 """The weighted loss of a micro-batch as a function of its log-probs, for every coupling of an algorithm.
 
     "token":               Σ_n (ω/D)_n · ℓ(logprob_n)                  any subset of the tokens by itself
-    "sequence", "group":   Σ_r (ω/D)_r · ℓ_r(S),  S_r = Σ_n log R_n     over all tokens of an answer, on any context rank
+    "sequence", "group":   Σ_a (ω/D)_a · ℓ_a(S),  S_a = Σ_n log R_n     over all tokens of an answer, on any context rank
 
-Suffix ``_N``: one entry per loss token of this rank; ``_C``: of a chunk of them; ``_R``: one entry per answer of the
+Suffix ``_N``: one entry per loss token of this rank; ``_C``: of a chunk of them; ``_A``: one entry per answer of the
 micro-batch.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nft_megatron.algorithms import Algorithm, SequenceBatch, TokenBatch, TokenLoss
+from nft_megatron.algorithms import Algorithm, TokenBatch, TokenLoss
 from nft_megatron.batching.batch import MicroBatch
 
 
@@ -42,21 +42,16 @@ def token_loss(algorithm: Algorithm, batch: MicroBatch, logprob_C: Tensor, token
 
 
 def sequence_loss(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_group: dist.ProcessGroup) -> Tensor:
-    """ω·ℓ/D of every answer, the same on all ranks of ``context_group``, shape R.
+    """ω·ℓ/D of every answer, the same on all ranks of ``context_group``, shape A.
 
     Its derivative in ``logprob_N`` is that of the one loss they all share, so gradients sum over the ranks as those of token
     losses do.
     """
     answers = batch.answers
-    assert batch.old_logprob_N is not None and answers is not None
+    assert batch.old_logprob_N is not None and answers is not None and answers.weight_A is not None
     delta_N = logprob_N - batch.old_logprob_N
-    local_R = delta_N.new_zeros(len(answers.weight_R)).index_add(0, batch.packed.row_N, delta_N)
-    log_ratio_R = _SumOverRanks.apply(local_R, context_group)
-    return answers.weight_R * algorithm.sequence_loss(
-        SequenceBatch(
-            log_ratio_R, answers.length_R, answers.is_correct_R, answers.correct_rate_R, answers.group_R, answers.advantage_R
-        )
-    )
+    local_A = delta_N.new_zeros(len(answers.weight_A)).index_add(0, batch.packed.answer_N, delta_N)
+    return answers.weight_A * algorithm.sequence_loss(answers, _SumOverRanks.apply(local_A, context_group))
 
 
 def measure(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_group: dist.ProcessGroup) -> Measured:
@@ -69,7 +64,7 @@ def measure(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_
         else:
             assert batch.answers is not None
             loss, clamped_N = sequence_loss(algorithm, batch, logprob_N, context_group), torch.zeros_like(batch.is_correct_N)
-            share, is_correct = loss / context_group.size(), batch.answers.is_correct_R  # every rank has the whole loss
+            share, is_correct = loss / context_group.size(), batch.answers.is_correct_A  # every rank has the whole loss
         (gradient_N,) = torch.autograd.grad(loss.sum(), logprob_N)
     share = share.detach()
     return Measured(share[is_correct].sum(), share[~is_correct].sum(), gradient_N, clamped_N)

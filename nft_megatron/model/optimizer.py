@@ -18,38 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from nft_megatron.config.schema import OptimizerConfig
 from nft_megatron.model.offload import OffloadedState
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """The settings; fields mean what the ``optimizer`` section of a config says. ``clip_grad`` 0 is off.
-
-    ``cpu_offload``: share of master weights and moments that stay on the host between updates.
-    """
-
-    learning_rate: float
-    warmup_updates: int = 0
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    clip_grad: float = 1.0
-    cpu_offload: float = 0.0
-
-    def learning_rate_at(self, update: int) -> float:
-        """lr of update number ``update``, counted from 1.
-
-        >>> settings = AdamW(learning_rate=1.0, warmup_updates=4)
-        >>> [settings.learning_rate_at(update) for update in (1, 2, 4, 100)]
-        [0.25, 0.5, 1.0, 1.0]
-        """
-        return self.learning_rate * min(1.0, update / max(1, self.warmup_updates))
 
 
 @dataclass(frozen=True)
@@ -76,12 +52,12 @@ class PolicyOptimizer:
         num_updates: updates that were applied, t − 1.
     """
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel], settings: AdamW) -> None:
+    def __init__(self, chunks: Sequence[DistributedDataParallel], settings: OptimizerConfig) -> None:
         self.settings = settings
         self.num_updates = 0
         dtype = chunks[0].config.params_dtype
         self.megatron = get_megatron_optimizer(
-            OptimizerConfig(
+            MegatronConfig(
                 optimizer="adam",
                 lr=settings.learning_rate,
                 weight_decay=settings.weight_decay,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, build_algorithm
 from nft_megatron.batching.batch import MicroBatch, MiniBatch, read_minibatches
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.model import objective
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
@@ -46,7 +46,11 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A prepared rollout step. ``metrics`` cover all ranks."""
+    """A prepared rollout step. ``metrics`` cover all ranks.
+
+    >>> StepBatch(minibatches=(), metrics={"trained_tokens": 0}).metrics["trained_tokens"]
+    0
+    """
 
     minibatches: tuple[MiniBatch, ...]
     metrics: MetricsRow
@@ -65,7 +69,7 @@ class Trainer:
     chunks: Chunks
     optimizer: PolicyOptimizer
     algorithm: Algorithm
-    layout: Layout
+    rules: BatchingRules
     temperature: float
     importance_cap: float | None = None
     gradient_cosine_every: int = 0
@@ -81,7 +85,7 @@ class Trainer:
         minibatches = together(
             topology,
             lambda: read_minibatches(
-                ledger, step, self.algorithm, self.layout, topology.data_rank, topology.context_rank, topology.device
+                ledger, step, self.algorithm, self.rules, topology.data_rank, topology.context_rank, topology.device
             ),
         )
         micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
@@ -132,7 +136,7 @@ class Trainer:
         Covers right answers of the current weights, version ``step`` − 1. Any loss works that leaves none of them out, whatever
         the other answers to the question are. See :class:`MismatchSums` for the metrics.
         """
-        of_every_answer = replace(self, algorithm=build_algorithm("rft"), layout=replace(self.layout, num_updates=1))
+        of_every_answer = replace(self, algorithm=build_algorithm("rft"), rules=replace(self.rules, num_updates=1))
         return of_every_answer.prepare(ledger, step).metrics
 
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
@@ -265,7 +269,7 @@ class Trainer:
             output = chunk(packed.input_ids_T[None], packed.position_ids_T[None], sequences, packed.loss_positions_N)
             return output, loss_of(micro_batch, chunk)
 
-        num_tokens = self.layout.token_budget
+        num_tokens = self.rules.token_budget
         return run_schedule(self.chunks, forward_step, micro_batches, num_tokens=num_tokens, forward_only=forward_only)
 
     @property

@@ -17,6 +17,12 @@ class UpdateStats:
     """Statistics of one optimizer step over all ranks: sums over tokens, except ``loss_*``, which carry ω/D.
 
     ``gradient_cosine`` is None if it was not measured.
+
+    >>> applied = Update(grad_norm=0.7, learning_rate=1e-6)
+    >>> stats = UpdateStats(0.4, 0.2, 0.5, 3, 40, 100, 0.1, RateBuckets(), None, applied)
+    >>> row = summarize([stats], num_updates=1)
+    >>> row["kl_old"], row["clamp_rate"]
+    (0.005, 0.075)
     """
 
     loss_positive: float

@@ -25,7 +25,12 @@ _LARGEST_EXPONENT = 20.0
 
 @dataclass(frozen=True)
 class MismatchSums:
-    """Sums over tokens, to be added up over micro-batches and ranks: N, Σ|Δ|, Σ(e^Δ − 1 − Δ), Σe^Δ, Σe^2Δ; and max |Δ|."""
+    """Sums over tokens, to be added up over micro-batches and ranks: N, Σ|Δ|, Σ(e^Δ − 1 − Δ), Σe^Δ, Σe^2Δ; and max |Δ|.
+
+    >>> sums = MismatchSums().add(torch.tensor([0.1, -0.3])).add(torch.tensor([0.2]))
+    >>> sums.sums[0], round(sums.largest, 3)
+    (3.0, 0.3)
+    """
 
     sums: tuple[float, ...] = (0.0,) * 5
     largest: float = 0.0

@@ -22,7 +22,11 @@ from nft_megatron.observe.metrics import RATE_BUCKETS, MetricsRow
 
 @dataclass(frozen=True)
 class RateBuckets:
-    """The sums of :func:`bucket_sums` over all micro-batches and ranks of an update; updates are added up."""
+    """The sums of :func:`bucket_sums` over all micro-batches and ranks of an update; updates are added up.
+
+    >>> (RateBuckets((1.0,) * 20) + RateBuckets((0.5,) * 20)).sums[0]
+    1.5
+    """
 
     sums: tuple[float, ...] = (0.0,) * (4 * len(RATE_BUCKETS))
 

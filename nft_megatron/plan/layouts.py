@@ -68,6 +68,10 @@ class ParallelLayout:
     """How model and sequences are split, and what trades memory for time.
 
     ``micro_batch_tokens`` is the size of a whole pack, which the context ranks split.
+
+    >>> layout = ParallelLayout(4, 2, 1, 2, 8, True, "none", micro_batch_tokens=16384)
+    >>> layout.num_gpus, layout.replicas, layout.local_tokens
+    (128, 16, 8192)
     """
 
     tensor: int

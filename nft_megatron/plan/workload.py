@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.batching.packing import plan_micro_batches
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.layouts import ParallelLayout
@@ -23,6 +23,9 @@ class Assumptions:
     answer_tokens: mean length of an answer; by default a quarter of the limit. mixed_share: share of questions with both right
     and wrong answers. With the prompt filter a step needs more questions to find them; without it a step forwards fewer
     answers.
+
+    >>> Assumptions(answer_tokens=900).mixed_share
+    0.5
     """
 
     answer_tokens: int | None = None
@@ -110,13 +113,13 @@ def spread(count: int, mean: float, limit: int) -> list[int]:
     return [max(1, min(limit, round(-scale * math.log1p(-(part + 0.5) / count)))) for part in range(count)]
 
 
-def batch_layout(config: Config, layout: ParallelLayout, hidden_size: int) -> Layout:
+def batching_rules(config: Config, layout: ParallelLayout, hidden_size: int) -> BatchingRules:
     """How the trainer splits mini-batches into packs under ``layout``.
 
     Raises:
         UserError: if packs cannot have ``train.micro_batch_tokens``.
     """
-    return Layout.of(
+    return BatchingRules.of(
         config,
         hidden_size,
         data=layout.data,
@@ -134,39 +137,39 @@ def pack_update(config: Config, shape: ModelShape, layout: ParallelLayout, work:
     Raises:
         UserError: if the longest sequence does not fit into a pack.
     """
-    plan = batch_layout(config, layout, shape.hidden_size)
+    rules = batching_rules(config, layout, shape.hidden_size)
     answers = work.answer_lengths
     if not config.algorithm.uses_wrong_answers:
         answers = answers[::2]  # right and wrong in equal numbers
-    return _pack(plan, answers, work.prompt_tokens, work.longest_sequence)
+    return _pack(rules, answers, work.prompt_tokens, work.longest_sequence)
 
 
 @functools.lru_cache(maxsize=512)
-def _pack(plan: Layout, answers: tuple[int, ...], prompt: int, longest: int) -> Packs:
+def _pack(rules: BatchingRules, answers: tuple[int, ...], prompt: int, longest: int) -> Packs:
     lengths = np.array(answers) + prompt
 
     def packed(lengths: np.ndarray) -> list[list[np.ndarray]]:
         return plan_micro_batches(
             lengths,
-            token_budget=plan.token_budget,
-            num_ranks=plan.num_ranks,
-            multiple=plan.multiple,
-            sequence_multiple=plan.sequence_multiple,
-            count_multiple=plan.count_multiple,
-            hidden_size=plan.hidden_size,
+            token_budget=rules.token_budget,
+            num_ranks=rules.num_ranks,
+            multiple=rules.multiple,
+            sequence_multiple=rules.sequence_multiple,
+            count_multiple=rules.count_multiple,
+            hidden_size=rules.hidden_size,
         )
 
     packed(np.array([longest]))  # the longest possible sequence, which is not among the lengths
     ranks = []
     for packs in packed(lengths):
-        padded = [-(-lengths[members] // plan.sequence_multiple) * plan.sequence_multiple for members in packs]
-        tokens = [-(-max(int(pack.sum()), 1) // plan.multiple) * plan.multiple for pack in padded]
+        padded = [-(-lengths[members] // rules.sequence_multiple) * rules.sequence_multiple for members in packs]
+        tokens = [-(-max(int(pack.sum()), 1) // rules.multiple) * rules.multiple for pack in padded]
         ranks.append(
             Packs(
                 num_micro_batches=len(packs),
-                tokens=len(packs) * plan.token_budget if plan.pad_to_budget else sum(tokens),
+                tokens=len(packs) * rules.token_budget if rules.pad_to_budget else sum(tokens),
                 pairs=sum(int((pack * (pack + 1) // 2).sum()) for pack in padded),
                 positions=sum(int((lengths[members] - prompt).sum()) for members in packs),
             )
         )
-    return max(ranks, key=lambda rank: rank.pairs / (6 * plan.hidden_size) + rank.tokens)
+    return max(ranks, key=lambda rank: rank.pairs / (6 * rules.hidden_size) + rank.tokens)

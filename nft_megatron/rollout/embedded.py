@@ -15,7 +15,7 @@ import torch
 from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault, check_requests
 from nft_megatron.rollout.pool import WorkerPool
-from nft_megatron.weights import read_shape
+from nft_megatron.weights import ModelShape
 
 if TYPE_CHECKING:
     from nft_megatron.rollout.decode import Decoder
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 class EmbeddedEngine:
     """``Engine`` for the model of ``model_folder`` (its ``config.json``; the tokenizer only for stop texts; never its weights).
+
+    ``shape`` bounds the requests.
 
     ``num_processes`` 0 generates in this process on torch's own threads; 1 or more start that many workers of ``threads``
     threads each, in the background. Each decodes ``batch_size`` answers at a time in ``dtype``; log-probs are float32 always.
@@ -39,6 +41,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         model_folder: Path | str,
+        shape: ModelShape,
         *,
         num_processes: int,
         batch_size: int,
@@ -48,7 +51,7 @@ class EmbeddedEngine:
         answer_seconds: float = 600.0,
     ) -> None:
         folder = Path(model_folder)
-        self._shape = read_shape(folder)
+        self._shape = shape
         self._has_weights = False
         self._engine: Decoder | WorkerPool
         if num_processes == 0:

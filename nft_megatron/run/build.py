@@ -15,7 +15,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.records import Prompt, Sampling
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.collector import Collector
 from nft_megatron.collect.generate_and_grade import RolloutClient
@@ -32,7 +32,7 @@ from nft_megatron.lifecycle.watchdog import LifeSigns, Watchdog
 from nft_megatron.model.build import build_model
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.load import load_weights
-from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
@@ -114,7 +114,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
     shape = together(topology, lambda: read_shape(config.model.path))
     config.check_context(shape.max_positions)
     services: list[Rank0Services] = []
-    on_main(topology, lambda: services.append(_open_rank0_services(config, folder, timer, stop, watchdog, stack)))
+    on_main(topology, lambda: services.append(_open_rank0_services(config, shape, folder, timer, stop, watchdog, stack)))
     rank0 = services[0] if services else None
     trainer = together(topology, lambda: build_trainer(config, topology, shape))
     run = Run(
@@ -149,7 +149,7 @@ def longest_silences(config: Config) -> dict[str, float]:
 
 def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trainer:
     """The model with the weights of ``config.model.path``, its optimizer and its algorithm, on this rank."""
-    layout = _layout(config, topology, shape)
+    rules = _batching_rules(config, topology, shape)
     chunks = build_model(
         shape,
         topology,
@@ -163,17 +163,17 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         topology=topology,
         shape=shape,
         chunks=chunks,
-        optimizer=PolicyOptimizer(chunks, AdamW(**config.optimizer.model_dump())),
+        optimizer=PolicyOptimizer(chunks, config.optimizer),
         algorithm=config.algorithm,
-        layout=layout,
+        rules=rules,
         temperature=config.rollout.temperature,
         importance_cap=config.train.importance_cap,
         gradient_cosine_every=config.observe.gradient_cosine_every,
     )
 
 
-def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
-    layout = Layout.of(
+def _batching_rules(config: Config, topology: Topology, shape: ModelShape) -> BatchingRules:
+    rules = BatchingRules.of(
         config,
         shape.hidden_size,
         data=topology.data_size,
@@ -183,19 +183,25 @@ def _layout(config: Config, topology: Topology, shape: ModelShape) -> Layout:
         virtual_pipeline=topology.virtual_pipeline,
         token_budget=config.train.micro_batch_tokens,
     )
-    if config.max_sequence_tokens > layout.longest_sequence:
+    if config.max_sequence_tokens > rules.longest_sequence:
         raise UserError(
             "train.micro_batch_tokens",
-            layout.token_budget,
-            f"packs are multiples of {layout.multiple} here: one holds {layout.longest_sequence} tokens, "
+            rules.token_budget,
+            f"packs are multiples of {rules.multiple} here: one holds {rules.longest_sequence} tokens, "
             f"but a sequence may have {config.max_sequence_tokens}",
-            f"raise it to at least {-(-config.max_sequence_tokens // layout.multiple) * layout.multiple}",
+            f"raise it to at least {-(-config.max_sequence_tokens // rules.multiple) * rules.multiple}",
         )
-    return layout
+    return rules
 
 
 def _open_rank0_services(
-    config: Config, folder: RunFolder, timer: PhaseTimer, stop: StopRequests, watchdog: Watchdog, stack: contextlib.ExitStack
+    config: Config,
+    shape: ModelShape,
+    folder: RunFolder,
+    timer: PhaseTimer,
+    stop: StopRequests,
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
 ) -> Rank0Services:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes everything opened here."""
     stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
@@ -206,7 +212,7 @@ def _open_rank0_services(
     questions = read_prompts(config, tokenizer, "data.train")
     held_out = read_prompts(config, tokenizer, "evaluate.data")
     progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
-    client = open_rollout_client(config, config.model.path, tokenizer, stack, timer, progress)
+    client = open_rollout_client(config, config.model.path, shape, tokenizer, stack, timer, progress)
     metrics = MetricsLog(
         folder.root,
         tensorboard=config.observe.tensorboard,

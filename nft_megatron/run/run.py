@@ -13,7 +13,7 @@ from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.batching.batch import MiniBatch
 from nft_megatron.collect.async_collector import AsyncCollector
-from nft_megatron.collect.collector import CollectorState
+from nft_megatron.collect.collector import CollectorState, Dataset
 from nft_megatron.config.schema import Config
 from nft_megatron.lifecycle.stop_requests import StopRequests
 from nft_megatron.lifecycle.watchdog import Watchdog
@@ -31,15 +31,6 @@ WATCHED_AS = {"prepare": "update"}
 """Phases that share the deadline of another one."""
 UNWATCHED = "wait"
 """Waiting for rank 0 or its background work: limited by rollout.step_deadline_seconds."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A step's ledger and the metrics of its collecting."""
-
-    ledger: Path
-    metrics: MetricsRow
-    generated_tokens: int
 
 
 @dataclass
@@ -129,14 +120,14 @@ class Run:
         def action() -> Dataset:
             assert self.rank0 is not None
             if self._ahead is None:
-                collected = self.rank0.collector.collect(step, self.collected)
+                dataset, state = self.rank0.collector.collect(step, self.collected)
             else:
                 with self.phase("generate"):
-                    collected = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
+                    dataset, state = self._ahead.take(step, self.config.rollout.step_deadline_seconds, self.stop.reason)
             if reason := self.stop.limit.reason():
                 raise StoppedEarly(f"stopped before the updates of step {step} by {reason}; the same command resumes it")
-            self.collected = collected.state
-            return Dataset(collected.ledger, collected.metrics | collected.timings, collected.generated_tokens)
+            self.collected = state
+            return dataset
 
         try:
             with self.watchdog.phase("collect" if self.rank0 is not None and self._ahead is None else UNWATCHED):

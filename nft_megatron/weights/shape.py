@@ -20,6 +20,9 @@ class Experts:
     """A mixture of experts in every layer: a router sends each token to ``experts_per_token`` of ``num_experts`` gated MLPs.
 
     ``normalise_topk``: scale the chosen experts' router probabilities to sum to 1.
+
+    >>> Experts(num_experts=128, experts_per_token=8, ffn_hidden_size=768, normalise_topk=True).num_experts
+    128
     """
 
     num_experts: int
@@ -34,6 +37,9 @@ class ModelShape:
 
     ``ffn_hidden_size`` is that of a dense MLP; with ``experts`` no layer has one. ``qkv_bias``: the query, key and
     value projections have a bias; no other linear layer ever has. ``qk_norm``: RMSNorm over each head's query and key.
+
+    >>> SHAPE_EXAMPLE.num_attention_heads * SHAPE_EXAMPLE.head_dim == SHAPE_EXAMPLE.hidden_size
+    True
     """
 
     architecture: str

@@ -35,7 +35,11 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``start:stop`` (along the entry's axis) of source tensor number ``source``."""
+    """Rows ``start:stop`` (along the entry's axis) of source tensor number ``source``.
+
+    >>> Piece(source=1, start=0, stop=512)
+    Piece(source=1, start=0, stop=512)
+    """
 
     source: int
     start: int
@@ -50,6 +54,9 @@ class Entry:
     names and full shapes; ``axis`` is the one along which the sources are concatenated and split over ranks. ``num_groups`` is
     for ``QKV``. ``expert`` is the number of the parameter's expert, None outside experts. ``exported`` is False for a second
     copy of a tensor that another entry already exports (a tied LM head).
+
+    >>> Entry("fc1", ("gate", "up"), ((8, 4), (8, 4)), Layout.SPLIT).local_shape(tensor_size=2, padded_vocab=0)
+    (8, 4)
     """
 
     name: str
@@ -102,6 +109,9 @@ class WeightTable:
     """All entries of a model, in the order in which Hugging Face lists its tensors.
 
     ``ignored`` are Hugging Face names that a folder may contain but nobody reads, such as a stored copy of a tied LM head.
+
+    >>> WeightTable((Entry("norm", ("model.norm.weight",), ((4,),), Layout.WHOLE),)).by_name["norm"].sources
+    ('model.norm.weight',)
     """
 
     entries: tuple[Entry, ...]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from literal import literal_loss
 
-from nft_megatron.algorithms import ALGORITHMS, AnswerBatch, SequenceBatch, TokenBatch, build_algorithm
+from nft_megatron.algorithms import ALGORITHMS, AnswerBatch, TokenBatch, build_algorithm
 
 LIMIT = 12
 VARIANTS = {
@@ -48,17 +48,17 @@ def ours(algorithm, asked):
     length_A = torch.tensor([len(each) for each in new])
     answers = AnswerBatch(group_A, correct_A, rate_A, length_A, torch.tensor(truncated), length_limit=LIMIT)
     weight_A, advantage_A = algorithm.weight(answers), algorithm.advantage(answers)
+    answers = answers._replace(weight_A=weight_A, advantage_A=advantage_A)
     if algorithm.coupling != "token":
         log_ratio_A = torch.stack([(a - b).sum() for a, b in zip(new, old, strict=True)])
         order = torch.randperm(len(new), generator=torch.Generator().manual_seed(0))
-        batch = SequenceBatch(log_ratio_A, length_A, correct_A, rate_A, group_A, advantage_A)
-        shuffled = SequenceBatch(*(None if each is None else each[order] for each in batch))
-        return (weight_A[order] * algorithm.sequence_loss(shuffled)).sum()
+        shuffled = answers.take(order)
+        return (shuffled.weight_A * algorithm.sequence_loss(shuffled, log_ratio_A[order])).sum()
     order = torch.randperm(int(length_A.sum()), generator=torch.Generator().manual_seed(0))
-    row_N = torch.arange(len(new)).repeat_interleave(length_A)[order]
-    advantage_N = None if advantage_A is None else advantage_A[row_N]
-    batch = TokenBatch(torch.cat(new)[order], torch.cat(old)[order], correct_A[row_N], rate_A[row_N], advantage_N)
-    return (weight_A[row_N] * algorithm.token_loss(batch).loss_N).sum()
+    answer_N = torch.arange(len(new)).repeat_interleave(length_A)[order]
+    advantage_N = None if advantage_A is None else advantage_A[answer_N]
+    batch = TokenBatch(torch.cat(new)[order], torch.cat(old)[order], correct_A[answer_N], rate_A[answer_N], advantage_N)
+    return (weight_A[answer_N] * algorithm.token_loss(batch).loss_N).sum()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,7 +16,7 @@ from nft_megatron.algorithms import build_algorithm
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.batching.batch import read_minibatches
-from nft_megatron.batching.minibatches import Layout
+from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.data.ledger import write_ledger
 
 STEP, SEED = 3, 11
@@ -49,7 +49,7 @@ answers = st.lists(st.tuples(st.integers(0, 12), labels, st.integers(STEP - 3, S
 def cases(draw):
     context, tensor = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
     keep_groups = draw(st.booleans())
-    layout = Layout(
+    rules = BatchingRules(
         num_updates=draw(st.integers(1, 3)),
         num_ranks=draw(st.integers(1, 3)),
         # with padding, a sequence has at most 24 tokens and the 5 of a group 120; packs are multiples of 16 at most
@@ -67,7 +67,7 @@ def cases(draw):
     drawn = draw(st.lists(st.tuples(st.integers(1, 6), answers), min_size=1, max_size=6))
     groups = [make_group(number, *each, fresh) for number, each in enumerate(drawn)]
     fates = draw(st.lists(st.sampled_from(["train", "train", "surplus"]), min_size=len(groups), max_size=len(groups)))
-    return groups, fates, layout, draw(st.sampled_from(sorted(ALGORITHMS)))
+    return groups, fates, rules, draw(st.sampled_from(sorted(ALGORITHMS)))
 
 
 def judged(group):
@@ -130,61 +130,61 @@ def count(tokens) -> Counter:
     return Counter(tuple(token.items()) for token in tokens)
 
 
-def check_packs(packs, groups, layout, name):
+def check_packs(packs, groups, rules, name):
     """``packs``: of every micro-batch on every data-parallel rank, the parts of all context-parallel ranks."""
-    sequence_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
+    sequence_multiple = 2 * rules.context_size if rules.context_size > 1 else 1
     group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
     lengths, homes = Counter(), Counter()
     for parts in packs:
         (cu_seqlens,) = {tuple(part.cu_seqlens.tolist()) for part in parts}
         total = cu_seqlens[-1]
-        assert total == sum(len(part.input_ids_T) for part in parts) <= layout.token_budget
-        assert total == layout.token_budget or not layout.pad_to_budget
-        assert total % (sequence_multiple * layout.tensor_size) == 0
+        assert total == sum(len(part.input_ids_T) for part in parts) <= rules.token_budget
+        assert total == rules.token_budget or not rules.pad_to_budget
+        assert total % (sequence_multiple * rules.tensor_size) == 0
         lengths.update(np.diff(cu_seqlens).tolist())
         homes.update({group_of[token] for part in parts for token in part.targets_N.tolist()})
     real = [len(group.prompt.tokens) + len(answer.completion.tokens) for group, answer in forwarded(groups, name)]
     padded = Counter(-(-length // sequence_multiple) * sequence_multiple for length in real)
     assert padded <= lengths and (lengths - padded).total() <= len(packs)  # besides, at most the padding of each pack
-    assert not layout.keep_groups or set(homes.values()) <= {1}
+    assert not rules.keep_groups or set(homes.values()) <= {1}
 
 
 @given(cases())
 @settings(deadline=None, max_examples=60)
 def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
-    groups, fates, layout, name = case
+    groups, fates, rules, name = case
     trained = [group for group, fate in zip(groups, fates, strict=True) if fate == "train" and judged(group)]
     assume(trained)
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger.parquet"
         write_ledger(ledger, groups, fates=fates, meta={})
         ranks = [
-            [read_minibatches(ledger, STEP, ALGORITHMS[name], layout, data, c, CPU) for c in range(layout.context_size)]
-            for data in range(layout.num_ranks)
+            [read_minibatches(ledger, STEP, ALGORITHMS[name], rules, data, c, CPU) for c in range(rules.context_size)]
+            for data in range(rules.num_ranks)
         ]
 
     order = np.random.default_rng([SEED, STEP]).permutation([group.group_id for group in trained])
-    parts = np.array_split(order, min(layout.num_updates, len(trained)))
+    parts = np.array_split(order, min(rules.num_updates, len(trained)))
     assert {len(minibatches) for contexts in ranks for minibatches in contexts} == {len(parts)}
     for number, part in enumerate(parts):
         members = [group for group in trained if group.group_id in part]
-        expected = list(expected_tokens(members, layout.denominator, name))
+        expected = list(expected_tokens(members, rules.denominator, name))
         minibatches = [[each[number] for each in contexts] for contexts in ranks]
         assert {each.num_tokens for contexts in minibatches for each in contexts} == {len(expected)}
         (num_micro_batches,) = {len(each.micro_batches) for contexts in minibatches for each in contexts}
-        assert num_micro_batches % layout.count_multiple == 0
+        assert num_micro_batches % rules.count_multiple == 0
         micro_batches = [
             [each.micro_batches[k] for each in contexts] for contexts in minibatches for k in range(num_micro_batches)
         ]
         seen = count(token for shards in micro_batches for shard in shards for token in read_tokens_of(shard))
         assert seen == count(expected)
-        check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, layout, name)
+        check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, rules, name)
 
 
 def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
     answers = [(40, "correct", 2), (40, "wrong", 2)]
     write_ledger(tmp_path / "ledger.parquet", [make_group(0, 10, answers, itertools.count(1))], fates=["train"], meta={})
-    layout = Layout(
+    rules = BatchingRules(
         num_updates=1,
         num_ranks=1,
         token_budget=96,
@@ -198,7 +198,7 @@ def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
         keep_groups=True,
     )
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 96: .* have 100 tokens; raise it to at least 100"):
-        read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], layout, 0, 0, CPU)
+        read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], rules, 0, 0, CPU)
 
 
 def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp_path):
@@ -208,7 +208,7 @@ def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp
     groups = [make_group(n, 3, [(2 + n + k, verdicts[(n + k) % 5], 2) for k in range(4)], fresh) for n in range(5)]
     ledger = tmp_path / "ledger.parquet"
     write_ledger(ledger, groups, fates=["train"] * 5, meta={})
-    layout = Layout(
+    rules = BatchingRules(
         num_updates=2,
         num_ranks=1,
         token_budget=128,
@@ -223,21 +223,21 @@ def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp
     )
     group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
     first, second = (
-        read_minibatches(ledger, STEP, build_algorithm("infonca"), layout, 0, context_rank, CPU) for context_rank in range(2)
+        read_minibatches(ledger, STEP, build_algorithm("infonca"), rules, 0, context_rank, CPU) for context_rank in range(2)
     )
     seen = 0
     for pack, other in (
         (m, o) for a, b in zip(first, second, strict=True) for m, o in zip(a.micro_batches, b.micro_batches, strict=True)
     ):
         for mine, theirs in zip(pack.answers, other.answers, strict=True):
-            assert mine is theirs is None or torch.equal(mine, theirs)
-        row_N = torch.cat([pack.packed.row_N, other.packed.row_N])
+            assert mine is theirs is None or torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+        answer_N = torch.cat([pack.packed.answer_N, other.packed.answer_N])
         target_N = torch.cat([pack.packed.targets_N, other.packed.targets_N]).tolist()
-        assert torch.equal(torch.bincount(row_N), pack.answers.length_R)
-        assert torch.equal(pack.answers.weight_R[row_N], torch.cat([pack.weight_N, other.weight_N]))
-        assert torch.equal(pack.answers.is_correct_R[row_N], torch.cat([pack.is_correct_N, other.is_correct_N]))
+        assert torch.equal(torch.bincount(answer_N), pack.answers.length_A)
+        assert torch.equal(pack.answers.weight_A[answer_N], torch.cat([pack.weight_N, other.weight_N]))
+        assert torch.equal(pack.answers.is_correct_A[answer_N], torch.cat([pack.is_correct_N, other.is_correct_N]))
         numbers = {
-            (group_of[target], number) for target, number in zip(target_N, pack.answers.group_R[row_N].tolist(), strict=True)
+            (group_of[target], number) for target, number in zip(target_N, pack.answers.group_A[answer_N].tolist(), strict=True)
         }
         assert len(numbers) == len({group for group, _ in numbers}) == len({number for _, number in numbers})
         assert {number for _, number in numbers} == set(range(len(numbers)))
@@ -251,7 +251,7 @@ def test_length_and_truncation_reach_the_advantage(tmp_path):
     cut = dataclasses.replace(group.answers[2].completion, finish_reason="length")
     answers = (*group.answers[:2], dataclasses.replace(group.answers[2], completion=cut))
     write_ledger(tmp_path / "ledger.parquet", [dataclasses.replace(group, answers=answers)], fates=["train"], meta={})
-    layout = Layout(
+    rules = BatchingRules(
         num_updates=1,
         num_ranks=1,
         token_budget=32,
@@ -264,9 +264,9 @@ def test_length_and_truncation_reach_the_advantage(tmp_path):
         pad_to_budget=False,
         length_limit=100,
     )
-    (minibatch,) = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("dapo"), layout, 0, 0, CPU)
+    (minibatch,) = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("dapo"), rules, 0, 0, CPU)
     reward = np.array([1.0, -1.0, -2.0])
     expected = (reward - reward.mean()) / reward.std()
     (micro_batch,) = minibatch.micro_batches
-    advantage = {n: micro_batch.advantage_N[micro_batch.packed.row_N == n].unique().tolist() for n in range(3)}
+    advantage = {n: micro_batch.advantage_N[micro_batch.packed.answer_N == n].unique().tolist() for n in range(3)}
     assert advantage == {n: pytest.approx([expected[n]], rel=1e-6) for n in range(3)}

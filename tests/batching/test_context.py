@@ -9,8 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard, zigzag_index
-from nft_megatron.batching.packing import Row, pack, plan_micro_batches
+from nft_megatron.batching.packing import pack, plan_micro_batches
+
+
+def tokens_of(prompt, answer) -> AnswerTokens:
+    """The record of these token ids; packing looks at nothing else."""
+    return AnswerTokens(np.array(prompt, dtype=np.int32), np.array(answer, dtype=np.int32), np.zeros(len(answer), np.float32))
 
 
 def chunks_of(rank, size, lengths):
@@ -42,8 +48,8 @@ def test_a_sequence_that_cannot_be_cut_evenly_is_refused():
 
 
 def test_shards_by_hand():
-    rows = [Row(np.array([11, 12]), np.array([13, 14, 15])), Row(np.array([21]), np.array([22, 23, 24]))]
-    whole = pack(rows, multiple=4, sequence_multiple=4)  # 11 12 | 13 14 | 15 0 | 0 0 and 21 | 22 | 23 | 24
+    answers = [tokens_of([11, 12], [13, 14, 15]), tokens_of([21], [22, 23, 24])]
+    whole = pack(answers, multiple=4, sequence_multiple=4)  # 11 12 | 13 14 | 15 0 | 0 0 and 21 | 22 | 23 | 24
     first, first_kept = context_shard(whole, 0, 2)
     second, second_kept = context_shard(whole, 1, 2)
     assert first.input_ids_T.tolist() == [11, 12, 0, 0, 21, 24]
@@ -54,12 +60,12 @@ def test_shards_by_hand():
     # 13 is predicted from 12 on the first rank, though it is itself on the second
     assert (first.loss_positions_N.tolist(), first.targets_N.tolist()) == ([1, 4], [13, 22])
     assert (second.loss_positions_N.tolist(), second.targets_N.tolist()) == ([0, 1, 4, 5], [14, 15, 23, 24])
-    assert (first.row_N.tolist(), second.row_N.tolist()) == ([0, 1], [0, 0, 1, 1])
+    assert (first.answer_N.tolist(), second.answer_N.tolist()) == ([0, 1], [0, 0, 1, 1])
     assert (first_kept.tolist(), second_kept.tolist()) == ([0, 3], [1, 2, 4, 5])
 
 
 def test_without_context_parallelism_the_shard_is_the_pack():
-    whole = pack([Row(np.array([1]), np.array([2, 3]))])
+    whole = pack([tokens_of([1], [2, 3])])
     shard, kept_N = context_shard(whole, 0, 1)
     assert shard is whole
     assert kept_N.tolist() == [0, 1]
@@ -148,7 +154,7 @@ def test_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
     seen = Counter()
     for members in (members.tolist() for rank in plan for members in rank):
         whole = pack(
-            [Row(*(np.array(part, dtype=np.int32) for part in rows[i])) for i in members],
+            [tokens_of(*rows[i]) for i in members],
             multiple=case["multiple"],
             sequence_multiple=case["sequence_multiple"],
             num_tokens=case["budget"] if case["pad_to_budget"] else None,
@@ -161,7 +167,7 @@ def test_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
             targets = shard.targets_N.tolist()
             seen += Counter(
                 zip(
-                    [members[row] for row in shard.row_N.tolist()],
+                    [members[row] for row in shard.answer_N.tolist()],
                     [answer_position[target] for target in targets],
                     targets,
                     weight_N[kept_N].tolist(),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.batching.minibatches import Answers, Layout, plan_minibatches
+from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches
+from nft_megatron.data.ledger import LedgerIndex
 
-LAYOUT = Layout(
+RULES = BatchingRules(
     num_updates=3,
     num_ranks=2,
     token_budget=64,
@@ -22,17 +23,27 @@ LAYOUT = Layout(
 )
 
 
-def change(**fields) -> Layout:
-    return dataclasses.replace(LAYOUT, **fields)
+def change(**fields) -> BatchingRules:
+    return dataclasses.replace(RULES, **fields)
+
+
+def index_of(group_id, prompt_length, answer_length) -> LedgerIndex:
+    """Answers of which nothing else matters to the plan."""
+    others = {name: np.zeros(len(group_id)) for name in LedgerIndex.__dataclass_fields__}
+    return LedgerIndex(**others | {"group_id": group_id, "prompt_length": prompt_length, "answer_length": answer_length})
 
 
 @pytest.fixture
-def answers() -> Answers:
-    """8 groups of 4 answers in no order; one answer in four is not forwarded."""
+def answers() -> LedgerIndex:
+    """8 groups of 4 answers in no order."""
     rng = np.random.default_rng(0)
     group_id = rng.permutation(np.repeat(np.arange(100, 108), 4))
-    answer_lengths = rng.integers(1, 12, 32)
-    return Answers(group_id, answer_lengths + rng.integers(1, 4, 32), answer_lengths, rng.permutation(np.arange(32) % 4 > 0))
+    answer_length = rng.integers(1, 12, 32)
+    return index_of(group_id, rng.integers(1, 4, 32), answer_length)
+
+
+IS_FORWARDED = np.random.default_rng(1).permutation(np.arange(32) % 4 > 0)
+"""One answer in four is not."""
 
 
 @pytest.mark.parametrize(
@@ -54,19 +65,19 @@ def test_a_budget_that_no_pack_can_have_is_a_user_error():
     assert change(**(sizes | {"pad_to_budget": False}), token_budget=100).token_budget == 100  # packs then end below it
 
 
-def rows_of(plan) -> list[int]:
-    return sorted(row for rank in plan.rows_of for members in rank for row in members.tolist())
+def members_of(plan) -> list[int]:
+    return sorted(row for rank in plan.members_of for members in rank for row in members.tolist())
 
 
 def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answers):
-    plans = plan_minibatches(answers, 7, LAYOUT)
+    plans = plan_minibatches(answers, IS_FORWARDED, 7, RULES)
     parts = np.array_split(np.random.default_rng([5, 7]).permutation(np.arange(100, 108)), 3)  # by (seed, step)
     assert [len(part) for part in parts] == [3, 3, 2]
     for plan, part in zip(plans, parts, strict=True):
         members = [row for row in range(32) if answers.group_id[row] in part]
-        assert rows_of(plan) == [row for row in members if answers.is_forwarded[row]]
-        assert plan.denominator == sum(answers.answer_lengths[row] for row in members)
-        assert plan.num_tokens == sum(answers.answer_lengths[row] for row in members if answers.is_forwarded[row])
+        assert members_of(plan) == [row for row in members if IS_FORWARDED[row]]
+        assert plan.denominator == sum(answers.answer_length[row] for row in members)
+        assert plan.num_tokens == sum(answers.answer_length[row] for row in members if IS_FORWARDED[row])
 
 
 @pytest.mark.parametrize(
@@ -80,27 +91,38 @@ def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answe
     ],
 )
 def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
-    usual, other = plan_minibatches(answers, 7, LAYOUT), plan_minibatches(answers, 7, change(**fields))
-    assert [(rows_of(p), p.denominator, p.num_tokens) for p in other] == [
-        (rows_of(p), p.denominator, p.num_tokens) for p in usual
+    usual, other = (plan_minibatches(answers, IS_FORWARDED, 7, rules) for rules in (RULES, change(**fields)))
+    assert [(members_of(p), p.denominator, p.num_tokens) for p in other] == [
+        (members_of(p), p.denominator, p.num_tokens) for p in usual
     ]
 
 
+def test_an_empty_answer_counts_for_nothing(answers):
+    """Not even as a group, where all answers of one are empty."""
+    answers.answer_length[answers.group_id == 103] = 0
+    answers.answer_length[0] = 0
+    has_tokens = answers.answer_length > 0
+    plans = plan_minibatches(answers, IS_FORWARDED, 7, change(num_updates=8, denominator="sequences"))
+    assert len(plans) == 7
+    assert sorted(row for plan in plans for row in members_of(plan)) == np.flatnonzero(IS_FORWARDED & has_tokens).tolist()
+    assert sum(plan.denominator for plan in plans) == has_tokens.sum()
+
+
 def test_padding_of_sequences_is_planned_for():
-    two = Answers(np.array([1, 1]), np.array([5, 5]), np.array([4, 4]), np.array([True, True]))
+    two = index_of(np.array([1, 1]), np.array([1, 1]), np.array([4, 4]))
     for context, expected in ((1, [[0, 1]]), (2, [[0], [1]])):  # 5 + 5 tokens, or 8 + 8
-        (plan,) = plan_minibatches(two, 1, change(num_ranks=1, token_budget=12, context_size=context))
-        assert [members.tolist() for members in plan.rows_of[0]] == expected
+        (plan,) = plan_minibatches(two, np.array([True, True]), 1, change(num_ranks=1, token_budget=12, context_size=context))
+        assert [members.tolist() for members in plan.members_of[0]] == expected
 
 
 def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
-    def homes(layout):
+    def homes(rules):
         """In how many micro-batches each group is, and how many there are on each rank, of every mini-batch."""
-        for plan in plan_minibatches(answers, 7, layout):
-            places = [members for rank in plan.rows_of for members in rank]
+        for plan in plan_minibatches(answers, IS_FORWARDED, 7, rules):
+            places = [members for rank in plan.members_of for members in rank]
             groups = [set(answers.group_id[members].tolist()) for members in places]
-            yield {group: sum(group in each for each in groups) for group in set().union(*groups)}, [*map(len, plan.rows_of)]
+            yield {group: sum(group in each for each in groups) for group in set().union(*groups)}, [*map(len, plan.members_of)]
 
     whole = list(homes(change(keep_groups=True, count_multiple=4)))
     assert all(set(counts.values()) == {1} and lengths == [4, 4] for counts, lengths in whole)
-    assert any(max(counts.values()) > 1 for counts, _ in homes(LAYOUT))  # not by itself
+    assert any(max(counts.values()) > 1 for counts, _ in homes(RULES))  # not by itself

@@ -7,12 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.batching.packing import Row, pack, plan_micro_batches, sequence_cost
+from nft_megatron.base.records import AnswerTokens
+from nft_megatron.batching.packing import pack, plan_micro_batches, sequence_cost
 
 
-def make_rows(lengths):
-    """Rows of given (prompt, answer) lengths."""
-    return [Row(np.arange(1, 1 + prompt), np.arange(50, 50 + answer)) for prompt, answer in lengths]
+def tokens_of(prompt, answer) -> AnswerTokens:
+    """The record of these token ids; packing looks at nothing else."""
+    return AnswerTokens(np.array(prompt, dtype=np.int32), np.array(answer, dtype=np.int32), np.zeros(len(answer), np.float32))
+
+
+def make_answers(lengths):
+    """Answers of given (prompt, answer) lengths."""
+    return [tokens_of(np.arange(1, 1 + prompt), np.arange(50, 50 + answer)) for prompt, answer in lengths]
 
 
 def round_up(number, multiple):
@@ -135,7 +141,7 @@ def test_a_group_over_the_budget_is_a_user_error():
     lengths, groups = [9, 9, 9, 30], [3, 3, 3, 1]  # 3 · 12 = 36 tokens with padding
     assert len(plan_micro_batches(lengths, **options)[0]) == 3
     with pytest.raises(
-        UserError, match=r"train\.micro_batch_tokens = 32.*one question.*36 tokens.*at least 40.*answers_per_quest"
+        UserError, match=r"train\.micro_batch_tokens = 32.*one question.*36 tokens.*at least 40.*rollout\.group_size"
     ):
         plan_micro_batches(lengths, groups=groups, **options)
 
@@ -147,36 +153,31 @@ def test_cost_is_proportional_to_the_flops_of_a_dense_layer():
 
 
 def test_pack_by_hand():
-    rows = [
-        Row(np.array([11, 12, 13], dtype=np.int32), np.array([14, 15], dtype=np.int32)),
-        Row(np.array([21], dtype=np.int32), np.array([22, 23, 24], dtype=np.int32)),
-    ]
-    batch = pack(rows, multiple=4)
+    batch = pack([tokens_of([11, 12, 13], [14, 15]), tokens_of([21], [22, 23, 24])], multiple=4)
     assert batch.input_ids_T.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, 24, 0, 0, 0]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 5, 9, 12]
     assert batch.loss_positions_N.tolist() == [2, 3, 5, 6, 7]
     assert batch.targets_N.tolist() == [14, 15, 22, 23, 24]
-    assert batch.row_N.tolist() == [0, 0, 1, 1, 1]
+    assert batch.answer_N.tolist() == [0, 0, 1, 1, 1]
     assert batch.cu_seqlens.dtype == torch.int32
-    integers = (batch.input_ids_T, batch.position_ids_T, batch.loss_positions_N, batch.targets_N, batch.row_N)
+    integers = (batch.input_ids_T, batch.position_ids_T, batch.loss_positions_N, batch.targets_N, batch.answer_N)
     assert {tensor.dtype for tensor in integers} == {torch.int64}
 
 
 def test_pack_with_sequences_padded_by_hand():
-    rows = [Row(np.array([11, 12]), np.array([13, 14, 15])), Row(np.array([21]), np.array([22, 23, 24]))]
-    batch = pack(rows, multiple=8, sequence_multiple=4)
+    batch = pack([tokens_of([11, 12], [13, 14, 15]), tokens_of([21], [22, 23, 24])], multiple=8, sequence_multiple=4)
     assert batch.input_ids_T.tolist() == [11, 12, 13, 14, 15, 0, 0, 0, 21, 22, 23, 24, 0, 0, 0, 0]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
     assert batch.loss_positions_N.tolist() == [1, 2, 3, 8, 9, 10]
     assert batch.targets_N.tolist() == [13, 14, 15, 22, 23, 24]
-    assert batch.row_N.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.answer_N.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("options", "total"), [({}, 9), ({"multiple": 6}, 12), ({"num_tokens": 20}, 20)])
 def test_padding_is_a_last_sequence_of_its_own(options, total):
-    batch = pack(make_rows([(3, 2), (1, 3)]), **options)
+    batch = pack(make_answers([(3, 2), (1, 3)]), **options)
     assert len(batch.input_ids_T) == len(batch.position_ids_T) == total
     assert batch.cu_seqlens.tolist() == [0, 5, 9] + ([total] if total > 9 else [])
     assert batch.loss_positions_N.max().item() < 9
@@ -187,14 +188,14 @@ def test_a_pack_of_nothing_has_tokens_but_no_loss(options, total):
     batch = pack([], **options)
     assert batch.cu_seqlens.tolist() == [0, total]
     assert batch.input_ids_T.tolist() == [0] * total
-    assert len(batch.loss_positions_N) == len(batch.targets_N) == len(batch.row_N) == 0
+    assert len(batch.loss_positions_N) == len(batch.targets_N) == len(batch.answer_N) == 0
 
 
-def test_a_row_without_an_answer_has_no_loss_token():
-    batch = pack(make_rows([(2, 3), (4, 0), (1, 2)]))
-    assert batch.row_N.tolist() == [0, 0, 0, 2, 2]
+def test_an_empty_answer_has_no_loss_token():
+    batch = pack(make_answers([(2, 3), (4, 0), (1, 2)]))
+    assert batch.answer_N.tolist() == [0, 0, 0, 2, 2]
 
 
 def test_to_moves_every_tensor():
-    batch = pack(make_rows([(2, 3)])).to("meta")
+    batch = pack(make_answers([(2, 3)])).to("meta")
     assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}

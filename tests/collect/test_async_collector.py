@@ -14,7 +14,7 @@ from waiting import until
 from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.collect.async_collector import AsyncCollector
-from nft_megatron.collect.collector import Collected, CollectorState
+from nft_megatron.collect.collector import CollectorState, Dataset
 from nft_megatron.config.schema import RolloutConfig
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.observe.metrics import PhaseTimer
@@ -114,11 +114,11 @@ class FakeCollector:
     interrupted: object = None
     fails_at: int = 0
 
-    def collect(self, step: int, state: CollectorState) -> Collected:
+    def collect(self, step: int, state: CollectorState) -> tuple[Dataset, CollectorState]:
         if step == self.fails_at:
             raise ConnectionError("the network is away")
         self.began.append((step, self.version[0]))
-        return Collected(Path(f"{step}"), {}, CollectorState(cursor=state.cursor + 1), 0)
+        return Dataset(Path(f"{step}"), {}, 0), CollectorState(cursor=state.cursor + 1)
 
 
 def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
@@ -135,8 +135,8 @@ def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
         until(lambda step=step: len(began) >= min(step + staleness, 9))
         time.sleep(0.01)
         assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
-        taken = collecting.take(step, 10.0, lambda: None)
-        assert (taken.ledger, taken.state.cursor) == (Path(f"{step}"), step)
+        dataset, state = collecting.take(step, 10.0, lambda: None)
+        assert (dataset.ledger, state.cursor) == (Path(f"{step}"), step)
         versions[0] = step
         collecting.published(step)
     assert all(step - 1 - version <= staleness for step, version in began)
@@ -145,7 +145,7 @@ def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
 
 def test_what_ends_the_collecting_ends_the_run():
     collecting, _, _ = ahead(1, last_step=5, fails_at=2)
-    assert collecting.take(1, 10.0, lambda: None).ledger == Path("1")
+    assert collecting.take(1, 10.0, lambda: None)[0].ledger == Path("1")
     with pytest.raises(ConnectionError, match="the network is away"):
         collecting.take(2, 10.0, lambda: None)
 
@@ -157,7 +157,7 @@ def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
     with pytest.raises(StoppedEarly, match="while step 3 was collected by a test"):
         collecting.take(3, 10.0, lambda: "a test")
     collecting.close()
-    assert not collecting._thread.is_alive()
+    assert collecting._work.done()
 
 
 class SlowEngine:

@@ -12,12 +12,14 @@ import pytest
 
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.collect import collector as collecting
 from nft_megatron.collect import generate_and_grade as ask
+from nft_megatron.collect import rounds
 from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.collector import Collector, CollectorState
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import load_config
-from nft_megatron.data.ledger import read_groups, read_index
+from nft_megatron.data.ledger import read_groups, read_index, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.observe.metrics import METRICS, PhaseTimer
@@ -52,7 +54,7 @@ def collector(run_config, model_folder):
     with contextlib.ExitStack() as stack:
         config = load_config(run_config())
         tokenizer = load_tokenizer(model_folder)
-        client = open_rollout_client(config, model_folder, tokenizer, stack, PhaseTimer(), Progress())
+        client = open_rollout_client(config, model_folder, read_shape(model_folder), tokenizer, stack, PhaseTimer(), Progress())
         with HFReader(model_folder) as reader:
             shapes = weight_table(read_shape(model_folder)).shapes
             client.engine.load(((name, reader.read(name, 0, 0, shape[0])) for name, shape in shapes.items()), version=0)
@@ -81,10 +83,10 @@ def content(path):
 
 def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector, tmp_path):
     built = collector(tmp_path / "run")
-    collected = built.collect(1, CollectorState())
+    collected, state = built.collect(1, CollectorState())
     index = read_index(collected.ledger)
     asked = [position for asked_round in built.client.engine.rounds for position in asked_round]
-    assert asked == list(range(collected.state.cursor)) == list(range(collected.metrics["groups_sampled"]))
+    assert asked == list(range(state.cursor)) == list(range(collected.metrics["groups_sampled"]))
     groups = np.unique(index.group_id)
     assert len(groups) == 4 == collected.metrics["groups_trained"]
     for group in groups:
@@ -98,7 +100,7 @@ def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector,
             right = answer.completion.finish_reason == "stop" and answer.text.endswith(f"\\boxed{{{gold}}}")
             assert (answer.verdict.label == "correct") == right, answer
     assert collected.metrics["rounds"] == len(built.client.engine.rounds)
-    assert collected.state.mixed_rate == pytest.approx(collected.metrics["groups_mixed"] / len(asked))
+    assert state.mixed_rate == pytest.approx(collected.metrics["groups_mixed"] / len(asked))
 
 
 @dataclass
@@ -121,7 +123,7 @@ def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
     """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos>, or at the limit."""
     built = collector(tmp_path / "run")
     recording = Recording(built.client)
-    metrics = replace(built, client=recording).collect(1, CollectorState()).metrics
+    metrics = replace(built, client=recording).collect(1, CollectorState())[0].metrics
     expected = Counter()
     for prompt, answers in recording.asked:
         for answer in answers:
@@ -137,41 +139,41 @@ def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
 
 def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
     settings = {"questions_per_step": 12}  # in rounds of those that are missing
-    whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     assert whole.metrics["rounds"] >= 3
     broken = collector(tmp_path / "broken", fails_in=2, **settings)
     with pytest.raises(ConnectionError):
         broken.collect(1, CollectorState())
     assert not RunFolder(tmp_path / "broken").ledger(1).exists()
     resumed = collector(tmp_path / "broken", **settings)
-    collected = resumed.collect(1, CollectorState())
+    collected, _ = resumed.collect(1, CollectorState())
     assert resumed.client.engine.rounds[0] == broken.client.engine.rounds[2]
     assert len(resumed.client.engine.rounds) == whole.metrics["rounds"] - 2
     assert content(collected.ledger) == content(whole.ledger)
     assert collected.metrics == whole.metrics
     assert not RunFolder(tmp_path / "broken").rounds(1)
     again = collector(tmp_path / "broken", **settings)
-    assert again.collect(1, CollectorState()).metrics == whole.metrics
+    assert again.collect(1, CollectorState())[0].metrics == whole.metrics
     assert again.client.engine.rounds == []
 
 
 def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
     built = collector(tmp_path / "run", questions_per_step=2, oversample=4.0, max_staleness=1)
-    first = built.collect(1, CollectorState())
-    surplus = first.state.surplus
+    first, state = built.collect(1, CollectorState())
+    surplus = state.surplus
     assert len(surplus) == first.metrics["groups_surplus"] > 2
-    first.state.save(tmp_path / "collector.parquet")
+    state.save(tmp_path / "collector.parquet")
     restored = CollectorState.load(tmp_path / "collector.parquet")
-    assert (restored.cursor, restored.mixed_rate) == (first.state.cursor, first.state.mixed_rate)
-    second = built.collect(2, restored)
+    assert (restored.cursor, restored.mixed_rate) == (state.cursor, state.mixed_rate)
+    second, state = built.collect(2, restored)
     trained = [group.group_id for group, fate in read_groups(second.ledger) if fate == "train"]
     assert trained == [group.group_id for group in surplus[:2]]
     assert second.metrics["staleness_max"] == 1
     assert second.metrics["groups_sampled"] == 0
     built.client.engine.version = 2
-    third = built.collect(3, second.state)
+    third, _ = built.collect(3, state)
     assert third.metrics["staleness_max"] == 0
-    assert third.metrics["answers_too_old"] == 8 * len(second.state.surplus) > 0
+    assert third.metrics["answers_too_old"] == 8 * len(state.surplus) > 0
     assert all(group.step == 3 for group, _ in read_groups(third.ledger))
 
 
@@ -181,7 +183,7 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
     recording = Recording(built.client)
     engine = built.client.engine
     engine.version = lambda completion: 3 - completion.index % 2
-    collected = replace(built, client=recording).collect(5, CollectorState())
+    collected, _ = replace(built, client=recording).collect(5, CollectorState())
     assert collected.metrics["answers_too_old"] == sum(len(answers) for _, answers in recording.asked) / 2
     assert collected.metrics["staleness_max"] == 1
     rates = {}
@@ -199,7 +201,7 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
 def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, monkeypatch, save_seconds, num_parts):
     monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that nobody looks but after each group
     settings = {"save_seconds": save_seconds, "oversample": 4.0}
-    whole = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", **settings)
     asked = iter(range(3))
     stopping = replace(broken, interrupted=lambda: None if next(asked, None) is not None else "a test")
@@ -209,9 +211,43 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
     saved = {group.group_id for part in parts for group, _ in read_groups(part)}
     assert len(parts) == num_parts and len(saved) == 4
     resumed = collector(tmp_path / "broken", **settings)
-    collected = resumed.collect(1, CollectorState())
+    collected, _ = resumed.collect(1, CollectorState())
     assert resumed.client.engine.rounds[0] == [i for i in range(16) if i not in saved]
     assert content(collected.ledger) == content(whole.ledger)
+    assert not RunFolder(tmp_path / "broken").rounds(1)
+
+
+def test_an_answer_is_written_as_part_of_its_round_and_with_its_step(collector, tmp_path, monkeypatch):
+    written = Counter()
+
+    def counting(path, groups, **named):
+        written.update((group.group_id, answer.completion.index) for group in groups for answer in group.answers)
+        write_ledger(path, groups, **named)
+
+    for module in (rounds, collecting):
+        monkeypatch.setattr(module, "write_ledger", counting)
+    collected, state = collector(tmp_path / "run", save_seconds=1e-9, oversample=4.0).collect(1, CollectorState())
+    trained = {group.group_id for group, _ in read_groups(collected.ledger)}
+    times = {group_id: {n for (asked, _), n in written.items() if asked == group_id} for group_id in range(state.cursor)}
+    assert times == {group_id: {2} if group_id in trained else {1} for group_id in range(state.cursor)}
+    assert len(written) == 8 * state.cursor
+
+
+def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(collector, tmp_path):
+    settings = {"questions_per_step": 12}
+    whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
+    broken = collector(tmp_path / "broken", fails_in=1, **settings)
+    with pytest.raises(ConnectionError):
+        broken.collect(1, CollectorState())
+    (part,) = RunFolder(tmp_path / "broken").rounds(1)
+    groups = [group for group, _ in read_groups(part)]
+    part.with_name("step_000001_round_00.parquet").write_bytes(part.read_bytes())
+    write_ledger(part, groups[:5], fates=["sampled"] * 5, meta={})  # which a kill kept from being deleted
+    resumed = collector(tmp_path / "broken", **settings)
+    collected, _ = resumed.collect(1, CollectorState())
+    assert resumed.client.engine.rounds[0] == broken.client.engine.rounds[1]
+    assert content(collected.ledger) == content(whole.ledger)
+    assert collected.metrics == whole.metrics
     assert not RunFolder(tmp_path / "broken").rounds(1)
 
 
@@ -233,7 +269,7 @@ class Silent(Counting):
 
 
 def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
-    whole = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
+    whole, _ = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
     built = collector(tmp_path / "run", oversample=4.0)
     engine = Silent(built.client.engine)
     stopping = replace(
@@ -243,17 +279,17 @@ def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
         stopping.collect(1, CollectorState())
     parts = RunFolder(tmp_path / "run").round_parts(1, 0)
     assert all(len(group.answers) == 8 for part in parts for group, _ in read_groups(part)), "finished ones alone"
-    assert not RunFolder(tmp_path / "run").ledger_round(1, 0).exists()
-    assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState()).ledger) == content(whole.ledger)
+    assert all(read_meta(part) == {} for part in parts), "none says that the round is whole"
+    assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState())[0].ledger) == content(whole.ledger)
 
 
 def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
     built = collector(tmp_path / "run", stop_at_quota=True, oversample=8.0)
     recording = Recording(built.client)
-    collected = replace(built, client=recording).collect(1, CollectorState())
+    collected, state = replace(built, client=recording).collect(1, CollectorState())
     verdicts = [[answer.verdict.label for answer in answers] for _, answers in recording.asked]
     assert len([labels for labels in verdicts if len(set(labels)) == 2]) == 4
-    assert collected.state.cursor == 32
+    assert state.cursor == 32
     assert collected.metrics["groups_abandoned"] == 32 - len(verdicts) > 0
     assert collected.metrics["groups_surplus"] == 0
 
@@ -264,7 +300,7 @@ def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collec
     replace(plain, client=recording).collect(1, CollectorState())
     saving = collector(tmp_path / "saving", oversample=4.0, give_up_after=7)
     kept = Recording(saving.client)
-    collected = replace(saving, client=kept).collect(1, CollectorState())
+    collected, _ = replace(saving, client=kept).collect(1, CollectorState())
     assert len(kept.asked) == 16 - collected.metrics["groups_abandoned"] < 16
     for prompt, answers in recording.asked:
         if prompt.question_id not in {each.question_id for each, _ in kept.asked}:
@@ -284,10 +320,10 @@ class Reversed:
 
 
 def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
-    whole = collector(tmp_path / "whole").collect(1, CollectorState())
+    whole, _ = collector(tmp_path / "whole").collect(1, CollectorState())
     built = collector(tmp_path / "reversed")
     other = replace(built, client=replace(built.client, engine=Reversed(built.client.engine)))
-    collected = other.collect(1, CollectorState())
+    collected, _ = other.collect(1, CollectorState())
     assert content(collected.ledger) == content(whole.ledger)
     assert collected.metrics == whole.metrics
 
@@ -297,13 +333,13 @@ def test_lengths_of_earlier_answers_are_a_hint_to_the_engine(collector, tmp_path
     engine = Reversed(built.client.engine)
     recording = Recording(replace(built.client, engine=engine))
     other = replace(built, client=recording)
-    first = other.collect(1, CollectorState())
+    _, state = other.collect(1, CollectorState())
     built.client.engine.version = 1
     last_answers = {prompt.question_id: answers for prompt, answers in recording.asked}
     num_rounds = len(engine.hints)
-    other.collect(2, first.state)
+    other.collect(2, state)
     hints = engine.hints[num_rounds]
-    asked = built.order.take(first.state.cursor, len(hints))
+    asked = built.order.take(state.cursor, len(hints))
     known = [(last_answers[p.question_id], hint) for p, hint in zip(asked, hints, strict=True) if p.question_id in last_answers]
     assert known
     for answers, hint in known:
@@ -311,7 +347,7 @@ def test_lengths_of_earlier_answers_are_a_hint_to_the_engine(collector, tmp_path
 
 
 def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
-    collected = collector(tmp_path / "run", questions_per_step=60, max_rounds=1).collect(1, CollectorState())
+    collected, _ = collector(tmp_path / "run", questions_per_step=60, max_rounds=1).collect(1, CollectorState())
     assert 0 < collected.metrics["groups_trained"] < 60
     assert f"trains on {collected.metrics['groups_trained']} of 60 questions" in caplog.text
 
@@ -322,13 +358,13 @@ def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(c
     with pytest.raises(EngineFault, match="broke off 32 of 32 answers"):
         built.collect(1, CollectorState())
     assert not RunFolder(tmp_path / "run").rounds(1)
-    whole = collector(tmp_path / "run").collect(1, CollectorState())
+    whole, _ = collector(tmp_path / "run").collect(1, CollectorState())
     assert whole.metrics["unknown_rate"] == 0
 
 
 def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path):
     built = collector(tmp_path / "run")
-    state = built.collect(1, CollectorState()).state
+    _, state = built.collect(1, CollectorState())
     shorter = PromptOrder(built.order.prompts[1:], seed=0)
     with pytest.raises(UserError, match="14 questions: are not those that this run began with"):
         replace(built, order=shorter).collect(2, state)

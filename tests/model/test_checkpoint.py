@@ -93,15 +93,16 @@ def measure(model_folder: Path, folder: Path, topology) -> dict:
 
     import torch
 
+    from nft_megatron.config.schema import OptimizerConfig
     from nft_megatron.model.build import build_model
     from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
     from nft_megatron.model.load import load_weights, table_parameters
-    from nft_megatron.model.optimizer import AdamW, PolicyOptimizer
+    from nft_megatron.model.optimizer import PolicyOptimizer
     from nft_megatron.weights import read_shape
 
     def make(shape):
         chunks = build_model(shape, topology)
-        return chunks, PolicyOptimizer(chunks, AdamW(1e-3))
+        return chunks, PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
 
     def outcome(action, chunks):
         before = {name: parameter.detach().clone() for name, parameter in table_parameters(chunks)}

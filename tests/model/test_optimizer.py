@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_megatron.model.optimizer import AdamW
+from nft_megatron.config.schema import OptimizerConfig
 
 SETTINGS = {"learning_rate": 3e-3, "warmup_updates": 3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "clip_grad": 1.0}
 NUM_UPDATES = 5
@@ -32,10 +32,10 @@ def measured(model_folder: Path) -> dict:
 
 
 def test_warm_up_starts_above_zero_and_ends_at_the_full_rate():
-    settings = AdamW(learning_rate=1e-6, warmup_updates=10)
+    settings = OptimizerConfig(learning_rate=1e-6, warmup_updates=10)
     rates = [settings.learning_rate_at(update) for update in (1, 5, 10, 11, 1000)]
     assert rates == pytest.approx([1e-7, 5e-7, 1e-6, 1e-6, 1e-6], rel=1e-12)
-    assert AdamW(learning_rate=1e-6, warmup_updates=0).learning_rate_at(1) == 1e-6
+    assert OptimizerConfig(learning_rate=1e-6, warmup_updates=0).learning_rate_at(1) == 1e-6
 
 
 def test_updates_are_those_of_adamw_in_float64(measured: dict):
@@ -103,7 +103,7 @@ def worker(folder: Path) -> None:
     shutdown()
 
 
-def make(folder: Path, topology, dtype, settings: AdamW):
+def make(folder: Path, topology, dtype, settings: OptimizerConfig):
     from nft_megatron.model.build import build_model
     from nft_megatron.model.load import load_weights, table_parameters
     from nft_megatron.model.optimizer import PolicyOptimizer
@@ -118,7 +118,7 @@ def make(folder: Path, topology, dtype, settings: AdamW):
 def measure_float32(folder: Path, topology) -> dict:
     import torch
 
-    parameters, optimizer = make(folder, topology, torch.float32, AdamW(**SETTINGS))
+    parameters, optimizer = make(folder, topology, torch.float32, OptimizerConfig(**SETTINGS))
     twins = {name: torch.nn.Parameter(parameter.detach().double()) for name, parameter in parameters.items()}
     decay = [twin for twin in twins.values() if twin.dim() > 1]
     no_decay = [twin for twin in twins.values() if twin.dim() == 1]
@@ -160,7 +160,7 @@ def measure_offloaded(folder: Path, topology, dtype: str) -> dict:
 
     results = []
     for share in (0.0, 0.5):
-        parameters, optimizer = make(folder, topology, getattr(torch, dtype), AdamW(**SETTINGS, cpu_offload=share))
+        parameters, optimizer = make(folder, topology, getattr(torch, dtype), OptimizerConfig(**SETTINGS, cpu_offload=share))
         for number in range(3):
             for name, parameter in parameters.items():
                 parameter.main_grad.copy_(made_up_gradient(name, parameter.shape, number))
@@ -187,7 +187,8 @@ def measure_offloaded(folder: Path, topology, dtype: str) -> dict:
 def measure_bfloat16(folder: Path, topology) -> dict:
     import torch
 
-    parameters, optimizer = make(folder, topology, torch.bfloat16, AdamW(1e-4, weight_decay=0.0))
+    settings = OptimizerConfig(learning_rate=1e-4, warmup_updates=0, weight_decay=0.0)
+    parameters, optimizer = make(folder, topology, torch.bfloat16, settings)
     norm = parameters["decoder.final_layernorm.weight"]
     result = {}
     for number in range(100):

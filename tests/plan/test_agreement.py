@@ -9,7 +9,7 @@ from nft_megatron.model import lm_head, settings
 from nft_megatron.plan import memory
 from nft_megatron.plan.layouts import check_layout
 from nft_megatron.plan.models import PUBLIC_MODELS
-from nft_megatron.plan.workload import batch_layout
+from nft_megatron.plan.workload import batching_rules
 from nft_megatron.run import build
 
 SHAPE = PUBLIC_MODELS["Qwen2.5-7B"]
@@ -41,7 +41,7 @@ def test_constants():
 )
 def test_packs_are_cut_as_by_the_trainer(make_config, make_layout, fields: dict):
     config, layout = make_config(), make_layout(micro_batch_tokens=8192, **fields)
-    assert batch_layout(config, layout, SHAPE.hidden_size) == build._layout(config, place(layout), SHAPE)
+    assert batching_rules(config, layout, SHAPE.hidden_size) == build._batching_rules(config, place(layout), SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.decode import Decoder
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.weights import read_shape
 from nft_megatron.weights.fingerprint import weights_fingerprint
 
 VOCAB = 61
@@ -53,7 +54,7 @@ def folder(model, tmp_path_factory):
 
 
 def make_engine(folder, model, batch_size=16):
-    engine = EmbeddedEngine(folder, num_processes=0, batch_size=batch_size)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=batch_size)
     engine.load(model.named_parameters(), version=7)
     return engine
 
@@ -235,7 +236,7 @@ def test_answers_come_while_others_are_still_generated(model, folder):
 
 
 def test_the_receipt_is_that_of_the_stream_in_any_order(model, folder):
-    engine = EmbeddedEngine(folder, num_processes=0, batch_size=2)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=2)
     expected = weights_fingerprint(model.named_parameters())
     assert engine.load(reversed(list(model.named_parameters())), version=1) == expected
     changed = {name: tensor.clone() for name, tensor in model.named_parameters()}
@@ -264,7 +265,7 @@ def test_a_faulty_stream_is_refused_and_leaves_no_weights(model, folder, fault):
 
 
 def test_weights_that_are_not_finite_are_a_fault(model, folder):
-    engine = EmbeddedEngine(folder, num_processes=0, batch_size=2)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=2)
     engine.load(((name, tensor * float("nan")) for name, tensor in model.named_parameters()), version=3)
     with pytest.raises(EngineFault, match="not finite with the weights of version 3"):
         list(engine.generate(make_requests(), Sampling(max_tokens=4)))

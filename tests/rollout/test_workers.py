@@ -17,6 +17,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.weights import read_shape
 from nft_megatron.weights.fingerprint import weights_fingerprint
 
 VOCAB = 61
@@ -59,7 +60,7 @@ def folder(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(folder):
     """One engine of two workers for all tests that leave it usable."""
-    engine = EmbeddedEngine(folder, num_processes=2, batch_size=8, load_seconds=120, answer_seconds=60)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=2, batch_size=8, load_seconds=120, answer_seconds=60)
     yield engine
     engine.close()
 
@@ -67,7 +68,7 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def expected(folder, models):
     """The answers of each model, generated in this process."""
-    local = EmbeddedEngine(folder, num_processes=0, batch_size=16)
+    local = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=16)
     answers = []
     for model in models:
         local.load(model.named_parameters(), version=0)
@@ -103,7 +104,7 @@ def test_workers_answer_as_one_process_does(engine, models, expected):
 
 def test_one_request_is_divided_among_workers(engine, models, folder):
     request = Request(3, np.array([1, 2, 3], dtype=np.int32), tuple(range(11)))
-    local = EmbeddedEngine(folder, num_processes=0, batch_size=16)
+    local = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=16)
     for each in (local, engine):
         each.load(models[0].named_parameters(), version=4)
     assert as_table(engine.generate([request], SAMPLING)) == as_table(local.generate([request], SAMPLING))
@@ -175,7 +176,7 @@ def test_a_killed_worker_aborts_its_answers_and_returns_with_current_weights(eng
 
 
 def test_a_silent_worker_is_replaced_within_the_deadline(folder, models, expected):
-    engine = EmbeddedEngine(folder, num_processes=2, batch_size=8, load_seconds=120, answer_seconds=2)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=2, batch_size=8, load_seconds=120, answer_seconds=2)
     engine.load(models[0].named_parameters(), version=1)
     os.kill(worker_pids(os.getpid())[-1], signal.SIGSTOP)
     answers = list(engine.generate(REQUESTS, SAMPLING))
@@ -188,7 +189,7 @@ def test_a_silent_worker_is_replaced_within_the_deadline(folder, models, expecte
 
 def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
-    engine = EmbeddedEngine(folder, num_processes=1, batch_size=8, load_seconds=60)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=1, batch_size=8, load_seconds=60)
     with pytest.raises(EngineFault, match=r"exit code 1.*3 times in a row"):
         engine.load(models[0].named_parameters(), version=1)
     engine.close()
@@ -196,7 +197,7 @@ def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
 
 def test_a_worker_that_dies_again_and_again_is_a_fault_unless_it_answers_in_between(folder, models, expected):
     others = worker_pids(os.getpid())
-    engine = EmbeddedEngine(folder, num_processes=1, batch_size=8, load_seconds=120, answer_seconds=60)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=1, batch_size=8, load_seconds=120, answer_seconds=60)
 
     def generate_with_a_dead_worker():
         engine.load(models[0].named_parameters(), version=1)
@@ -215,7 +216,7 @@ def test_a_worker_that_dies_again_and_again_is_a_fault_unless_it_answers_in_betw
 
 def test_close_leaves_no_process(folder):
     others = worker_pids(os.getpid())
-    engine = EmbeddedEngine(folder, num_processes=2, batch_size=8)
+    engine = EmbeddedEngine(folder, read_shape(folder), num_processes=2, batch_size=8)
     assert len(worker_pids(os.getpid())) == len(others) + 2
     engine.close()
     assert worker_pids(os.getpid()) == others
@@ -229,7 +230,8 @@ def test_workers_die_with_a_killed_parent(folder, models, tmp_path):
         "import sys, numpy as np, safetensors.torch\n"
         "from nft_megatron.base.records import Request, Sampling\n"
         "from nft_megatron.rollout.embedded import EmbeddedEngine\n"
-        "engine = EmbeddedEngine(sys.argv[1], num_processes=2, batch_size=8)\n"
+        "from nft_megatron.weights import read_shape\n"
+        "engine = EmbeddedEngine(sys.argv[1], read_shape(sys.argv[1]), num_processes=2, batch_size=8)\n"
         "engine.load(safetensors.torch.load_file(sys.argv[2]).items(), version=1)\n"
         "requests = [Request(i, np.array([1]), tuple(range(64))) for i in range(64)]\n"
         "for completion in engine.generate(requests, Sampling(max_tokens=2000)):\n"
