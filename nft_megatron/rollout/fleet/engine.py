@@ -1,6 +1,6 @@
 """The fleet as one engine: many requests, several callers at once, servers that come and go.
 
-All HTTP and all bookkeeping happen in one event loop in a thread of its own (``asking.py``). ``generate`` hands its requests
+All HTTP and all bookkeeping happen in one event loop in a thread of its own (``request_loop.py``). ``generate`` hands its requests
 over and reads a queue; what a server fails to finish is asked again elsewhere (``dispatch.py``): faults cost time, not answers.
 
 An answer counts only if the weights of all its tokens are known: published through this engine, and none older than those that
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault, check_requests
-from nft_megatron.rollout.fleet.asking import POLL_SECONDS, Asking, Call, Fleet
+from nft_megatron.rollout.fleet.request_loop import POLL_SECONDS, Asking, Call, Fleet
 from nft_megatron.rollout.fleet.dispatch import Dispatcher
 from nft_megatron.rollout.fleet.metrics import fleet_metrics
 from nft_megatron.rollout.fleet.usage import FleetUsage
