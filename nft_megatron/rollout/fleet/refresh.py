@@ -48,11 +48,11 @@ def load_folder(control: Control, published: Published, in_flight: InFlight, dea
 
 
 def verify_and_resume(
-    control: Control, published: Published, vocab_size: int, check_held: bool, deadline: Deadline
+    control: Control, published: Published, vocab_size: int, check_model: bool, deadline: Deadline
 ) -> list[float]:
     """Let a paused server serve if it holds ``published``, and return its canary.
 
-    ``check_held``: compare not only what arrived but what the model holds now, as far as its layout can be undone; worth doing
+    ``check_model``: compare not only what arrived but what the model holds now, as far as its layout can be undone; worth doing
     once for every process.
 
     Raises ``WrongWeights``, or ``ControlError`` where it does not answer; it is then still paused, or must not be given work.
@@ -60,7 +60,7 @@ def verify_and_resume(
     fingerprints = control.fingerprints(deadline.left)
     if set(fingerprints) != {published.fingerprint}:
         raise WrongWeights(f"{control.url} took over weights {', '.join(fingerprints)}, not {published.fingerprint}")
-    if check_held and (wrong := control.wrongly_held(deadline.left)):
+    if check_model and (wrong := control.wrong_tensors(deadline.left)):
         raise WrongWeights(f"{control.url} holds other values than it was given in {', '.join(wrong[:5])} ({len(wrong)})")
     if control.version(deadline.left) != published.version:
         raise WrongWeights(f"{control.url} did not take the number of version {published.version}")

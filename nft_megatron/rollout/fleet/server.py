@@ -82,7 +82,7 @@ class ServerSettings:
             "--tensor-parallel-size": self.tensor_parallel,
             "--logprobs-mode": "processed_logprobs",
             "--generation-config": "vllm",
-            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WeightHolder",
+            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WorkerExtension",
             "--weight-transfer-config": f'{{"backend": "{self.transfer}"}}',
             "--middleware": "nft_megatron.rollout.fleet.access.RequireKey",
         }

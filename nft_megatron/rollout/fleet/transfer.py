@@ -1,8 +1,8 @@
 """Weights by broadcast: from the trainer's stream into the workers of all servers at once, a bucket at a time.
 
 For every version a new process group is made of those servers that take part, so one that died since stands in nobody's way.
-Inside vLLM the pieces go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is broken
-and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
+Inside vLLM the buckets go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is
+broken and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nft_megatron.rollout.fleet.refresh import Deadline
 T = TypeVar("T")
 
 _CALL_SECONDS, _SLOWEST = 15.0, 50e6
-"""A bucket that takes longer than this, with so many bytes a second, stands still."""
+"""A bucket is hung when it takes more than these seconds plus its bytes at this rate (bytes/s)."""
 
 
 class BroadcastFailed(RuntimeError):
@@ -68,9 +68,9 @@ def send(
 
 def _send_bucket(controls: Sequence[Control], group: Group, slots: Sequence[Slot], flat: torch.Tensor, seconds: float) -> None:
     """Broadcast one bucket, on a thread: one that hangs does not take the deadline of this thread with it."""
-    piece = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
+    info = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
     try:
-        receiving = [_start(partial(control.update, piece, seconds)) for control in controls]
+        receiving = [_start(partial(control.update, info, seconds)) for control in controls]
         _await([*receiving, _start(partial(group.broadcast, flat))], Deadline.of(seconds))
     except (ControlError, RuntimeError) as error:
         raise BroadcastFailed(str(error)) from error
