@@ -31,6 +31,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.grade import Undecided
@@ -114,11 +115,11 @@ class Worker:
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
         """Send ``request``, receive a line. :class:`TimeoutError` after ``seconds``, other :class:`OSError` if it is gone."""
-        deadline = time.monotonic() + seconds
+        deadline = Deadline.of(seconds)
         self._socket.settimeout(seconds)
         self._socket.sendall(request)
         while b"\n" not in self._buffer:
-            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            self._socket.settimeout(deadline.left)
             chunk = self._socket.recv(65536)
             if not chunk:
                 raise ConnectionError

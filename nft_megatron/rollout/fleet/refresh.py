@@ -7,9 +7,8 @@ answers nothing, so a failure anywhere leaves one that serves nobody until good 
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass
 
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.rollout.fleet.control import Control, InFlight
 from nft_megatron.rollout.fleet.versions import Published
 
@@ -20,22 +19,6 @@ by whole nats."""
 
 class WrongWeights(RuntimeError):
     """A server took over other weights than those it was given, or they don't work as on the other servers."""
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """Seconds left of a deadline, for one call after the other."""
-
-    until: float
-
-    @classmethod
-    def of(cls, seconds: float) -> Deadline:
-        return cls(time.monotonic() + seconds)
-
-    @property
-    def left(self) -> float:
-        """At least a moment, so that a call says that it is late rather than being refused."""
-        return max(0.1, self.until - time.monotonic())
 
 
 def load_folder(control: Control, published: Published, in_flight: InFlight, deadline: Deadline) -> None:
