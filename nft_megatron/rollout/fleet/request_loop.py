@@ -22,7 +22,6 @@ from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet.client import (
     STREAM_INTERVAL,
-    Generated,
     Progress,
     Refused,
     ServerFault,
@@ -77,7 +76,6 @@ class _Stream:
 
     sub_request: SubRequest
     member: Member
-    sent_at: float
     heard_at: float
     left: set[int]
     partial: Counter[int] = field(default_factory=Counter)
@@ -197,7 +195,7 @@ class RequestLoop:
         held = {number for number, call in self._calls.items() if call.answers.qsize() > _MAX_UNREAD}
         for sub_request in self._dispatcher.assign(list(members), held):
             now = time.monotonic()
-            stream = _Stream(sub_request, members[sub_request.server], now, now, set(sub_request.indices))
+            stream = _Stream(sub_request, members[sub_request.server], now, set(sub_request.indices))
             if not self._queues[sub_request.server]:
                 self._heard[sub_request.server] = now
             self._count(sub_request.server, len(sub_request.indices))
@@ -211,33 +209,25 @@ class RequestLoop:
         """Read the answers to a sub-request, until its end or a fault."""
         sub_request, member = stream.sub_request, stream.member
         request, tally = call.requests[sub_request.request], self.meter.tally
-        seed, num_answers = request.seeds[sub_request.indices[0]], len(sub_request.indices)
-        body = make_body(request.prompt_tokens, seed, num_answers, call.sampling, self._stream_interval)
+        indices = sub_request.indices
+        seed = request.seeds[indices[0]]
+        body = make_body(request.prompt_tokens, seed, len(indices), call.sampling, self._stream_interval)
         try:
-            events = generate(self._session(member), member.url, member.headers, body, num_answers)
+            events = generate(self._session(member), member.url, member.headers, body, request.request_id, indices)
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._heard[member.name] = stream.heard_at = time.monotonic()
-                    index = sub_request.indices[event.index]
                     if isinstance(event, Progress):
-                        stream.partial[index] += event.num_tokens
+                        stream.partial[event.index] += event.num_tokens
                         tally(member.name).tokens += event.num_tokens
                         continue
-                    version = await self._version(event, member)
-                    if self._dispatcher.answered(sub_request.ticket, index, len(event.tokens)):
-                        stream.left.remove(index)
-                        del stream.partial[index]
+                    await self._check_versions(event.versions, member)
+                    completion = event.completion
+                    if self._dispatcher.answered(sub_request.ticket, completion.index, len(completion.tokens)):
+                        stream.left.remove(completion.index)
+                        del stream.partial[completion.index]
                         tally(member.name).num_answers += 1
                         self._count(member.name, -1)
-                        completion = Completion(
-                            sub_request.request,
-                            index,
-                            event.tokens,
-                            event.logprobs,
-                            event.finish_reason,
-                            version,
-                            seconds=time.monotonic() - stream.sent_at,
-                        )
                         call.answers.put((completion, member.name))
                         self.send()
             self._fleet.report(member, True)
@@ -263,18 +253,13 @@ class RequestLoop:
                 call.answers.put((aborted(stream.sub_request.request, index, stream.member.weight_version), stream.member.name))
         self.send()
 
-    async def _version(self, answer: Generated, member: Member) -> int:
-        """The oldest version among the answer's tokens. Raises ``ServerFault`` where one is not what it should be."""
-        try:
-            versions = [int(label) for label in answer.versions]
-        except ValueError:
-            versions = []
+    async def _check_versions(self, versions: Sequence[int], member: Member) -> None:
+        """Raise ``ServerFault`` where an answer's weights, by its tokens' ``versions``, are not what they should be."""
         if self._loading in versions:
             await self._no_load.wait()  # whether that version counts is not decided yet
         if not versions or versions[0] < member.weight_version or not self._published.issuperset(versions):
-            labels = ", ".join(answer.versions) or "unknown"
+            labels = ", ".join(map(str, versions)) or "unknown"
             raise ServerFault(f"answered with weights of version {labels}; it was believed to have {member.weight_version}")
-        return min(versions)
 
     # ------------------------------------------------------------------------------------------------------------ servers
 
