@@ -2,7 +2,7 @@
 
     preflight on all nodes ──▶ servers on the last cluster.rollout_nodes nodes, each in a restart loop
                           └──▶ trainers on the others, until they end ──▶ finished: the job ends
-                                                                     ├──▶ a person said stop, or it cannot go on: the job ends
+                                                                     ├──▶ a person said stop, or it cannot continue: the job ends
                                                                      └──▶ else the job is requeued, without nodes to blame
 
 Signals: USR1 (before the time limit, or `scancel --signal=USR1 --batch`) becomes the file RUN/stop, which the trainers look
@@ -71,8 +71,8 @@ class Agent:
         """Run until the trainers have ended, then finish, requeue the job or give up.
 
         Raises:
-            StoppedEarly: the run is to go on and another job of the chain does it.
-            UserError: it cannot go on.
+            StoppedEarly: the run is to continue, in another job of the chain.
+            UserError: it cannot continue.
         """
         # At first there is no folder yet where a person called sbatch.
         if not self._can_write(self._folder.root, make_folder=not self._job.num_restarts):
@@ -91,7 +91,7 @@ class Agent:
         self._begin()
         try:
             kind, cause = self._try()
-        except Exception as error:  # a bug here is not to end the night
+        except Exception as error:  # agent bugs must not kill the run
             log.exception("the agent's own fault")
             kind, cause = "failed", Cause(1, f"the agent: {type(error).__name__}: {error}")
         if not self._can_write(self._logs):

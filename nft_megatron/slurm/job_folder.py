@@ -68,7 +68,7 @@ class JobFolder:
         return self.run.root / "logs" / f"attempt_{attempt:04d}"
 
     def progress(self) -> Progress:
-        """How far the run is: step of the newest checkpoint, newest whole ledger, pieces of the step under way."""
+        """How far the run is: step of the newest checkpoint, newest whole ledger, pieces of the step in progress."""
         ledgers = [int(path.stem.removeprefix("step_")) for path in self.run.ledgers.glob("step_*.parquet")]
         newest = max(ledgers, default=0)
         return self.run.latest_step() or 0, newest, len(self.run.rounds(newest + 1))
@@ -105,7 +105,7 @@ class JobFolder:
         self._write("excluded.json", json.dumps(dict(nodes), indent=1))
 
     def end(self) -> tuple[str, str] | None:
-        """How the run ended and why, one of :data:`ENDS`; None while it is to go on."""
+        """How the run ended and why, one of :data:`ENDS`; None while it is to continue."""
         for name in ENDS:
             if (self.root / name).exists():
                 return name, (self.root / name).read_text()
@@ -121,14 +121,14 @@ class JobFolder:
         return self.root / "stopping"
 
     def reopen(self) -> None:
-        """Somebody submits the run again: it may go on, and fail as often as at first."""
+        """Somebody submits the run again: it may continue, and fail as often as at first."""
         for name in (*ENDS, self.stopping.name):
             (self.root / name).unlink(missing_ok=True)
         self.run.stop.unlink(missing_ok=True)
         self._write("since", str(max((attempt.number for attempt in self.attempts()), default=0)))
 
     def attempts_since_submit(self) -> list[Attempt]:
-        """Those that decide whether it goes on."""
+        """Those that decide whether it continues."""
         since = int(self._read("since", 0))
         return [attempt for attempt in self.attempts() if attempt.number > since]
 

@@ -211,7 +211,7 @@ class Verifier:
         self.close()
 
     def _compare(self, task: Undecided) -> Future[Verdict]:
-        """Queue a task, unless the same one is known or under way: K answers to one question often share their box."""
+        """Queue a task, unless the same one is known or in progress: K answers to one question often share their box."""
         key = _key(task)
         with self._lock:
             if self._is_closed:
@@ -246,7 +246,7 @@ class Verifier:
             future.set_result(replace(result, verifier=self._name))
 
     def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
-        """The verdict and the worker to go on with. Who dies under a task is replaced once, for the seconds that are left."""
+        """The verdict and the worker for the next task. A crashed worker is replaced once, for the seconds that are left."""
         seconds = _PATIENCE * self._settings.hard_seconds
         for is_last in (False, True):
             worker = self._usable(worker)

@@ -161,7 +161,7 @@ class ServerSupervisor:
             self._target.changed.notify_all()
         server = self._server
         if server is not None:
-            server.stop(min(seconds, _STOP_SECONDS))  # calls under way fail at once
+            server.stop(min(seconds, _STOP_SECONDS))  # calls in progress fail at once
         self._thread.join(seconds)
 
     def control(self) -> Control:
@@ -173,7 +173,7 @@ class ServerSupervisor:
         while not self._is_over():
             try:
                 self._attend()
-            except Exception:  # a supervisor that ends would leave its server unattended without a word
+            except Exception:  # a supervisor that ends would silently leave its server unattended
                 log.exception("fleet: supervisor of %s", self.name)
                 self._event(lambda health: health.failed("fault of the fleet itself, see the log"))
             self._rest()
