@@ -2,7 +2,7 @@
 
     preflight on all nodes ──▶ servers on the last cluster.rollout_nodes nodes, each in a restart loop
                           └──▶ trainers on the others, until they end ──▶ finished: the job ends
-                                                                     ├──▶ stopped by a person, or it cannot continue: the job ends
+                                                                     ├──▶ told to stop, or cannot continue: the job ends
                                                                      └──▶ else the job is requeued, without nodes to blame
 
 Signals: USR1 (before the time limit, or `scancel --signal=USR1 --batch`) becomes the file RUN/stop, which the trainers look
