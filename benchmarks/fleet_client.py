@@ -68,7 +68,7 @@ def main() -> None:
     processes = []
     try:
         if not arguments.urls:
-            # All answers of a piece advance together, so a server's rate is shared by what it may have at a time.
+            # All answers of a sub-request advance together, so a server's rate is shared by what it may have at a time.
             seconds = arguments.concurrent / arguments.rate
             processes = [Process(token_seconds=seconds) for _ in range(arguments.servers)]
             urls = [process.url for process in processes]
@@ -125,8 +125,8 @@ def measure(arguments: argparse.Namespace, count: int) -> dict[str, float]:
             )
             config.architectures = ["Qwen2ForCausalLM"]
             config.save_pretrained(folder)
-        piece = arguments.prompt_tokens + arguments.answers * (arguments.max_tokens // 2)
-        budget = max(1, arguments.concurrent // arguments.answers) * piece
+        tokens_per_request = arguments.prompt_tokens + arguments.answers * (arguments.max_tokens // 2)
+        budget = max(1, arguments.concurrent // arguments.answers) * tokens_per_request
         engine = FleetEngine(StaticFleet(servers), folder, budget_tokens=budget)
     engine.load([], 0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nft_megatron.data.ledger import read_groups
-from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
+from nft_megatron.rollout.fleet.dispatch import Dispatcher, SubRequest
 
 POLICIES = ("wait for all", "dispatch", "longest first", "stop at quota", "over-sampling")
 RESULTS = Path(__file__).parent / "results"
@@ -96,8 +96,8 @@ class Server:
 
     slots: int
     step_seconds: Callable[[int], float]
-    running: list[tuple[float, int, int, Piece]] = field(default_factory=list)  # heap: ends at progress, ticket, index, piece
-    queue: list[tuple[Piece, int, int]] = field(default_factory=list)  # piece, index, length
+    running: list[tuple[float, int, int, SubRequest]] = field(default_factory=list)  # heap: ends at progress, ticket, index
+    queue: list[tuple[SubRequest, int, int]] = field(default_factory=list)  # and index, length
     progress: float = 0.0
     now: float = 0.0
     busy: float = 0.0
@@ -113,8 +113,8 @@ class Server:
 
     def fill(self) -> None:
         while self.queue and len(self.running) < self.slots:
-            piece, index, length = self.queue.pop(0)
-            heapq.heappush(self.running, (self.progress + length, piece.ticket, index, piece))
+            sub, index, length = self.queue.pop(0)
+            heapq.heappush(self.running, (self.progress + length, sub.ticket, index, sub))
 
     def next_end(self) -> float:
         """When its next answer is finished, if nothing changes."""
@@ -164,11 +164,11 @@ def simulate(policy: str, questions: Questions, num_servers: int, arguments: arg
         asked += num
 
     def send() -> None:
-        pieces = dispatcher.assign(list(servers)) if not dealt else [p for n, d in own.items() for p in d.assign([n])]
-        for piece in pieces:
-            lengths = questions.lengths[piece.request]
-            servers[piece.server].queue += [(piece, index, int(lengths[index])) for index in piece.indices]
-            changed.add(piece.server)
+        subs = dispatcher.assign(list(servers)) if not dealt else [p for n, d in own.items() for p in d.assign([n])]
+        for sub in subs:
+            lengths = questions.lengths[sub.request]
+            servers[sub.server].queue += [(sub, index, int(lengths[index])) for index in sub.indices]
+            changed.add(sub.server)
 
     def num_mixed() -> int:
         return int(questions.mixed[whole].sum())
@@ -193,11 +193,11 @@ def simulate(policy: str, questions: Questions, num_servers: int, arguments: arg
         else:
             now = ends[name]
             servers[name].advance(now)
-            _, _, index, piece = heapq.heappop(servers[name].running)
-            (own[name] if dealt else dispatcher).answered(piece.ticket, index, int(questions.lengths[piece.request, index]))
-            left[piece.request] -= 1
-            if left[piece.request] == 0:
-                whole.append(piece.request)
+            _, _, index, sub = heapq.heappop(servers[name].running)
+            (own[name] if dealt else dispatcher).answered(sub.ticket, index, int(questions.lengths[sub.request, index]))
+            left[sub.request] -= 1
+            if left[sub.request] == 0:
+                whole.append(sub.request)
             changed.add(name)
         send()
     for server in servers.values():

@@ -85,11 +85,11 @@ class FakeServer:
             return {"success": True}
         elif name == "/weight_info":
             return {"weight_version": self.label}
-        elif name == "nft_receipt":
+        elif name == "nft_fingerprint":
             return {"results": [{"fingerprint": self.fingerprint}]}
-        elif name == "nft_check_held":
+        elif name == "nft_compare_model":
             return {"results": [{"wrong": ["lm_head.weight"] if self.misheld else []}]}
-        elif name == "nft_abandon":
+        elif name == "nft_abort_update":
             return {"results": [{}]}
         elif name == "/v1/completions":
             assert not self.paused

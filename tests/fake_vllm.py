@@ -39,7 +39,7 @@ class Behaviour:
     """``fault`` strikes from the next event on: "drop" closes the connection, "stall" sends nothing more, "error" and
     "garbage" send what they say, "chunk" breaks HTTP and falls silent, "linger" never ends a stream that is whole, "abort" ends
     answers so, "refuse" and "fail" answer 400 and 500, "hide" leaves the weights' versions out, "nan" has no log-prob, "repeat"
-    sends a finished answer again. ``only_seed``: for pieces with this seed alone.
+    sends a finished answer again. ``only_seed``: for sub-requests with this seed alone.
     """
 
     version: str = "0"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import StoppedEarly, UserError
 
 _LOCK_POLL_SECONDS = 0.5
@@ -163,7 +164,7 @@ class RunFolder:
             if error.errno in PASSING:
                 raise
             raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
-        self._take(lock, time.monotonic() + wait_seconds)
+        self._take(lock, Deadline.of(wait_seconds))
         for folder in self._folders:
             remove_leftovers(folder)
         return lock
@@ -207,12 +208,12 @@ class RunFolder:
     def _lock(self) -> Path:
         return self.root / "lock"
 
-    def _take(self, lock: IO[str], deadline: float) -> None:
+    def _take(self, lock: IO[str], deadline: Deadline) -> None:
         while True:
             try:
                 return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                if time.monotonic() >= deadline:
+                if deadline.has_passed:
                     lock.close()
                     raise RunFolderTakenError(
                         "run_dir",

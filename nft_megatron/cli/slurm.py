@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.cli.arguments import add_config, describe
@@ -164,8 +165,8 @@ def _agent(options: argparse.Namespace) -> None:
     from nft_megatron.slurm.guests import serve_guests
     from nft_megatron.slurm.job import Job
 
-    job, deadline = Job.here(), time.monotonic() + _CONFIG_SECONDS
-    while not os.path.exists(options.config) and time.monotonic() < deadline:
+    job, deadline = Job.here(), Deadline.of(_CONFIG_SECONDS)
+    while not os.path.exists(options.config) and not deadline.has_passed:
         time.sleep(1)
     if job.num_restarts and not os.path.exists(options.config):
         job.requeue(())  # its folder has been unreachable for longer

@@ -85,7 +85,7 @@ class _Batch:
         self._count_B = np.zeros(size, dtype=np.int64)  # tokens generated
         self._position_B = np.zeros(size, dtype=np.int64)  # of the token that the next step feeds
         self._last_B = np.zeros(size, dtype=np.int64)  # that token
-        # One column beyond the longest answer takes what idle rows go on writing.
+        # One column beyond the longest answer takes what idle rows keep writing.
         self._tokens_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.int32)
         self._logprobs_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.float32)
         self._arrays = (

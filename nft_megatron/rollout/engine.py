@@ -24,7 +24,7 @@ class EngineFault(RuntimeError):
 class Engine(Protocol):
     """What generates answers.
 
-    ``overlaps`` says what may go on at once. False: nothing, one caller has one ``load`` or one ``generate`` at a time. True:
+    ``overlaps`` says what may run at once. False: nothing, one caller has one ``load`` or one ``generate`` at a time. True:
     several ``generate`` run beside each other from different threads, and ``load`` may be called while they do; an answer in
     progress is then finished first, or continued on the new weights: it carries the oldest version among its tokens.
     """

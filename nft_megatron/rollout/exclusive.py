@@ -1,7 +1,7 @@
 """One thing at a time: lets several threads share an engine that allows no overlap.
 
 Collecting ahead, evaluating and publishing come from different threads. A ``load`` goes before any ``generate`` that has not
-begun, so that new weights wait for the answers under way and for nothing else.
+begun, so that new weights wait for the answers in progress and for nothing else.
 """
 
 from __future__ import annotations

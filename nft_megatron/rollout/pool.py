@@ -132,17 +132,17 @@ class WorkerPool:
         self._load_seconds, self._answer_seconds = load_seconds, answer_seconds
         self._weights = open_anonymous()
         self._entries: list[Entry] = []
-        self._receipt, self._version = "", -1
+        self._fingerprint, self._version = "", -1
         self._ticket = 0
         self._workers = [self._start(index, num_deaths=0) for index in range(num_processes)]
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         self._version = version
-        self._entries, self._receipt = write_weights(self._weights, tensors)
+        self._entries, self._fingerprint = write_weights(self._weights, tensors)
         for worker in self._workers:
             self._ask_to_load(worker)
         self._await_ready()
-        return self._receipt
+        return self._fingerprint
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         self._await_ready()
@@ -193,8 +193,8 @@ class WorkerPool:
         while waiting := [worker for worker in self._workers if not worker.ready]:
             for worker, kind, payload in self._receive(waiting, self._load_seconds):
                 if kind == "loaded":
-                    if payload != self._receipt:
-                        raise EngineFault(f"engine worker {worker.index} holds weights {payload}, not {self._receipt}")
+                    if payload != self._fingerprint:
+                        raise EngineFault(f"engine worker {worker.index} holds weights {payload}, not {self._fingerprint}")
                     worker.ready = True
                 else:
                     self._replace(worker, payload)

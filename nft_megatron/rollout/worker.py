@@ -7,7 +7,7 @@ module is never imported a second time. Commands are ``(ticket, name, arguments)
     generate (requests, sampling)   → answer (completion) …, done
     any                             → refused (a UserError's four fields) or fault (traceback)
 
-A new command ends a generation that is under way: the parent has given it up.
+A new command ends a generation in progress: the parent has given it up.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     preflight on all nodes ──▶ servers on the last cluster.rollout_nodes nodes, each in a restart loop
                           └──▶ trainers on the others, until they end ──▶ finished: the job ends
-                                                                     ├──▶ a person stopped it, or it cannot continue: the job
-                                                                     ends └──▶ else the job is requeued, without nodes to blame
+                                                                     ├──▶ told to stop, or cannot continue: the job ends
+                                                                     └──▶ else the job is requeued, without nodes to blame
 
 Signals: USR1 (before the time limit, or `scancel --signal=USR1 --batch`) becomes the file RUN/stop, which the trainers watch
 for: they save and exit, and the job is requeued. TERM (preemption, `scancel`) reaches the ranks directly.
@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import dump_config
@@ -259,7 +260,7 @@ class Agent:
 
     def _can_write(self, folder: Path, *, make_folder: bool = False) -> bool:
         """Wait for the shared ``folder``, which may be unreachable or full: until then nothing can be decided."""
-        deadline = time.monotonic() + _FOLDER_SECONDS
+        deadline = Deadline.of(_FOLDER_SECONDS)
         while True:
             try:
                 with atomic_file(folder / "probe", make_folder=make_folder) as probe:
@@ -267,7 +268,7 @@ class Agent:
                 (folder / "probe").unlink()
                 return True
             except OSError as error:
-                if time.monotonic() > deadline:
+                if deadline.has_passed:
                     return False
                 log.warning("waiting for %s: %s", folder, error)
                 time.sleep(_FOLDER_PAUSE)

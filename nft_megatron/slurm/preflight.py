@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from nft_megatron.base.atomic_io import atomic_file
+from nft_megatron.base.deadline import Deadline
 
 _SERIOUS_XIDS = {48, 62, 64, 74, 79, 95, 119, 120, 140}
 """Double-bit ECC, halted firmware, failed row remapping, NVLink, off the bus, uncontained ECC, GSP, unrecovered ECC:
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--command", help="the site's own check")
     parser.add_argument("--seconds", type=float, default=300.0)
     options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.seconds
+    deadline = Deadline.of(options.seconds)
     env = os.environ
     rank, world, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
     if local_rank == 0:
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = _wait_for_reports(options.folder, int(env["SLURM_STEP_NUM_NODES"]), deadline)
     if reports is None or any(report["problems"] for report in reports):
         return
-    problem = all_reduce(rank, world, local_rank, max(1.0, deadline - time.monotonic()))
+    problem = all_reduce(rank, world, local_rank, max(1.0, deadline.left))
     if rank == 0:
         with atomic_file(options.folder / _ALL_REDUCE, make_folder=False) as temporary:
             temporary.write_text(json.dumps({"problem": problem}))
@@ -158,9 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os._exit(0)  # a broken process group would wait for its threads
 
 
-def _wait_for_reports(folder: Path, num_nodes: int, deadline: float) -> list[dict] | None:
+def _wait_for_reports(folder: Path, num_nodes: int, deadline: Deadline) -> list[dict] | None:
     """The reports of all nodes; None if some are still missing at the deadline."""
-    while time.monotonic() < deadline:
+    while not deadline.has_passed:
         reports = [report for path in folder.glob("*.json") if path.name != _ALL_REDUCE and (report := _read(path))]
         if len(reports) == num_nodes:
             return reports

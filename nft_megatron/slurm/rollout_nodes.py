@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
+
+from nft_megatron.base.backoff import Backoff
+from nft_megatron.base.deadline import Deadline
 
 log = logging.getLogger(__name__)
 
 _LONG_ENOUGH = 300.0
-_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
 _END_SECONDS = 20.0
 _PAUSE = 0.5
 
@@ -30,20 +31,20 @@ class RolloutNodes:
             thread.start()
 
     def _keep(self, node: str) -> None:
-        delay = _FIRST_DELAY
+        backoff = Backoff()
         while not self._closing.is_set():
-            started = time.monotonic()
+            long_enough = Deadline.of(_LONG_ENOUGH)
             step = subprocess.Popen(self._command(node), env=self._environment, stdin=subprocess.DEVNULL)
             while step.poll() is None and not self._closing.wait(_PAUSE):
                 pass
             if self._closing.is_set():
                 end_step(step, _END_SECONDS)
                 return
-            if time.monotonic() - started > _LONG_ENOUGH:
-                delay = _FIRST_DELAY
+            if long_enough.has_passed:
+                backoff.reset()
+            delay = backoff.next_delay()
             log.warning("servers on %s: srun exited with %d; restarting in %g s", node, step.returncode, delay)
             self._closing.wait(delay)
-            delay = min(2 * delay, _LONGEST_DELAY)
 
     def close(self) -> None:
         """End all steps, within about twenty seconds."""

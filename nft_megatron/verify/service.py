@@ -31,6 +31,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.grade import Undecided
@@ -114,11 +115,11 @@ class Worker:
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
         """Send ``request``, receive one line. :class:`TimeoutError` after ``seconds``, another :class:`OSError` if it died."""
-        deadline = time.monotonic() + seconds
+        deadline = Deadline.of(seconds)
         self._socket.settimeout(seconds)
         self._socket.sendall(request)
         while b"\n" not in self._buffer:
-            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            self._socket.settimeout(deadline.left)
             chunk = self._socket.recv(65536)
             if not chunk:
                 raise ConnectionError
@@ -245,7 +246,7 @@ class Verifier:
             future.set_result(replace(result, verifier=self._name))
 
     def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
-        """The verdict and the worker for the next task. A worker that dies is replaced once, for the time left."""
+        """The verdict and the worker for the next task. A crashed worker is replaced once, for the time left."""
         seconds = _PATIENCE * self._settings.hard_seconds
         for is_last in (False, True):
             worker = self._usable(worker)

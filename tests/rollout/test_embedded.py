@@ -235,7 +235,7 @@ def test_answers_come_while_others_are_still_generated(model, folder):
     assert lengths[0] < lengths[-1]
 
 
-def test_the_receipt_is_that_of_the_stream_in_any_order(model, folder):
+def test_the_fingerprint_is_that_of_the_stream_in_any_order(model, folder):
     engine = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=2)
     expected = weights_fingerprint(model.named_parameters())
     assert engine.load(reversed(list(model.named_parameters())), version=1) == expected

@@ -50,14 +50,14 @@ class Control:
         return self._call("GET", "/get_world_size", read=lambda answer: int(answer["world_size"]))
 
     def pause(self, in_flight: InFlight, seconds: float) -> None:
-        """Stop generating: after the requests under way (``finish``), or between two of their tokens (``continue``)."""
+        """Stop generating: after the requests in progress (``finish``), or between two of their tokens (``continue``)."""
         self._call("POST", "/pause", params={"mode": _PAUSE_MODES[in_flight]}, seconds=seconds)
 
     def resume(self) -> None:
         self._call("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
-        """Forget every key and value of older weights; requests under way compute theirs again."""
+        """Forget every key and value of older weights; requests in progress compute theirs again."""
         params = {"reset_running_requests": "true"}
         if not self._call("POST", "/reset_prefix_cache", params=params, read=lambda answer: bool(answer["success"])):
             raise ControlError(f"{self.url} did not reset its prefix cache")
@@ -68,25 +68,25 @@ class Control:
         self._call("POST", "/init_weight_transfer_engine", {"init_info": info}, seconds=seconds)
 
     def start_update(self, seconds: float) -> None:
-        """Begin to take over weights; what an update that failed half-way has left is cleared away."""
-        self._rpc("nft_abandon", seconds)
+        """Begin to take over weights; what an update that failed half-way left behind is discarded."""
+        self._rpc("nft_abort_update", seconds)
         self._call("POST", "/start_weight_update", seconds=seconds)
 
-    def update(self, piece: dict[str, Any], seconds: float) -> None:
-        """Take one piece over; see ``worker_extension.PieceInfo``."""
-        self._call("POST", "/update_weights", {"update_info": piece}, seconds=seconds)
+    def update(self, info: dict[str, Any], seconds: float) -> None:
+        """Take over a folder or a bucket; see ``worker_extension.UpdateInfo``."""
+        self._call("POST", "/update_weights", {"update_info": info}, seconds=seconds)
 
     def finish_update(self, version: int, seconds: float) -> None:
         self._call("POST", "/finish_weight_update", {"weight_version": str(version)}, seconds=seconds)
 
     def fingerprints(self, seconds: float) -> list[str]:
         """What each of its workers took over in the last update."""
-        return self._rpc("nft_receipt", seconds, lambda results: [str(result["fingerprint"]) for result in results])
+        return self._rpc("nft_fingerprint", seconds, lambda results: [str(result["fingerprint"]) for result in results])
 
-    def wrongly_held(self, seconds: float) -> list[str]:
+    def wrong_tensors(self, seconds: float) -> list[str]:
         """Names of the tensors whose values in the model are not those of the last update."""
         return self._rpc(
-            "nft_check_held", seconds, lambda results: sorted({str(name) for result in results for name in result["wrong"]})
+            "nft_compare_model", seconds, lambda results: sorted({str(name) for result in results for name in result["wrong"]})
         )
 
     def canary(self, vocab_size: int, seconds: float) -> list[float]:

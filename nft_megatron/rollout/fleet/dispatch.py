@@ -1,15 +1,15 @@
 """Which server answers what: bookkeeping alone, without a clock, a thread or a socket, so that it can be simulated.
 
-A *piece* is a run of answers to one request, neighbours by index, that one server generates together: they share the prompt's
-prefill and one HTTP request. The rules:
+A *sub-request* is a run of answers to one request, neighbours by index, that one server generates together: they share the
+prompt's prefill and one HTTP request. The rules:
 
 1. The longest expected answers go first, since what begins last decides when all is done; before them what a fault cut off.
-2. A piece goes to the server with the fewest outstanding tokens, if its budget has room for it or it has nothing to do.
-3. A piece holds at most an equal share of all answers that wait, so that the last ones spread over all servers.
+2. A sub-request goes to the server with the fewest outstanding tokens, if its budget has room for it or it has nothing to do.
+3. A sub-request holds at most an equal share of all answers that wait, so that the last ones spread over all servers.
 4. What a server fails to answer goes to another one where there is another, and is lost after ``max_attempts``.
 
-Every answer is at any time in one place: waiting, in one piece, or settled (answered, lost or given up), and nothing leaves
-*settled*. So none is forgotten and none counts twice, whatever a slow server still sends.
+Every answer is at any time in one place: waiting, in one sub-request, or settled (answered, lost or given up), and nothing
+leaves *settled*. So none is forgotten and none counts twice, whatever a slow server still sends.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FIRST_SHARE, _SHARE_RATE = 0.25, 1e-3
 
 
 @dataclass(frozen=True)
-class Piece:
+class SubRequest:
     """Answers ``indices``, neighbours, of request ``request`` in call ``call``, for ``server`` to generate.
 
-    ``ticket`` is its own: an answer counts only under the ticket of the piece that it belongs to now. ``num_faults`` is how
-    often these answers were asked in vain.
+    ``ticket`` is unique: an answer counts only under the ticket of the sub-request that it belongs to now. ``num_faults``: how
+    often these answers were requested in vain.
     """
 
     ticket: int
@@ -58,7 +58,7 @@ class _Work:
 
 @dataclass
 class _Sent:
-    """A piece under way. What was reserved for it is remembered, so that exactly this is given back."""
+    """A sub-request in progress. What was reserved for it is remembered, so that exactly this is given back."""
 
     work: _Work
     server: str
@@ -67,14 +67,14 @@ class _Sent:
 
 
 class Dispatcher:
-    """Waiting work, pieces under way, and what is outstanding at each server.
+    """Waiting work, sub-requests in progress, and what is outstanding at each server.
 
-    ``budget_tokens``: tokens, of prompts and expected answers, that a server is given at most; one piece it gets in any case.
+    ``budget_tokens``: tokens, of prompts and expected answers, that a server is given at most; it always gets one sub-request.
     ``max_attempts``: how often an answer is asked before it is lost.
 
     >>> dispatcher = Dispatcher(budget_tokens=1000, max_attempts=2)
     >>> dispatcher.add(0, 7, range(4), prompt_tokens=10, hint=100, max_tokens=200)
-    >>> [(piece.ticket, piece.server, piece.indices) for piece in dispatcher.assign(["a", "b"])]
+    >>> [(sub.ticket, sub.server, sub.indices) for sub in dispatcher.assign(["a", "b"])]
     [(0, 'a', range(0, 2)), (1, 'b', range(2, 4))]
     >>> dispatcher.outstanding("a")
     210
@@ -82,7 +82,7 @@ class Dispatcher:
     (True, False)
     >>> dispatcher.failed(0)  # answer 1 was not finished: it waits again
     []
-    >>> [(piece.ticket, piece.server, piece.indices) for piece in dispatcher.assign(["a", "b"])]
+    >>> [(sub.ticket, sub.server, sub.indices) for sub in dispatcher.assign(["a", "b"])]
     [(2, 'b', range(1, 2))]
     """
 
@@ -103,11 +103,11 @@ class Dispatcher:
         """
         self._wait(_Work(call, request, indices, prompt_tokens, hint, max_tokens))
 
-    def assign(self, servers: Sequence[str], held: Container[int] = frozenset()) -> list[Piece]:
-        """The pieces to send now, each to one of ``servers``. Calls in ``held`` get none."""
-        pieces: list[Piece] = []
+    def assign(self, servers: Sequence[str], held: Container[int] = frozenset()) -> list[SubRequest]:
+        """The sub-requests to send now, each to one of ``servers``. Calls in ``held`` get none."""
+        sub_requests: list[SubRequest] = []
         if not servers:
-            return pieces
+            return sub_requests
         share = -(-self._num_waiting // len(servers))
         held_back: list[_Work] = []  # for the servers that have not failed at it, which are full
         while heaps := [heap for call, heap in self._waiting.items() if call not in held]:
@@ -129,13 +129,13 @@ class Dispatcher:
             ticket = next(self._tickets)
             self._sent[ticket] = sent
             self._outstanding[server] += num_tokens
-            pieces.append(Piece(ticket, server, work.call, work.request, indices, work.num_faults))
+            sub_requests.append(SubRequest(ticket, server, work.call, work.request, indices, work.num_faults))
         for work in held_back:
             self._wait(work)
-        return pieces
+        return sub_requests
 
     def answered(self, ticket: int, index: int, num_tokens: int) -> bool:
-        """Settle an answer of ``num_tokens``. False where it no longer belongs to this piece: then it does not count."""
+        """Settle an answer of ``num_tokens``. False where it no longer belongs to this sub-request: then it does not count."""
         sent = self._sent.get(ticket)
         if sent is None or index not in sent.open:
             return False
@@ -147,7 +147,7 @@ class Dispatcher:
         return True
 
     def failed(self, ticket: int) -> list[int]:
-        """End a piece that its server did not finish. What is left of it waits again, or is lost: returns the lost indices."""
+        """End a sub-request that its server did not finish. What is left waits again, or is lost: returns the lost indices."""
         if ticket not in self._sent:
             return []
         sent = self._end(ticket)
@@ -159,7 +159,7 @@ class Dispatcher:
         return []
 
     def give_up(self, call: int, request: int | None = None) -> list[int]:
-        """Settle all answers of a request, or of a whole call, and return the tickets of their pieces, to be aborted."""
+        """Settle all answers of a request, or of a whole call, and return the tickets of their sub-requests, to be aborted."""
 
         def concerned(work: _Work) -> bool:
             return work.call == call and request in (None, work.request)

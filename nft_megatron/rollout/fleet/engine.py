@@ -1,7 +1,8 @@
 """The fleet as one engine: many requests, several callers at once, servers that come and go.
 
-All HTTP and all bookkeeping happen in one event loop in a thread of its own (``asking.py``). ``generate`` hands its requests
-over and reads a queue; what a server fails to finish is asked again elsewhere (``dispatch.py``): faults cost time, not answers.
+All HTTP and all bookkeeping happen in one event loop in a thread of its own (``request_loop.py``). ``generate`` hands its
+requests over and reads a queue; what a server fails to finish is requested elsewhere (``dispatch.py``): faults cost time, not
+answers.
 
 An answer counts only if the weights of all its tokens are known: published through this engine, and none older than those that
 the server was believed to hold when it was asked. Any other is thrown away and asked again, and the server is reported. While
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault, check_requests
-from nft_megatron.rollout.fleet.asking import POLL_SECONDS, Asking, Call, Fleet
 from nft_megatron.rollout.fleet.dispatch import Dispatcher
 from nft_megatron.rollout.fleet.metrics import fleet_metrics
+from nft_megatron.rollout.fleet.request_loop import POLL_SECONDS, Fleet, GenerateCall, RequestLoop
 from nft_megatron.rollout.fleet.usage import FleetUsage
 from nft_megatron.weights import read_shape
 
@@ -67,16 +68,16 @@ class FleetEngine:
         self._load_lock, self._close_lock = threading.Lock(), threading.Lock()
         self._numbers = itertools.count()
         _allow_many_connections()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet engine", daemon=True)
+        self._event_loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._event_loop.run_forever, name="fleet engine", daemon=True)
         self._thread.start()
         dispatcher = Dispatcher(budget_tokens=budget_tokens, max_attempts=max_attempts)
-        self._asking = self._do(lambda: Asking(fleet, dispatcher, silence_seconds))
-        self._watch = asyncio.run_coroutine_threadsafe(self._asking.watch(), self._loop)
+        self._request_loop = self._do(lambda: RequestLoop(fleet, dispatcher, silence_seconds))
+        self._watch = asyncio.run_coroutine_threadsafe(self._request_loop.watch(), self._event_loop)
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         with self._load_lock:
-            self._do(lambda: self._asking.begin_load(version))
+            self._do(lambda: self._request_loop.begin_load(version))
             succeeded = False
             try:
                 fingerprint = self._fleet.publish(tensors, version)
@@ -84,7 +85,7 @@ class FleetEngine:
                 return fingerprint
             finally:
                 self._has_weights = succeeded
-                self._do(lambda: self._asking.end_load(version, succeeded))
+                self._do(lambda: self._request_loop.end_load(version, succeeded))
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
@@ -92,11 +93,11 @@ class FleetEngine:
         if not self._has_weights:
             raise EngineFault("the fleet has no weights: load() them before generate()")
         check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
-        return self._answers(Call(next(self._numbers), requests, sampling), given_up)
+        return self._answers(GenerateCall(next(self._numbers), requests, sampling), given_up)
 
     def take_metrics(self) -> FleetUsage:
         """What the servers did since the last time this was asked."""
-        return self._do(self._asking.take_usage)
+        return self._do(self._request_loop.take_usage)
 
     def metrics(self) -> dict[str, float | int | list[int]]:
         """:func:`~nft_megatron.rollout.fleet.metrics.fleet_metrics` since this or ``take_metrics`` was last asked."""
@@ -104,25 +105,25 @@ class FleetEngine:
 
     def close(self) -> None:
         with self._close_lock:
-            if self._loop.is_closed():
+            if self._event_loop.is_closed():
                 return
             self._watch.cancel()
             try:
-                asyncio.run_coroutine_threadsafe(self._asking.close(), self._loop).result(_LOOP_SECONDS)
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                asyncio.run_coroutine_threadsafe(self._request_loop.close(), self._event_loop).result(_LOOP_SECONDS)
+                self._event_loop.call_soon_threadsafe(self._event_loop.stop)
                 self._thread.join(_LOOP_SECONDS)
-                self._loop.close()
+                self._event_loop.close()
             finally:
                 self._fleet.close()
 
-    def _answers(self, call: Call, given_up: Container[int]) -> Iterator[Completion]:
+    def _answers(self, call: GenerateCall, given_up: Container[int]) -> Iterator[Completion]:
         num_open = Counter({request.request_id: len(request.seeds) for request in call.requests.values() if request.seeds})
 
         def is_given_up() -> bool:
             return all(request_id in given_up for request_id in num_open)
 
         self._fleet.wait_for_servers(self._servers_seconds, is_given_up)
-        self._tell(lambda: self._asking.begin(call))
+        self._tell(lambda: self._request_loop.begin(call))
         looked_at = time.monotonic()
         try:
             while num_open:
@@ -134,7 +135,7 @@ class FleetEngine:
                 try:
                     item = call.answers.get(timeout=POLL_SECONDS)
                 except queue.Empty:
-                    if self._do(self._asking.is_stranded):
+                    if self._do(self._request_loop.is_stranded):
                         self._fleet.wait_for_servers(self._servers_seconds, is_given_up)
                     continue
                 if isinstance(item, Exception):
@@ -143,23 +144,23 @@ class FleetEngine:
                 if completion.request_id in num_open and completion.request_id in given_up:
                     self._give_up(call, num_open, completion.request_id)
                 if completion.request_id not in num_open:
-                    self._tell(functools.partial(self._asking.waste, completion, server))
+                    self._tell(functools.partial(self._request_loop.waste, completion, server))
                     continue
                 num_open[completion.request_id] -= 1
                 if num_open[completion.request_id] == 0:
                     del num_open[completion.request_id]
                 yield completion
         finally:
-            self._tell(lambda: self._asking.end(call))
+            self._tell(lambda: self._request_loop.end(call))
 
-    def _give_up(self, call: Call, num_open: Counter[int], request_id: int) -> None:
+    def _give_up(self, call: GenerateCall, num_open: Counter[int], request_id: int) -> None:
         del num_open[request_id]
-        self._tell(lambda: self._asking.give_up(call, request_id))
+        self._tell(lambda: self._request_loop.give_up(call, request_id))
 
     def _tell(self, action: Callable[[], None]) -> None:
         """Have the event loop do something soon."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(action)
+        if not self._event_loop.is_closed():
+            self._event_loop.call_soon_threadsafe(action)
 
     def _do(self, action: Callable[[], T]) -> T:
         """Have the event loop do something now, and return what comes of it."""
@@ -167,11 +168,11 @@ class FleetEngine:
         async def run() -> T:
             return action()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(_LOOP_SECONDS)
+        return asyncio.run_coroutine_threadsafe(run(), self._event_loop).result(_LOOP_SECONDS)
 
 
 def _allow_many_connections() -> None:
-    """Every piece under way is a connection; the usual limit of 1,024 open files is soon reached."""
+    """Every sub-request in progress is a connection; the usual limit of 1,024 open files is soon reached."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nft_megatron.base.atomic_io import remove_leftovers
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet import transfer
@@ -116,19 +117,18 @@ class Fleet:
 
         Raises ``StoppedEarly`` (exit code 75) when they don't within ``seconds``.
         """
-        deadline = time.monotonic() + seconds
+        deadline = Deadline.of(seconds)
         while not is_over():  # asked without the lock: it may look at files
             with self._target.changed:
                 if len(self.serving()) >= self._config.min_servers:
                     return
-                left = deadline - time.monotonic()
-                if left <= 0 or self._target.closed:
+                if deadline.has_passed or self._target.closed:
                     text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
                     raise StoppedEarly(
                         f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers serve after "
                         f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
                     )
-                self._target.changed.wait(min(left, _LOOK_SECONDS))
+                self._target.changed.wait(min(deadline.left, _LOOK_SECONDS))
 
     def stats(self) -> list[ServerStats]:
         """Of every server that the fleet knows."""

@@ -7,9 +7,8 @@ answers nothing, so a failure anywhere leaves one that serves nobody until good 
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass
 
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.rollout.fleet.control import Control, InFlight
 from nft_megatron.rollout.fleet.versions import Published
 
@@ -22,22 +21,6 @@ class WrongWeights(RuntimeError):
     """A server took over other weights than those it was given, or they don't work as on the other servers."""
 
 
-@dataclass(frozen=True)
-class Deadline:
-    """Seconds left of a deadline, for one call after the other."""
-
-    until: float
-
-    @classmethod
-    def of(cls, seconds: float) -> Deadline:
-        return cls(time.monotonic() + seconds)
-
-    @property
-    def left(self) -> float:
-        """At least a moment, so that a call says that it is late rather than being refused."""
-        return max(0.1, self.until - time.monotonic())
-
-
 def load_folder(control: Control, published: Published, in_flight: InFlight, deadline: Deadline) -> None:
     """Make a server read the version's files. It is paused afterwards; :func:`verify_and_resume` follows."""
     assert published.folder is not None
@@ -48,11 +31,11 @@ def load_folder(control: Control, published: Published, in_flight: InFlight, dea
 
 
 def verify_and_resume(
-    control: Control, published: Published, vocab_size: int, check_held: bool, deadline: Deadline
+    control: Control, published: Published, vocab_size: int, check_model: bool, deadline: Deadline
 ) -> list[float]:
     """Let a paused server serve if it holds ``published``, and return its canary.
 
-    ``check_held``: compare not only what arrived but what the model holds now, as far as its layout can be undone; worth doing
+    ``check_model``: compare not only what arrived but what the model holds now, as far as its layout can be undone; worth doing
     once for every process.
 
     Raises ``WrongWeights``, or ``ControlError`` where it does not answer; it is then still paused, or must not be given work.
@@ -60,7 +43,7 @@ def verify_and_resume(
     fingerprints = control.fingerprints(deadline.left)
     if set(fingerprints) != {published.fingerprint}:
         raise WrongWeights(f"{control.url} took over weights {', '.join(fingerprints)}, not {published.fingerprint}")
-    if check_held and (wrong := control.wrongly_held(deadline.left)):
+    if check_model and (wrong := control.wrong_tensors(deadline.left)):
         raise WrongWeights(f"{control.url} holds other values than it was given in {', '.join(wrong[:5])} ({len(wrong)})")
     if control.version(deadline.left) != published.version:
         raise WrongWeights(f"{control.url} did not take the number of version {published.version}")

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from nft_megatron.base.backoff import Backoff
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import load_config
 from nft_megatron.config.schema import Config
@@ -34,7 +36,6 @@ from nft_megatron.rollout.fleet.settings import server_settings
 log = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 2.0
-_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
 
 
 class Node:
@@ -51,17 +52,16 @@ class Node:
 
     def run(self) -> None:
         """Keep a server going until told to leave."""
-        delay = _FIRST_DELAY
+        backoff = Backoff()
         while not self._leaving.is_set():
             try:
                 if self._serve():
-                    delay = _FIRST_DELAY
+                    backoff.reset()
             except Exception:  # a disk that is full or away, an odd answer: the next turn may go well
                 log.exception("%s: a turn failed", self._name)
-            if self._leaving.wait(delay):
+            if self._leaving.wait(backoff.next_delay()):
                 return
             log.warning("%s: starting its server again", self._name)
-            delay = min(2 * delay, _LONGEST_DELAY)
 
     def _serve(self) -> bool:
         """One server from its start to its end. True: it was up."""
@@ -80,23 +80,23 @@ class Node:
         vLLM answers nothing while it loads weights, so silence is a fault only when it outlasts that. It stays registered.
         """
         control = Control(server.url, server.api_key, self._config.fleet.silence_seconds)
-        started, health = time.monotonic(), Health()
-        heard = started
+        settings, health = self._config.fleet, Health()
+        start, silence = Deadline.of(settings.start_seconds), Deadline.of(settings.sync_seconds)
         registration = Registration(
             self._name, server.url, socket.gethostname(), os.getpid(), started=time.time(), heartbeat=time.time()
         )
         while server.is_alive() and health.state is not State.DEAD and not self._leaving.is_set():
             try:
                 health = health.answered(control.version())
-                heard = time.monotonic()
+                silence = Deadline.of(settings.sync_seconds)
             except ControlError as error:
                 if not error.silent:
                     health = health.failed(str(error))
-                elif health.state is not State.STARTING and time.monotonic() - heard > self._config.fleet.sync_seconds:
-                    health = health.exited(f"no answer for {self._config.fleet.sync_seconds:g} s: {error}")
+                elif health.state is not State.STARTING and silence.has_passed:
+                    health = health.exited(f"no answer for {settings.sync_seconds:g} s: {error}")
             if health.state is State.STARTING:
-                if time.monotonic() - started > self._config.fleet.start_seconds:
-                    log.warning("%s: its server is not up after %g s", self._name, self._config.fleet.start_seconds)
+                if start.has_passed:
+                    log.warning("%s: its server is not up after %g s", self._name, settings.start_seconds)
                     return False
             elif health.state is not State.DEAD and health.num_failures == 0:
                 try:
@@ -112,11 +112,11 @@ class Node:
 
 def find_config(path: Path, overrides: list[str], seconds: float) -> Config:
     """The configuration in a file, or of the run in a folder, which the trainer may only be about to write."""
-    deadline = time.monotonic() + seconds
+    deadline = Deadline.of(seconds)
     if path.suffix not in (".yaml", ".yml"):
         path = path / "config.yaml"
         while not path.is_file():
-            if time.monotonic() > deadline:
+            if deadline.has_passed:
                 raise UserError(
                     "CONFIG", path, f"has not appeared for {seconds:g} s", "start the trainer, or give its config file"
                 )

@@ -33,6 +33,7 @@ from pathlib import Path
 import httpx
 
 import nft_megatron
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import guard
@@ -82,7 +83,7 @@ class ServerSettings:
             "--tensor-parallel-size": self.tensor_parallel,
             "--logprobs-mode": "processed_logprobs",
             "--generation-config": "vllm",
-            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WeightHolder",
+            "--worker-extension-cls": "nft_megatron.rollout.fleet.worker_extension.WorkerExtension",
             "--weight-transfer-config": f'{{"backend": "{self.transfer}"}}',
             "--middleware": "nft_megatron.rollout.fleet.access.RequireKey",
         }
@@ -176,11 +177,11 @@ class Server:
 
     def wait_until_up(self, seconds: float) -> None:
         """Return once it answers; raise ``EngineFault`` with the end of its log if it ends or takes longer."""
-        deadline = time.monotonic() + seconds
+        deadline = Deadline.of(seconds)
         while not self.is_up():
             if not self.is_alive():
                 raise EngineFault(f"vLLM server {self.name} ended while it started; the end of {self.log}:\n{self.log_tail()}")
-            if time.monotonic() > deadline:
+            if deadline.has_passed:
                 raise EngineFault(f"vLLM server {self.name} is not up after {seconds:g} s; see {self.log}")
             time.sleep(_POLL_SECONDS)
 

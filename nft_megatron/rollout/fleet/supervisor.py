@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nft_megatron.base.backoff import Backoff
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
 from nft_megatron.rollout.fleet.health import Health, State
 from nft_megatron.rollout.fleet.member import Member
-from nft_megatron.rollout.fleet.refresh import Deadline, WrongWeights, compare_canaries, load_folder, verify_and_resume
+from nft_megatron.rollout.fleet.refresh import WrongWeights, compare_canaries, load_folder, verify_and_resume
 from nft_megatron.rollout.fleet.server import Server
 from nft_megatron.rollout.fleet.versions import Published
 
 log = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 1.0
-_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
 _STOP_SECONDS = 5.0
 
 
@@ -84,10 +85,10 @@ class ServerSupervisor:
         self._target, self._deadlines, self._in_flight, self._vocab_size = target, deadlines, in_flight, vocab_size
         self._launch = launch
         self._server: Server | None = None
-        self._started = time.monotonic()
+        self._start = Deadline.of(deadlines.start)
         self._health, self._incarnation = Health(), 0
         self._vouched = False  # the model of this process was compared with what arrived
-        self._delay, self._not_before = _FIRST_DELAY, 0.0
+        self._backoff, self._next_attempt = Backoff(), Deadline.of(0.0)
         self._sync_seconds, self._sync_bytes = 0.0, 0
         self._left = False
         self._thread = threading.Thread(target=self._keep, name=f"fleet-{name}", daemon=True)
@@ -160,7 +161,7 @@ class ServerSupervisor:
             self._target.changed.notify_all()
         server = self._server
         if server is not None:
-            server.stop(min(seconds, _STOP_SECONDS))  # calls under way fail at once
+            server.stop(min(seconds, _STOP_SECONDS))  # calls in progress fail at once
         self._thread.join(seconds)
 
     def control(self) -> Control:
@@ -172,7 +173,7 @@ class ServerSupervisor:
         while not self._is_over():
             try:
                 self._attend()
-            except Exception:  # a supervisor that ends would leave its server unattended without a word
+            except Exception:  # a supervisor that ends would silently leave its server unattended
                 log.exception("fleet: supervisor of %s", self.name)
                 self._event(lambda health: health.failed("fault of the fleet itself, see the log"))
             self._rest()
@@ -189,7 +190,7 @@ class ServerSupervisor:
             self._target.changed.wait_for(lambda: self._is_over() or self._wants_refresh(), _CHECK_SECONDS)
 
     def _wants_refresh(self) -> bool:
-        return self._health.state is State.STALE and self._source() is not None and time.monotonic() >= self._not_before
+        return self._health.state is State.STALE and self._source() is not None and self._next_attempt.has_passed
 
     def _source(self) -> Published | None:
         """What it can take over by itself: a version with files."""
@@ -221,14 +222,14 @@ class ServerSupervisor:
                 log.warning(text, self.name, self._health.reason, self._server.log, self._server.log_tail())
                 self._server.stop(0)
                 self._server = None
-                self._put_off()
-            if time.monotonic() < self._not_before or self._is_over():
+                self._next_attempt = Deadline.of(self._backoff.next_delay())
+            if not self._next_attempt.has_passed or self._is_over():
                 return False
             server = self._launch()
             with self._target.changed:
                 self._server, self.url = server, server.url
                 self._incarnation += 1
-                self._started, self._vouched = time.monotonic(), False
+                self._start, self._vouched = Deadline.of(self._deadlines.start), False
                 self._become(self._health.started())
         return True
 
@@ -237,20 +238,12 @@ class ServerSupervisor:
         try:
             version = self.control().version()
         except ControlError as error:
-            if self._health.state is State.STARTING and self._launch and self._age() > self._deadlines.start:
+            if self._health.state is State.STARTING and self._launch and self._start.has_passed:
                 self._event(lambda health: health.exited(f"not up after {self._deadlines.start:g} s"))
             text = str(error)
             self._event(lambda health: health.failed(text))
             return
         self._event(lambda health: health.answered(version))
-
-    def _put_off(self) -> None:
-        """No further attempt before a while, which doubles until it serves."""
-        self._not_before = time.monotonic() + self._delay
-        self._delay = min(2 * self._delay, _LONGEST_DELAY)
-
-    def _age(self) -> float:
-        return time.monotonic() - self._started
 
     def refresh(self, load: Callable[[Control, Deadline], None], published: Published, started: float | None = None) -> bool:
         """Give the server ``published`` by ``load``, and let it serve if it proves that it holds it. ``claim`` is held.
@@ -268,14 +261,15 @@ class ServerSupervisor:
             log.warning("fleet: %s did not take over version %d: %s", self.name, published.version, error)
             text = str(error)
             self._event(lambda health: health.weights_refused(text))
-            self._put_off()
+            self._next_attempt = Deadline.of(self._backoff.next_delay())
             return False
         finally:
             self.reading = None
         with self._target.changed:
             if incarnation != self._incarnation:
                 return False
-            self._vouched, self._delay = True, _FIRST_DELAY
+            self._vouched = True
+            self._backoff.reset()
             self._sync_seconds, self._sync_bytes = time.monotonic() - started, published.num_bytes
             current = self._target.published
             health = self._health.weights_loaded(published.version, published.fingerprint)

@@ -1,8 +1,8 @@
 """Weights by broadcast: from the trainer's stream into the workers of all servers at once, a bucket at a time.
 
 For every version a new process group is made of those servers that take part, so one that died since stands in nobody's way.
-Inside vLLM the pieces go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is broken
-and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
+Inside vLLM the buckets go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is
+broken and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nft_megatron.base.background import in_background
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.rollout.fleet.broadcast import SENDER, Group, Slot, fill_buckets
 from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
-from nft_megatron.rollout.fleet.refresh import Deadline
 
 T = TypeVar("T")
 
 _CALL_SECONDS, _SLOWEST = 15.0, 50e6
-"""A bucket that takes longer than this, with so many bytes a second, stands still."""
+"""A bucket is hung when it takes more than these seconds plus its bytes at this rate (bytes/s)."""
 
 
 class BroadcastFailed(RuntimeError):
@@ -68,10 +69,10 @@ def send(
 
 def _send_bucket(controls: Sequence[Control], group: Group, slots: Sequence[Slot], flat: torch.Tensor, seconds: float) -> None:
     """Broadcast one bucket, on a thread: one that hangs does not take the deadline of this thread with it."""
-    piece = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
+    info = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
     try:
-        receiving = [_start(partial(control.update, piece, seconds)) for control in controls]
-        _await([*receiving, _start(partial(group.broadcast, flat))], Deadline.of(seconds))
+        receiving = [in_background("fleet-transfer", partial(control.update, info, seconds)) for control in controls]
+        _await([*receiving, in_background("fleet-transfer", partial(group.broadcast, flat))], Deadline.of(seconds))
     except (ControlError, RuntimeError) as error:
         raise BroadcastFailed(str(error)) from error
 
@@ -86,9 +87,9 @@ def _make_group(controls: Sequence[Control], device: torch.device, seconds: floa
     num_ranks = 1 + sum(sizes)
     joining, first_rank = [], SENDER + 1
     for control, size in zip(controls, sizes, strict=True):
-        joining.append(_start(partial(control.join, host, store.port, first_rank, num_ranks, seconds)))
+        joining.append(in_background("fleet-transfer", partial(control.join, host, store.port, first_rank, num_ranks, seconds)))
         first_rank += size
-    mine = _start(partial(Group, store, SENDER, num_ranks, device, seconds))
+    mine = in_background("fleet-transfer", partial(Group, store, SENDER, num_ranks, device, seconds))
     _await([*joining, mine], deadline)
     return mine.result()
 
@@ -101,23 +102,9 @@ def _own_address(controls: Sequence[Control]) -> str:
 
 def _on_all(controls: Sequence[Control], work: Callable[[Control], T], deadline: Deadline) -> list[Future[T]]:
     """Do something with all servers at once; the first failure is raised when all have ended."""
-    futures = [_start(partial(work, control)) for control in controls]
+    futures = [in_background("fleet-transfer", partial(work, control)) for control in controls]
     _await(futures, deadline)
     return futures
-
-
-def _start(work: Callable[[], T]) -> Future[T]:
-    """Run ``work`` on a thread of its own, which is not waited for at exit: a collective may hang for ever."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # it is raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="fleet-transfer").start()
-    return future
 
 
 def _await(futures: Sequence[Future[Any]], deadline: Deadline) -> None:

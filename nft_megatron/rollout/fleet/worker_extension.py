@@ -1,12 +1,12 @@
 """What runs inside vLLM's workers: taking over weights, and saying which ones arrived.
 
 ``--worker-extension-cls`` loads this module into every worker, which registers ``nft_broadcast`` as an engine of vLLM's weight
-transfer. Its life is vLLM's own (start, update for each piece, finish); a piece is a folder of safetensors, or a bucket of a
-broadcast. Every tensor is hashed as it is handed to the model, so that the fingerprint says what the model consumed.
+transfer. The calls are vLLM's own: start, updates, finish. An update brings a folder of safetensors or a bucket of a broadcast.
+Every tensor is hashed as it is handed to the model, so that the fingerprint says what the model consumed.
 
 Works around vLLM 0.32.0: a failed update leaves layers half-loaded, and what they had collected would count for the next one;
-loaded tensors are kept until their layer is complete, so a bucket's memory is never used again; on a CPU a tied LM head goes on
-with the old weights, which its kernel object has packed.
+loaded tensors are kept until their layer is complete, so a bucket's memory is never used again; on a CPU a tied LM head keeps
+using the old weights, which its kernel object has packed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _READ_AHEAD = 4  # tensors
 
 
 @dataclass
-class JoinInfo(WeightTransferInitInfo):
+class InitInfo(WeightTransferInitInfo):
     """Where the trainer's group meets; this server's workers have the ranks from ``first_rank`` on."""
 
     host: str
@@ -45,19 +45,19 @@ class JoinInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class PieceInfo(WeightTransferUpdateInfo):
-    """One piece of an update: a ``folder`` to read, or the ``slots`` of the next bucket of the broadcast."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A ``folder`` to read, or the ``slots`` of the next bucket of the broadcast."""
 
     folder: str | None = None
     slots: list[dict[str, Any]] = field(default_factory=list)
     num_bytes: int = 0
 
 
-class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
+class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """The receiving end, one in every worker."""
 
-    init_info_cls = JoinInfo
-    update_info_cls = PieceInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
     model: Any  # vLLM's class of the model
@@ -68,7 +68,7 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
         self._group: Group | None = None
         self._hashers = ThreadPoolExecutor(_HASH_THREADS)
 
-    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
         rank = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         deadline = timedelta(seconds=init_info.seconds)
         store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=deadline)
@@ -85,15 +85,15 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
                 torch.cuda.synchronize(self.device)
         except BaseException:
             self.shutdown()
-            self.close_books()
+            self.discard_update()
             raise
 
-    def close_books(self) -> None:
-        """After a failure: layers forget what they have collected. What they hold is void until the next update."""
+    def discard_update(self) -> None:
+        """After a failure: layers forget what they have collected. Their weights are undefined until the next update."""
         with contextlib.suppress(Exception):
             finalize_layerwise_reload(self.model, self.model_config)
 
-    def receive_weights(self, update_info: PieceInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         if update_info.folder is not None:
             self._load(self._read(Path(update_info.folder)))
             return
@@ -143,46 +143,46 @@ class Receiver(WeightTransferEngine[JoinInfo, PieceInfo]):
 
 
 if "nft_broadcast" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("nft_broadcast", Receiver)
+    WeightTransferEngineFactory.register_engine("nft_broadcast", WeightReceiver)
 
 
-class WeightHolder:
+class WorkerExtension:
     """Methods that ``/collective_rpc`` finds on every vLLM worker."""
 
-    weight_transfer_engine: Receiver
+    weight_transfer_engine: WeightReceiver
     _weight_update_active: bool  # of vLLM's worker
 
-    def nft_abandon(self) -> dict[str, Any]:
+    def nft_abort_update(self) -> dict[str, Any]:
         """End an update that never finished: its sender died, or stopped waiting."""
         if self._weight_update_active:
             self._weight_update_active = False
-            self.weight_transfer_engine.close_books()
+            self.weight_transfer_engine.discard_update()
         return {}
 
-    def nft_receipt(self) -> dict[str, Any]:
+    def nft_fingerprint(self) -> dict[str, Any]:
         """What the last update brought: ``{"fingerprint": …, "num_tensors": …}``."""
         digests = self.weight_transfer_engine.digests
         return {"fingerprint": combine_digests(digests.values()), "num_tensors": len(digests)}
 
     @torch.no_grad()
-    def nft_check_held(self) -> dict[str, Any]:
+    def nft_compare_model(self) -> dict[str, Any]:
         """Compare the model's parameters, taken apart into Hugging Face's tensors, with what the last update brought.
 
-        ``{"wrong": names, "num_proven": n}``. Shards of a tensor cannot be compared: on several GPUs nothing is proven.
+        ``{"wrong": names, "num_compared": n}``. Shards of a tensor cannot be compared: on several GPUs nothing is proven.
         """
         engine = self.weight_transfer_engine
         if engine.parallel_config.world_size > 1:
-            return {"wrong": [], "num_proven": 0}
-        wrong, num_proven = [], 0
-        for name, tensor in held_tensors(engine.model):
+            return {"wrong": [], "num_compared": 0}
+        wrong, num_compared = [], 0
+        for name, tensor in model_tensors(engine.model):
             if name in engine.digests:
-                num_proven += 1
+                num_compared += 1
                 if tensor_digest(name, tensor) != engine.digests[name]:
                     wrong.append(name)
-        return {"wrong": wrong, "num_proven": num_proven}
+        return {"wrong": wrong, "num_compared": num_compared}
 
 
-def held_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """What an unsharded vLLM model computes with, under Hugging Face's names; a tied LM head under the embedding's."""
     parts_of = getattr(model, "packed_modules_mapping", {})
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -202,7 +202,7 @@ def held_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _in_use(layer: Any, field_name: str) -> torch.Tensor | None:
-    """A parameter of this very layer. On a CPU the matrix is inside a kernel object: its rows come out by asking for them."""
+    """A parameter of this layer itself. On a CPU a kernel object has packed it: multiplying by the identity unpacks it."""
     parameter = layer._parameters.get(field_name)
     if parameter is None or field_name != "weight" or not hasattr(layer, "cpu_linear"):
         return parameter

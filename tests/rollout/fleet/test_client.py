@@ -9,7 +9,7 @@ from fake_vllm import STOP, Process, expected_answer
 
 from nft_megatron.base.records import Sampling
 from nft_megatron.rollout.fleet import client
-from nft_megatron.rollout.fleet.client import Generated, Progress, Refused, ServerFault, make_body
+from nft_megatron.rollout.fleet.client import Finished, Progress, Refused, ServerFault, make_body
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
 
@@ -32,7 +32,8 @@ def ask(server, *, seed=5, num_answers=4, max_tokens=600):
     async def run():
         async with client.open_session() as session:
             body = make_body(PROMPT, seed, num_answers, Sampling(max_tokens=max_tokens))
-            return [event async for event in client.generate(session, server.url, server.headers, body, num_answers)]
+            events = client.generate(session, server.url, server.headers, body, 3, range(10, 10 + num_answers))
+            return [event async for event in events]
 
     return asyncio.run(run())
 
@@ -41,14 +42,15 @@ def ask(server, *, seed=5, num_answers=4, max_tokens=600):
 def test_answers_are_those_of_their_seeds(server, reordered):
     server.behave(reordered=reordered, version="7")
     events = ask(server, seed=8, num_answers=6)
-    answers = {event.index: event for event in events if isinstance(event, Generated)}
+    answers = {event.completion.index - 10: event.completion for event in events if isinstance(event, Finished)}
     assert sorted(answers) == list(range(6))
+    assert {event.versions for event in events if isinstance(event, Finished)} == {(7,)}
     for index, answer in answers.items():
         tokens, logprobs, reason = expected_answer(8 + index, 600)
         assert answer.tokens.tolist() == tokens and answer.tokens.dtype == np.int32
         np.testing.assert_array_equal(answer.logprobs, np.array(logprobs, dtype=np.float32))
-        assert (answer.finish_reason, answer.versions) == (reason, ("7",))
-        progress = [event.num_tokens for event in events if isinstance(event, Progress) and event.index == index]
+        assert (answer.request_id, answer.finish_reason, answer.weight_version) == (3, reason, 7)
+        progress = [event.num_tokens for event in events if isinstance(event, Progress) and event.index == 10 + index]
         assert sum(progress) == len(tokens) and max(progress) <= client.STREAM_INTERVAL
     assert {answer.finish_reason for answer in answers.values()} == {"stop", "length"}
     assert all(answer.tokens[-1] == STOP for answer in answers.values() if answer.finish_reason == "stop")
@@ -56,7 +58,7 @@ def test_answers_are_those_of_their_seeds(server, reordered):
 
 def test_an_answer_is_there_when_it_ends_and_not_with_the_last(server):
     events = ask(server, seed=11, num_answers=3, max_tokens=2000)
-    finished_at = [number for number, event in enumerate(events) if isinstance(event, Generated)]
+    finished_at = [number for number, event in enumerate(events) if isinstance(event, Finished)]
     assert finished_at[0] < len(events) - 3
 
 
@@ -128,13 +130,16 @@ def test_nobody_is_there():
 
 def test_an_answer_whose_weights_are_not_named_has_no_versions(server):
     server.behave(fault="hide")
-    assert {event.versions for event in ask(server) if isinstance(event, Generated)} == {()}
+    found = [(event.versions, event.completion.weight_version) for event in ask(server) if isinstance(event, Finished)]
+    assert found == [((), -1)] * 4
 
 
 @pytest.mark.parametrize(
     ("spans", "versions"),
     [
-        ([("3", 0, 4), ("4", 4, 6)], ("3", "4")),
+        ([("3", 0, 4), ("4", 4, 6)], (3, 4)),
+        ([("3", 0, 4), ("default", 4, 6)], (3, -1)),  # a label of vLLM's own
+        ([("-3", 0, 6)], (-1,)),
         ([("3", 0, 4)], ()),  # the last two tokens are anybody's
         ([("3", 0, 4), ("4", 5, 6)], ()),
         ([("3", 1, 6)], ()),
@@ -142,12 +147,9 @@ def test_an_answer_whose_weights_are_not_named_has_no_versions(server):
     ],
 )
 def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
-    choice = {
-        "finish_reason": "stop",
-        "weight_versions": [{"version": version, "start": start, "end": end} for version, start, end in spans],
-    }
-    part = client._Unfinished([np.zeros(6, dtype=np.int32)], [np.zeros(6, dtype=np.float32)])
-    assert client._finished(0, part, choice).versions == versions
+    spans = [{"version": version, "start": start, "end": end} for version, start, end in spans]
+    choice, _, _ = client._parse(event(weight_versions=spans))
+    assert client._versions(choice.weight_versions, 6) == versions
 
 
 def event(**changes):
@@ -164,7 +166,7 @@ def event(**changes):
         choice[name] = value
         if value is None:
             del choice[name]
-    return json.dumps({"choices": [choice]})
+    return json.dumps({"choices": [choice]}).encode()
 
 
 @pytest.mark.parametrize(
@@ -177,17 +179,35 @@ def event(**changes):
         {"logprobs": None},
         {"token_ids": [2**31]},
         {"token_ids": ["x"]},
+        {"weight_versions": [{"version": "3", "start": 0}]},
+        {"weight_versions": [3]},
+        {"weight_versions": 5},
+        {"logprobs": {"content": [{"token_id": 3, "logprob": None}]}},
+        {"logprobs": {"content": [{"token_id": 3}]}},
+        {"logprobs": {"content": [{"token_id": 3, "logprob": float("nan")}]}},
     ],
 )
 def test_what_has_another_form_is_the_servers_fault(changes):
     choice, tokens, logprobs = client._parse(event())
-    assert (choice["index"], tokens.tolist(), logprobs.tolist()) == (0, [3], [-0.5])
+    assert (choice.index, tokens.tolist(), logprobs.tolist()) == (0, [3], [-0.5])
     with pytest.raises(ServerFault, match="not an answer"):
         client._parse(event(**changes))
 
 
-@pytest.mark.parametrize("spans", [[{"version": "3", "start": 0}], [3], 5])
-def test_versions_of_an_unknown_form_are_the_servers_fault(spans):
-    part = client._Unfinished([np.zeros(1, dtype=np.int32)], [np.zeros(1, dtype=np.float32)])
-    with pytest.raises(ServerFault, match="unknown form"):
-        client._finished(0, part, {"finish_reason": "stop", "weight_versions": spans})
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b'{"choices": []}', b'{"choices": [1]}', event()[:-1], event() + b"}", b"\xff"]
+)
+def test_what_is_no_event_is_the_servers_fault(data):
+    with pytest.raises(ServerFault, match="not an answer"):
+        client._parse(data)
+
+
+def test_news_of_two_answers_at_once_is_the_servers_fault():
+    both = json.loads(event())["choices"] * 2
+    with pytest.raises(ServerFault, match="not an answer"):
+        client._parse(json.dumps({"choices": both}).encode())
+
+
+def test_an_error_in_the_stream_is_told():
+    with pytest.raises(ServerFault, match=r"reports .*out of memory"):
+        client._parse(b'{"error": {"message": "out of memory", "code": 500}}')

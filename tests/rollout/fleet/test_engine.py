@@ -13,7 +13,7 @@ from waiting import until
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
-from nft_megatron.rollout.fleet import asking
+from nft_megatron.rollout.fleet import request_loop
 from nft_megatron.rollout.fleet.engine import FleetEngine
 
 MAX_TOKENS = 400
@@ -306,7 +306,7 @@ def test_no_server_gets_more_than_its_budget(folder, processes):
 
 
 def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
-    monkeypatch.setattr(asking, "_MAX_UNREAD", 10)
+    monkeypatch.setattr(request_loop, "_MAX_UNREAD", 10)
     requests = make_requests(num=200, answers=4)
     begun = sum(server.seen["answers"] for server in servers)
     with opened(folder, servers, budget_tokens=2000) as (engine, _):
@@ -320,7 +320,7 @@ def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
 
 
 def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, servers, monkeypatch):
-    monkeypatch.setattr(asking, "_LONGEST_QUEUE", 2.0)
+    monkeypatch.setattr(request_loop, "_LONGEST_QUEUE", 2.0)
     for server in servers:
         server.behave(token_seconds=0.01)
     servers[0].behave(fault="chunk", only_seed=0)

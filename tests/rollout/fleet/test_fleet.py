@@ -76,12 +76,12 @@ def test_all_servers_get_a_version_in_the_order_that_works(fakes, open_fleet, te
         calls = [call for call in server.calls if call != "/weight_info"]
         assert calls == [
             "/pause",
-            "nft_abandon",
+            "nft_abort_update",
             "/start_weight_update",
             "/update_weights",
             "/finish_weight_update",
-            "nft_receipt",
-            "nft_check_held",
+            "nft_fingerprint",
+            "nft_compare_model",
             "/reset_prefix_cache",
             "/resume",
             "/v1/completions",

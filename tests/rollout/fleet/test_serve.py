@@ -8,6 +8,7 @@ import pytest
 from fake_control import FakeServer
 from waiting import until
 
+from nft_megatron.base.backoff import Backoff
 from nft_megatron.config.load import load_config
 from nft_megatron.rollout.fleet import serve
 from nft_megatron.rollout.fleet.registry import discover
@@ -43,7 +44,7 @@ def server(monkeypatch):
         monkeypatch.setattr(Server, name, value)
     monkeypatch.setattr(serve, "Server", Server)
     monkeypatch.setattr(serve, "_CHECK_SECONDS", 0.02)
-    monkeypatch.setattr(serve, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(serve, "Backoff", lambda: Backoff(first=0.02))
     yield Server
     fake.close()
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 from waiting import until
 
+from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet import broadcast, versions
 from nft_megatron.rollout.fleet.control import Control
 from nft_megatron.rollout.fleet.fleet import Fleet
-from nft_megatron.rollout.fleet.refresh import Deadline, WrongWeights, load_folder, verify_and_resume
+from nft_megatron.rollout.fleet.refresh import WrongWeights, load_folder, verify_and_resume
 from nft_megatron.rollout.fleet.versions import Published
 from nft_megatron.weights.fingerprint import weights_fingerprint
 

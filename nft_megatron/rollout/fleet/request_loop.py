@@ -1,7 +1,7 @@
-"""What the event loop of the fleet's engine does: sends pieces of work, takes answers in, checks where they come from.
+"""What the event loop of the fleet's engine does: sends sub-requests, takes answers in, checks which weights they come from.
 
-All methods run in the event loop's thread, so nothing here is locked. A piece's life: assigned → sent → its answers are read
-one by one → ended. What its server fails to finish, or leaves lying in silence, goes back to the dispatcher.
+All methods run in the event loop's thread, so nothing here is locked. A sub-request's life: assigned → sent → its
+answers are read one by one → ended. What its server does not finish, or falls silent over, goes back to the dispatcher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet.client import (
     STREAM_INTERVAL,
-    Generated,
     Progress,
     Refused,
     ServerFault,
@@ -31,7 +30,7 @@ from nft_megatron.rollout.fleet.client import (
     open_session,
     runs_of_seeds,
 )
-from nft_megatron.rollout.fleet.dispatch import Dispatcher, Piece
+from nft_megatron.rollout.fleet.dispatch import Dispatcher, SubRequest
 from nft_megatron.rollout.fleet.member import Member
 from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.rollout.fleet.usage import FleetUsage, Meter
@@ -46,7 +45,7 @@ POLL_SECONDS = 0.1
 """Between two looks at the fleet, and at what a caller has given up."""
 
 _SLOWEST = 5.0
-_LONGEST_QUEUE = 30.0  # silences that a piece may wait in the queue of a server that answers others
+_LONGEST_QUEUE = 30.0  # silences that a sub-request may wait in the queue of a server that answers others
 _MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
 
 
@@ -61,7 +60,7 @@ class Fleet(Protocol):
     def close(self) -> None: ...
 
 
-class Call:
+class GenerateCall:
     """One call of ``generate``: what is asked, and where the answers go, each with the name of its server."""
 
     def __init__(self, number: int, requests: Sequence[Request], sampling: Sampling) -> None:
@@ -72,19 +71,18 @@ class Call:
 
 
 @dataclass
-class _Asked:
-    """A piece under way. ``left``: its answers that are not finished; ``partial``: their tokens so far."""
+class _Stream:
+    """A sub-request in progress. ``left``: its answers that are not finished; ``partial``: their tokens so far."""
 
-    piece: Piece
+    sub_request: SubRequest
     member: Member
-    sent_at: float
     heard_at: float
     left: set[int]
     partial: Counter[int] = field(default_factory=Counter)
     is_silent: bool = False
 
 
-class Asking:
+class RequestLoop:
     """``silence_seconds``: a server that has work and sends nothing for so long has failed at it.
 
     All answers of a server may be between two signs of life, so these come often enough for a server that makes
@@ -94,9 +92,9 @@ class Asking:
     def __init__(self, fleet: Fleet, dispatcher: Dispatcher, silence_seconds: float) -> None:
         self._fleet, self._dispatcher, self._silence_seconds = fleet, dispatcher, silence_seconds
         self._stream_interval = max(1, min(STREAM_INTERVAL, int(_SLOWEST * silence_seconds)))
-        self._calls: dict[int, Call] = {}
-        self._asked: dict[asyncio.Task[None], _Asked] = {}
-        self._queues: Counter[str] = Counter()  # answers under way at each server
+        self._calls: dict[int, GenerateCall] = {}
+        self._streams: dict[asyncio.Task[None], _Stream] = {}
+        self._queues: Counter[str] = Counter()  # answers in progress at each server
         self._heard: dict[str, float] = {}  # of each server: its last sign of life, or when it got work after a pause
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}  # of each server, with its URL
         self._closing: set[asyncio.Task[None]] = set()
@@ -108,7 +106,7 @@ class Asking:
 
     # ---------------------------------------------------------------------------------------------------------- for callers
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: GenerateCall) -> None:
         self._calls[call.number] = call
         for request in call.requests.values():
             # vLLM refuses to answer greedily more than once in a request.
@@ -125,15 +123,15 @@ class Asking:
                 )
         self.send()
 
-    def give_up(self, call: Call, request: int | None = None) -> None:
-        """Abort what is under way for a request, or for the whole call, and send other work instead."""
+    def give_up(self, call: GenerateCall, request: int | None = None) -> None:
+        """Abort what is in progress for a request, or for the whole call, and send other work instead."""
         tickets = set(self._dispatcher.give_up(call.number, request))
-        for task, asked in self._asked.items():
-            if asked.piece.ticket in tickets:
+        for task, stream in self._streams.items():
+            if stream.sub_request.ticket in tickets:
                 task.cancel()
         self.send()
 
-    def end(self, call: Call) -> None:
+    def end(self, call: GenerateCall) -> None:
         """The caller takes no more answers."""
         self._calls.pop(call.number, None)
         self.give_up(call)
@@ -157,13 +155,13 @@ class Asking:
         self._no_load.set()
         now = time.monotonic()  # nobody had to speak while it took over weights
         self._heard = dict.fromkeys(self._heard, now)
-        for asked in self._asked.values():
-            asked.heard_at = now
+        for stream in self._streams.values():
+            stream.heard_at = now
         self.send()
 
     def is_stranded(self) -> bool:
         """Whether there is work, and no server to give it to or to wait for."""
-        return bool(self._dispatcher.num_waiting) and not self._asked and not self._fleet.serving()
+        return bool(self._dispatcher.num_waiting) and not self._streams and not self._fleet.serving()
 
     def take_usage(self) -> FleetUsage:
         return self.meter.take(time.monotonic(), [member.name for member in self._fleet.serving()])
@@ -181,10 +179,10 @@ class Asking:
 
     async def close(self) -> None:
         self._fail(list(self._calls), EngineFault("the fleet's engine was closed"))
-        for task in self._asked:  # one whose answers have all come may still wait for its stream to end
+        for task in self._streams:  # one whose answers have all come may still wait for its end
             task.cancel()
-        if self._asked:
-            await asyncio.wait(self._asked)
+        if self._streams:
+            await asyncio.wait(self._streams)
         await asyncio.gather(*(session.close() for _, session in self._sessions.values()), *self._closing)
 
     # ------------------------------------------------------------------------------------------------------------- sending
@@ -195,92 +193,79 @@ class Asking:
             return
         members = {member.name: member for member in self._fleet.serving()}
         held = {number for number, call in self._calls.items() if call.answers.qsize() > _MAX_UNREAD}
-        for piece in self._dispatcher.assign(list(members), held):
+        for sub_request in self._dispatcher.assign(list(members), held):
             now = time.monotonic()
-            asked = _Asked(piece, members[piece.server], now, now, set(piece.indices))
-            if not self._queues[piece.server]:
-                self._heard[piece.server] = now
-            self._count(piece.server, len(piece.indices))
-            if piece.num_faults:
-                self.meter.tally(piece.server).num_retries += len(piece.indices)
-            task = asyncio.get_running_loop().create_task(self._ask(asked, self._calls[piece.call]))
-            self._asked[task] = asked
+            stream = _Stream(sub_request, members[sub_request.server], now, set(sub_request.indices))
+            if not self._queues[sub_request.server]:
+                self._heard[sub_request.server] = now
+            self._count(sub_request.server, len(sub_request.indices))
+            if sub_request.num_faults:
+                self.meter.tally(sub_request.server).num_retries += len(sub_request.indices)
+            task = asyncio.get_running_loop().create_task(self._read(stream, self._calls[sub_request.call]))
+            self._streams[task] = stream
             task.add_done_callback(self._ended)  # not a `finally`: a task that is cancelled before it has begun has none
 
-    async def _ask(self, asked: _Asked, call: Call) -> None:
-        """Read the answers to a piece, until its end or a fault."""
-        piece, member = asked.piece, asked.member
-        request, tally = call.requests[piece.request], self.meter.tally
-        seed, num_answers = request.seeds[piece.indices[0]], len(piece.indices)
-        body = make_body(request.prompt_tokens, seed, num_answers, call.sampling, self._stream_interval)
+    async def _read(self, stream: _Stream, call: GenerateCall) -> None:
+        """Read the answers to a sub-request, until its end or a fault."""
+        sub_request, member = stream.sub_request, stream.member
+        request, tally = call.requests[sub_request.request], self.meter.tally
+        indices = sub_request.indices
+        seed = request.seeds[indices[0]]
+        body = make_body(request.prompt_tokens, seed, len(indices), call.sampling, self._stream_interval)
         try:
-            events = generate(self._session(member), member.url, member.headers, body, num_answers)
+            events = generate(self._session(member), member.url, member.headers, body, request.request_id, indices)
             async with contextlib.aclosing(events):
                 async for event in events:
-                    self._heard[member.name] = asked.heard_at = time.monotonic()
-                    index = piece.indices[event.index]
+                    self._heard[member.name] = stream.heard_at = time.monotonic()
                     if isinstance(event, Progress):
-                        asked.partial[index] += event.num_tokens
+                        stream.partial[event.index] += event.num_tokens
                         tally(member.name).tokens += event.num_tokens
                         continue
-                    version = await self._version(event, member)
-                    if self._dispatcher.answered(piece.ticket, index, len(event.tokens)):
-                        asked.left.remove(index)
-                        del asked.partial[index]
+                    await self._check_versions(event.versions, member)
+                    completion = event.completion
+                    if self._dispatcher.answered(sub_request.ticket, completion.index, len(completion.tokens)):
+                        stream.left.remove(completion.index)
+                        del stream.partial[completion.index]
                         tally(member.name).num_answers += 1
                         self._count(member.name, -1)
-                        completion = Completion(
-                            piece.request,
-                            index,
-                            event.tokens,
-                            event.logprobs,
-                            event.finish_reason,
-                            version,
-                            seconds=time.monotonic() - asked.sent_at,
-                        )
                         call.answers.put((completion, member.name))
                         self.send()
             self._fleet.report(member, True)
         except asyncio.CancelledError:
-            if asked.is_silent:
-                self._failed(asked, f"sent nothing for {self._silence_seconds:g} s while it had work")
+            if stream.is_silent:
+                self._failed(stream, f"sent nothing for {self._silence_seconds:g} s while it had work")
         except ServerFault as fault:
             if not fault.is_abort:
-                self._failed(asked, str(fault))
+                self._failed(stream, str(fault))
         except Refused as refusal:
             self._fail([call.number], EngineFault(f"server {member.name} refuses a request: {refusal}"))
         except Exception as error:
             self._fail([call.number], error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """What a piece has left goes back to the dispatcher."""
-        asked = self._asked.pop(task)
-        self._count(asked.member.name, -len(asked.left))
-        self.meter.tally(asked.member.name).wasted_tokens += asked.partial.total()
-        lost = self._dispatcher.failed(asked.piece.ticket)
-        if (call := self._calls.get(asked.piece.call)) is not None:
+        """What a sub-request has left goes back to the dispatcher."""
+        stream = self._streams.pop(task)
+        self._count(stream.member.name, -len(stream.left))
+        self.meter.tally(stream.member.name).wasted_tokens += stream.partial.total()
+        lost = self._dispatcher.failed(stream.sub_request.ticket)
+        if (call := self._calls.get(stream.sub_request.call)) is not None:
             for index in lost:
-                call.answers.put((aborted(asked.piece.request, index, asked.member.weight_version), asked.member.name))
+                call.answers.put((aborted(stream.sub_request.request, index, stream.member.weight_version), stream.member.name))
         self.send()
 
-    async def _version(self, answer: Generated, member: Member) -> int:
-        """The oldest version among the answer's tokens. Raises ``ServerFault`` where one is not what it should be."""
-        try:
-            versions = [int(label) for label in answer.versions]
-        except ValueError:
-            versions = []
+    async def _check_versions(self, versions: Sequence[int], member: Member) -> None:
+        """Raise ``ServerFault`` where an answer's weights, by its tokens' ``versions``, are not what they should be."""
         if self._loading in versions:
             await self._no_load.wait()  # whether that version counts is not decided yet
         if not versions or versions[0] < member.weight_version or not self._published.issuperset(versions):
-            labels = ", ".join(answer.versions) or "unknown"
+            labels = ", ".join(map(str, versions)) or "unknown"
             raise ServerFault(f"answered with weights of version {labels}; it was believed to have {member.weight_version}")
-        return min(versions)
 
     # ------------------------------------------------------------------------------------------------------------ servers
 
-    def _failed(self, asked: _Asked, reason: str) -> None:
-        member = asked.member
-        log.warning("server %s %s; %d answers are asked again", member.name, reason, len(asked.left))
+    def _failed(self, stream: _Stream, reason: str) -> None:
+        member = stream.member
+        log.warning("server %s %s; %d answers are requested again", member.name, reason, len(stream.left))
         self._fleet.report(member, False, reason)
 
     def _fail(self, calls: Iterable[int], error: Exception) -> None:
@@ -291,10 +276,10 @@ class Asking:
                 self.give_up(call)
 
     def _abort_silent(self, now: float) -> None:
-        for task, asked in self._asked.items():
-            silences = max(now - self._heard[asked.member.name], (now - asked.heard_at) / _LONGEST_QUEUE)
+        for task, stream in self._streams.items():
+            silences = max(now - self._heard[stream.member.name], (now - stream.heard_at) / _LONGEST_QUEUE)
             if silences > self._silence_seconds:
-                asked.is_silent = True
+                stream.is_silent = True
                 task.cancel()
 
     def _count(self, server: str, change: int) -> None:
