@@ -1,7 +1,7 @@
 """Negative-aware Fine-Tuning (NFT, arXiv 2505.18116) on Megatron-Core.
 
-The functions below are what a notebook needs; docs/python_api.md shows each. They are imported when they are first used, so
-that ``import nft_megatron`` costs nothing.
+The functions below are for notebooks; docs/python_api.md shows each. They are imported on first use, so ``import nft_megatron``
+costs nothing.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attach",
         _attach,
         "a shell on a node of the job",
-        "Open a shell on a node of the running job, or run a command there: attach --node n3 RUN -- nvidia-smi.",
+        "Open a shell on a node of the running job, or run a command on that node, as in attach --node n3 RUN -- nvidia-smi.",
     )
     attach.add_argument("--node", help="default: the first trainer's")
     checkpoint = add("checkpoint", _checkpoint, "save and continue", "Request a checkpoint after the current step.")

@@ -41,8 +41,7 @@ _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None = None) -> Evaluation:
     """Print the accuracy of ``model_folder`` on ``config.evaluate.data`` with its standard error; write it to ``out`` too.
 
-    Returns the judged answers. Raises :class:`UserError` if there are no held-out questions or the folder is not a complete
-    model.
+    Returns the judged answers. Raises :class:`UserError` without held-out questions or a complete model folder.
     """
     if not config.evaluate.data:
         raise UserError(

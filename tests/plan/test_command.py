@@ -87,7 +87,7 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
         (["--gpu", "v100"], "--gpu = v100: unknown kind of GPU; use one of a100-80gb, h100"),
         (["--gpus", "20"], "--gpus = 20: is not a number of whole nodes of 8"),
         (["parallel.tensor=8"], "parallel.tensor = 8: does not divide the model's 28 attention heads"),
-        (["parallel.tensor=3"], "does not divide the 8 GPUs that train"),
+        (["parallel.tensor=3"], "does not divide the 8 training GPUs"),
         (["model.path=somewhere"], "model.path = somewhere: no such folder; put the model's config.json there"),
         (["model.path=Qwen2.5-Math-7B", "data.max_prompt_tokens=600"], "exceeds the model's context; lower their sum to 4096"),
         (

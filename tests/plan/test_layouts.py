@@ -52,7 +52,7 @@ def test_data_parallel_ranks_are_what_is_left(make_config):
     layout = layout_of(config, cluster_of(config))
     assert (layout.data, layout.replicas, layout.num_gpus) == (3, 6, 24)
     assert layout.local_tokens == 4096
-    with pytest.raises(UserError, match="does not divide the 24 GPUs"):
+    with pytest.raises(UserError, match="does not divide the 24 training GPUs"):
         layout_of(make_config(parallel={"tensor": 2, "pipeline": 7}), cluster_of(config))
 
 
