@@ -14,7 +14,7 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
 def _time_limit(value: object) -> object:
-    """YAML reads an unquoted 24:00:00 as a number of seconds in base 60."""
+    """A number is one of seconds, which YAML 1.1 makes of an unquoted 24:00:00."""
     if isinstance(value, int):
         return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
     if isinstance(value, str) and not _TIME.fullmatch(value):
@@ -30,8 +30,8 @@ class SlurmConfig(ConfigModel):
     account: str | None = None
     """Whom it is billed to. null: your default."""
     time: Annotated[str, BeforeValidator(_time_limit)] = "24:00:00"
-    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number is taken for seconds, as YAML makes one
-    of 24:00:00. The run goes on in the next one."""
+    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number means seconds. The
+    run goes on in the next one."""
     job_name: str | None = None
     """null: the name of the run folder and four digits for its place. Of jobs with one name only one runs at a time."""
     sbatch: TextList = ()
