@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.renamed import RENAMED, is_record, translate
 from nft_megatron.config.schema import Config
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: ``1e-6`` is a number (YAML 1.1 reads text), and a duplicate key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+from nft_megatron.config.yaml import dump_yaml, parse_yaml, read_sections
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -47,12 +28,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError("CONFIG", path, "no such file", "give the path of a YAML file; examples/ has some")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("CONFIG", path, f"not readable as YAML: {error}", "correct that line") from error
-    if not isinstance(tree, dict):
-        raise UserError("CONFIG", path, "contains no sections", "start from a file in examples/")
+    tree = read_sections(path)
     if is_record(path):
         translate(tree)
     return config_from(tree, overrides)
@@ -70,7 +46,7 @@ def config_from(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that :func:`load_config` reads back as an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +69,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError("override", override, "is not of the form section.key=value", "for example train.num_steps=100")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise UserError(key, text, f"not readable as a YAML value: {error}", "quote it") from error
     *sections, leaf = key.split(".")
     for section in sections:
@@ -115,6 +91,31 @@ def config_help() -> str:
                 lines.append(f"  {name}  ({_type_name(field.annotation)}; {_default(section, name, field)})")
                 lines += [f"      {line.strip()}" for line in (field.description or "").splitlines()]
     return "\n".join(lines).strip()
+
+
+def override_values() -> dict[str, list[str]]:
+    """Every key that an override may name, each with the values that it may have where those are few.
+
+    >>> override_values()["rollout.engine"], override_values()["train.num_steps"]
+    (['embedded', 'vllm'], [])
+    """
+    found: dict[str, list[str]] = {}
+    for section, model in _sections():
+        for name, field in model.model_fields.items():
+            if not _models_of(field):
+                values = found.setdefault(f"{section}.{name}" if section else name, [])
+                values += [value for value in _words_of(field.annotation) if value not in values]
+    return found
+
+
+def _words_of(annotation: Any) -> list[str]:
+    """The values of ``annotation`` that can be listed."""
+    if annotation in (bool, type(None)):
+        return ["true", "false"] if annotation is bool else ["null"]
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(map(str, arguments))
+    return [word for argument in arguments for word in _words_of(argument)]
 
 
 def _default(section: str, name: str, field: FieldInfo) -> str:
@@ -168,6 +169,10 @@ def _readable(error: ValidationError) -> UserError:
     more = f" ({len(others)} more mistakes follow)" if len({other["loc"][:2] for other in others} - {first["loc"][:2]}) else ""
     if kind == "extra_forbidden":
         return UserError(field, value, "no such key" + more, _nearest(path))
+    if kind == "invalid_key":
+        return UserError(field, value, "is no text, as a key must be" + more, "check the line for a stray comma or colon")
+    if kind.startswith("model_") and value is None:
+        return UserError(field, "(nothing)", "is a section without keys" + more, "give it one, or remove its line")
     if kind == "missing":
         return UserError(field, "(nothing)", "is required" + more, f"add it to the file or as {field}=…")
     if kind == "too_short":
@@ -203,6 +208,9 @@ def _nearest(path: list[str]) -> str:
     if new := RENAMED.get(".".join(path)):
         return f"it is now called '{new}'"
     *parents, leaf = path
+    if "." in leaf:  # in a file; an override's key is taken apart
+        section, _, key = leaf.partition(".")
+        return f"in a file, write '{key}' indented under '{section}:'"
     owners = [model for section, model in _sections() if [section] == parents and leaf in model.model_fields]
     if owners:  # another algorithm's
         names = ", ".join(model.model_fields["name"].default for model in owners)

@@ -11,7 +11,7 @@ RENAMED = {
     "rollout.gate_tokens": "rollout.probe_tokens",
 }
 """Old key → new key."""
-_BESIDE_A_RECORD = ("ledger", "metrics.jsonl", "slurm")
+_BESIDE_A_RECORD = ("ledger", "metrics.jsonl", "slurm", "job.sh")
 
 
 def is_record(path: Path) -> bool:

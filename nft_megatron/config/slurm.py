@@ -14,7 +14,7 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
 def _time_limit(value: object) -> object:
-    """YAML reads an unquoted 24:00:00 as seconds, a base-60 integer."""
+    """A number means seconds; YAML 1.1 makes one of an unquoted 24:00:00."""
     if isinstance(value, int):
         return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
     if isinstance(value, str) and not _TIME.fullmatch(value):
@@ -30,8 +30,8 @@ class SlurmConfig(ConfigModel):
     account: str | None = None
     """Account to bill. null: your default."""
     time: Annotated[str, BeforeValidator(_time_limit)] = "24:00:00"
-    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number means seconds, which is how YAML
-    reads 24:00:00. The run resumes in the next job."""
+    """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number means seconds. The run resumes in the
+    next job."""
     job_name: str | None = None
     """null: the run folder's name and four digits derived from its path. Only one job of a name runs at a time."""
     sbatch: TextList = ()

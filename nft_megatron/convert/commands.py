@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.config.yaml import read_sections
 from nft_megatron.convert.checkpoint import Checkpoint, Problem
 from nft_megatron.convert.compare import compare, compare_shapes
 from nft_megatron.convert.huggingface import open_huggingface, plan_huggingface
@@ -189,8 +189,7 @@ def model_folder_of(checkpoint: Path) -> Path | None:
         return checkpoint
     run_config = checkpoint.resolve().parent.parent / "config.yaml"  # RUN/checkpoints/step_…
     if run_config.is_file():
-        content = yaml.safe_load(run_config.read_text())
-        section = content.get("model") if isinstance(content, dict) else None
+        section = read_sections(run_config).get("model")
         if isinstance(section, dict) and isinstance(section.get("path"), str):
             return Path(section["path"])
     return None

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nft_megatron.base.atomic_io import atomic_file
-from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import flatten
+from nft_megatron.config.yaml import read_sections
 from nft_megatron.observe.answers import AnswerSample, sample_answers
 from nft_megatron.observe.embed import json_for_script
 from nft_megatron.observe.metrics import METRICS, MetricsRow
@@ -56,15 +55,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
 def _read_config(run_dir: Path) -> dict[str, Any]:
     """RUN/config.yaml as {"section.key": value}; empty where there is none."""
     path = run_dir / "config.yaml"
-    if not path.exists():
-        return {}
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("config", path, f"cannot be read as YAML: {error}", "restore the file or delete it") from error
-    if not isinstance(tree, dict):
-        raise UserError("config", path, "has no sections", "restore the file or delete it")
-    return flatten(tree)
+    return flatten(read_sections(path)) if path.exists() else {}
 
 
 def _render(name: str, rows: list[MetricsRow], config: dict[str, Any], answers: AnswerSample) -> str:
