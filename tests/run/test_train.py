@@ -118,7 +118,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
 
 @pytest.mark.parametrize("name", ["stop file", "signal"])
 def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, start, metrics_of, tmp_path, name):
-    config, run = run_config(train={"num_steps": 200}, checkpoint={"every": 1000}), tmp_path / "run"
+    config, run = run_config(train={"num_steps": 1_000_000}, checkpoint={"every": 1000}), tmp_path / "run"
     process = start("train", config)
     until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, process=process)
     (run / "stop").touch() if name == "stop file" else process.signal(signal.SIGTERM)
@@ -133,7 +133,10 @@ def test_stop_request_saves_and_the_next_start_goes_on(run_config, command, star
 
 
 def test_a_signal_stops_all_ranks_with_everything_saved(run_config, start, metrics_of, tmp_path):
-    process, run = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}), ranks=2), tmp_path / "run"
+    process, run = (
+        start("train", run_config(train={"num_steps": 1_000_000}, checkpoint={"every": 1000}), ranks=2),
+        tmp_path / "run",
+    )
     until(lambda: (run / "metrics.jsonl").exists() and metrics_of(run), process=process)
     process.signal(signal.SIGTERM)
     outcome = process.wait()
@@ -204,7 +207,7 @@ def test_resume_under_another_layout(run_config, command, metrics_of, tmp_path):
 
 
 def test_a_second_process_is_kept_out(run_config, command, start, tmp_path):
-    config = run_config(train={"num_steps": 500})
+    config = run_config(train={"num_steps": 1_000_000})
     process = start("train", config)
     until((tmp_path / "run" / "metrics.jsonl").exists, process=process)
     second = command("train", config)

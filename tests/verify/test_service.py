@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import get_args
@@ -18,7 +17,7 @@ from waiting import until
 from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import reason_of
-from nft_megatron.verify.service import Verifier
+from nft_megatron.verify.service import Verifier, Worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
@@ -49,11 +48,13 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
-def kill_workers() -> bool:
-    for pid in workers_of(os.getpid()):
+def kill_workers() -> set[int]:
+    """Those that it killed."""
+    pids = set(workers_of(os.getpid()))
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return True
+    return pids
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +167,21 @@ def test_hard_limit_kills_and_replaces_the_worker() -> None:
         verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
         assert (verdict.label, verdict.reason) == ("unknown", "hard limit")
         assert verdict.seconds >= 0.8, "a fifth is kept for the killing"
-        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
+        # The successor has one second too: on a machine that is busier than that it is asked again.
+        until(lambda: verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct")
 
 
 def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
     with Verifier(PATIENT) as verifier:
         assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
-        futures = []
+        futures, killed = [], set()
         for _ in range(2):
             futures.append(verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop"))
-            until(lambda: kill_workers() and futures[-1].done())
+            until(lambda: killed.update(kill_workers()) or futures[-1].done())
             assert futures[-1].result().label == "unknown"
             assert futures[-1].result().reason == "worker died: exit code -9"
         assert futures[0] is not futures[1], "an unknown verdict is not remembered"
-        time.sleep(0.3)  # until all that were killed are gone
+        until(lambda: not killed & set(workers_of(os.getpid())))
         assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
 
 
@@ -213,14 +215,21 @@ def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() 
     assert {reason_of(v) for v in verdicts if v.label == "unknown"} <= {"worker died"}
 
 
-def test_a_task_whose_worker_is_killed_is_tried_again() -> None:
+def test_a_task_whose_worker_is_killed_is_tried_again(monkeypatch) -> None:
+    sent, exchange = [], Worker._exchange
+
+    def noted(worker: Worker, request: bytes, seconds: float) -> bytes:
+        sent.append(request)
+        return exchange(worker, request, seconds)
+
+    monkeypatch.setattr(Worker, "_exchange", noted)
     with Verifier(PATIENT) as verifier:
         assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
         until(lambda: len(workers_of(os.getpid())) >= 2)  # the worker and its spare
         first = min(workers_of(os.getpid()))
         os.kill(first, signal.SIGSTOP)  # so that the task is with it for sure when it dies
         future = verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop")
-        time.sleep(0.2)
+        until(lambda: any(b"sqrt{9}" in request for request in sent))
         os.kill(first, signal.SIGKILL)
         assert future.result(60).label == "correct"
 
@@ -281,7 +290,7 @@ def test_close_answers_everybody_and_leaves_nobody() -> None:
     until(lambda: bool(set(workers_of(os.getpid())) - before))
     verifier.close()
     verifier.close()
-    assert [future.result(1).label for future in futures] == ["unknown"] * 5
+    assert [future.result(60).label for future in futures] == ["unknown"] * 5
     assert set(workers_of(os.getpid())) <= before
     with pytest.raises(RuntimeError, match="closed"):
         verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop")
