@@ -14,7 +14,7 @@ from conftest import WIDE, make_model
 
 from nft_megatron.rollout.fleet.server import Server, ServerSettings, new_key
 
-START_SECONDS = 600.0  # against hanging alone: a machine may be busy
+START_SECONDS = 1200.0  # against hanging alone: a machine may be busy
 
 
 @pytest.fixture(scope="session")

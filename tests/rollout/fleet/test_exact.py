@@ -15,7 +15,7 @@ from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.rollout.stopping import StopRule
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(1800)]
 
 
 def labelled(server):

@@ -146,7 +146,7 @@ def test_random_faults(places, folder, monkeypatch):
 
 
 @pytest.mark.xdist_group("vllm")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", [pytest.param("stop", marks=pytest.mark.slow), "cut"])
 def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, monkeypatch, fault):
     """One has sent the first token of an answer of 300; it is silent for ten minutes while the other has nothing to do.

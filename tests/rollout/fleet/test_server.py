@@ -21,6 +21,7 @@ from nft_megatron.rollout.fleet.supervisor import Deadlines, ServerSupervisor, T
 PATIENCE = 120.0
 
 
+@pytest.mark.timeout(1800)
 def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
     for server in vllm_servers:
         assert httpx.get(f"{server.url}/v1/models", headers=server.headers).json()["data"][0]["id"] == "policy"

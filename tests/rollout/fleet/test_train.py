@@ -30,7 +30,7 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
     fleet.close()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("staleness", "in_flight"), [pytest.param(0, "finish", marks=pytest.mark.slow), (1, "continue")])
 def test_a_run_with_vllm(run_config, command, metrics_of, fleet_model, fleet_of, tmp_path, staleness, in_flight):
     config = run_config(

@@ -23,7 +23,7 @@ from nft_megatron.rollout.fleet.refresh import Deadline, WrongWeights, load_fold
 from nft_megatron.rollout.fleet.versions import Published
 from nft_megatron.weights.fingerprint import weights_fingerprint
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(1800)]
 
 PATIENCE = 240.0
 PROMPT = [2, 3, 5, 4, 6, *[7, 8, 9, 5] * 40]  # longer than a block of the prefix cache
