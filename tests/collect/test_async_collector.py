@@ -119,7 +119,7 @@ def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
     collecting, began, versions = ahead(staleness, last_step=9)
     for step in range(1, 10):
         until(lambda step=step: len(began) >= min(step + staleness, 9))
-        time.sleep(0.01)
+        until(lambda: collecting._changed._waiters or not collecting._thread.is_alive())  # it begins nothing more
         assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
         taken = collecting.take(step, 120.0, lambda: None)
         assert (taken.ledger, taken.state.cursor) == (Path(f"{step}"), step)

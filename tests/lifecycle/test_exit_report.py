@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
 
 import pytest
@@ -12,6 +11,7 @@ from faults import train_with_broken_update
 from launcher import Ranks
 from waiting import until
 
+from nft_megatron.base import run_folder
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
 from nft_megatron.lifecycle import exit_report as ending
 from nft_megatron.lifecycle.exit_report import ExitReport, read_exit_reports, write_exit_report
@@ -73,12 +73,12 @@ def test_who_is_kept_out_leaves_nothing_in_the_folder_of_another(run_config, sta
     assert process.is_running and read_exit_reports(tmp_path / "run") == []
 
 
-def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path):
+def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     held = folder.open()
-    release = threading.Timer(0.3, held.close)
-    release.start()
-    folder.open(wait_seconds=30.0).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.time, "sleep", lambda _: held.close())  # while it waits
+        folder.open(wait_seconds=30.0).close()
     assert held.closed
     with folder.open(), pytest.raises(RunFolderTakenError):
         folder.open(wait_seconds=0.1)
