@@ -61,6 +61,7 @@ class Proxy:
             while received := await reader.read(1 << 16):
                 if is_back:
                     self._on_bytes()
+                    await asyncio.sleep(0)  # a pause that it has asked for holds these bytes too
                 await self._flowing.wait()
                 writer.write(received)
                 await writer.drain()

@@ -36,7 +36,7 @@ def server_settings(fleet_model, tmp_path_factory) -> ServerSettings:
 def vllm_servers(server_settings):
     """Two servers that answer, on the weights of ``fleet_model``: ``[Server, Server]`` with ``url`` and ``headers``.
 
-    A test that stops, kills or reloads them must leave them as they were, or start its own.
+    A test that stops or reloads them must leave them as they were; one that kills one puts its successor into the list.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     servers = [Server(server_settings, f"test-{index}", seed=11 + index) for index in range(2)]
