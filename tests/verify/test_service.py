@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,34 +186,30 @@ def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
         assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
 
 
-def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() -> None:
-    """One task in twenty loses its worker. It is tried again; who loses two is unknown; nobody gets another's verdict."""
-    golds = [(rf"\boxed{{\sqrt[2]{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in range(2, 202)]
-    expected = ["correct" if n % 3 else "wrong" for n in range(2, 202)]
-    is_over = threading.Event()
-    num_judged = 0
+def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed(monkeypatch) -> None:
+    """A task that loses its worker is tried again; one that loses two is unknown; nobody gets another's verdict."""
+    numbers = range(2, 202)
+    golds = [(rf"\boxed{{\sqrt[2]{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in numbers]
+    expected = ["unknown" if n % 50 == 7 else "correct" if n % 3 else "wrong" for n in numbers]
+    kills = {n * n: 2 if n % 50 == 7 else 1 for n in numbers if n % 50 == 7 or n % 20 == 5}
+    exchange = Worker._exchange
 
-    def kill_now_and_then() -> None:
-        killed = 0
-        while not is_over.wait(0.02):
-            if num_judged > 20 * killed and (pids := workers_of(os.getpid())):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pids[killed % len(pids)], signal.SIGKILL)
-                killed += 1
+    def dying(worker: Worker, request: bytes, seconds: float) -> bytes:
+        square = int(re.search(rb"\{(\d+)\}", request).group(1)) if request else 0
+        if not kills.get(square):
+            return exchange(worker, request, seconds)
+        kills[square] -= 1
+        worker.process.send_signal(signal.SIGSTOP)  # so that it dies with the task
+        worker._socket.sendall(request)
+        worker.process.kill()
+        return exchange(worker, b"", seconds)
 
-    killer = threading.Thread(target=kill_now_and_then)
+    monkeypatch.setattr(Worker, "_exchange", dying)
     with Verifier(VerifyConfig(workers=2, soft_seconds=600.0, hard_seconds=600.0)) as verifier:
-        killer.start()
-        verdicts = []
-        for verdict in verifier.verify_many(golds):
-            verdicts.append(verdict)
-            num_judged += 1
-        is_over.set()
-        killer.join()
-    assert len(verdicts) == 200
-    assert all(v.label in (label, "unknown") for v, label in zip(verdicts, expected, strict=True))
-    assert sum(v.label == "unknown" for v in verdicts) <= 4
-    assert {reason_of(v) for v in verdicts if v.label == "unknown"} <= {"worker died"}
+        verdicts = list(verifier.verify_many(golds))
+    assert [verdict.label for verdict in verdicts] == expected
+    assert {reason_of(verdict) for verdict in verdicts if verdict.label == "unknown"} == {"worker died"}
+    assert not any(kills.values())
 
 
 def test_a_task_whose_worker_is_killed_is_tried_again(monkeypatch) -> None:
