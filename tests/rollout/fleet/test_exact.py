@@ -39,7 +39,7 @@ def fleet(vllm_servers):
 @pytest.fixture(scope="module")
 def engine(fleet, fleet_model):
     static = StaticFleet(list(fleet.servers.values()))
-    engine = FleetEngine(static, fleet_model, silence_seconds=60.0)
+    engine = FleetEngine(static, fleet_model, silence_seconds=3600.0)
     engine.load([], 5)
     yield engine
     engine.close()
@@ -105,7 +105,7 @@ def test_a_seed_is_an_answer_on_every_server_alone_and_in_company(engine, fleet,
     together = {(c.request_id, c.index): c.tokens.tolist() for c in engine.generate(requests, sampling)}
     shuffled = [Request(r.request_id, r.prompt_tokens, r.seeds[::-1]) for r in requests]  # no two neighbours: one by one
     for server in fleet.servers.values():
-        alone = FleetEngine(StaticFleet([server]), fleet_model)
+        alone = FleetEngine(StaticFleet([server]), fleet_model, silence_seconds=3600.0)
         try:
             alone.load([], 5)
             for c in alone.generate(shuffled, sampling):
