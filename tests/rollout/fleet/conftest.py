@@ -39,6 +39,7 @@ def vllm_servers(server_settings):
     A test that stops or reloads them must leave them as they were; one that kills one puts its successor into the list.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")  # 300 s are too few on a machine that is very busy
     servers = [Server(server_settings, f"test-{index}", seed=11 + index) for index in range(2)]
     try:
         for server in servers:
