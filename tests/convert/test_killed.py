@@ -74,7 +74,7 @@ def test_killed_at_any_moment(ends, tmp_path: Path, copied, direction: str):
 
     def convert(final: Path, moment: int = 0) -> int:
         """In a process of its own; its exit code."""
-        return Ranks(convert_dying, (direction, source, final, moment, counted), 1, tmp_path).wait().returncode
+        return Ranks(convert_dying, (direction, source, final, moment, counted), 1, tmp_path).wait(600).returncode
 
     assert convert(tmp_path / "undisturbed") == 0
     num_operations = int(counted.read_text())

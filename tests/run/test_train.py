@@ -96,13 +96,13 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
     processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core
     sections = {"rollout": {"oversample": 1.0, "processes": processes}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
     whole, counted, moments = run_config("whole", **sections), tmp_path / "counted", random.Random(attempt)
-    assert Ranks(train_dying, (str(whole), f"{tmp_path}/whole/", 0, str(counted)), 1, tmp_path).wait().returncode == 0
+    assert Ranks(train_dying, (str(whole), f"{tmp_path}/whole/", 0, str(counted)), 1, tmp_path).wait(600).returncode == 0
     num_operations = int(counted.read_text())
     config, run = run_config("killed", **sections), tmp_path / "killed"
     finished_ledgers = {}
     for _ in range(4):
         moment = int(num_operations * moments.uniform(0.02, 0.2))
-        outcome = Ranks(train_dying, (str(config), f"{run}/", moment, str(counted)), 1, tmp_path).wait()
+        outcome = Ranks(train_dying, (str(config), f"{run}/", moment, str(counted)), 1, tmp_path).wait(600)
         assert outcome.returncode == -signal.SIGKILL, outcome.stderr
         for path, written in finished_ledgers.items():
             assert path.stat().st_mtime_ns == written, f"{path.name} was collected again"
