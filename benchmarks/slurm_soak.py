@@ -113,7 +113,7 @@ def strike(run: SlurmRun, count: int, generator: random.Random) -> None:
         began = time.monotonic()
         incident(run)
         done = len(run.rows())
-        run.wait(lambda done=done: len(run.rows()) != done, 300, f"no step after {incident.__name__}")
+        run.wait(lambda done=done: len(run.rows()) != done, f"no step after {incident.__name__}")
         name = incident.__name__
         happened[name] += 1
         seconds[name].append(time.monotonic() - began)

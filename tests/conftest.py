@@ -42,11 +42,12 @@ def make_tokenizer(folder: Path) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and all that share the vLLM servers do too."""
+    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share slow servers."""
+    shared = {"vllm_servers": "vllm", "cluster": "slurm"}  # by fixture, the group
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            shares_servers = "vllm_servers" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("vllm" if shares_servers else item.nodeid.partition("::")[0]))
+            groups = [group for fixture, group in shared.items() if fixture in getattr(item, "fixturenames", ())]
+            item.add_marker(pytest.mark.xdist_group(*groups[:1] or [item.nodeid.partition("::")[0]]))
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048, "initializer_range": 0.1}

@@ -4,11 +4,11 @@ import argparse
 import gc
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dying import Dying
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
@@ -129,17 +129,17 @@ def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
     (folder / "mp_rank" / "latest_checkpointed_iteration.txt").write_text("12")
 
 
-def convert_slowly(direction: str, source: Path, final: Path, begun: Path) -> None:
-    """A conversion that takes long enough to be killed in it. ``begun`` appears when it begins."""
-    write_rows = engine.Files.write_rows
+def convert_dying(direction: str, source: Path, final: Path, moment: int, counted: Path) -> None:
+    """A conversion that is killed at its operation ``moment`` (0: never, and ``counted`` says how many there are)."""
+    dying, write_rows = Dying(str(final), moment), engine.Files.write_rows
 
     def write(*arguments: object) -> None:
-        time.sleep(0.003)
+        dying.operate()
         write_rows(*arguments)
 
     engine.Files.write_rows = write
-    begun.touch()
     {"to-megatron": to_megatron, "to-hf": to_hf}[direction](source, final, workers=1)
+    counted.write_text(str(dying.count))
 
 
 def wanted(folder: Path, tensor: int, pipeline: int) -> None:

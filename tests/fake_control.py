@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,12 +11,16 @@ from nft_megatron.weights.hf_reader import HFReader
 
 
 class FakeServer:
-    """In this process. ``status`` and ``delay`` map a route to what is wrong with it; ``calls`` lists the routes called."""
+    """In this process. ``status`` maps a route to what is wrong with it; ``calls`` lists the routes called.
+
+    A call of a route in ``silent`` waits for an answer until :meth:`speak`; ``num_waiting`` says how many do.
+    """
 
     def __init__(self, key="secret"):
         self.key, self.label, self.fingerprint = key, "default", "none"
         self.paused, self.cache_is_old = False, False
-        self.status, self.delay, self.calls = {}, {}, []
+        self.status, self.calls = {}, []
+        self.silent, self.num_waiting, self._changed = set(), 0, threading.Condition()
         self.tampered = self.misheld = self.broken = False
         self.logprob = -1.0
         self.prompt_logprobs = True
@@ -45,11 +48,22 @@ class FakeServer:
         """As a process does that died and was started again: the first weights, nothing else."""
         self.label, self.fingerprint, self.paused = "default", "none", False
 
+    def speak(self):
+        with self._changed:
+            self.silent = set()
+            self._changed.notify_all()
+
+    def _wait(self, name):
+        with self._changed:
+            self.num_waiting += 1
+            self._changed.wait_for(lambda: name not in self.silent)
+            self.num_waiting -= 1
+
     def answer(self, request):
         route = urlsplit(request.path).path
         body = json.loads(request.rfile.read(int(request.headers.get("content-length", 0))) or b"null")
         name = body["method"] if route == "/collective_rpc" else route
-        time.sleep(self.delay.get(name, 0.0))
+        self._wait(name)
         status = self.status.get(name, 200)
         if request.headers.get("authorization") != f"Bearer {self.key}":
             status = 401

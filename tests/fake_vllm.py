@@ -39,11 +39,13 @@ class Behaviour:
     """``fault`` strikes from the next event on: "drop" closes the connection, "stall" sends nothing more, "error" and
     "garbage" send what they say, "chunk" breaks HTTP and falls silent, "linger" never ends a stream that is whole, "abort" ends
     answers so, "refuse" and "fail" answer 400 and 500, "hide" leaves the weights' versions out, "nan" has no log-prob, "repeat"
-    sends a finished answer again. ``only_seed``: for sub-requests with this seed alone.
+    sends a finished answer again. ``only_seed``: for sub-requests with this seed alone. ``hold``: after this many tokens a
+    sub-request gets no more until this is raised; negative: no end. ``seen`` counts those that are held now.
     """
 
     version: str = "0"
     token_seconds: float = 0.0
+    hold: int = -1
     fault: str = ""
     only_seed: int = -1
     reordered: bool = False  # the same JSON with other spaces and order
@@ -75,14 +77,14 @@ class FakeServer:
                 lines = head.decode().lower().split("\r\n")
                 size = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
                 body = await reader.readexactly(size)
-                await self.respond(lines[0].split()[1], body, writer)
+                await self.respond(lines[0].split()[1], body, reader, writer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
 
-    async def respond(self, path, body, writer):
+    async def respond(self, path, body, reader, writer):
         if path == "/behave":
             self.behaviour = Behaviour(**json.loads(body))
             return self.reply(writer, "200 OK", b"{}")
@@ -91,6 +93,7 @@ class FakeServer:
         asked = json.loads(body)
         self.seen["requests"] += 1
         self.seen["answers"] += asked["sampling_params"]["n"]
+        self.seen[f"of {asked['sampling_params']['max_tokens']} tokens"] += 1
         self.seen["open"] += 1
         self.seen["most_open"] = max(self.seen["most_open"], self.seen["open"])
         try:
@@ -98,7 +101,7 @@ class FakeServer:
                 return self.reply(writer, "400 Bad Request", b'{"error":"too long"}')
             if self.fault(asked) == "fail":
                 return self.reply(writer, "500 Internal Server Error", b'{"error":"dead"}')
-            return await self.stream(asked, writer)
+            return await self.stream(asked, reader, writer)
         except ConnectionError:
             self.seen["broken_off"] += 1
             raise
@@ -112,7 +115,18 @@ class FakeServer:
         concerned = self.behaviour.only_seed in (-1, asked["sampling_params"]["seed"])
         return self.behaviour.fault if concerned else ""
 
-    async def stream(self, asked, writer):
+    async def held(self, num_tokens, reader):
+        """While no more than ``num_tokens`` may be sent; raises once nobody listens any more."""
+        self.seen["held"] += 1
+        try:
+            while 0 <= self.behaviour.hold <= num_tokens:
+                if reader.at_eof():
+                    raise ConnectionError
+                await asyncio.sleep(0.02)
+        finally:
+            self.seen["held"] -= 1
+
+    async def stream(self, asked, reader, writer):
         """All answers advance together: a token at first, then ``stream_interval`` at a time."""
         parameters = asked["sampling_params"]
         answers = [expected_answer(parameters["seed"] + i, parameters["max_tokens"]) for i in range(parameters["n"])]
@@ -120,6 +134,8 @@ class FakeServer:
         begin, end = 0, 1
         first_version = self.behaviour.version
         while any(begin < len(tokens) for tokens, *_ in answers):
+            if 0 <= self.behaviour.hold <= begin:
+                await self.held(begin, reader)
             await asyncio.sleep((end - begin) * self.behaviour.token_seconds)
             for index, (tokens, _, reason) in enumerate(answers):
                 if begin >= len(tokens):
@@ -198,14 +214,14 @@ class Process:
         for name, value in changes.items():
             assert name in {field.name for field in fields(Behaviour)}
             setattr(self.behaviour, name, value)
-        httpx.post(f"{self.url}/behave", json=asdict(self.behaviour), timeout=10, trust_env=False)
+        httpx.post(f"{self.url}/behave", json=asdict(self.behaviour), timeout=60, trust_env=False)
 
     def label(self, version):
         self.behave(version=str(version))
 
     @property
     def seen(self):
-        return Counter(httpx.get(f"{self.url}/seen", timeout=10, trust_env=False).json())
+        return Counter(httpx.get(f"{self.url}/seen", timeout=60, trust_env=False).json())
 
     def kill(self):
         self.process.kill()

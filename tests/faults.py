@@ -2,11 +2,12 @@
 
 import itertools
 import os
-import time
 from pathlib import Path
 from unittest import mock
 
+from dying import Dying
 from torch.distributed.checkpoint import FileSystemWriter
+from waiting import until
 
 from nft_megatron.base.rank_info import rank_info
 from nft_megatron.cli.main import main
@@ -59,6 +60,16 @@ def train_in_environment(config: str, variables: dict[str, str]) -> None:
     main(["train", config])
 
 
+def train_dying(config: str, root: str, moment: int, counted: str) -> None:
+    """``nft-megatron train`` that is killed at its operation ``moment`` on what is below ``root``.
+
+    0: never, and ``counted`` gets their number.
+    """
+    dying = Dying(root, moment)
+    main(["train", config])
+    Path(counted).write_text(str(dying.count))
+
+
 def train_with_slow_writer(config: str, continue_file: str, fault: dict[str, int]) -> None:
     """``nft-megatron train`` that writes no shard of step 2 before the file ``continue_file`` is there.
 
@@ -70,10 +81,8 @@ def train_with_slow_writer(config: str, continue_file: str, fault: dict[str, int
     def slow(self, plan, planner):
         step = int(Path(self.fs.concat_path(self.path, "")).name.rpartition("_")[2])
         wait_for_file = step == 2 or "broken_update" in fault
-        limit = time.monotonic() + 60
-        while wait_for_file and not os.path.exists(continue_file):
-            assert time.monotonic() < limit
-            time.sleep(0.02)
+        if wait_for_file:
+            until(lambda: os.path.exists(continue_file))
         if (rank_info().rank, step) == (fault.get("rank"), fault.get("step")):
             raise OSError(fault["errno"], os.strerror(fault["errno"]))
         return write_data(self, plan, planner)

@@ -8,11 +8,11 @@ import threading
 class Proxy:
     """Forwards ``url`` to ``backend``, a port that may be changed at any time; ``pause()`` cuts, ``resume()`` mends.
 
-    ``at_first_bytes`` is called once, in the proxy's thread, when the backend has sent something, before it is passed on.
+    ``on_bytes`` is called, in the proxy's thread, whenever the backend has sent something, before it is passed on.
     """
 
-    def __init__(self, backend: int, at_first_bytes=None) -> None:
-        self.backend, self._at_first_bytes = backend, at_first_bytes
+    def __init__(self, backend: int, on_bytes=lambda: None) -> None:
+        self.backend, self._on_bytes = backend, on_bytes
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.url = self._run(self._open())
@@ -35,7 +35,7 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _open(self) -> str:
         self._flowing = asyncio.Event()
@@ -59,9 +59,9 @@ class Proxy:
     async def _copy(self, reader, writer, *, is_back=False):
         with contextlib.suppress(ConnectionError):
             while received := await reader.read(1 << 16):
-                if is_back and self._at_first_bytes:
-                    act, self._at_first_bytes = self._at_first_bytes, None
-                    act()
+                if is_back:
+                    self._on_bytes()
+                    await asyncio.sleep(0)  # a pause that it has asked for holds these bytes too
                 await self._flowing.wait()
                 writer.write(received)
                 await writer.drain()

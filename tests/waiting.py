@@ -1,12 +1,26 @@
-"""Waiting for what happens in another thread or process, never for longer than it may take."""
+"""Waiting for what happens in another thread or process. A limit is there against hanging alone: no test asserts it."""
 
 import time
 
 
-def until(condition, seconds: float = 60.0, process=None) -> None:
-    """Return once ``condition()`` holds; it fails after ``seconds``, and when ``process`` ends before."""
+def until(condition, seconds: float = 120.0, process=None):
+    """Return the value of ``condition()`` once it is true; it fails after ``seconds``, and when ``process`` ends before."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"it did not happen within {seconds:g} s"
         assert process is None or process.is_running, "the process ended before it happened"
         time.sleep(0.02)
+    return value
+
+
+class Clock:
+    """In place of a module's ``time``: real time, to which a test adds what it doesn't want to wait for."""
+
+    sleep = staticmethod(time.sleep)
+    time = staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.added = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.added

@@ -14,7 +14,7 @@ from pathlib import Path
 from nft_megatron.base.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
-from nft_megatron.lifecycle.exit_report import ExitReport, write_if_responsive, phase_of, write_exit_report
+from nft_megatron.lifecycle.exit_report import ExitReport, phase_of, write_exit_report, write_if_responsive
 
 DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
 DISK_AWAY = dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN), "make sure that it can be reached")

@@ -66,7 +66,7 @@ def dump_yaml(tree: Any) -> str:
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False  # type: ignore
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore
     text = io.StringIO()
     yaml.dump(tree, text)
     return text.getvalue()

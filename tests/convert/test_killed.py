@@ -3,13 +3,12 @@
 import json
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from convert.conftest import tensors_of
-from convert_worker import convert_slowly
+from convert_worker import convert_dying
 from launcher import Ranks
 from tiny_families import FAMILIES, SIZES
 from torch.distributed.checkpoint import FileSystemReader
@@ -46,17 +45,6 @@ def copied(monkeypatch) -> list[str]:
     return names
 
 
-def start(direction: str, source: Path, final: Path) -> tuple[Ranks, float]:
-    """A conversion in a process of its own, and when it began."""
-    begun = final.parent / f"{final.name} has begun"
-    process = Ranks(convert_slowly, (direction, source, final, begun), 1, final.parent)
-    deadline = time.monotonic() + 60
-    while not begun.exists():
-        assert time.monotonic() < deadline and process.is_running
-        time.sleep(0.001)
-    return process, time.monotonic()
-
-
 def assert_nobody_reads(folder: Path) -> None:
     """Neither transformers, nor torch.distributed.checkpoint under Megatron-Core's load, nor a training start, nor check."""
     with pytest.raises((OSError, ValueError)):
@@ -82,22 +70,23 @@ def same(folder: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_killed_at_any_moment(ends, tmp_path: Path, copied, direction: str):
-    source = ends["source"] if direction == "to-megatron" else ends["to-megatron"]
-    process, begin = start(direction, source, tmp_path / "undisturbed")
-    assert process.wait().returncode == 0
-    duration = time.monotonic() - begin
+    source, counted = ends["source"] if direction == "to-megatron" else ends["to-megatron"], tmp_path / "counted"
+
+    def convert(final: Path, moment: int = 0) -> int:
+        """In a process of its own; its exit code."""
+        return Ranks(convert_dying, (direction, source, final, moment, counted), 1, tmp_path).wait(600).returncode
+
+    assert convert(tmp_path / "undisturbed") == 0
+    num_operations = int(counted.read_text())
     assert same(tmp_path / "undisturbed", ends[direction])
     random_moments = random.Random(direction)
     num_tensors, part_done = len(tensors_of(ends["source"])), 0
     for number in range(NUM_KILLS):
         final = tmp_path / f"killed {number}"
         partial, journal = tmp_path / f"{final.name}.partial", tmp_path / f"{final.name}.partial" / "journal.jsonl"
-        process, begin = start(direction, source, final)
-        moment = duration * (number + random_moments.random()) / NUM_KILLS
-        time.sleep(max(0.0, begin + moment - time.monotonic()))
-        process.signal(signal.SIGKILL)
-        process.processes[0].join(60)
-        if final.exists():  # it was faster than the first
+        moment = 1 + int(num_operations * (number + random_moments.random()) / NUM_KILLS)
+        assert convert(final, moment) == -signal.SIGKILL
+        if final.exists():  # it had its name already
             assert same(final, ends[direction])
             continue
         assert_nobody_reads(final)

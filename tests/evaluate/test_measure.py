@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bench_data import BENCH, recorded
 from own_questions import write_benchmarks
+from waiting import until
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt
@@ -135,12 +135,9 @@ def test_killed_and_started_again_it_ends_with_the_same_answers(model, sums, sta
     assert len(answers(whole)) == 19 * 100
 
     run = start(*arguments, broken)
-    deadline = time.monotonic() + 100
-    while not (first := list(broken.rglob("part_*.parquet"))) and run.is_running and time.monotonic() < deadline:
-        time.sleep(0.005)
+    first = until(lambda: list(broken.rglob("part_*.parquet")), process=run)
     run.signal(signal.SIGKILL)
     run.wait()
-    assert first
     kept = {path: path.stat().st_mtime_ns for path in first}
 
     again = command(*arguments, broken)

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
 
 import pytest
@@ -12,6 +11,7 @@ from faults import train_with_broken_update
 from launcher import Ranks
 from waiting import until
 
+from nft_megatron.base import run_folder
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
 from nft_megatron.lifecycle import exit_report
 from nft_megatron.lifecycle.exit_report import ExitReport, read_exit_reports, write_exit_report
@@ -23,7 +23,7 @@ def wait_for_a_step(process, run, count: int = 1) -> None:
 
 
 def test_every_rank_says_that_it_stopped_early_and_the_next_start_forgets_it(run_config, start, command, tmp_path):
-    config, run, begin = run_config(train={"num_steps": 500}), tmp_path / "run", time.time()
+    config, run, begin = run_config(train={"num_steps": 1_000_000}), tmp_path / "run", time.time()
     process = start("train", config, ranks=2)
     wait_for_a_step(process, run)
     process.signal(signal.SIGTERM)
@@ -50,7 +50,7 @@ def test_wrong_input_and_an_interruption(run_config, start, command, tmp_path):
     assert command("train", run_config(), "train.num_steps=1").returncode == 2
     (end,) = read_exit_reports(tmp_path / "run")
     assert end.code == 2 and "has already finished 2 steps" in end.message and end.phase == "setup"
-    process = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}))
+    process = start("train", run_config(train={"num_steps": 1_000_000}, checkpoint={"every": 1000}))
     wait_for_a_step(process, tmp_path / "run", 3)
     process.signal(signal.SIGINT)
     process.signal(signal.SIGINT)
@@ -66,19 +66,19 @@ def test_a_fault_names_its_phase(run_config, tmp_path):
 
 
 def test_who_is_kept_out_leaves_nothing_in_the_folder_of_another(run_config, start, command, tmp_path):
-    config = run_config(train={"num_steps": 500})
+    config = run_config(train={"num_steps": 1_000_000})
     process = start("train", config)
     wait_for_a_step(process, tmp_path / "run")
     assert command("train", config).returncode == 2
     assert process.is_running and read_exit_reports(tmp_path / "run") == []
 
 
-def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path):
+def test_an_attempt_waits_for_the_lock_of_the_one_before(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     held = folder.open()
-    release = threading.Timer(0.3, held.close)
-    release.start()
-    folder.open(wait_seconds=30.0).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.time, "sleep", lambda _: held.close())  # while it waits
+        folder.open(wait_seconds=30.0).close()
     assert held.closed
     with folder.open(), pytest.raises(RunFolderTakenError):
         folder.open(wait_seconds=0.1)

@@ -140,7 +140,7 @@ def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, met
 
 
 def test_a_stop_request_waits_for_what_is_being_written(run_config, command, metrics_of, tmp_path):
-    config, run = run_config(train={"num_steps": 50}, checkpoint={"every": 2}), tmp_path / "run"
+    config, run = run_config(train={"num_steps": 1_000_000}, checkpoint={"every": 2}), tmp_path / "run"
     process = start_slow(config, tmp_path, "first")
     until(lambda: len(rows(run)) >= 3, process=process)
     (run / "stop").touch()

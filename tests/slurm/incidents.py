@@ -22,7 +22,7 @@ def preemption(run):
     other = run.lab.submit(
         "--partition=high", f"--nodes={len(run.lab.nodes)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
     )
-    run.lab.wait_state(other, "COMPLETED", seconds=90)
+    run.lab.wait_state(other, "COMPLETED")
 
 
 def first_node_lost(run):
@@ -40,7 +40,7 @@ def _lose(run, node):
     run.lab.kill_node(node)
     run.lab.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")  # in place of SlurmdTimeout
     try:
-        run.wait(lambda: run.attempts[-1].number > attempt or run.folder.end(), 120, "no new attempt after a lost node")
+        run.wait(lambda: run.attempts[-1].number > attempt or run.folder.end(), "no new attempt after a lost node")
     finally:
         run.lab.restore_node(node)
 
@@ -90,7 +90,7 @@ def disk_full(run):
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             while file.write(bytes(1 << 20)):
                 pass
-        run.wait(lambda: _trainers_gone(run, attempt), 120, "nobody noticed that the disk is full")
+        run.wait(lambda: _trainers_gone(run, attempt), "nobody noticed that the disk is full")
     finally:
         ballast.unlink()
 
@@ -124,7 +124,7 @@ class _newest_checkpoint:
 
 def rank_process(run, rank) -> int:
     """The process of a rank of the running attempt, waited for if it is about to start."""
-    return run.wait(lambda: _find_rank(run, rank), 60, f"no process of rank {rank}")
+    return run.wait(lambda: _find_rank(run, rank), f"no process of rank {rank}")
 
 
 def _find_rank(run, rank) -> int | None:

@@ -4,7 +4,7 @@
 
     with Lab() as lab:
         job = lab.submit("--nodes=2", "--requeue", "--wrap=srun sleep 60")
-        lab.wait_state(job, "RUNNING", seconds=10)
+        lab.wait_state(job, "RUNNING")
         lab.kill_node("n1")
 
 It takes root and Debian's slurmctld, slurmd, slurm-client and munge; :func:`missing` says what isn't there. Nodes are named
@@ -91,7 +91,7 @@ class Lab:
     def __exit__(self, *exception: object) -> None:
         assert self._guard.stdin is not None
         self._guard.stdin.close()
-        self._guard.wait(timeout=30)
+        self._guard.wait(timeout=120)
 
     def _start(self) -> None:
         folder, num_nodes = self.folder, len(self.nodes)
@@ -115,11 +115,11 @@ class Lab:
         (folder / "munge.key").write_bytes(os.urandom(128))
         options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._begin("munged", "--foreground", "--force", *(f"--{o}={folder}/munge.{name}" for o, name in options.items()))
-        self._wait("munged has opened no socket", 10, lambda: (folder / "munge.socket").exists())
+        self._wait("munged has opened no socket", 120, lambda: (folder / "munge.socket").exists())
         self._begin("slurmctld", "-D")
         for node in self.nodes:
             self._begin("slurmd", "-D", "-N", node, node=node)
-        self._wait("some node did not come up", 30, lambda: set(self._states().values()) == {"idle"})
+        self._wait("some node did not come up", 120, lambda: set(self._states().values()) == {"idle"})
 
     def _begin(self, *command: str, node: str = "") -> None:
         assert self._guard.stdin is not None
@@ -142,7 +142,7 @@ class Lab:
         return dict(row.split() for row in rows if row)
 
     def run(
-        self, *command: object, check: bool = True, timeout: float = 30.0, **settings: object
+        self, *command: object, check: bool = True, timeout: float = 120.0, **settings: object
     ) -> subprocess.CompletedProcess:
         """``command`` with the lab's Slurm, its output as text. A failure raises with what it wrote."""
         arguments = [str(argument) for argument in command]
@@ -163,7 +163,7 @@ class Lab:
         """What ``scontrol show node`` tells of it, by field."""
         return fields(self.run("scontrol", "show", "node", "-o", node).stdout)
 
-    def wait_state(self, job: object, states: str | tuple[str, ...], seconds: float) -> dict[str, str]:
+    def wait_state(self, job: object, states: str | tuple[str, ...], seconds: float = 240.0) -> dict[str, str]:
         """:meth:`job` as soon as its ``JobState`` is one of ``states``.
 
         Raises TimeoutError with the state it is in after ``seconds``.
@@ -173,7 +173,7 @@ class Lab:
         while (now := self.job(job))["JobState"] not in wanted:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {now['JobState']} ({now['Reason']}) after {seconds:g} s, not {wanted}: {now}")
-            time.sleep(0.1)
+            time.sleep(0.05)
         return now
 
     def kill_node(self, node: str) -> None:
@@ -186,14 +186,14 @@ class Lab:
         assert slurmds, f"{node} has no slurmd"
         for group in (slurmds, daemons - slurmds, tasks):
             kill(group)
-        self._wait(f"{node} is not dead", 10, lambda: not (daemons | tasks) & descendants(self._guard.pid))
+        self._wait(f"{node} is not dead", 120, lambda: not (daemons | tasks) & descendants(self._guard.pid))
 
     def restore_node(self, node: str) -> None:
         """Back from :meth:`kill_node` or :meth:`drain`, and idle or busy again when this returns."""
         if not any(program(p) == "slurmd" and variable(p, "LAB_NODE") == node for p in descendants(self._guard.pid)):
             self._begin("slurmd", "-D", "-N", node, node=node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # fails where it is not needed
-        self._wait(f"{node} did not come back", 30, lambda: self._states()[node] in ("idle", "alloc", "mix"))
+        self._wait(f"{node} did not come back", 120, lambda: self._states()[node] in ("idle", "alloc", "mix"))
 
     def drain(self, node: str, reason: str = "test") -> None:
         """No new job on ``node``; what runs there continues."""
@@ -205,7 +205,7 @@ class Lab:
         self.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
         for node in self.nodes:
             self.restore_node(node)
-        self._wait("some job does not end", 60, lambda: set(self._states().values()) == {"idle"})
+        self._wait("some job does not end", 120, lambda: set(self._states().values()) == {"idle"})
 
 
 def fields(line: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ class SlurmRun:
 
     def command(self, *arguments, check=True):
         """``nft-megatron slurm …`` in the lab."""
-        return self.lab.run(sys.executable, "-m", "nft_megatron", "slurm", *arguments, check=check, timeout=120)
+        return self.lab.run(sys.executable, "-m", "nft_megatron", "slurm", *arguments, check=check, timeout=240)
 
     def submit(self, *overrides) -> str:
         self.command("submit", self.config, *overrides)
@@ -34,22 +34,22 @@ class SlurmRun:
     def attempts(self):
         return self.folder.attempts()
 
-    def wait(self, condition, seconds, what):
+    def wait(self, condition, what, seconds=300):
         """Until ``condition()`` holds, whose value it returns; on the way out of time everything that is known is raised."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what} after {seconds:g} s\n{self.known()}")
-            time.sleep(0.2)
+            time.sleep(0.05)
         return value
 
-    def wait_step(self, step, seconds=120):
+    def wait_step(self, step, seconds=300):
         """Until the row of ``step`` is written."""
-        self.wait(lambda: len(self.rows()) >= step, seconds, f"no step {step}")
+        self.wait(lambda: len(self.rows()) >= step, f"no step {step}", seconds)
 
-    def wait_end(self, seconds=240) -> str:
+    def wait_end(self, seconds=600) -> str:
         """``finished``, ``fatal`` or ``stopped``."""
-        name, _ = self.wait(self.folder.end, seconds, "no end")
+        name, _ = self.wait(self.folder.end, "no end", seconds)
         return name
 
     def rows(self) -> list[dict]:

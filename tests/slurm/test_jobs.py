@@ -9,24 +9,27 @@ from pathlib import Path
 import pytest
 from slurm.lab import Lab
 
+from nft_megatron.cli.main import main
+
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @contextlib.contextmanager
 def busy(lab):
     """All nodes taken by somebody else, so that what is submitted has to wait."""
-    other = lab.submit(f"--nodes={len(lab.nodes)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 300")
-    lab.wait_state(other, "RUNNING", seconds=20)
+    other = lab.submit(f"--nodes={len(lab.nodes)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 3600")
+    lab.wait_state(other, "RUNNING")
     yield
     lab.run("scancel", other)
 
 
 def test_a_bad_node_is_excluded_and_the_job_requeued_without_it(slurm_run):
+    """And what cannot be planned runs without a plan."""
     check = "test $SLURMD_NODENAME != n1 || { echo a fan is broken; false; }"
-    run = slurm_run(train={"num_steps": 1}, slurm={"preflight": True, "preflight_seconds": 60.0, "preflight_command": check})
-    run.submit()
+    run = slurm_run(train={"num_steps": 1}, slurm={"preflight": True, "preflight_seconds": 300.0, "preflight_command": check})
+    run.submit("cluster.gpu=abacus", "slurm.plan=false")
     assert run.wait_end() == "finished"
     assert run.folder.excluded() == {"n1": "n1: slurm.preflight_command exited with 1: a fan is broken"}
     first, last = run.attempts
@@ -41,7 +44,7 @@ def test_a_wrong_input_ends_the_run_at_once(slurm_run):
         run.submit()
         config = run.folder.config
         config.write_text(config.read_text().replace("learning_rate", "learning_rat"))
-    job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
+    job = run.lab.wait_state(run.job_id, "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
     assert "optimizer.learning_rat" in next(run.root.glob("slurm/job_*.log")).read_text()
 
@@ -53,17 +56,18 @@ def test_a_wrong_input_that_only_the_trainers_find_is_fatal(slurm_run):
         text = run.folder.config.read_text()
         run.folder.config.write_text(text.replace("max_prompt_tokens: 8", "max_prompt_tokens: 2"))
     assert run.wait_end() == "fatal"
-    job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
+    job = run.lab.wait_state(run.job_id, "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
     assert [attempt.kind for attempt in run.attempts] == ["wrong"]
     assert "data.max_prompt_tokens" in run.folder.end()[1]
 
 
+@pytest.mark.slow
 def test_a_crash_loop_is_given_up_with_its_cause(slurm_run):
     run = slurm_run(deadlines={"setup_seconds": 0.01}, slurm={"max_failures": 2})
     run.submit()
     assert run.wait_end() == "fatal"
-    job = run.lab.wait_state(run.job_id, "FAILED", seconds=60)
+    job = run.lab.wait_state(run.job_id, "FAILED")
     assert job["Restarts"] == "1"
     assert re.match(r"2 attempts in a row made no progress; the last one: .*phase setup", run.folder.end()[1])
     assert [attempt.kind for attempt in run.attempts] == ["failed", "failed"]
@@ -86,13 +90,13 @@ def test_what_people_ask_of_a_running_job(slurm_run):
 
     assert run.folder.run.latest_step() is None
     run.command("checkpoint", run.root)
-    run.wait(run.folder.run.latest_step, 30, "no checkpoint")
-    run.wait(lambda: not run.folder.run.save_request.exists(), 30, "the request stays")
+    run.wait(run.folder.run.latest_step, "no checkpoint")
+    run.wait(lambda: not run.folder.run.save_request.exists(), "the request stays")
     assert run.attempts[-1].kind is None
 
     run.command("stop", run.root)
     assert run.wait_end() == "stopped"
-    job = run.lab.wait_state(run.job_id, "COMPLETED", seconds=30)
+    job = run.lab.wait_state(run.job_id, "COMPLETED")
     assert job["Restarts"] == "0"
     assert run.folder.run.latest_step() == len(run.rows())
     assert "stopped" in run.command("status", run.root).stdout
@@ -105,10 +109,11 @@ def test_a_job_that_waits_is_taken_out_of_the_queue(slurm_run):
         run.submit()
         assert len(json.loads(run.command("status", run.root, "--json").stdout)["waiting"]) == 2
         run.command("stop", run.root)
-        assert run.wait_end(5) == "stopped"
+        assert run.wait_end() == "stopped"
         assert len(run.lab.run("squeue", "-h").stdout.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_rendered_script_may_be_given_to_sbatch_by_hand(slurm_run):
     run = slurm_run()
     script = run.command("render", run.config, "train.num_steps=2").stdout
@@ -119,12 +124,13 @@ def test_a_rendered_script_may_be_given_to_sbatch_by_hand(slurm_run):
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_chain_continues_where_requeueing_is_forbidden(slurm_run):
     run = slurm_run(train={"num_steps": 10_000}, slurm={"restart": "chain", "chain_jobs": 2})
     first = run.submit()
     run.wait_step(2)
     run.lab.run("scancel", "--signal=USR1", "--batch", first)
-    run.wait(lambda: run.job_id != first and run.attempts[-1].number == 2, 60, "the next job of the chain does not begin")
+    run.wait(lambda: run.job_id != first and run.attempts[-1].number == 2, "the next job of the chain does not begin")
     assert run.attempts[0].kind == "left"
     assert run.lab.job(first)["Restarts"] == "0"
     done = len(run.rows())
@@ -133,15 +139,14 @@ def test_a_chain_continues_where_requeueing_is_forbidden(slurm_run):
     assert run.wait_end() == "stopped"
 
 
+@pytest.mark.slow
 def test_the_time_limit_is_survived(slurm_run):
     run = slurm_run(train={"num_steps": 10_000}, slurm={"time": "2", "signal_seconds": 30}, deadlines={"leave_seconds": 5.0})
     run.submit()
-    run.wait(lambda: len(run.attempts) == 2, 200, "no second attempt")
+    run.wait(lambda: len(run.attempts) == 2, "no second attempt")
     first = run.attempts[0]
-    assert first.kind == "short"
-    assert 60 < first.ended - first.began < 120
-    done = run.folder.run.latest_step()
-    assert done == first.progress[0] > 0
+    assert first.kind == "short" and re.search("time limit is near|the end of its time", first.cause), first
+    done = first.progress[0]
     run.wait_step(done + 1)
     assert run.lab.job(run.job_id)["Restarts"] == "1"
     run.command("stop", run.root)
@@ -159,27 +164,25 @@ def test_the_time_limit_is_survived(slurm_run):
         (["cluster.trainer_nodes=5"], r"slurm = .*(unavailable|not available|invalid)"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_submitted(slurm_run, overrides, complaint):
+def test_what_cannot_run_is_refused_before_it_is_submitted(slurm_run, monkeypatch, capsys, overrides, complaint):
+    """In this process: six times nothing has to be imported."""
     run = slurm_run()
-    done = run.command("submit", run.config, *overrides, check=False)
-    assert done.returncode == 2
-    assert re.search(complaint, done.stderr, re.IGNORECASE | re.DOTALL), done.stderr
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, run.lab.env[name])
+    with pytest.raises(SystemExit) as end:
+        main(["slurm", "submit", str(run.config), *overrides])
+    assert end.value.code == 2
+    assert re.search(complaint, capsys.readouterr().err, re.IGNORECASE | re.DOTALL)
     assert run.lab.run("squeue", "-h").stdout == ""
 
 
-def test_what_cannot_be_planned_runs_without_a_plan(slurm_run):
-    run = slurm_run()
-    run.submit("cluster.gpu=abacus", "slurm.plan=false", "train.num_steps=1")
-    assert run.wait_end() == "finished"
-
-
-@pytest.mark.parametrize("nodes", [8, 16])
-def test_the_32b_job_is_read_without_complaint(slurm_installed, nodes, tmp_path):
+def test_the_32b_job_is_read_without_complaint(slurm_installed, tmp_path):
     with Lab(32) as lab:
-        config = ROOT / "examples/qwen2.5-32b-16k/config.yaml"
-        both = [f"cluster.trainer_nodes={nodes}", f"cluster.rollout_nodes={nodes}", f"run_dir={tmp_path}"]
-        script = lab.run(sys.executable, "-m", "nft_megatron", "slurm", "render", config, *both).stdout
-        assert f"#SBATCH --nodes={2 * nodes}\n" in script
-        (tmp_path / "job.sh").write_text(script)
-        answer = lab.run("sbatch", "--test-only", tmp_path / "job.sh")
-        assert re.search(rf"to start at .* using {2 * nodes * 128} processors on nodes", answer.stderr), answer.stderr
+        for nodes in (8, 16):
+            config = ROOT / "examples/qwen2.5-32b-16k/config.yaml"
+            both = [f"cluster.trainer_nodes={nodes}", f"cluster.rollout_nodes={nodes}", f"run_dir={tmp_path}"]
+            script = lab.run(sys.executable, "-m", "nft_megatron", "slurm", "render", config, *both).stdout
+            assert f"#SBATCH --nodes={2 * nodes}\n" in script
+            (tmp_path / "job.sh").write_text(script)
+            answer = lab.run("sbatch", "--test-only", tmp_path / "job.sh")
+            assert re.search(rf"to start at .* using {2 * nodes * 128} processors on nodes", answer.stderr), answer.stderr

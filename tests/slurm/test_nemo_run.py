@@ -33,11 +33,12 @@ def test_its_examples_hold():
     assert doctest.testmod(recipe()) == (0, 1)
 
 
+@pytest.mark.slow
 @needs_nemo_run
 def test_a_run_is_requeued_and_continues(slurm_run):
     settings = {"account": "us", "python": sys.executable, "sbatch": ["--comment=ours"], "signal_seconds": 120}
-    run = slurm_run(slurm=settings, train={"num_steps": 200})
-    assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=180).stdout
+    run = slurm_run(slurm=settings, train={"num_steps": 10_000})
+    assert "submitted job" in run.lab.run(PYTHON, RECIPE, run.config, timeout=240).stdout
     job, name_of_job = run.lab.job(run.job_id), job_name(load_config(run.config))
     assert {name: job[name] for name in ("JobName", "Account", "Comment", "NumNodes", "TimeLimit", "Requeue")} == {
         "JobName": name_of_job,
@@ -49,14 +50,14 @@ def test_a_run_is_requeued_and_continues(slurm_run):
     }
     run.wait_step(2)
     run.lab.run("scancel", "--signal=USR1", run.job_id)
-    run.wait(lambda: len(run.attempts) == 2, 120, "no second attempt")
+    run.wait(lambda: len(run.attempts) == 2, "no second attempt")
     assert run.attempts[0].kind == "left"
     first_log = (run.root / f"slurm/log-{name_of_job}_{run.job_id}_0.out").read_text()
     assert first_log.startswith("WARNING: attempt 1 on n1 n2\n"), first_log
     run.wait_step(len(run.rows()) + 1)
     run.command("stop", run.root)
     assert run.wait_end() == "stopped"
-    job = run.lab.wait_state(run.job_id, ("COMPLETED", "FAILED"), seconds=30)
+    job = run.lab.wait_state(run.job_id, ("COMPLETED", "FAILED"))
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
     assert [row["step"] for row in run.rows()] == list(range(1, len(run.rows()) + 1))
 
@@ -64,7 +65,7 @@ def test_a_run_is_requeued_and_continues(slurm_run):
 @needs_nemo_run
 def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
     run = slurm_run(slurm={"account": "us", "python": sys.executable, "setup": ["module load cuda"]})
-    printed = run.lab.run(PYTHON, RECIPE, run.config, "slurm.time=2:00:00", "--dry-run", timeout=180).stdout
+    printed = run.lab.run(PYTHON, RECIPE, run.config, "slurm.time=2:00:00", "--dry-run", timeout=240).stdout
     for line in ("#SBATCH --time=2:00:00", "#SBATCH --signal=USR1@600", "#SBATCH --dependency=singleton", "module load cuda"):
         assert re.search(rf"^\s*{re.escape(line)}\s*$", printed, re.MULTILINE), line
     assert run.lab.run("squeue", "-h").stdout == ""

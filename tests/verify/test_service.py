@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import get_args
@@ -18,7 +18,7 @@ from waiting import until
 from nft_megatron.config.schema import VerifyConfig
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import reason_of
-from nft_megatron.verify.service import Verifier
+from nft_megatron.verify.service import Verifier, Worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
@@ -49,11 +49,13 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
-def kill_workers() -> bool:
-    for pid in workers_of(os.getpid()):
+def kill_workers() -> set[int]:
+    """Those that it killed."""
+    pids = set(workers_of(os.getpid()))
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return True
+    return pids
 
 
 @pytest.fixture(scope="module")
@@ -166,61 +168,65 @@ def test_hard_limit_kills_and_replaces_the_worker() -> None:
         verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
         assert (verdict.label, verdict.reason) == ("unknown", "hard limit")
         assert verdict.seconds >= 0.8, "a fifth is kept for the killing"
-        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
+        # The successor has one second too: on a machine that is busier than that it is asked again.
+        until(lambda: verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct")
 
 
 def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
     with Verifier(PATIENT) as verifier:
         assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
-        futures = []
+        futures, killed = [], set()
         for _ in range(2):
             futures.append(verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop"))
-            until(lambda: kill_workers() and futures[-1].done())
+            until(lambda: killed.update(kill_workers()) or futures[-1].done())
             assert futures[-1].result().label == "unknown"
             assert futures[-1].result().reason == "worker died: exit code -9"
         assert futures[0] is not futures[1], "an unknown verdict is not remembered"
-        time.sleep(0.3)  # until all that were killed are gone
+        until(lambda: not killed & set(workers_of(os.getpid())))
         assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
 
 
-def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed() -> None:
-    """One task in twenty loses its worker and is retried; a task that loses two is unknown; none gets another's verdict."""
-    golds = [(rf"\boxed{{\sqrt[2]{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in range(2, 202)]
-    expected = ["correct" if n % 3 else "wrong" for n in range(2, 202)]
-    is_over = threading.Event()
-    num_judged = 0
+def test_every_verdict_arrives_once_and_in_its_place_while_workers_are_killed(monkeypatch) -> None:
+    """A task that loses its worker is tried again; one that loses two is unknown; nobody gets another's verdict."""
+    numbers = range(2, 202)
+    golds = [(rf"\boxed{{\sqrt[2]{{{n * n}}}}}", str(n if n % 3 else n + 1), "stop") for n in numbers]
+    expected = ["unknown" if n % 50 == 7 else "correct" if n % 3 else "wrong" for n in numbers]
+    kills = {n * n: 2 if n % 50 == 7 else 1 for n in numbers if n % 50 == 7 or n % 20 == 5}
+    exchange = Worker._exchange
 
-    def kill_now_and_then() -> None:
-        killed = 0
-        while not is_over.wait(0.02):
-            if num_judged > 20 * killed and (pids := workers_of(os.getpid())):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pids[killed % len(pids)], signal.SIGKILL)
-                killed += 1
+    def dying(worker: Worker, request: bytes, seconds: float) -> bytes:
+        square = int(re.search(rb"\{(\d+)\}", request).group(1)) if request else 0
+        if not kills.get(square):
+            return exchange(worker, request, seconds)
+        kills[square] -= 1
+        worker.process.send_signal(signal.SIGSTOP)  # so that it dies with the task
+        worker._socket.sendall(request)
+        worker.process.kill()
+        return exchange(worker, b"", seconds)
 
-    killer = threading.Thread(target=kill_now_and_then)
+    monkeypatch.setattr(Worker, "_exchange", dying)
     with Verifier(VerifyConfig(workers=2, soft_seconds=600.0, hard_seconds=600.0)) as verifier:
-        killer.start()
-        verdicts = []
-        for verdict in verifier.verify_many(golds):
-            verdicts.append(verdict)
-            num_judged += 1
-        is_over.set()
-        killer.join()
-    assert len(verdicts) == 200
-    assert all(v.label in (label, "unknown") for v, label in zip(verdicts, expected, strict=True))
-    assert sum(v.label == "unknown" for v in verdicts) <= 4
-    assert {reason_of(v) for v in verdicts if v.label == "unknown"} <= {"worker died"}
+        verdicts = list(verifier.verify_many(golds))
+    assert [verdict.label for verdict in verdicts] == expected
+    assert {reason_of(verdict) for verdict in verdicts if verdict.label == "unknown"} == {"worker died"}
+    assert not any(kills.values())
 
 
-def test_a_task_whose_worker_is_killed_is_tried_again() -> None:
+def test_a_task_whose_worker_is_killed_is_tried_again(monkeypatch) -> None:
+    sent, exchange = [], Worker._exchange
+
+    def noted(worker: Worker, request: bytes, seconds: float) -> bytes:
+        sent.append(request)
+        return exchange(worker, request, seconds)
+
+    monkeypatch.setattr(Worker, "_exchange", noted)
     with Verifier(PATIENT) as verifier:
         assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(60).label == "correct"
         until(lambda: len(workers_of(os.getpid())) >= 2)  # the worker and its spare
         first = min(workers_of(os.getpid()))
         os.kill(first, signal.SIGSTOP)  # so that the task is with it for sure when it dies
         future = verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop")
-        time.sleep(0.2)
+        until(lambda: any(b"sqrt{9}" in request for request in sent))
         os.kill(first, signal.SIGKILL)
         assert future.result(60).label == "correct"
 
@@ -281,7 +287,7 @@ def test_close_answers_everybody_and_leaves_nobody() -> None:
     until(lambda: bool(set(workers_of(os.getpid())) - before))
     verifier.close()
     verifier.close()
-    assert [future.result(1).label for future in futures] == ["unknown"] * 5
+    assert [future.result(60).label for future in futures] == ["unknown"] * 5
     assert set(workers_of(os.getpid())) <= before
     with pytest.raises(RuntimeError, match="closed"):
         verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop")

@@ -23,7 +23,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def healthy(server):
-    server.behave(version="0", token_seconds=0.0, fault="", only_seed=-1, reordered=False)
+    server.behave(version="0", fault="", only_seed=-1, reordered=False)
 
 
 def ask(server, *, seed=5, num_answers=4, max_tokens=600):

@@ -1,20 +1,21 @@
 """The engine over servers without a model, which answer by seed and fail on demand: every answer once, and the right one."""
 
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
 from transformers import Qwen2Config
-from waiting import until
+from waiting import Clock, until
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import request_loop
 from nft_megatron.rollout.fleet.engine import FleetEngine
+from nft_megatron.rollout.fleet.request_loop import RequestLoop
 
 MAX_TOKENS = 400
 
@@ -30,8 +31,25 @@ def processes():
 @pytest.fixture
 def servers(processes):
     for server in processes:
-        server.behave(version="0", token_seconds=0.0, fault="", only_seed=-1)
+        server.behave(version="0", hold=-1, fault="", only_seed=-1)
     return processes
+
+
+@pytest.fixture
+def background():
+    """A thread to call from, whose result is a future."""
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def behave(servers, **changes):
+    for server in servers:
+        server.behave(**changes)
+
+
+def seen(servers, what):
+    """The sum over ``servers``."""
+    return sum(server.seen[what] for server in servers)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +73,7 @@ def folder(tmp_path_factory):
 @contextmanager
 def opened(folder, servers, version=3, **options):
     fleet = StaticFleet(servers)
-    engine = FleetEngine(fleet, folder, **{"silence_seconds": 5.0, "servers_seconds": 5.0, **options})
+    engine = FleetEngine(fleet, folder, **{"silence_seconds": 600.0, "servers_seconds": 120.0, **options})
     try:
         if version is not None:
             assert engine.load([], version) == f"fingerprint {version}"
@@ -97,57 +115,57 @@ def test_every_answer_once_and_from_both_servers(folder, servers):
     assert 0 < usage.servers["s0"].busy_seconds <= usage.seconds and usage.servers["s1"].mean_queue > 0
 
 
-def test_two_calls_at_once(folder, servers):
+def test_two_calls_at_once(folder, servers, background):
     first, second = make_requests(), make_requests(first=5, answers=3)  # ids overlap: each call has its own
+    behave(servers, hold=1)
     with opened(folder, servers) as (engine, _):
-        got = []
-        thread = threading.Thread(target=lambda: got.extend(engine.generate(second, Sampling(max_tokens=77))))
-        thread.start()
-        check(list(engine.generate(first, Sampling(max_tokens=MAX_TOKENS))), first)
-        thread.join(30)
-        check(got, second, max_tokens=77)
+        calls = [
+            background.submit(list, engine.generate(requests, Sampling(max_tokens=length)))
+            for requests, length in ((first, MAX_TOKENS), (second, 77))
+        ]
+        until(lambda: all(seen(servers, f"of {length} tokens") for length in (MAX_TOKENS, 77)))
+        behave(servers, hold=-1)
+        check(calls[0].result(), first)
+        check(calls[1].result(), second, max_tokens=77)
 
 
-def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers):
-    for server in servers:
-        server.behave(token_seconds=0.001)
+def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers, background):
+    """Half of the answers are short enough to be finished; the others are held until somebody has hung up."""
+    behave(servers, hold=2000)
     requests = make_requests(num=6, answers=8)
-    broken_off = sum(server.seen["broken_off"] for server in servers)
+    broken_off = seen(servers, "broken_off")
     given_up: set[int] = set()
     with opened(folder, servers) as (engine, _):
-        after = []
-        for completion in engine.generate(requests, Sampling(max_tokens=4000), given_up):
-            if given_up:
-                after.append(completion)
-            else:
-                given_up |= {completion.request_id, (completion.request_id + 1) % 6}
-        assert {c.request_id for c in after} == set(range(6)) - given_up
+        answers = engine.generate(requests, Sampling(max_tokens=4000), given_up)
+        first = next(answers)
+        given_up |= {first.request_id, (first.request_id + 1) % 6}
+        after = background.submit(list, answers)
+        until(lambda: seen(servers, "broken_off") > broken_off)
+        behave(servers, hold=-1)
+        assert {c.request_id for c in after.result()} == set(range(6)) - given_up
         usage = engine.take_metrics().total
     assert usage.wasted_tokens > 0
-    assert usage.tokens >= usage.wasted_tokens + sum(len(c.tokens) for c in after)
+    assert usage.tokens >= usage.wasted_tokens + sum(len(c.tokens) for c in after.result())
     assert_idle(servers)
-    assert sum(server.seen["broken_off"] for server in servers) > broken_off
 
 
 def assert_idle(servers):
     """Soon no server is generating anything."""
-    until(lambda: not any(server.seen["open"] for server in servers), 10.0)
+    until(lambda: not seen(servers, "open"))
 
 
 def test_giving_up_early_aborts_the_rest(folder, servers):
-    for server in servers:
-        server.behave(token_seconds=0.001)
+    behave(servers, hold=2000)
     requests = make_requests()
     with opened(folder, servers) as (engine, _):
         answers = engine.generate(requests, Sampling(max_tokens=4000))
         kept = [next(answers), next(answers)]
         answers.close()
         assert_idle(servers)
-        time.sleep(0.1)
+        until(lambda: not engine._asking._asked)
         usage = engine.take_metrics().total
         assert usage.wasted_tokens == usage.tokens - sum(len(c.tokens) for c in kept) > 0
-        for server in servers:
-            server.behave(token_seconds=0.0)
+        behave(servers, hold=-1)
         check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
 
 
@@ -162,12 +180,18 @@ def test_what_one_server_fails_the_other_answers(folder, servers, fault):
     assert {name for name, _ in fleet.reports} == ({"s0"} if fault != "abort" else set())
 
 
-def test_silence(folder, servers):
+def test_silence(folder, servers, background, monkeypatch):
+    """It counts once only the silent server has work left."""
+    monkeypatch.setattr(request_loop, "time", clock := Clock())
     requests = make_requests(num=8)
-    with opened(folder, servers, silence_seconds=3.0) as (engine, fleet):
+    with opened(folder, servers) as (engine, fleet):
         servers[0].behave(fault="stall")
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
-    assert {name for name, _ in fleet.reports} == {"s0"} and "sent nothing for 3 s" in fleet.reports[0][1]
+        answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        until(lambda: engine._asking._asked and not engine._asking._dispatcher.num_waiting)
+        until(lambda: {asked.member.name for asked in list(engine._asking._asked.values())} == {"s0"})
+        clock.added += 601
+        check(answers.result(), requests)
+    assert {name for name, _ in fleet.reports} == {"s0"} and "sent nothing for 600 s" in fleet.reports[0][1]
 
 
 @pytest.mark.parametrize("label", ["2", "9", "default"], ids=["older", "never published", "not ours"])
@@ -183,50 +207,51 @@ def test_an_answer_with_other_weights_is_thrown_away(folder, servers, label):
     assert usage.servers["s1"].wasted_tokens == usage.servers["s1"].tokens > 0
 
 
-def test_an_answer_continued_on_new_weights_has_the_older_version(folder, servers):
-    for server in servers:
-        server.behave(token_seconds=0.002)
+def test_an_answer_continued_on_new_weights_has_the_older_version(folder, servers, background):
+    behave(servers, hold=500)
     request = Request(0, np.array([1], dtype=np.int32), tuple(range(0, 110, 11)))  # all of full length
     with opened(folder, servers) as (engine, _):
-        loader = threading.Timer(0.3, engine.load, ([], 4))
-        loader.start()
-        old = list(engine.generate([request], Sampling(max_tokens=1000)))
-        loader.join()
+        answers = background.submit(list, engine.generate([request], Sampling(max_tokens=1000)))
+        until(lambda: seen(servers, "held") == 10)
+        engine.load([], 4)
+        behave(servers, hold=-1)
+        old = answers.result()
         new = list(engine.generate([request], Sampling(max_tokens=20)))
     assert {c.weight_version for c in old} == {3} and {len(c.tokens) for c in old} == {1000}
     assert {c.weight_version for c in new} == {4}
 
 
-def test_a_publication_that_fails_counts_for_nothing(folder, servers):
+def test_a_publication_that_fails_counts_for_nothing(folder, servers, background, monkeypatch):
     """Answers that carry its version already wait for its end, and are then asked again."""
     requests = make_requests(num=4)
+    begun, arrived, version_of = threading.Event(), [], RequestLoop._version
+
+    def noted(self, answer, member):
+        arrived.append(answer)
+        return version_of(self, answer, member)
 
     class Failing(StaticFleet):
         def publish(self, tensors, version):
             if version == 4:
-                for server in self.servers.values():
-                    server.behave(version="4")
-                time.sleep(0.8)
-                for server in self.servers.values():
-                    server.behave(version="3")
+                behave(servers, version="4")
+                begun.set()
+                until(lambda: arrived)
+                behave(servers, version="3")
                 raise UserError("weights", "lm_head", "is missing", "send it")
             return super().publish(tensors, version)
 
+    monkeypatch.setattr(RequestLoop, "_version", noted)
     fleet = Failing(servers)
-    engine = FleetEngine(fleet, folder, silence_seconds=5.0, max_attempts=20)
+    engine = FleetEngine(fleet, folder, silence_seconds=600.0, max_attempts=20)
     try:
         engine.load([], 3)
         answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
-
-        def load():
-            with pytest.raises(UserError):
-                engine.load([], 4)
-
-        loader = threading.Thread(target=load)
-        loader.start()
-        time.sleep(0.3)  # the servers say 4 by now
+        load = background.submit(engine.load, [], 4)
+        assert begun.wait(120)
         check(list(answers), requests)
-        loader.join()
+        with pytest.raises(UserError):
+            load.result()
+        assert arrived[0].versions == ("4",)
         with pytest.raises(EngineFault, match="no weights"):
             engine.generate(requests, Sampling())
     finally:
@@ -236,8 +261,7 @@ def test_a_publication_that_fails_counts_for_nothing(folder, servers):
 def test_an_answer_that_no_server_manages_comes_back_aborted(folder, servers):
     requests = [Request(i, np.array([1], dtype=np.int32), (100 * i,)) for i in range(5)]
     with opened(folder, servers, max_attempts=3) as (engine, fleet):
-        for server in servers:
-            server.behave(fault="drop", only_seed=200)
+        behave(servers, fault="drop", only_seed=200)
         completions = list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
         assert engine.take_metrics().total.num_retries == 2
     lost = [c for c in completions if c.finish_reason == "abort"]
@@ -248,23 +272,28 @@ def test_an_answer_that_no_server_manages_comes_back_aborted(folder, servers):
 
 def test_a_request_that_a_server_refuses_ends_the_call(folder, servers):
     with opened(folder, servers) as (engine, _):
-        for server in servers:
-            server.behave(fault="refuse")
+        behave(servers, fault="refuse")
         with pytest.raises(EngineFault, match="too long"):
             list(engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS)))
-        for server in servers:
-            server.behave(fault="")
+        behave(servers, fault="")
         requests = make_requests(num=3)
         check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
 
 
-def test_waits_for_a_server_and_not_for_ever(folder, servers):
-    with opened(folder, servers, servers_seconds=0.5) as (engine, fleet):
-        servers_then, fleet.servers = fleet.servers, {}
-        threading.Timer(0.2, lambda: setattr(fleet, "servers", servers_then)).start()
-        requests = make_requests(num=2)
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
-        answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
+def test_waits_for_a_server(folder, servers, background):
+    requests = make_requests(num=2)
+    with opened(folder, servers) as (engine, fleet):
+        servers_then, fleet.servers, looks = fleet.servers, {}, []
+        serving, fleet.serving = fleet.serving, lambda: looks.append(0) or serving()
+        answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        until(lambda: looks)
+        fleet.servers = servers_then
+        check(answers.result(), requests)
+
+
+def test_waits_for_a_server_not_for_ever(folder, servers):
+    with opened(folder, servers, servers_seconds=0.1) as (engine, fleet):
+        answers = engine.generate(make_requests(num=2), Sampling(max_tokens=MAX_TOKENS))
         fleet.servers = {}
         with pytest.raises(EngineFault, match="no servers"):
             next(answers)
@@ -272,34 +301,36 @@ def test_waits_for_a_server_and_not_for_ever(folder, servers):
 
 def test_who_waits_for_servers_hears_that_nobody_wants_them(folder, servers):
     class GivenUp:
-        since = None
+        looks = 0
 
         def __contains__(self, request_id):
-            self.since = self.since or time.monotonic()
-            return time.monotonic() - self.since > 0.3
+            self.looks += 1
+            return self.looks > 3
 
-    with opened(folder, servers, servers_seconds=60.0) as (engine, fleet):
+    with opened(folder, servers) as (engine, fleet):
         fleet.servers = {}
         assert list(engine.generate(make_requests(), Sampling(), GivenUp())) == []
 
 
 def test_servers_that_vanish_while_there_is_work_are_waited_for(folder, servers):
-    with opened(folder, servers, servers_seconds=0.5, max_attempts=100) as (engine, fleet):
-        for server in servers:
-            server.behave(fault="drop")
+    with opened(folder, servers, servers_seconds=0.1, max_attempts=100) as (engine, fleet):
+        behave(servers, fault="drop")
         fleet.rest_seconds = 3600.0
         with pytest.raises(EngineFault, match="no servers"):
             list(engine.generate(make_requests(num=2), Sampling(max_tokens=MAX_TOKENS)))
 
 
-def test_no_server_gets_more_than_its_budget(folder, processes):
-    server = Process(token_seconds=0.0005)
+def test_no_server_gets_more_than_its_budget(folder, background):
+    server = Process(hold=1)
     try:
         requests = [
             Request(i, np.array([1], dtype=np.int32), (11 * i,), expected_tokens=100) for i in range(40)
         ]  # 101 tokens each
         with opened(folder, [server], budget_tokens=510) as (engine, _):
-            check(list(engine.generate(requests, Sampling(max_tokens=100))), requests, max_tokens=100)
+            answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=100)))
+            until(lambda: server.seen["held"] == 5)
+            server.behave(hold=-1)
+            check(answers.result(), requests, max_tokens=100)
         assert server.seen["most_open"] == 5
     finally:
         server.kill()
@@ -308,43 +339,48 @@ def test_no_server_gets_more_than_its_budget(folder, processes):
 def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
     monkeypatch.setattr(request_loop, "_MAX_UNREAD", 10)
     requests = make_requests(num=200, answers=4)
-    begun = sum(server.seen["answers"] for server in servers)
+    begun = seen(servers, "answers")
     with opened(folder, servers, budget_tokens=2000) as (engine, _):
         answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
         first = next(answers)
-        time.sleep(0.5)
-        assert sum(server.seen["answers"] for server in servers) - begun < 100
+        (call,) = engine._asking._calls.values()
+        until(lambda: call.answers.qsize() > 10 and not engine._asking._asked)
+        engine._do(engine._asking.send)
+        assert not engine._asking._asked and seen(servers, "answers") - begun < 100
         other = make_requests(num=2)
         check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # nobody else is held up
         check([first, *answers], requests)
 
 
-def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, servers, monkeypatch):
+def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, servers, background, monkeypatch):
+    """Hours pass in which the server is never silent for ten minutes: before each stretch another answer grows."""
+    monkeypatch.setattr(request_loop, "time", clock := Clock())
     monkeypatch.setattr(request_loop, "_LONGEST_QUEUE", 2.0)
-    for server in servers:
-        server.behave(token_seconds=0.01)
-    servers[0].behave(fault="chunk", only_seed=0)
-    with opened(folder, servers[:1], silence_seconds=1.0) as (engine, fleet):
-        others = [Request(7, np.array([1], dtype=np.int32), tuple(range(11, 1000, 11)))]  # 40 s: all of full length
+    server = servers[0]
+    server.behave(hold=1, only_seed=0)
+    with opened(folder, [server], silence_seconds=600.0) as (engine, fleet):
+        other = background.submit(list, engine.generate([Request(7, np.array([1]), (11,))], Sampling(max_tokens=4000)))
+        broken = [Request(0, np.array([1], dtype=np.int32), (0,))]
+        answers = background.submit(list, engine.generate(broken, Sampling(max_tokens=20)))
 
-        def ask_others():
-            with pytest.raises(EngineFault, match="closed"):
-                list(engine.generate(others, Sampling(max_tokens=4000)))
+        def asked():
+            return {asked.piece.request: asked.partial[0] for asked in list(engine._asking._asked.values())}
 
-        thread = threading.Thread(target=ask_others)
-        thread.start()
-        broken = [Request(0, np.array([1], dtype=np.int32), (0, 1))]
-        answers = engine.generate(broken, Sampling(max_tokens=MAX_TOKENS))
-        threading.Timer(3.0, lambda: servers[0].behave(fault="")).start()
-        check(list(answers), broken)
-        assert thread.is_alive() and "sent nothing" in fleet.reports[0][1]
+        until(lambda: asked() == {0: 1, 7: 1})
+        for hold in (257, 513, 769):  # a sign of life every 256 tokens
+            assert not fleet.reports
+            server.behave(fault="chunk" if hold < 769 else "", hold=hold)
+            until(lambda hold=hold: asked()[7] == hold)
+            clock.added += 500
+        check(answers.result(), broken, max_tokens=20)
+        assert not other.done() and "sent nothing" in fleet.reports[0][1]
         engine.close()
-        thread.join(30)
+        with pytest.raises(EngineFault, match="closed"):
+            other.result()
 
 
 def test_closing_does_not_wait_for_streams_that_never_end(folder, servers):
-    for server in servers:
-        server.behave(fault="linger")
+    behave(servers, fault="linger")
     requests = make_requests(num=2)
     with opened(folder, servers, silence_seconds=60.0) as (engine, fleet):
         check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
@@ -352,14 +388,14 @@ def test_closing_does_not_wait_for_streams_that_never_end(folder, servers):
         assert fleet.servers == {}
 
 
-def test_closing_ends_a_call_under_way(folder, servers):
-    for server in servers:
-        server.behave(token_seconds=0.01)
+def test_closing_ends_a_call_under_way(folder, servers, background):
+    behave(servers, hold=1)
     with opened(folder, servers) as (engine, _):
-        answers = engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS))
-        threading.Timer(0.5, engine.close).start()
+        answers = background.submit(list, engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS)))
+        until(lambda: seen(servers, "held"))
+        engine.close()
         with pytest.raises(EngineFault, match="closed"):
-            list(answers)
+            answers.result()
 
 
 def test_refuses_what_cannot_be_answered(folder, servers):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_ahead import greedy_accuracy
+from greedy import greedy_accuracy
 
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.rollout.fleet.fleet import Fleet
@@ -16,7 +16,7 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
     key = tmp_path / "key"
     key.write_text(server_settings.api_key)
     key.chmod(0o600)
-    fields = {"urls": [server.url for server in vllm_servers], "key_file": str(key), "min_servers": 2, "wait_seconds": 120.0}
+    fields = {"urls": [server.url for server in vllm_servers], "key_file": str(key), "min_servers": 2, "wait_seconds": 600.0}
     yield fields
     from nft_megatron.config.fleet import FleetConfig
 
@@ -30,7 +30,8 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
     fleet.close()
 
 
-@pytest.mark.parametrize(("staleness", "in_flight"), [(0, "finish"), (1, "continue")])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("staleness", "in_flight"), [pytest.param(0, "finish", marks=pytest.mark.slow), (1, "continue")])
 def test_a_run_with_vllm(run_config, command, metrics_of, fleet_model, fleet_of, tmp_path, staleness, in_flight):
     config = run_config(
         model={"path": str(fleet_model)},

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -23,12 +24,12 @@ from nft_megatron.rollout.fleet.refresh import WrongWeights, load_folder, verify
 from nft_megatron.rollout.fleet.versions import Published
 from nft_megatron.weights.fingerprint import weights_fingerprint
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(1800)]
 
-PATIENCE = 60.0
+PATIENCE = 240.0
 PROMPT = [2, 3, 5, 4, 6, *[7, 8, 9, 5] * 40]  # longer than a block of the prefix cache
 NUM_TOKENS = 24
-NUM_ANSWERS, ANSWER_TOKENS = 4, 1000  # long enough to be under way when weights arrive
+NUM_ANSWERS, ANSWER_TOKENS = 4, 1000
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +130,7 @@ def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
     assert [(stats.sync_bytes, stats.sync_seconds > 0) for stats in fleet.stats()] == [(num_bytes, True)] * 2
 
 
+@pytest.mark.slow
 def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_fleet, tmp_path):
     fleet = open_fleet(weights="transfer", keep_copy=False)
     wait_until_reachable(fleet)
@@ -139,6 +141,7 @@ def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_f
     assert [greedy_answer(member) for member in fleet.serving()] == [expected] * 2
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, first_weights, open_fleet, tmp_path):
     fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
     wait_until_reachable(fleet)
@@ -156,7 +159,7 @@ def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, 
     assert [(member.weight_version, greedy_answer(member)) for member in fleet.serving()] == [(1, expected)] * 2
 
 
-@pytest.mark.parametrize("fault", ["broken off", "tampered"])
+@pytest.mark.parametrize("fault", [pytest.param("broken off", marks=pytest.mark.slow), "tampered"])
 def test_what_a_broadcast_fails_to_bring_comes_from_the_files(fleet_model, first_weights, open_fleet, monkeypatch, fault):
     fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
     wait_until_reachable(fleet)
@@ -189,8 +192,9 @@ def wait_until_reachable(fleet):
     until(lambda: not any(stats.state == "starting" for stats in fleet.stats()), PATIENCE)
 
 
+@pytest.mark.slow
 def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet, monkeypatch):
-    fleet = open_fleet(wait_seconds=5.0)
+    fleet = open_fleet(wait_seconds=0.1)
     publish = versions.VersionWriter.publish
 
     def tampered(writer):
@@ -204,14 +208,14 @@ def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet,
         return folder
 
     monkeypatch.setattr(versions.VersionWriter, "publish", tampered)
-    with pytest.raises(StoppedEarly, match="took over weights"):
+    with pytest.raises(StoppedEarly, match=r"0 of fleet\.min_servers = 2"):
         fleet.publish(first_weights.items(), 1)
+    until(lambda: all("took over weights" in stats.reason for stats in fleet.stats()), PATIENCE)
     assert fleet.serving() == []
     monkeypatch.undo()
-    with contextlib.suppress(StoppedEarly):  # 5 s may be too short for them to leave what they have begun
+    with contextlib.suppress(StoppedEarly):  # they may have to leave what they have begun
         fleet.publish(first_weights.items(), 2)
-    fleet.wait_for_servers(60.0)
-    assert len(fleet.serving()) == 2
+    wait_for_both(fleet)
 
 
 def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_weights_come(
@@ -240,8 +244,9 @@ def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_
     assert greedy_answer(server) == greedy_tokens(transformers_model(fleet_model, first_weights))
 
 
+@pytest.mark.slow
 def test_a_stopped_server_gets_no_work_until_it_is_refreshed(vllm_servers, fleet_model, first_weights, open_fleet):
-    fleet = open_fleet(min_servers=1, silence_seconds=1.0)
+    fleet = open_fleet(min_servers=1, silence_seconds=5.0)
     fleet.publish(first_weights.items(), 1)
     wait_for_both(fleet)
     stopped = vllm_servers[0]
@@ -249,7 +254,8 @@ def test_a_stopped_server_gets_no_work_until_it_is_refreshed(vllm_servers, fleet
     try:
         weights = other_weights(first_weights, seed=4)
         fleet.publish(weights.items(), 2)
-        assert [(member.url, member.weight_version) for member in fleet.serving()] == [(vllm_servers[1].url, 2)]
+        expected = [(vllm_servers[1].url, 2)]
+        until(lambda: [(member.url, member.weight_version) for member in fleet.serving()] == expected, PATIENCE)
     finally:
         os.killpg(stopped.process.pid, signal.SIGCONT)
     wait_for_both(fleet)
@@ -257,54 +263,79 @@ def test_a_stopped_server_gets_no_work_until_it_is_refreshed(vllm_servers, fleet
     assert [(member.weight_version, greedy_answer(member)) for member in fleet.serving()] == [(2, expected)] * 2
 
 
+def ask(member, num_held, pause):
+    """Tokens, log-probs and weight spans of ``NUM_ANSWERS`` answers. ``pause``: called once each has ``num_held`` tokens."""
+    parameters = {
+        "n": NUM_ANSWERS,
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 1.0,
+        "logprobs": 0,
+        "ignore_eos": True,
+        "seed": 5,
+        "stream_interval": 10,
+    }
+    body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
+    answers = [([], [], []) for _ in range(NUM_ANSWERS)]
+    with httpx.stream(
+        "POST", f"{member.url}/inference/v1/generate", json=body, headers=member.headers, timeout=PATIENCE
+    ) as reply:
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                tokens, logprobs, spans = answers[choice["index"]]
+                tokens += choice["token_ids"]
+                logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+                spans[:] = choice["weight_versions"] or []
+            if pause is not None and min(len(tokens) for tokens, *_ in answers) >= num_held:
+                pause = pause()
+    return answers
+
+
+def hold_answers(member, pool):
+    """Asks for answers and returns once all of them are begun and none is finished, the server being paused between two tokens.
+
+    Where a server finished some of them before it heard of the pause, it is asked again. With its cache cleared, vLLM 0.32.0
+    would count them among the requests that have not begun, and a pause that lets answers finish would pass them over.
+    """
+    while True:
+        paused = threading.Event()
+
+        def pause(paused=paused):
+            params = {"mode": "keep", "clear_cache": "false"}
+            httpx.post(f"{member.url}/pause", params=params, headers=member.headers, timeout=PATIENCE).raise_for_status()
+            paused.set()
+
+        asked = pool.submit(ask, member, 10, pause)
+        until(lambda paused=paused, asked=asked: paused.is_set() or asked.done(), PATIENCE)
+        if num_running(member) == NUM_ANSWERS:
+            return asked
+        Control(member.url, member.api_key).resume()
+        asked.result(PATIENCE)
+
+
+def num_running(member):
+    """Answers that the server has begun and not finished, by its own account."""
+    text = httpx.get(f"{member.url}/metrics", headers=member.headers, timeout=PATIENCE).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running"))
+
+
 @pytest.mark.parametrize("in_flight", ["finish", "continue"])
-def test_answers_under_way_during_a_sync_say_which_weights_each_token_came_from(
-    vllm_servers, fleet_model, first_weights, open_fleet, in_flight
+def test_answers_in_progress_during_a_sync_say_which_weights_each_token_came_from(
+    fleet_model, first_weights, open_fleet, in_flight
 ):
     """Log-probs of every span are those of that version's weights given all tokens before, whoever computed them first."""
     fleet = open_fleet(in_flight=in_flight)
     weights = {version: other_weights(first_weights, seed=version) for version in (1, 2)}
     fleet.publish(weights[1].items(), 1)
-    member, choices, begun = fleet.serving()[0], [], threading.Event()
-
-    def ask():
-        parameters = {
-            "n": NUM_ANSWERS,
-            "max_tokens": ANSWER_TOKENS,
-            "temperature": 1.0,
-            "logprobs": 0,
-            "ignore_eos": True,
-            "seed": 5,
-            "stream_interval": 10,
-        }
-        body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
-        url = f"{member.url}/inference/v1/generate"
-        with httpx.stream("POST", url, json=body, headers=member.headers, timeout=PATIENCE) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data: {"):
-                    begun.set()
-                    choices.extend(json.loads(line.removeprefix("data: "))["choices"])
-
-    thread = threading.Thread(target=ask)
-
-    def stream():
-        """Answers begin when the weights are all but there."""
-        yield from weights[2].items()
-        thread.start()
-        assert begun.wait(PATIENCE)
-
-    fleet.publish(stream(), 2)
-    thread.join(PATIENCE)
+    with ThreadPoolExecutor() as pool:
+        asked = hold_answers(fleet.serving()[0], pool)
+        fleet.publish(weights[2].items(), 2)  # its own pause lets them finish, or takes over while they are held
+        answers = asked.result(PATIENCE)
     models = {version: transformers_model(fleet_model, weights[version]) for version in weights}
-    num_mixed = 0
-    for index in range(NUM_ANSWERS):
-        parts = [choice for choice in choices if choice["index"] == index]
-        tokens = [token for part in parts for token in part["token_ids"]]
-        logprobs = [entry["logprob"] for part in parts for entry in part["logprobs"]["content"]]
-        spans = parts[-1]["weight_versions"]
+    for tokens, logprobs, spans in answers:
         assert (spans[0]["start"], spans[-1]["end"], len(tokens)) == (0, ANSWER_TOKENS, ANSWER_TOKENS)
-        num_mixed += len(spans) > 1
+        assert [int(span["version"]) for span in spans] == ([1, 2] if in_flight == "continue" else [1])
         for span in spans:
             expected = logprobs_of(models[int(span["version"])], PROMPT[:40], tokens)[span["start"] : span["end"]]
             assert torch.tensor(logprobs[span["start"] : span["end"]]).sub(expected).abs().max() < 1e-3
-    assert num_mixed == (NUM_ANSWERS if in_flight == "continue" else 0)
