@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from launcher import Ranks
+from launcher import Ranks, World
 from small_disk import mounted
 
 from nft_megatron.cli.main import main
@@ -37,13 +37,23 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
 
 
+SHARED = {"vllm_servers": "vllm", "world": "world"}
+"""Fixtures that are dear to build, each with the name of the group that shares it."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and all that share the vLLM servers do too."""
+    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share vLLM servers or worlds.
+
+    These two groups take the longest, so they begin, each in one of the two processes.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            shares_servers = "vllm_servers" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("vllm" if shares_servers else item.nodeid.partition("::")[0]))
+            shared = [group for name, group in SHARED.items() if name in getattr(item, "fixturenames", ())]
+            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
+    first = list(SHARED.values())
+    order = {group: number for number, group in enumerate(first)}
+    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(first)))
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048, "initializer_range": 0.1}
@@ -150,6 +160,21 @@ def run_config(tmp_path, model_folder, question_file):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """``world(4)(function, *arguments)``: what rank 0 of four processes returns; see :class:`launcher.World`."""
+    worlds = {}
+
+    def of(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size, tmp_path_factory.mktemp(f"world{size}"))
+        return worlds[size]
+
+    yield of
+    for each in worlds.values():
+        each.close()
 
 
 @pytest.fixture
