@@ -11,12 +11,13 @@ VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
 # The quick ones first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup -q
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm nemo quickstart test check format bench clean
+.PHONY: help setup vllm nemo quickstart test test-rest test-all check format bench clean
 
 help:  ## List the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
 
 setup: $(READY)  ## Install everything into .venv
 
@@ -46,8 +47,13 @@ $(NEMO)/.ready: $(READY) requirements/nemo-run.txt
 quickstart: $(READY)  ## Watch NFT make a tiny model better at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
 
-test: $(READY)  ## All tests, on the real Megatron-Core
-	$(BIN)/pytest -n 2 --dist loadgroup -q tests
+test: $(READY)  ## The tests, on the real Megatron-Core, vLLM and Slurm: at most ten minutes on two cores
+	$(PYTEST) -m 'not slow' tests
+
+test-rest: $(READY)
+	$(PYTEST) -m slow tests
+
+test-all: test test-rest  ## Those, and random kills, soak and the remaining layouts: at most half an hour
 
 check: $(READY)  ## Format, lint, types, doctests: what a change must pass besides the tests
 	$(BIN)/ruff format --check .

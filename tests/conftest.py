@@ -43,9 +43,9 @@ SHARED = {"vllm_servers": "vllm", "world": "world"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share vLLM servers or worlds.
+    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share one of ``SHARED``.
 
-    These two groups take the longest, so they begin, each in one of the two processes.
+    These groups take the longest, so they begin.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:

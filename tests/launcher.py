@@ -1,8 +1,8 @@
 """Runs functions and the command in processes forked from one that has imported everything: a start costs no import time.
 
-:class:`Ranks`, behind the fixtures ``command`` and ``start`` of conftest.py, is one launch: each process is a session of its own,
-with the exit code, the output and the signals of the installed command. :class:`World`, behind the fixture ``world``, is processes
-that stay up and do one task after another, each task in process groups of its own.
+:class:`Ranks`, behind the fixtures ``command`` and ``start`` of conftest.py, is one launch: each process is a session of its
+own, with the exit code, the output and the signals of the installed command. :class:`World`, behind the fixture ``world``, is
+processes that stay up and do one task after another, each task in process groups of its own.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ class Ranks:
 class World:
     """``size`` processes that do one task after another.
 
-    For each task they meet in a new store that this process holds, as torchrun's workers do after a restart. A task that fails on
-    any rank takes the processes along, and the next task gets new ones.
+    For each task they meet in a new store that this process holds, as torchrun's workers do after a restart. A task that fails
+    on any rank takes the processes along, and the next task gets new ones.
     """
 
     def __init__(self, size: int, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The real model's parameters on every rank of layouts that no machine here could hold, for tests/model/test_meta.py."""
 
-import json
 from dataclasses import asdict, replace
 
 import torch
@@ -38,8 +37,6 @@ CASES = {
 }
 
 
-def count() -> None:
-    """Print every rank of every case."""
-    print(
-        json.dumps({name: [asdict(rank) for rank in meta_ranks(*each, dtype=torch.bfloat16)] for name, each in CASES.items()})
-    )
+def count() -> dict[str, list[dict]]:
+    """Every rank of every case."""
+    return {name: [asdict(rank) for rank in meta_ranks(*each, dtype=torch.bfloat16)] for name, each in CASES.items()}

@@ -80,6 +80,7 @@ def same(folder: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_killed_at_any_moment(ends, tmp_path: Path, copied, direction: str):
     source = ends["source"] if direction == "to-megatron" else ends["to-megatron"]

@@ -91,6 +91,7 @@ def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_
         assert row["loss_negative"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, start, metrics_of, tmp_path, attempt):
     processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core
