@@ -5,6 +5,7 @@ five: the K answers to a question are mixed, verdicts are real, and a few NFT st
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -195,6 +196,30 @@ def start(tmp_path_factory):
 def command(start):
     """Runs ``nft-megatron`` to its end and returns exit code and output."""
     return lambda *arguments, ranks=1: start(*arguments, ranks=ranks).wait()
+
+
+@pytest.fixture(scope="session")
+def runs_of_the_session(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run_once(run_config, command, tmp_path, runs_of_the_session):
+    """The folder of a run to look at that nothing disturbed: that of ``run_config``'s sections on ``ranks`` processes.
+
+    Tests that ask for the same share it.
+    """
+
+    def trained(ranks: int = 1, **sections) -> Path:
+        key = f"{ranks} {json.dumps(sections, sort_keys=True)}"
+        folder = runs_of_the_session / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if not folder.exists():
+            done = command("train", run_config(folder.name, **sections), ranks=ranks)
+            assert done.returncode == 0, done.stderr
+            (tmp_path / folder.name).rename(folder)
+        return folder
+
+    return trained
 
 
 @pytest.fixture
