@@ -11,7 +11,7 @@ VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
 # The quick ones first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup -q
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup vllm nemo quickstart test test-rest test-all check format bench clean

@@ -40,21 +40,26 @@ def make_tokenizer(folder: Path) -> None:
 
 SHARED = {"vllm_servers": "vllm", "world": "world"}
 """Fixtures that are dear to build, each with the name of the group that shares it."""
+LONGEST = (*SHARED.values(), "tests/run/", "tests/lifecycle/", "tests/slurm/", "tests/collect/")
+"""Groups, and beginnings of files that are a group, that take the longest."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share one of ``SHARED``.
 
-    These groups take the longest, so they begin.
+    With ``--no-loadscope-reorder`` the two processes take up groups in this order: so they end at about the same time.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             shared = [group for name, group in SHARED.items() if name in getattr(item, "fixturenames", ())]
             item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
-    first = list(SHARED.values())
-    order = {group: number for number, group in enumerate(first)}
-    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(first)))
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group").args[0]
+    return next((number for number, start in enumerate(LONGEST) if group.startswith(start)), len(LONGEST))
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048, "initializer_range": 0.1}
