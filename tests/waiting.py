@@ -3,7 +3,7 @@
 import time
 
 
-def until(condition, seconds: float = 60.0, process=None) -> None:
+def until(condition, seconds: float = 240.0, process=None) -> None:
     """Return once ``condition()`` holds; it fails after ``seconds``, and when ``process`` ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from faults import train_in_environment, train_with_infinite_loss, train_with_ticks
 from launcher import Ranks
+from waiting import until
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.lifecycle.exit_report import read_exit_reports
@@ -98,22 +99,16 @@ def test_too_short_a_job_leaves_before_the_first_updates(run_config, tmp_path):
 def test_save_and_go_on(run_config, start, tmp_path):
     run = tmp_path / "run"
     process = start("train", run_config(train={"num_steps": 500}, checkpoint={"every": 1000}), ranks=2)
-    limit = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < limit:
-        time.sleep(0.02)
+    until((run / "metrics.jsonl").exists, process=process)
     (run / "save").touch()
-    while (run / "save").exists() and process.is_running and time.monotonic() < limit:
-        time.sleep(0.02)
-    assert process.is_running and not (run / "save").exists()
+    until(lambda: not (run / "save").exists(), process=process)
     saved = int((run / "checkpoints" / "latest").read_text().removeprefix("step_"))
     assert (run / "checkpoints" / f"step_{saved:06d}" / "checksums.json").exists()
 
     def num_steps() -> int:
         return len((run / "metrics.jsonl").read_text().splitlines())
 
-    while num_steps() < saved + 2 and process.is_running and time.monotonic() < limit:
-        time.sleep(0.02)
-    assert process.is_running and num_steps() >= saved + 2, "it went on"
+    until(lambda: num_steps() >= saved + 2, process=process)
 
 
 def skipped(run: Path) -> list[int]:
