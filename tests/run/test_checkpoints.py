@@ -89,7 +89,7 @@ def start_slow(config: Path, tmp_path: Path, name: str, *, ranks: int = 2, **fau
     return Ranks(train_with_slow_writer, (str(config), str(tmp_path / "go_on"), fault), ranks, tmp_path / name)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{}, pytest.param({"tensor": 2}, marks=pytest.mark.slow)], ids=str)
 def test_killed_while_a_checkpoint_is_written_aside_it_goes_on_from_the_one_before(
     run_config, run_once, command, metrics_of, tmp_path, parallel
 ):
@@ -139,7 +139,7 @@ def test_a_stop_request_waits_for_what_is_being_written(run_config, command, met
     assert latest(run) == len(rows(run)) and not list(run.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_while_a_checkpoint_is_written_ends_the_run_with_the_old_one_whole(
     run_config, run_once, command, metrics_of, tmp_path, asynchronous
 ):
