@@ -19,7 +19,13 @@ EXPERT = {
     "pipeline 2 × expert 2": Layout(4, pipeline=2, expert=2),
     "expert 2 of data 4": Layout(4, expert=2),
 }
-CASES = [(name, layout) for layout in {**DENSE, **EXPERT} for name in FAMILIES if layout in DENSE or "moe" in name]
+SLOW = ("tensor 4", "expert 2 of data 4")
+CASES = [
+    pytest.param(name, layout, marks=[pytest.mark.slow] if layout in SLOW else [])
+    for layout in {**DENSE, **EXPERT}
+    for name in FAMILIES
+    if layout in DENSE or "moe" in name
+]
 
 
 @pytest.fixture(scope="module")
