@@ -38,9 +38,9 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
 
 
-SHARED = {"vllm_servers": "vllm", "world": "world"}
+SHARED = {"vllm_servers": "vllm", "counted": "plan"}
 """Fixtures that are dear to build, each with the name of the group that shares it."""
-LONGEST = (*SHARED.values(), "tests/run/", "tests/lifecycle/", "tests/slurm/", "tests/collect/")
+LONGEST = ("vllm", "tests/model/", "tests/run/", "tests/lifecycle/", "tests/slurm/", "tests/convert/", "tests/collect/", "plan")
 """Groups, and beginnings of files that are a group, that take the longest."""
 
 
@@ -171,16 +171,8 @@ def run_config(tmp_path, model_folder, question_file):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """``world(4)(function, *arguments)``: what rank 0 of four processes returns; see :class:`launcher.World`."""
-    worlds = {}
-
-    def of(size: int) -> World:
-        if size not in worlds:
-            worlds[size] = World(size, tmp_path_factory.mktemp(f"world{size}"))
-        return worlds[size]
-
-    yield of
-    for each in worlds.values():
-        each.close()
+    folder = tmp_path_factory.mktemp("world")
+    return lambda size: World(size, folder)
 
 
 @pytest.fixture
