@@ -27,7 +27,7 @@ def case(shape: ModelShape, tensor: int, pipeline: int, virtual: int, context: i
 
 
 CASES = {
-    "32B on 128 GPUs": case(PUBLIC_MODELS["Qwen2.5-32B"], 8, 4, 1, 2, 2),
+    "32B on 64 GPUs": case(PUBLIC_MODELS["Qwen2.5-32B"], 8, 4, 1, 2, 1),
     "32B interleaved": case(PUBLIC_MODELS["Qwen2.5-32B"], 4, 4, 4, 1, 1),
     "7B": case(PUBLIC_MODELS["Qwen2.5-Math-7B"], 2, 2, 1, 1, 2),
     "tiny": case(TINY, 1, 1, 1, 1, 1),

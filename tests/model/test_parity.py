@@ -171,7 +171,10 @@ def test_bfloat16_is_within_its_own_noise(world, models, ledger, expected, tmp_p
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_faults_of_others_would_be_found(world, models, ledger, expected_of_all, tmp_path, mutation):
     """Each planted fault moves a gradient by a hundred times the tolerance and more."""
-    algorithm, layout = "infonca" if "whole answers" in mutation else "nft", LAYOUTS["context 2 × data 2"]
+    algorithm, layout = (
+        "infonca" if "whole answers" in mutation else "nft",
+        LAYOUTS["data 2" if "data" in mutation else "context 2"],
+    )
     config = write_config(tmp_path / "mutated", models["untied"], layout, algorithm)
     (measured,) = outcomes(world(layout.num_processes), [config], ledger, mutation)
     assert gradient_error(measured, expected_of_all[algorithm])[0] > 1e-3

@@ -9,6 +9,7 @@ import torch
 from literal import literal_loss
 from parity_worker import Run, instruments, measure, mismatches
 from recorded_step import ALGORITHMS, LAYOUTS, MAX_ANSWER, NUM_UPDATES, members, write_config
+from slow import slow_beside
 from transformers import Qwen2ForCausalLM
 
 from nft_megatron.algorithms import build_algorithm
@@ -127,7 +128,12 @@ def instruments_reference(model_folder, ledger, name) -> dict:
     return expected | {"gradient_cosine": float(right @ wrong / right.norm() / wrong.norm())}
 
 
-@pytest.mark.parametrize("layout", ["alone", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"])
+@pytest.mark.parametrize(
+    "layout",
+    slow_beside(
+        ["alone", "context 2", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"], ["alone", "context 2", "data 2"]
+    ),
+)
 def test_instruments_are_what_their_definitions_say(world, models, ledger, tmp_path, layout):
     """By r̂: clamped tokens, mean implicit negative ratio, share of the gradient; and the cosine of its two parts."""
     names = ["nft", "dapo", "infonca"]
