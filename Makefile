@@ -11,12 +11,13 @@ VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
 # Quickest first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm nemo quickstart test check format bench clean
+.PHONY: help setup vllm nemo quickstart test test-rest test-all check format bench clean
 
 help:  ## List the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
 
 setup: $(READY)  ## Install everything into .venv
 
@@ -46,8 +47,13 @@ $(NEMO)/.ready: $(READY) requirements/nemo-run.txt
 quickstart: $(READY)  ## Watch NFT improve a tiny model at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
 
-test: $(READY)  ## Run all tests, on the real Megatron-Core
-	$(BIN)/pytest -n 2 --dist loadgroup -q tests
+test: $(READY)  ## Test what you must trust, on the real Megatron-Core, vLLM and Slurm: ten minutes on two cores
+	$(PYTEST) -m 'not slow' tests
+
+test-rest: $(READY)
+	$(PYTEST) -m slow tests
+
+test-all: test test-rest  ## The same and random kills, soak and the remaining layouts: half an hour
 
 check: $(READY)  ## Check format, lint, types, import floors and doctests, which every change must pass in addition to the tests
 	$(BIN)/ruff format --check .

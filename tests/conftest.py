@@ -5,6 +5,7 @@ five: the K answers to a question are mixed, verdicts are real, and a few NFT st
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import settings
-from launcher import Ranks
+from launcher import Ranks, World
 from small_disk import mounted
 
 from nft_megatron.cli.main import main
@@ -40,14 +41,38 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
 
 
+SHARED = {"vllm_servers": "vllm", "cluster": "slurm", "counted": "plan"}
+"""Fixtures that are dear to build, each with the name of the group that shares it."""
+LONGEST = (
+    "vllm",
+    "slurm",
+    "tests/model/",
+    "tests/run/",
+    "tests/lifecycle/",
+    "tests/verify/test_own",
+    "tests/convert/",
+    "tests/collect/",
+    "plan",
+)
+"""Groups, and beginnings of files that are a group, that take the longest."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share slow servers."""
-    shared = {"vllm_servers": "vllm", "cluster": "slurm"}  # by fixture, the group
+    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share one of ``SHARED``.
+
+    With ``--no-loadscope-reorder`` the two processes take up groups in this order: so they end at about the same time.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            groups = [group for fixture, group in shared.items() if fixture in getattr(item, "fixturenames", ())]
-            item.add_marker(pytest.mark.xdist_group(*groups[:1] or [item.nodeid.partition("::")[0]]))
+            shared = [group for name, group in SHARED.items() if name in getattr(item, "fixturenames", ())]
+            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group").args[0]
+    return next((number for number, start in enumerate(LONGEST) if group.startswith(start)), len(LONGEST))
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048, "initializer_range": 0.1}
@@ -156,6 +181,13 @@ def run_config(tmp_path, model_folder, question_file):
     return write
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """``world(4)(function, *arguments)``: what rank 0 of four processes returns; see :class:`launcher.World`."""
+    folder = tmp_path_factory.mktemp("world")
+    return lambda size: World(size, folder)
+
+
 @pytest.fixture
 def start(tmp_path_factory):
     """Starts ``nft-megatron`` with the given arguments, on ``ranks`` processes; see :mod:`launcher`."""
@@ -174,6 +206,30 @@ def start(tmp_path_factory):
 def command(start):
     """Runs ``nft-megatron`` to its end and returns exit code and output."""
     return lambda *arguments, ranks=1: start(*arguments, ranks=ranks).wait()
+
+
+@pytest.fixture(scope="session")
+def runs_of_the_session(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run_once(run_config, command, tmp_path, runs_of_the_session):
+    """The folder of a run to look at that nothing disturbed: that of ``run_config``'s sections on ``ranks`` processes.
+
+    Tests that ask for the same share it.
+    """
+
+    def trained(ranks: int = 1, **sections) -> Path:
+        key = f"{ranks} {json.dumps(sections, sort_keys=True)}"
+        folder = runs_of_the_session / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if not folder.exists():
+            done = command("train", run_config(folder.name, **sections), ranks=ranks)
+            assert done.returncode == 0, done.stderr
+            (tmp_path / folder.name).rename(folder)
+        return folder
+
+    return trained
 
 
 @pytest.fixture

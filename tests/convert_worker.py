@@ -3,7 +3,6 @@
 import argparse
 import gc
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,27 +44,19 @@ class Layout:
         return self.tensor * self.pipeline * max(self.context, self.expert)
 
 
-def measure(layouts: dict[str, Layout], ports: list[int], folders: dict[str, tuple[Path, Path]], out: Path) -> None:
-    """One layout after another, each on the first ranks of all, so that a process is started once for all of them.
+def measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) -> None:
+    """Load conversions and save models.
 
-    For each (Hugging Face folder, its conversion): load the conversion and write findings to
-    ``out/<layout>/<name>_<rank>.json``; save the weights, as read from the Hugging Face folder, in both of Megatron's formats
-    below ``out/<layout>/<name>``.
+    For each (Hugging Face folder, its conversion): load the conversion and write findings to ``out/<name>_<rank>.json``; save
+    the weights, as read from the Hugging Face folder, in both of Megatron's formats below ``out/<name>``.
     """
-    for (name, layout), port in zip(layouts.items(), ports, strict=True):
-        if int(os.environ["RANK"]) < layout.num_ranks:
-            os.environ.update(WORLD_SIZE=str(layout.num_ranks), LOCAL_WORLD_SIZE=str(layout.num_ranks), MASTER_PORT=str(port))
-            _measure(layout, folders, out / name)
-
-
-def _measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) -> None:
     topology = init_topology(
         layout.tensor,
         layout.pipeline,
         layout.context,
         virtual_pipeline=layout.virtual,
         expert=layout.expert,
-        timeout_seconds=60,
+        timeout_seconds=240,
         threads=1,
     )
     for name in layout.loads:
@@ -77,7 +68,6 @@ def _measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) -
         findings = _load(chunks, converted, expected)
         if topology.world_size == 1:
             findings["logits"] = _logits(chunks, topology, shape).tolist()
-        out.mkdir(exist_ok=True)
         (out / f"{name}_{topology.rank}.json").write_text(json.dumps(findings))
         if name in layout.saves:
             _save(expected, topology, out / name)
@@ -142,8 +132,8 @@ def convert_dying(direction: str, source: Path, final: Path, moment: int, counte
     counted.write_text(str(dying.count))
 
 
-def wanted(folder: Path, tensor: int, pipeline: int) -> None:
-    """Print what the real model of every rank asks a checkpoint for: tensors, and keys of other objects.
+def wanted(folder: Path, tensor: int, pipeline: int) -> list[dict[str, list]]:
+    """What the real model of every rank asks a checkpoint for: tensors, and keys of other objects.
 
     The model is built on the meta device, one rank after the other in this process.
     """
@@ -164,4 +154,4 @@ def wanted(folder: Path, tensor: int, pipeline: int) -> None:
                     is_copy = any(one.replica_id)
                     tensors.append([one.key, one.global_shape, one.global_offset, size, is_copy])
             ranks.append({"tensors": tensors, "objects": objects})
-    print(json.dumps(ranks))
+    return ranks

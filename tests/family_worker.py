@@ -187,7 +187,7 @@ def train(folder: Path, out: Path, layout: Layout, checkpoint: Path | None) -> N
 
 
 def _within(layout: Layout, run: Callable[[Topology], None]) -> None:
-    topology = init_topology(layout.tensor, layout.pipeline, expert=layout.expert, timeout_seconds=60, threads=1)
+    topology = init_topology(layout.tensor, layout.pipeline, expert=layout.expert, timeout_seconds=240, threads=1)
     run(topology)
     del topology
     gc.collect()

@@ -1,18 +1,22 @@
-"""Runs the command in processes forked from one that has imported everything, so that a start costs no import time.
+"""Runs functions and the command in processes forked from one that has imported everything: a start costs no import time.
 
-Used by the fixtures ``command`` and ``start`` of conftest.py. Each process is a session of its own, with the exit code, the
-output and the signals of the installed command.
+:class:`Ranks`, behind the fixtures ``command`` and ``start`` of conftest.py, is one launch: each process is a session of its
+own, with the exit code, the output and the signals of the installed command. :class:`World`, behind the fixture ``world``,
+returns what a function returned in such a launch.
 """
 
 import contextlib
 import multiprocessing
 import os
+import pickle
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["launcher_preload"])
@@ -57,16 +61,38 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
-    def wait(self, timeout: float = 120.0) -> Outcome:
+    def wait(self, timeout: float = 240.0) -> Outcome:
         """The first failing rank's exit code, and rank 0's output."""
         for process in self.processes:
             process.join(timeout)
         if self.is_running:
-            self.signal(9)
+            self.signal(signal.SIGKILL)
             raise TimeoutError(f"still running after {timeout} s:\n{(self._folder / 'stderr0').read_text()}")
         codes = [process.exitcode for process in self.processes]
         output = [path.read_text() if path.exists() else "" for path in (self._folder / "stdout0", self._folder / "stderr0")]
         return Outcome(next((code for code in codes if code), 0), *output)
+
+
+@dataclass(frozen=True)
+class World:
+    """``size`` processes for one task at a time, forked anew for each, so that none finds what another has left."""
+
+    size: int
+    folder: Path
+
+    def __call__(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """What rank 0 returns; ``function`` as for :class:`Ranks`."""
+        result = self.folder / "result"
+        result.unlink(missing_ok=True)
+        ended = Ranks(_keep_result, (result, function, arguments), self.size, self.folder).wait()
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return pickle.loads(result.read_bytes())
+
+
+def _keep_result(path: Path, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    result = function(*arguments)
+    if os.environ.get("RANK", "0") == "0":
+        path.write_bytes(pickle.dumps(result))
 
 
 def _main(

@@ -1,5 +1,7 @@
 """What the fork server imports once: everything a run needs, single-threaded."""
 
+import gc
+
 import torch
 
 torch.set_num_threads(1)
@@ -15,3 +17,7 @@ from nft_megatron.model.cpu import adapt_to_cpu  # noqa: E402
 
 if not torch.cuda.is_available():
     adapt_to_cpu()
+
+# A collection in a forked process would visit, and thereby copy, all of this: about two seconds for every one.
+gc.collect()
+gc.freeze()

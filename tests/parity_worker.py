@@ -67,7 +67,7 @@ def _in_topology(config: Path, action: Callable[[Topology], None]) -> None:
         parallel.pipeline,
         parallel.context,
         virtual_pipeline=parallel.virtual_pipeline,
-        timeout_seconds=60,
+        timeout_seconds=240,
         threads=1,
     )
     action(topology)

@@ -1,7 +1,6 @@
 """What the real model keeps and computes, counted by torch itself, for tests/plan."""
 
 import gc
-import json
 from collections import defaultdict
 from typing import Any
 
@@ -131,8 +130,8 @@ def collectives(shape: ModelShape, topology: Topology, **settings: Any) -> dict[
     return {"forward": forward.num_bytes, "backward": backward.num_bytes}
 
 
-def count(tensor: int, context: int, sequence_parallel: bool) -> None:
-    """Print, for each dtype and kind of recomputation, bytes of models of two and of four layers, and FLOPs of two."""
+def count(tensor: int, context: int, sequence_parallel: bool) -> dict[str, dict]:
+    """For each dtype and kind of recomputation, bytes of models of two and of four layers, and FLOPs of two."""
     topology = init_topology(tensor, 1, context, threads=1)
     results = {}
     for dtype in ("float32", "bfloat16"):
@@ -146,8 +145,7 @@ def count(tensor: int, context: int, sequence_parallel: bool) -> None:
                 "flops": flops(small_shape(2), topology, **settings),
                 "collectives": [collectives(small_shape(layers), topology, **settings) for layers in (2, 4)],
             }
-    if topology.is_main:
-        print(json.dumps(results))
     del topology
     gc.collect()
     shutdown()
+    return results

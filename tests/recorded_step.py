@@ -79,6 +79,23 @@ LAYOUTS = {
         {"pad_to_budget": True},
     ),
 }
+REPRESENTATIVE = (
+    "alone",
+    "recompute MLPs",
+    "tensor 2",
+    "tensor 2, no sequence parallel",
+    "pipeline 2, recompute layers",
+    "pipeline 2 interleaved",
+    "pipeline 2, fixed lengths",
+    "data 2",
+    "data 2, half of the optimizer on the host",
+    "context 2",
+    "context 2 × data 2",
+    "tensor 2 × context 2",
+    "tensor 2 × pipeline 2 × context 2",
+    "pipeline 2 interleaved × context 2 × data 2, fixed lengths, recompute MLPs",
+)
+"""Every kind of parallelism and every setting of a layout, alone and crossed: what `make test` looks at."""
 KINDS = {"tied": True, "untied": False}
 
 

@@ -3,7 +3,7 @@
 import time
 
 
-def until(condition, seconds: float = 120.0, process=None):
+def until(condition, seconds: float = 240.0, process=None):
     """Return the value of ``condition()`` once it is true; it fails after ``seconds``, and when ``process`` ends before."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

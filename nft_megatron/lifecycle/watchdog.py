@@ -51,9 +51,10 @@ class Watchdog:
         deadlines: Mapping[str, float],
         *,
         end: Callable[[int], NoReturn] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run_dir, self._path = run_dir, RunFolder(run_dir).stall(rank)
-        self._rank, self._deadlines, self._end = rank, deadlines, end
+        self._rank, self._deadlines, self._end, self._clock = rank, deadlines, end, clock
         self._open: list[_Watched] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -64,7 +65,7 @@ class Watchdog:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Watch the ``with`` block under the deadline of ``name``, which replaces that of an enclosing phase."""
-        watched = _Watched(name, self._deadlines.get(name, float("inf")), time.monotonic())
+        watched = _Watched(name, self._deadlines.get(name, float("inf")), self._clock())
         with self._lock:
             self._open.append(watched)
         try:
@@ -81,7 +82,7 @@ class Watchdog:
         """A sign of life: an answer came, an update is done. The deadline restarts."""
         with self._lock:
             if self._open:
-                self._open[-1].last_sign = time.monotonic()
+                self._open[-1].last_sign = self._clock()
 
     def close(self) -> None:
         self._closed.set()
@@ -91,7 +92,7 @@ class Watchdog:
         while not self._closed.wait(nap):
             with self._lock:
                 watched = self._open[-1] if self._open else None
-                silent = time.monotonic() - watched.last_sign if watched else 0.0
+                silent = self._clock() - watched.last_sign if watched else 0.0
             if watched is not None and silent > watched.limit:
                 self._report(watched, silent)
                 self._end(EXIT_STALLED)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from convert_worker import wanted
-from launcher import Ranks
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -122,10 +121,8 @@ def test_the_plan_is_small_and_leaves_no_gap(source: Path, tmp_path: Path):
         assert next_offset == (offset + length if next_file == file else 0)
 
 
-def test_every_parameter_of_every_rank_is_stored_once(source: Path, target: Path, tmp_path: Path):
-    ended = Ranks(wanted, (source, TENSOR, PIPELINE), 1, tmp_path).wait()
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    ranks = json.loads(ended.stdout.splitlines()[-1])
+def test_every_parameter_of_every_rank_is_stored_once(world, source: Path, target: Path):
+    ranks = world(1)(wanted, source, TENSOR, PIPELINE)
     assert len(ranks) == TENSOR * PIPELINE
 
     metadata = FileSystemReader(target).read_metadata()

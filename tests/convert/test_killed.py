@@ -68,6 +68,7 @@ def same(folder: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_killed_at_any_moment(ends, tmp_path: Path, copied, direction: str):
     source, counted = ends["source"] if direction == "to-megatron" else ends["to-megatron"], tmp_path / "counted"

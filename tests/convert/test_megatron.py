@@ -1,15 +1,13 @@
 """The real Megatron-Core loads what is converted, under many layouts, and what it saves converts back bit for bit."""
 
-import contextlib
 import copy
+import functools
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from convert_worker import Layout, measure
-from launcher import Ranks
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, SIZES, save_tiny, tiny_model
 
@@ -59,24 +57,22 @@ def folders(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 @pytest.fixture(scope="module")
-def out(folders, tmp_path_factory) -> Path:
-    """What the ranks of every layout have left."""
-    folder = tmp_path_factory.mktemp("out")
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in LAYOUTS]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1] for probe in probes]
-    num_ranks = max(layout.num_ranks for layout in LAYOUTS.values())
-    ended = Ranks(measure, (LAYOUTS, ports, folders, folder), num_ranks, folder).wait(300)
-    assert ended.returncode == 0, ended.stderr
-    return folder
+def out_of(world, folders, tmp_path_factory):
+    """Where the ranks of a layout have left their findings; they are asked once."""
+
+    @functools.cache
+    def measured(name: str) -> Path:
+        out = tmp_path_factory.mktemp("out")
+        world(LAYOUTS[name].num_ranks)(measure, LAYOUTS[name], folders, out)
+        return out
+
+    return measured
 
 
 @pytest.mark.parametrize(("layout", "name"), LOADED)
-def test_every_rank_loads_its_part_and_nothing_is_left_over(out: Path, layout: str, name: str):
+def test_every_rank_loads_its_part_and_nothing_is_left_over(out_of, layout: str, name: str):
     for rank in range(LAYOUTS[layout].num_ranks):
-        findings = json.loads((out / layout / f"{name}_{rank}.json").read_text())
+        findings = json.loads((out_of(layout) / f"{name}_{rank}.json").read_text())
         assert findings["different"] == []
         assert findings["unexpected"] == []  # asked for by the model, not in the checkpoint
         # Transformer Engine's norms ask for a state that those of this machine do not have.
@@ -84,8 +80,8 @@ def test_every_rank_loads_its_part_and_nothing_is_left_over(out: Path, layout: s
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_logits_are_those_of_transformers(out: Path, name: str):
-    findings = json.loads((out / "one" / f"{name}_0.json").read_text())
+def test_logits_are_those_of_transformers(out_of, name: str):
+    findings = json.loads((out_of("one") / f"{name}_0.json").read_text())
     with torch.no_grad():
         tokens = (7 * torch.arange(40) + 3) % 131
         expected = tiny_model(name)(tokens[None]).logits[0]
@@ -93,8 +89,8 @@ def test_logits_are_those_of_transformers(out: Path, name: str):
 
 
 @pytest.mark.parametrize(("layout", "name", "saved"), FORMATS)
-def test_what_megatron_saves_comes_back_to_the_bit(folders, out: Path, tmp_path: Path, layout: str, name: str, saved: str):
-    to_hf(out / layout / name / saved, tmp_path / "hf", model=folders[name][0], max_shard_bytes=40_000)
+def test_what_megatron_saves_comes_back_to_the_bit(folders, out_of, tmp_path: Path, layout: str, name: str, saved: str):
+    to_hf(out_of(layout) / name / saved, tmp_path / "hf", model=folders[name][0], max_shard_bytes=40_000)
     expected = load_file(folders[name][0] / "model.safetensors")
     shards = [load_file(path) for path in sorted((tmp_path / "hf").glob("*.safetensors"))]
     actual = {key: tensor for shard in shards for key, tensor in shard.items()}

@@ -105,9 +105,9 @@ def test_an_unreachable_folder_blocks_nobody(tmp_path, monkeypatch, what):
     assert os.path.exists(run) == (what != "gone")
 
 
-def test_a_run_folder_that_goes_away_ends_the_run_with_75(run_config, start, command, metrics_of, tmp_path):
+def test_a_run_folder_that_goes_away_ends_the_run_with_75(run_config, run_once, start, command, metrics_of, tmp_path):
     sections = {"train": {"num_steps": 12}, "checkpoint": {"every": 2}, "evaluate": {"data": []}}
-    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    whole = run_once(ranks=2, **sections)
     config, run = run_config(**sections), tmp_path / "run"
     process = start("train", config, ranks=2)
     wait_for_a_step(process, run, 3)
@@ -119,4 +119,4 @@ def test_a_run_folder_that_goes_away_ends_the_run_with_75(run_config, start, com
     (tmp_path / "elsewhere").rename(run)
     done = command("train", config, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(whole)

@@ -68,10 +68,10 @@ def test_the_end_is_what_the_agent_says_else_slurm_else_never(monkeypatch):
 
 
 @pytest.mark.parametrize("end", [30.0, 37.0])
-def test_a_run_in_pieces_of_limited_time_equals_an_uninterrupted_one(run_config, command, metrics_of, tmp_path, end):
+def test_a_run_in_pieces_of_limited_time_equals_an_uninterrupted_one(run_config, run_once, metrics_of, tmp_path, end):
     """Each piece ends by its limit with 75, between steps or within the collecting of one. The clock ticks with every look."""
     sections = {"train": {"num_steps": 6}, "checkpoint": {"every": 100}}
-    assert command("train", run_config("whole", **sections)).returncode == 0
+    whole = run_once(**sections)
     config, run = run_config("limited", **sections), tmp_path / "limited"
     codes, steps = [], []
     while not codes or codes[-1] == 75:
@@ -85,7 +85,7 @@ def test_a_run_in_pieces_of_limited_time_equals_an_uninterrupted_one(run_config,
             assert "by the end of its time" in outcome.stderr
             assert "by the end of its time" in read_exit_reports(run)[0].message
     assert len(codes) >= 2 and steps == sorted(set(steps)), steps
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(whole)
 
 
 def test_too_short_a_job_leaves_before_the_first_updates(run_config, tmp_path):

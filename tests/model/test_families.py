@@ -1,6 +1,6 @@
 """Every family on the real Megatron model against transformers: logits, gradients and export, under several layouts.
 
-The reference is transformers' own model, with gradients in float64. Each layout is one launch for all models.
+The reference is transformers' own model, with gradients in float64. Each layout is one task for all models.
 """
 
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from family_worker import Layout, make_packs, measure, train
-from launcher import Ranks
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, save_tiny, tiny_model
 
@@ -20,7 +19,13 @@ EXPERT = {
     "pipeline 2 × expert 2": Layout(4, pipeline=2, expert=2),
     "expert 2 of data 4": Layout(4, expert=2),
 }
-CASES = [(name, layout) for layout in {**DENSE, **EXPERT} for name in FAMILIES if layout in DENSE or "moe" in name]
+SLOW = ("tensor 4", "expert 2 of data 4")
+CASES = [
+    pytest.param(name, layout, marks=[pytest.mark.slow] if layout in SLOW else [])
+    for layout in {**DENSE, **EXPERT}
+    for name in FAMILIES
+    if layout in DENSE or "moe" in name
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def measured(folders, tmp_path_factory):
+def measured(world, folders, tmp_path_factory):
     """Where a layout left its numbers; it runs when first asked for."""
     done: dict[str, Path] = {}
 
@@ -68,15 +73,11 @@ def measured(folders, tmp_path_factory):
         if name not in done:
             out = done[name] = tmp_path_factory.mktemp("layout")
             models = {key: folder for key, folder in folders.items() if name in DENSE or "moe" in key}
-            launch(measure, models, out, {**DENSE, **EXPERT}[name])
+            layout = {**DENSE, **EXPERT}[name]
+            world(layout.num_processes)(measure, models, out, layout)
         return done[name]
 
     return of
-
-
-def launch(function, models, out: Path, layout: Layout, *rest) -> None:
-    ended = Ranks(function, (models, out, layout, *rest), layout.num_processes, out).wait()
-    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -95,7 +96,7 @@ def test_logits_gradients_and_export_are_those_of_transformers(folders, measured
         assert error < 1e-5, f"{key}: {error:.1e}"
 
 
-def test_experts_learn_alike_and_resume_under_another_layout(folders, tmp_path):
+def test_experts_learn_alike_and_resume_under_another_layout(world, folders, tmp_path):
     runs = {
         "alone": (Layout(), None),
         "spread": (EXPERT["tensor 2 × expert 2"], None),
@@ -105,7 +106,7 @@ def test_experts_learn_alike_and_resume_under_another_layout(folders, tmp_path):
     third, norms = {}, {}
     for name, (layout, checkpoint) in runs.items():
         (tmp_path / name).mkdir()
-        launch(train, folders["qwen3_moe"], tmp_path / name, layout, checkpoint)
+        world(layout.num_processes)(train, folders["qwen3_moe"], tmp_path / name, layout, checkpoint)
         third[name] = load_file(tmp_path / name / "third.safetensors")
         norms[name] = json.loads((tmp_path / name / "norms.json").read_text())
     for name in ("alone", "spread"):

@@ -1,6 +1,6 @@
 """Exports and checkpoints under every layout: nothing is lost, and one layout resumes where another stopped.
 
-Each layout is one launch of ``parity_worker.reshard``, which does everything for a tied and an untied model and leaves its
+Each layout is one task of ``parity_worker.reshard``, which does everything for a tied and an untied model and leaves its
 numbers in a JSON file. What the updates compute is the business of test_parity.py.
 """
 
@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from launcher import Ranks
 from parity_worker import Run, reshard, restore
 from recorded_step import KINDS, LAYOUTS, write_config
+from slow import slow_beside
 
 NAMES = (
     "alone",
@@ -22,6 +22,7 @@ NAMES = (
     "tensor 2 × pipeline 2 × context 2",
 )
 FIRST = NAMES[0]
+QUICK = {*NAMES} - {"pipeline 2, recompute layers", "tensor 2 × pipeline 2 × context 2"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured_of(folder, models, ledger):
+def measured_of(world, folder, models, ledger):
     """Measures a layout once; one process first, as the others compare with it."""
 
     def measure(name: str) -> dict:
@@ -41,16 +42,20 @@ def measured_of(folder, models, ledger):
             configs = [write_config(folder / name / kind, model, layout) for kind, model in models.items()]
             runs = [Run(config, ledger, config.parent) for config in configs]
             references = [folder / FIRST / kind for kind in KINDS]
-            ended = Ranks(reshard, (runs, references), layout.num_processes, folder).wait()
-            assert ended.returncode == 0, ended.stderr
+            world(layout.num_processes)(reshard, runs, references)
         return {kind: json.loads((folder / name / kind / "stats.json").read_text()) for kind in KINDS}
 
     return measure
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def measured(request, measured_of) -> dict:
-    return measured_of(request.param)
+@pytest.fixture(scope="module", params=slow_beside(NAMES, QUICK))
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def measured(name, measured_of) -> dict:
+    return measured_of(name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,12 +81,9 @@ def test_a_checkpoint_of_one_process_loads_under_every_layout(measured: dict, ki
     assert measured[kind]["continued_error"] < 1e-6
 
 
-def test_what_any_layout_saved_is_the_same(folder, measured_of, models, ledger):
-    """One process restores what each layout wrote right after loading one process's checkpoint, and continues bit for bit."""
-    for name in NAMES:
-        measured_of(name)
-    runs = [Run(folder / FIRST / kind / "config.yaml", ledger, folder / name / kind) for name in NAMES for kind in KINDS]
-    ended = Ranks(restore, (runs, [folder / FIRST / kind for _ in NAMES for kind in KINDS]), 1, folder).wait()
-    assert ended.returncode == 0, ended.stderr
-    written = {run.out: json.loads((run.out / "restored.json").read_text()) for run in runs}
-    assert written == {run.out: {"missing": [], "unexpected": [], "differs": []} for run in runs}
+def test_what_any_layout_saved_is_the_same(world, folder, measured, name, ledger):
+    """One process restores what each layout wrote right after loading one process's checkpoint, and goes on to the bit."""
+    runs = [Run(folder / FIRST / kind / "config.yaml", ledger, folder / name / kind) for kind in KINDS]
+    world(1)(restore, runs, [folder / FIRST / kind for kind in KINDS])
+    for run in runs:
+        assert json.loads((run.out / "restored.json").read_text()) == {"missing": [], "unexpected": [], "differs": []}

@@ -1,47 +1,18 @@
-"""Log-probs, entropy and gradients against full float64 logits and automatic differentiation, on one and on two ranks.
-
-Run as a script this file is one of the ranks: ``test_logprob.py RANK FOLDER``.
-"""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Log-probs, entropy and gradients against full float64 logits and automatic differentiation, on one and on two ranks."""
 
 import pytest
 import torch
-import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the ranks
-
 from lm_head_reference import HIDDEN, VOCAB, assert_all_close, problem, reference
+from logprob_worker import CASES, ours, run_rank
 
 from nft_megatron.model import lm_head
 from nft_megatron.model.logprob import token_logprobs
-from nft_megatron.model.token_loss import token_loss_sum
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Three tokens of 64 rows of the vocabulary, or twelve rows of the weight."""
     monkeypatch.setitem(lm_head.BLOCK_ELEMENTS, "cpu", 200)
-
-
-def ours(hidden, weight, targets, upstream, temperature, group=None, chunk_size=8, entropy="value"):
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    logprob, entropies = token_logprobs(
-        hidden,
-        weight,
-        targets,
-        temperature=temperature,
-        vocab_size=VOCAB,
-        group=group,
-        chunk_size=chunk_size,
-        entropy=entropy,
-    )
-    total = (logprob * upstream[0]).sum()
-    if entropy == "gradient":
-        total = total + (entropies * upstream[1]).sum()
-    return logprob.detach(), entropies.detach(), *torch.autograd.grad(total, (hidden, weight))
 
 
 @pytest.mark.parametrize("entropy", ["value", "gradient"])
@@ -194,20 +165,11 @@ def test_a_frozen_head_or_hidden_state_gets_no_gradient():
     assert hidden.grad is not None
 
 
-# 128 padded rows over two ranks: the second rank has nothing but padding.
-CASES = [
-    (dtype, padded, num_tokens)
-    for dtype in (torch.float64, torch.float32)
-    for padded, num_tokens in ((64, 37), (128, 37), (64, 0))
-]
-
-
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(world, tmp_path_factory):
     """What two gloo ranks computed for each of ``CASES``: ``[rank][case]``, log-probs and then the one-pass loss."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    world(2)(run_rank, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -242,32 +204,3 @@ def test_two_tensor_parallel_ranks_make_one_loss(two_ranks, case):
     else:
         assert whole[0] == 0
         assert whole[3].eq(0).all()
-
-
-def run_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    lm_head.BLOCK_ELEMENTS["cpu"] = 200
-    results = []
-    for dtype, padded, num_tokens in CASES:
-        hidden, weight, targets, upstream = problem(num_tokens, padded, dtype)
-        weight = weight.chunk(2)[rank]
-        logprobs = ours(hidden, weight, targets, upstream, 0.7, group=dist.group.WORLD, entropy="gradient")
-        hidden.requires_grad_()
-        weight.requires_grad_()
-        loss, logprob_N = token_loss_sum(
-            hidden,
-            weight,
-            targets,
-            lambda logprob_C, chunk, upstream=upstream: upstream[0, chunk] * logprob_C,
-            temperature=0.7,
-            vocab_size=VOCAB,
-            group=dist.group.WORLD,
-            chunk_size=8,
-        )
-        results.append((logprobs, (loss.detach(), logprob_N, *torch.autograd.grad(loss, (hidden, weight)))))
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,11 +1,9 @@
 """The plan's closed form against the real model built on the meta device, for every rank of a fake process group."""
 
-import json
 from collections import defaultdict
 
 import meta_worker
 import pytest
-from launcher import Ranks
 
 from nft_megatron.plan.memory import padded_vocab, stage_numel
 from nft_megatron.weights import weight_table
@@ -13,10 +11,8 @@ from nft_megatron.weights.table import Layout
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> dict:
-    outcome = Ranks(meta_worker.count, (), 1, tmp_path_factory.mktemp("meta")).wait()
-    assert outcome.returncode == 0, outcome.stderr[-4000:]
-    return json.loads(outcome.stdout.splitlines()[-1])
+def built(world) -> dict:
+    return world(1)(meta_worker.count)
 
 
 @pytest.mark.parametrize("name", meta_worker.CASES)

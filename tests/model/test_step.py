@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from launcher import Ranks
 from literal import literal_loss
 from parity_worker import Run, instruments, measure, mismatches
 from recorded_step import ALGORITHMS, LAYOUTS, MAX_ANSWER, NUM_UPDATES, members, write_config
+from slow import slow_beside
 from transformers import Qwen2ForCausalLM
 
 from nft_megatron.algorithms import build_algorithm
@@ -19,7 +19,7 @@ from nft_megatron.model.step import Trainer
 
 
 @pytest.mark.parametrize("name", ["alone", "tensor 2 × context 2"])
-def test_old_logprobs_make_every_ratio_one_before_the_first_update(models, ledger, tmp_path, name):
+def test_old_logprobs_make_every_ratio_one_before_the_first_update(world, models, ledger, tmp_path, name):
     """With answers of the current weights (version step − 1), π_old is recomputed: R = 1, so the loss is exactly 0."""
     fresh = [
         replace(group, answers=tuple(replace(a, completion=replace(a.completion, weight_version=0)) for a in group.answers))
@@ -28,8 +28,7 @@ def test_old_logprobs_make_every_ratio_one_before_the_first_update(models, ledge
     path = tmp_path / "fresh.parquet"
     write_ledger(path, fresh, fates=["train"] * len(fresh), meta={})
     config = write_config(tmp_path / "fresh", models["untied"], LAYOUTS[name])
-    ended = Ranks(measure, ([Run(config, path, tmp_path / "out")],), LAYOUTS[name].num_processes, tmp_path).wait()
-    assert ended.returncode == 0, ended.stderr
+    world(LAYOUTS[name].num_processes)(measure, [Run(config, path, tmp_path / "out")])
     stats = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert stats["updates"] == [{"positive": 0.0, "negative": 0.0}] * NUM_UPDATES
     model = Qwen2ForCausalLM.from_pretrained(models["untied"], dtype=torch.float64)
@@ -71,7 +70,7 @@ def test_importance_weights_are_truncated_and_leave_older_answers_alone():
     assert weighted.old_logprob_N.tolist() == pytest.approx([-1.2, -0.1, -1.0])
 
 
-def test_the_probe_counts_every_answer_whatever_the_algorithm(models, ledger, tmp_path):
+def test_the_probe_counts_every_answer_whatever_the_algorithm(world, models, ledger, tmp_path):
     """One answer per question, all marked right, as the probe writes them: under GRPO they have no advantage."""
     alone = []
     for group, _ in read_groups(ledger):
@@ -82,8 +81,7 @@ def test_the_probe_counts_every_answer_whatever_the_algorithm(models, ledger, tm
     names = ["nft", "grpo", "infonca"]
     configs = [write_config(tmp_path / name, models["tied"], LAYOUTS["alone"], name) for name in names]
     runs = [Run(config, tmp_path / "gate.parquet", config.parent / "out") for config in configs]
-    ended = Ranks(mismatches, (runs,), 1, tmp_path).wait()
-    assert ended.returncode == 0, ended.stderr
+    world(1)(mismatches, runs)
     measured = [json.loads((run.out / "stats.json").read_text()) for run in runs]
     num_tokens = sum(len(group.answers[0].completion.tokens) for group in alone)
     assert [each["trained_tokens"] for each in measured] == [num_tokens] * 3
@@ -130,13 +128,17 @@ def instruments_reference(model_folder, ledger, name) -> dict:
     return expected | {"gradient_cosine": float(right @ wrong / right.norm() / wrong.norm())}
 
 
-@pytest.mark.parametrize("layout", ["alone", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"])
-def test_instruments_are_what_their_definitions_say(models, ledger, tmp_path, layout):
+@pytest.mark.parametrize(
+    "layout",
+    slow_beside(
+        ["alone", "context 2", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"], ["alone", "context 2", "data 2"]
+    ),
+)
+def test_instruments_are_what_their_definitions_say(world, models, ledger, tmp_path, layout):
     """By r̂: clamped tokens, mean implicit negative ratio, share of the gradient; and the cosine of its two parts."""
     names = ["nft", "dapo", "infonca"]
     runs = [Run(write_config(tmp_path / n, models["tied"], LAYOUTS[layout], n), ledger, tmp_path / n / "out") for n in names]
-    ended = Ranks(instruments, (runs,), LAYOUTS[layout].num_processes, tmp_path).wait()
-    assert ended.returncode == 0, ended.stderr
+    world(LAYOUTS[layout].num_processes)(instruments, runs)
     for name, run in zip(names, runs, strict=True):
         measured = json.loads((run.out / "stats.json").read_text())
         for metric, value in instruments_reference(models["tied"], ledger, name).items():

@@ -1,26 +1,21 @@
 """Plans to check, and what torch counts on the real model."""
 
 import functools
-import json
 
 import plan_worker
 import pytest
-from launcher import Ranks
 
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.layouts import ParallelLayout
 
 
 @pytest.fixture(scope="session")
-def counted(tmp_path_factory):
+def counted(world):
     """Runs :func:`plan_worker.count` on as many processes as it needs, once for each layout."""
 
     @functools.cache
     def run(tensor: int = 1, context: int = 1, sequence_parallel: bool = True) -> dict:
-        folder = tmp_path_factory.mktemp("counted")
-        outcome = Ranks(plan_worker.count, (tensor, context, sequence_parallel), tensor * context, folder).wait()
-        assert outcome.returncode == 0, outcome.stderr[-4000:]
-        return json.loads(outcome.stdout.splitlines()[-1])
+        return world(tensor * context)(plan_worker.count, tensor, context, sequence_parallel)
 
     return run
 

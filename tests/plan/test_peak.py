@@ -13,10 +13,15 @@ from nft_megatron.plan.memory import stage_memory
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "plan_memory.py"
 NUM_TOKENS = 4096
+PEAKS = [
+    ("float32", "none"),
+    pytest.param("bfloat16", "selective", marks=pytest.mark.slow),
+    pytest.param("bfloat16", "full", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of a process from /proc")
-@pytest.mark.parametrize(("dtype", "recompute"), [("float32", "none"), ("bfloat16", "selective"), ("bfloat16", "full")])
+@pytest.mark.parametrize(("dtype", "recompute"), PEAKS)
 def test_the_peak_of_an_update_is_within_a_tenth(make_layout, dtype: str, recompute: str):
     command = [sys.executable, str(BENCHMARK), "--tokens", str(NUM_TOKENS), "--one", "small", dtype, recompute]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}

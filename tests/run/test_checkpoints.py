@@ -12,22 +12,12 @@ from launcher import Ranks
 from waiting import until
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return tmp_path_factory.mktemp("finished")
-
-
 @pytest.fixture
-def damaged_run(run_config, command, metrics_of, tmp_path, finished):
+def damaged_run(run_config, run_once, metrics_of, tmp_path):
     """The config of a run of 4 steps with checkpoints 2 to 4, and the metrics of one of 5 that nothing disturbed."""
-    config = run_config(train={"num_steps": 5}, checkpoint={"keep": 3})
-    if not (finished / "whole").exists():  # once for all cases
-        assert command("train", config).returncode == 0
-        shutil.move(tmp_path / "run", finished / "whole")
-        assert command("train", config, "train.num_steps=4").returncode == 0
-        shutil.move(tmp_path / "run", finished / "four")
-    shutil.copytree(finished / "four", tmp_path / "run")
-    return config, metrics_of(finished / "whole")
+    keep = {"checkpoint": {"keep": 3}}
+    shutil.copytree(run_once(train={"num_steps": 4}, **keep), tmp_path / "run")
+    return run_config(train={"num_steps": 5}, **keep), metrics_of(run_once(train={"num_steps": 5}, **keep))
 
 
 def truncate(folder: Path) -> None:
@@ -99,14 +89,14 @@ def start_slow(config: Path, tmp_path: Path, name: str, *, ranks: int = 2, **fau
     return Ranks(train_with_slow_writer, (str(config), str(tmp_path / "continue"), fault), ranks, tmp_path / name)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{}, pytest.param({"tensor": 2}, marks=pytest.mark.slow)], ids=str)
 def test_killed_while_a_checkpoint_is_written_in_the_background_it_resumes_from_the_previous_one(
-    run_config, command, metrics_of, tmp_path, parallel
+    run_config, run_once, command, metrics_of, tmp_path, parallel
 ):
     """The writer of step 2 waits until a file is there; meanwhile steps 3 and 4 are trained."""
     sections = {"train": {"num_steps": 5}, "checkpoint": {"every": 2, "keep": 1}, "parallel": parallel}
     sections["evaluate"] = {"data": []}  # else the row of a last step differs from that of any other
-    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    whole = run_once(ranks=2, **sections)
     config, run = run_config("killed", **sections), tmp_path / "killed"
     assert command("train", config, "train.num_steps=1", ranks=2).returncode == 0
     process = start_slow(config, tmp_path, "first")
@@ -117,15 +107,15 @@ def test_killed_while_a_checkpoint_is_written_in_the_background_it_resumes_from_
     process.wait()
     done = command("train", config, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(whole)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_000005"]
     assert not list(run.rglob(".tmp-*"))
 
 
-def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, metrics_of, tmp_path):
+def test_what_is_written_aside_is_the_state_of_its_step(run_config, run_once, command, metrics_of, tmp_path):
     """Steps 3 and 4 are trained before the first byte of step 2 is written; then the run resumes from that checkpoint."""
     sections = {"train": {"num_steps": 4}, "checkpoint": {"every": 2}}
-    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    whole = run_once(ranks=2, **sections)
     config, run = run_config("aside", **sections), tmp_path / "aside"
     process = start_slow(config, tmp_path, "first")
     until(lambda: len(rows(run)) == 4, process=process)
@@ -136,7 +126,7 @@ def test_what_is_written_aside_is_the_state_of_its_step(run_config, command, met
     (run / "checkpoints" / "latest").write_text("step_000002")
     done = command("train", config, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(whole)
 
 
 def test_a_stop_request_waits_for_what_is_being_written(run_config, command, metrics_of, tmp_path):
@@ -149,13 +139,13 @@ def test_a_stop_request_waits_for_what_is_being_written(run_config, command, met
     assert latest(run) == len(rows(run)) and not list(run.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_while_a_checkpoint_is_written_ends_the_run_with_the_old_one_whole(
-    run_config, command, metrics_of, tmp_path, asynchronous
+    run_config, run_once, command, metrics_of, tmp_path, asynchronous
 ):
     """Rank 1 cannot write the checkpoint of step 3."""
     sections = {"train": {"num_steps": 6}, "checkpoint": {"keep": 1, "asynchronous": asynchronous}}
-    assert command("train", run_config("whole", **sections), ranks=2).returncode == 0
+    whole = run_once(ranks=2, **sections)
     config, run = run_config("full", **sections), tmp_path / "full"
     (tmp_path / "continue").touch()
     process = start_slow(config, tmp_path, "first", rank=1, step=3, errno=errno.ENOSPC)
@@ -166,7 +156,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_ends_the_run_with_the_o
     assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_000002"]
     done = command("train", config, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(whole)
 
 
 def test_a_fault_of_training_leaves_time_for_what_is_being_written(run_config, tmp_path):

@@ -12,14 +12,11 @@ STEPS = 3
 
 
 @pytest.fixture
-def recorded(run_config, command, tmp_path):
+def recorded(run_once):
     """A run whose weights have moved away from those that answered: several updates a step, of a rate that is felt."""
-    config = run_config(
+    return run_once(
         train={"num_steps": STEPS, "updates_per_step": 4}, checkpoint={"every": 1, "keep": STEPS}, evaluate={"data": []}
     )
-    done = command("train", config)
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "run"
 
 
 def fingerprint(folder):
@@ -56,12 +53,19 @@ def test_its_own_layout_repeats_every_step_to_the_bit_and_leaves_the_run_alone(r
     assert fingerprint(recorded) == before
 
 
+@pytest.fixture
+def of_step_2(recorded, command, runs_of_the_session):
+    """The saved replay of step 2, by one process."""
+    path = runs_of_the_session / "step 2.safetensors"
+    if not path.exists():
+        replayed(command, recorded, 2, "--save", path)
+    return path
+
+
 @pytest.mark.parametrize("override", ["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2", "parallel.tensor=1"])
-def test_other_layouts_differ_by_rounding(recorded, command, tmp_path, override):
+def test_other_layouts_differ_by_rounding(recorded, of_step_2, command, override):
     """Losses of the step, and the first gradient; two processes that share nothing are data parallel."""
-    reference = tmp_path / "alone.safetensors"
-    replayed(command, recorded, 2, "--save", reference)
-    output = replayed(command, recorded, 2, "--against", reference, override, ranks=2)
+    output = replayed(command, recorded, 2, "--against", of_step_2, override, ranks=2)
     measured = table(output)
     scale = sum(abs(measured[name][0]) for name in ("loss_positive", "loss_negative"))
     for name in ("loss", "loss_positive", "loss_negative"):
@@ -70,15 +74,14 @@ def test_other_layouts_differ_by_rounding(recorded, command, tmp_path, override)
     assert float(re.search(r"\|difference\| / \|before\| = (\S+)", output)[1]) < 1e-5
 
 
-def test_another_algorithm_starts_from_its_own_defaults_and_differs(recorded, command, tmp_path):
+def test_another_algorithm_starts_from_its_own_defaults_and_differs(recorded, of_step_2, command, tmp_path):
     """On-policy the first gradient of NFT with ω = 1 − r̂ is Dr. GRPO's, and not GRPO's."""
-    reference, other = tmp_path / "nft.safetensors", tmp_path / "dr_grpo.safetensors"
-    replayed(command, recorded, 2, "--save", reference)
-    same = replayed(command, recorded, 2, "--against", reference, "--save", other, "algorithm.name=dr_grpo")
+    other = tmp_path / "dr_grpo.safetensors"
+    same = replayed(command, recorded, 2, "--against", of_step_2, "--save", other, "algorithm.name=dr_grpo")
     assert float(re.search(r"\|before\| = (\S+)", same)[1]) < 1e-6
-    different = replayed(command, recorded, 2, "--against", reference, "algorithm.name=grpo", "algorithm.clip_high=0.2")
+    different = replayed(command, recorded, 2, "--against", of_step_2, "algorithm.name=grpo", "algorithm.clip_high=0.2")
     assert float(re.search(r"\|before\| = (\S+)", different)[1]) > 0.1
-    assert load_file(other).keys() == load_file(reference).keys()
+    assert load_file(other).keys() == load_file(of_step_2).keys()
     with safe_open(other, framework="pt") as file:
         metrics = json.loads(file.metadata()["nft_megatron.metrics"])
     assert table(same)["loss"] == (table(different)["loss"][0], metrics["loss"])

@@ -49,12 +49,11 @@ def test_a_run_writes_what_its_folder_promises(run_config, command, metrics_of, 
     assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
 
 
-def test_export_loads_in_transformers_and_answers_the_same(run_config, command, metrics_of, tmp_path):
-    config = run_config()
-    assert command("train", config).returncode == 0
+def test_export_loads_in_transformers_and_answers_the_same(run_config, run_once, command, metrics_of, tmp_path):
+    run = run_once()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tmp_path / "run" / "hf" / "step_000003"
+    folder = run / "hf" / "step_000003"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     right = 0
     questions = [(a, b) for a in range(5) for b in range(5 - a)]
@@ -62,8 +61,8 @@ def test_export_loads_in_transformers_and_answers_the_same(run_config, command, 
         ids = tokenizer(f"What is {a} + {b}\n", return_tensors="pt")["input_ids"]
         answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         right += tokenizer.decode(answer).split()[-1] == f"\\boxed{{{a + b}}}"
-    assert metrics_of(tmp_path / "run")[-1]["eval_accuracy"] == pytest.approx(right / len(questions))
-    evaluated = command("eval", folder, config, "--out", tmp_path / "eval.json", "verify.mode=simplerl")
+    assert metrics_of(run)[-1]["eval_accuracy"] == pytest.approx(right / len(questions))
+    evaluated = command("eval", folder, run_config(), "--out", tmp_path / "eval.json", "verify.mode=simplerl")
     assert f"{right / len(questions):.1%}" in evaluated.stdout
 
 
@@ -110,8 +109,8 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
     assert finished_ledgers
     done = command("train", config)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
-    assert generated(run) == generated(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(whole)
+    assert generated(run) == generated(whole)
     assert all(path.stat().st_mtime_ns == written for path, written in finished_ledgers.items())
     assert not list(run.rglob(".tmp-*"))
 
@@ -177,31 +176,27 @@ def test_a_moved_run_resumes_and_other_questions_are_refused(run_config, command
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}], ids=str)
-def test_parallel_runs_train_like_one_process(run_config, command, metrics_of, tmp_path, parallel):
+def test_parallel_runs_train_like_one_process(run_once, metrics_of, parallel):
     sections = {"train": {"num_steps": 2}}
-    assert command("train", run_config("one", **sections)).returncode == 0
-    done = command("train", run_config("several", **sections, parallel=parallel), ranks=2)
-    assert done.returncode == 0, done.stderr
-    for one, other in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "several"), strict=True):
+    runs = run_once(**sections), run_once(ranks=2, **sections, parallel=parallel)
+    for one, other in zip(*map(metrics_of, runs), strict=True):
         assert other["groups_sampled"] == one["groups_sampled"] and other["trained_tokens"] == one["trained_tokens"]
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
         assert other["entropy"] == pytest.approx(one["entropy"], rel=1e-6)
     from safetensors.torch import load_file
 
-    files = [load_file(tmp_path / name / "hf" / "step_000002" / "model.safetensors") for name in ("one", "several")]
+    files = [load_file(run / "hf" / "step_000002" / "model.safetensors") for run in runs]
     assert files[0].keys() == files[1].keys()
     for name in files[0]:
         torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
 
 
-def test_resume_under_another_layout(run_config, command, metrics_of, tmp_path):
-    sections = {"checkpoint": {"every": 1}}
-    assert command("train", run_config("whole", **sections)).returncode == 0
-    config = run_config("moved", **sections)
+def test_resume_under_another_layout(run_config, run_once, command, metrics_of, tmp_path):
+    whole, config = metrics_of(run_once()), run_config("moved")
     assert command("train", config, "train.num_steps=2").returncode == 0
     done = command("train", config, "parallel.pipeline=2", ranks=2)
     assert done.returncode == 0, done.stderr
-    whole, moved = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "moved")
+    moved = metrics_of(tmp_path / "moved")
     assert moved[2]["grad_norm"] == pytest.approx(whole[2]["grad_norm"], rel=1e-4)
     assert moved[2]["updates"] == 6
 
