@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nft_megatron.base.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from nft_megatron.config.load import load_config
     from nft_megatron.convert.commands import convert_checkpoint
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from nft_megatron.train import train as run_training
     from nft_megatron.verify.grade_answers import grade_answers
 
-__version__ = "0.2.0"
 __all__ = ["convert_checkpoint", "evaluate_model", "grade_answers", "load_config", "plan_run", "run_training"]
 
 _WHERE = {

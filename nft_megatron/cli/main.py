@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 
-from nft_megatron import __version__
+from nft_megatron.base.version import __version__
 
 COMMANDS = {
     "train": "train, or resume a run",

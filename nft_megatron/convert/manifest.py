@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nft_megatron import __version__
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.version import __version__
 from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.weights.fingerprint import combine_digests
 

@@ -10,9 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nft_megatron import __version__
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.version import __version__
 from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.convert.checkpoint import Checkpoint, majority_dtype, place
 from nft_megatron.convert.engine import Bytes, Files, bands, cast_band, element, first_non_finite, read_band, run_all

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import httpx
 
-import nft_megatron
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.engine import EngineFault
@@ -42,6 +41,7 @@ from nft_megatron.rollout.fleet.access import KEY_VARIABLE
 MODEL_NAME = "policy"
 """The name under which every server knows the model."""
 
+_PACKAGE = Path(__file__).resolve().parents[2]
 _CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _POLL_SECONDS = 0.25
 _PORTS, _PORT_ATTEMPTS = range(15_000, 32_000), 100
@@ -117,11 +117,10 @@ class ServerSettings:
 
         One for each place of the package, which other machines may have elsewhere.
         """
-        package = Path(nft_megatron.__file__).parent
-        path = self.folder / "python" / f"{zlib.crc32(os.fsencode(package)):08x}"
+        path = self.folder / "python" / f"{zlib.crc32(os.fsencode(_PACKAGE)):08x}"
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            (path / "nft_megatron").symlink_to(package, target_is_directory=True)
+            (path / "nft_megatron").symlink_to(_PACKAGE, target_is_directory=True)
         return path
 
 

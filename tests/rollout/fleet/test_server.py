@@ -15,6 +15,7 @@ from waiting import until
 
 import nft_megatron
 from nft_megatron.rollout.fleet import guard
+from nft_megatron.rollout.fleet import server as server_module
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
 from nft_megatron.rollout.fleet.supervisor import Deadlines, ServerSupervisor, Target
 
@@ -42,10 +43,10 @@ def asleep(tmp_path):
 
 
 def test_each_place_of_the_package_has_a_folder_of_its_own(asleep, tmp_path, monkeypatch):
-    places = [Path(nft_megatron.__file__).parent, tmp_path / "moved" / "nft_megatron"]
+    places = [Path(nft_megatron.__file__).resolve().parent, tmp_path / "moved" / "nft_megatron"]
     for _ in range(2):
         for place in places:
-            monkeypatch.setattr(nft_megatron, "__file__", str(place / "__init__.py"))
+            monkeypatch.setattr(server_module, "_PACKAGE", place)
             (link,) = Path(asleep.environment(None)["PYTHONPATH"]).iterdir()
             assert (link.name, link.readlink()) == ("nft_megatron", place)
     assert len(list((tmp_path / "fleet" / "python").iterdir())) == 2
