@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_the_time_limit_is_survived(slurm_run):
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_submitted(slurm_run, monkeypatch, capsys, overrides, complaint):
-    """In this process: six times nothing has to be imported."""
+    """In this process, which is not to end with the command: six times nothing has to be imported."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
     run = slurm_run()
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, run.lab.env[name])
