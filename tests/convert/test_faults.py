@@ -311,7 +311,7 @@ def test_exit_codes_and_messages(command, sources, changed, tmp_path: Path):
     assert command("convert", "to-megatron", sources["untied"], tmp_path / "megatron").returncode == 0
     same = command("convert", "check", sources["untied"], tmp_path / "megatron")
     assert same.returncode == 0
-    assert "are the same" in same.stdout
+    assert "are identical" in same.stdout
     bad = command("convert", "to-megatron", changed(sources["untied"], add_nan), tmp_path / "x", "--strict")
     assert bad.returncode == 2
     assert "is not finite at [5, 17]" in bad.stderr

@@ -14,10 +14,10 @@ def counted(world):
     """Runs :func:`plan_worker.count` on as many processes as it needs, once for each layout."""
 
     @functools.cache
-    def run(tensor: int = 1, context: int = 1, sequence_parallel: bool = True) -> dict:
+    def run(tensor: int, context: int, sequence_parallel: bool) -> dict:
         return world(tensor * context)(plan_worker.count, tensor, context, sequence_parallel)
 
-    return run
+    return lambda tensor=1, context=1, sequence_parallel=True: run(tensor, context, sequence_parallel)
 
 
 @pytest.fixture

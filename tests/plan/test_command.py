@@ -89,7 +89,10 @@ def test_a_run_that_does_not_fit_is_told_one_that_does(plan):
         (["parallel.tensor=8"], "parallel.tensor = 8: does not divide the model's 28 attention heads"),
         (["parallel.tensor=3"], "does not divide the 8 training GPUs"),
         (["model.path=somewhere"], "model.path = somewhere: no such folder; put the model's config.json there"),
-        (["model.path=Qwen2.5-Math-7B", "data.max_prompt_tokens=600"], "exceeds the model's context; lower their sum to 4096"),
+        (
+            ["model.path=Qwen2.5-Math-7B", "data.max_prompt_tokens=600"],
+            "exceeds the model's context; lower their sum to at most 4096",
+        ),
         (
             [
                 "model.path=Qwen2.5-72B",

@@ -237,7 +237,7 @@ def corrupt_model(tmp_path: Path, model_folder: Path, what: str) -> Path:
         ("model.path=/nowhere", "model.path = /nowhere: no such folder"),
         ("data.train=/nowhere.parquet", "data.train = /nowhere.parquet: no such file"),
         ("data.max_prompt_tokens=3", "data.max_prompt_tokens = 3: 15 of 15 questions of data.train are longer"),
-        ("rollout.max_answer_tokens=56", "rollout.max_answer_tokens = 56: with data.max_prompt_tokens = 8 it exceeds"),
+        ("rollout.max_answer_tokens=56", "rollout.max_answer_tokens = 56: together with data.max_prompt_tokens = 8 it exceeds"),
         ("parallel.tensor=3", "parallel.tensor = 3: does not divide"),
         ("data.train=[]", "data.train = []: is empty"),
         ("data.plain_format=x", "data.plain_format = 'x': has no {question}"),
