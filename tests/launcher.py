@@ -58,8 +58,9 @@ class Ranks:
     def signal(self, number: int) -> None:
         """To every rank that still runs."""
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            if process.is_alive():  # the id of one that has ended may be that of another process by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def wait(self, timeout: float = 240.0) -> Outcome:
         """The first failing rank's exit code, and rank 0's output."""
