@@ -162,7 +162,7 @@ def test_giving_up_early_aborts_the_rest(folder, servers):
         kept = [next(answers), next(answers)]
         answers.close()
         assert_idle(servers)
-        until(lambda: not engine._asking._asked)
+        until(lambda: not engine._request_loop._streams)
         usage = engine.take_metrics().total
         assert usage.wasted_tokens == usage.tokens - sum(len(c.tokens) for c in kept) > 0
         behave(servers, hold=-1)
@@ -187,8 +187,8 @@ def test_silence(folder, servers, background, monkeypatch):
     with opened(folder, servers) as (engine, fleet):
         servers[0].behave(fault="stall")
         answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
-        until(lambda: engine._asking._asked and not engine._asking._dispatcher.num_waiting)
-        until(lambda: {asked.member.name for asked in list(engine._asking._asked.values())} == {"s0"})
+        until(lambda: engine._request_loop._streams and not engine._request_loop._dispatcher.num_waiting)
+        until(lambda: {asked.member.name for asked in list(engine._request_loop._streams.values())} == {"s0"})
         clock.added += 601
         check(answers.result(), requests)
     assert {name for name, _ in fleet.reports} == {"s0"} and "sent nothing for 600 s" in fleet.reports[0][1]
@@ -343,10 +343,10 @@ def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
     with opened(folder, servers, budget_tokens=2000) as (engine, _):
         answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
         first = next(answers)
-        (call,) = engine._asking._calls.values()
-        until(lambda: call.answers.qsize() > 10 and not engine._asking._asked)
-        engine._do(engine._asking.send)
-        assert not engine._asking._asked and seen(servers, "answers") - begun < 100
+        (call,) = engine._request_loop._calls.values()
+        until(lambda: call.answers.qsize() > 10 and not engine._request_loop._streams)
+        engine._do(engine._request_loop.send)
+        assert not engine._request_loop._streams and seen(servers, "answers") - begun < 100
         other = make_requests(num=2)
         check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # nobody else is held up
         check([first, *answers], requests)
@@ -364,7 +364,7 @@ def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, serv
         answers = background.submit(list, engine.generate(broken, Sampling(max_tokens=20)))
 
         def asked():
-            return {asked.piece.request: asked.partial[0] for asked in list(engine._asking._asked.values())}
+            return {asked.sub_request.request: asked.partial[0] for asked in list(engine._request_loop._streams.values())}
 
         until(lambda: asked() == {0: 1, 7: 1})
         for hold in (257, 513, 769):  # a sign of life every 256 tokens

@@ -131,7 +131,7 @@ def test_random_faults(places, folder, monkeypatch):
                     return place.is_noticed(fleet.reports[num_reports[place.name] :])
 
                 def is_idle(place=place):
-                    return all(asked.member.name != place.name for asked in list(engine._asking._asked.values()))
+                    return all(asked.member.name != place.name for asked in list(engine._request_loop._streams.values()))
 
                 if place.struck[-1] != "kill":
                     until(lambda is_noticed=is_noticed, is_idle=is_idle: is_noticed() or is_idle())
@@ -190,7 +190,7 @@ def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, mon
         with ThreadPoolExecutor() as pool:
             answers = pool.submit(list, engine.generate(requests, Sampling(max_tokens=300)))
             until(struck.is_set)
-            until(lambda: {asked.member.name for asked in list(engine._asking._asked.values())} == {"s0"}, 240)
+            until(lambda: {asked.member.name for asked in list(engine._request_loop._streams.values())} == {"s0"}, 240)
             clock.added += 601
             completions = answers.result(240)
     finally:
