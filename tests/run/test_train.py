@@ -94,8 +94,9 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
     """Four times, each when a fifth of the operations on files of a whole run, or less, has been done since the last."""
     processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core
     sections = {"rollout": {"oversample": 1.0, "processes": processes}, "train": {"num_steps": 14}, "checkpoint": {"every": 2}}
-    whole, counted, moments = run_config("whole", **sections), tmp_path / "counted", random.Random(attempt)
-    assert Ranks(train_dying, (str(whole), f"{tmp_path}/whole/", 0, str(counted)), 1, tmp_path).wait(600).returncode == 0
+    whole, counted, moments = tmp_path / "whole", tmp_path / "counted", random.Random(attempt)
+    begun = Ranks(train_dying, (str(run_config("whole", **sections)), f"{whole}/", 0, str(counted)), 1, tmp_path)
+    assert begun.wait(600).returncode == 0
     num_operations = int(counted.read_text())
     config, run = run_config("killed", **sections), tmp_path / "killed"
     finished_ledgers = {}
