@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A finished answer. ``versions``: of the weights of its tokens, in order; -1 is a label that no training step has.
+    """A finished answer. ``versions``: of the weights of its tokens, in order.
 
     Empty where the server does not say of each token where it comes from. The completion's own version is the oldest.
     """
@@ -201,11 +201,14 @@ async def generate(
 
 
 def _versions(spans: Sequence[_Span], num_tokens: int) -> tuple[int, ...]:
-    """The versions of spans that together cover all tokens, else none."""
+    """The versions of spans that together cover all tokens, else none. ``ServerFault`` for weights that we never published."""
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != num_tokens:
         return ()
-    return tuple(int(span.version) if span.version.isdecimal() else -1 for span in spans)
+    for span in spans:
+        if not span.version.isdecimal():
+            raise ServerFault(f"answered with weights of version {span.version}, which no step has published")
+    return tuple(int(span.version) for span in spans)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
