@@ -66,8 +66,10 @@ def train_dying(config: str, root: str, moment: int, counted: str) -> None:
     0: never, and ``counted`` gets their number.
     """
     dying = Dying(root, moment)
-    main(["train", config])
-    Path(counted).write_text(str(dying.count))
+    try:
+        main(["train", config])
+    finally:  # the command leaves by an exception
+        Path(counted).write_text(str(dying.count))
 
 
 def train_with_slow_writer(config: str, continue_file: str, fault: dict[str, int]) -> None:
