@@ -110,8 +110,8 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, comma
     assert finished_ledgers
     done = command("train", config)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == metrics_of(whole)
-    assert generated(run) == generated(whole)
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert generated(run) == generated(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == written for path, written in finished_ledgers.items())
     assert not list(run.rglob(".tmp-*"))
 
