@@ -206,7 +206,7 @@ def test_a_turn_that_does_not_come_is_a_fault():
     engine = ExclusiveEngine(SlowEngine(), deadline_seconds=0.05)
     under_way = engine.generate([Request(0, np.array([1]), (0,)), Request(1, np.array([1]), (0,))], Sampling())
     next(under_way)
-    with pytest.raises(EngineFault, match="busy for 0 s"):
+    with pytest.raises(EngineFault, match="busy with other answers for 0 s"):
         engine.load([], 1)
     under_way.close()
     assert engine.load([], 1) == "fingerprint"
