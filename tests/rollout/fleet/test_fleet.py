@@ -210,12 +210,12 @@ def test_too_few_servers_stop_the_run_with_75(fakes, open_fleet, tensors):
     fakes[0].status["/weight_info"] = 503
     fleet = open_fleet([server.url for server in fakes], min_servers=2, wait_seconds=0.1)
     with pytest.raises(
-        StoppedEarly, match=r"[01] of fleet\.min_servers = 2 servers serve after 0\.1 s: url-0 starting"
+        StoppedEarly, match=r"[01] of fleet\.min_servers = 2 servers are serving after 0\.1 s: url-0 starting"
     ) as caught:
         fleet.publish(tensors.items(), 1)
     assert caught.value.exit_code == 75
     until(lambda: names(fleet) == {"url-1"})
-    with pytest.raises(StoppedEarly, match=r"1 of fleet\.min_servers = 2 servers serve after 0\.1 s: url-0 starting"):
+    with pytest.raises(StoppedEarly, match=r"1 of fleet\.min_servers = 2 servers are serving after 0\.1 s: url-0 starting"):
         fleet.wait_for_servers(0.1)
     del fakes[0].status["/weight_info"]
     fleet.wait_for_servers(PATIENCE)
@@ -340,7 +340,7 @@ def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
 @pytest.mark.parametrize("answer", [[1], None, "text", {}])
 def test_an_answer_that_is_no_json_object_is_told(fakes, monkeypatch, answer):
     monkeypatch.setattr(fakes[0], "act", lambda *_: answer)
-    with pytest.raises(ControlError, match="/weight_info answered in an unknown form"):
+    with pytest.raises(ControlError, match="/weight_info sent an unexpected reply"):
         Control(fakes[0].url, "secret").version()
 
 
@@ -364,7 +364,7 @@ def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet,
 
 
 def test_devices_must_be_those_of_the_servers(open_fleet):
-    with pytest.raises(UserError, match=r"not of fleet\.servers = 0"):
+    with pytest.raises(UserError, match=r"not for fleet\.servers = 0"):
         open_fleet(devices=("0",))
 
 

@@ -123,7 +123,7 @@ def test_a_start_that_fails_and_an_odd_answer_are_told_and_tried_again(server, s
     server.fails = 2
     _, registered = start_node()
     until(registered)
-    assert server.events == ["start"] * 3 and caplog.text.count("a turn failed") == 2 and "No space left" in caplog.text
+    assert server.events == ["start"] * 3 and caplog.text.count("this attempt failed") == 2 and "No space left" in caplog.text
     act = server.fake.act
     monkeypatch.setattr(server.fake, "act", lambda name, body: {})
     until(lambda: "KeyError" in caplog.text and not registered())

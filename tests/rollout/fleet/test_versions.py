@@ -52,7 +52,7 @@ def test_files_are_read_by_safetensors_and_by_our_reader(tensors, tmp_path):
     [
         (lambda items: items[:-1], "e: missing"),
         (lambda items: [*items, items[0]], "a: this tensor is repeated"),
-        (lambda items: [("x", items[0][1]), *items[1:]], "x: this tensor is repeated or the model has none"),
+        (lambda items: [("x", items[0][1]), *items[1:]], "x: this tensor is repeated or not in the model"),
         (lambda items: [("a", items[0][1].T), *items[1:]], r"a: has shape \(7, 40\), not \(40, 7\)"),
     ],
 )

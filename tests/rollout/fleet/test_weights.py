@@ -210,7 +210,7 @@ def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet,
     monkeypatch.setattr(versions.VersionWriter, "publish", tampered)
     with pytest.raises(StoppedEarly, match=r"0 of fleet\.min_servers = 2"):
         fleet.publish(first_weights.items(), 1)
-    until(lambda: all("took over weights" in stats.reason for stats in fleet.stats()), PATIENCE)
+    until(lambda: all("loaded weights" in stats.reason for stats in fleet.stats()), PATIENCE)
     assert fleet.serving() == []
     monkeypatch.undo()
     with contextlib.suppress(StoppedEarly):  # they may have to leave what they have begun
@@ -233,7 +233,7 @@ def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_
 
     bad = Published(6, good.fingerprint, 0, tmp_path / "incomplete")
     load_folder(control, bad, "finish", Deadline.of(PATIENCE))  # vLLM finds nothing wrong with it
-    with pytest.raises(WrongWeights, match="took over weights"):
+    with pytest.raises(WrongWeights, match="loaded weights"):
         verify_and_resume(control, bad, 15, True, Deadline.of(PATIENCE))
     with pytest.raises(RuntimeError, match="500"):
         load_folder(control, Published(6, good.fingerprint, 0, tmp_path / "truncated"), "finish", Deadline.of(PATIENCE))
