@@ -140,7 +140,7 @@ def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
     collecting, _, _ = ahead(1, last_step=5)
     with pytest.raises(TimeoutError, match="step 3 was not collected within 0 s"):
         collecting.take(3, 0.1, lambda: None)
-    with pytest.raises(StoppedEarly, match="while step 3 was collected by a test"):
+    with pytest.raises(StoppedEarly, match="while collecting step 3 by a test"):
         collecting.take(3, 120.0, lambda: "a test")
     collecting.close()
     assert collecting._work.done()

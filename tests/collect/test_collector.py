@@ -355,7 +355,7 @@ def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
 def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
     built = collector(tmp_path / "run")
     built.client.engine.aborts = True
-    with pytest.raises(EngineFault, match="broke off 32 of 32 answers"):
+    with pytest.raises(EngineFault, match="cut off 32 of 32 answers"):
         built.collect(1, CollectorState())
     assert not RunFolder(tmp_path / "run").rounds(1)
     whole, _ = collector(tmp_path / "run").collect(1, CollectorState())
@@ -366,15 +366,15 @@ def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path
     built = collector(tmp_path / "run")
     _, state = built.collect(1, CollectorState())
     shorter = PromptOrder(built.order.prompts[1:], seed=0)
-    with pytest.raises(UserError, match="14 questions: are not those that this run began with"):
+    with pytest.raises(UserError, match="14 questions: are not the questions that this run started with"):
         replace(built, order=shorter).collect(2, state)
-    with pytest.raises(UserError, match="are not those that this run began with"):
+    with pytest.raises(UserError, match="are not the questions that this run started with"):
         replace(built, order=shorter).collect(1, CollectorState())  # its ledger is there, its checkpoint is not
 
 
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
-    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \("):
+    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions got both right and wrong answers \("):
         built.collect(1, CollectorState())
 
 
