@@ -9,8 +9,8 @@ lengths, ranks and multiples:
 3. Every rank has the same number of micro-batches.
 4. Sequences of one group are in one micro-batch.
 
-Shapes: T tokens of a pack, padding included; N loss tokens; A answers; S sequences of a pack, its final padding counted as one, or
-all sequences of a plan; I items of a plan, each a sequence or a group of sequences.
+Shapes: T tokens of a pack, padding included; N loss tokens; A answers; S sequences of a pack, its final padding counted as one,
+or all sequences of a plan; I items of a plan, each a sequence or a group of sequences.
 """
 
 from __future__ import annotations
