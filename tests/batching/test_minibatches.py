@@ -1,4 +1,4 @@
-"""The split of a step into mini-batches, and what a layout derives from its sizes."""
+"""How a step is split into mini-batches, and what a layout derives from its sizes."""
 
 import dataclasses
 
@@ -28,14 +28,14 @@ def change(**fields) -> BatchingRules:
 
 
 def index_of(group_id, prompt_length, answer_length) -> LedgerIndex:
-    """Answers of which nothing else matters to the plan."""
+    """Answers with only what matters to the plan."""
     others = {name: np.zeros(len(group_id)) for name in LedgerIndex.__dataclass_fields__}
     return LedgerIndex(**others | {"group_id": group_id, "prompt_length": prompt_length, "answer_length": answer_length})
 
 
 @pytest.fixture
 def answers() -> LedgerIndex:
-    """8 groups of 4 answers in no order."""
+    """8 groups of 4 answers in random order."""
     rng = np.random.default_rng(0)
     group_id = rng.permutation(np.repeat(np.arange(100, 108), 4))
     answer_length = rng.integers(1, 12, 32)
@@ -98,7 +98,7 @@ def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
 
 
 def test_an_empty_answer_counts_for_nothing(answers):
-    """Not even as a group, where all answers of one are empty."""
+    """Not even as a group if all of its answers are empty."""
     answers.answer_length[answers.group_id == 103] = 0
     answers.answer_length[0] = 0
     has_tokens = answers.answer_length > 0
@@ -117,7 +117,7 @@ def test_padding_of_sequences_is_planned_for():
 
 def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
     def homes(rules):
-        """In how many micro-batches each group is, and how many there are on each rank, of every mini-batch."""
+        """For every mini-batch: the number of micro-batches each group is in, and the number on each rank."""
         for plan in plan_minibatches(answers, IS_FORWARDED, 7, rules):
             places = [members for rank in plan.members_of for members in rank]
             groups = [set(answers.group_id[members].tolist()) for members in places]
@@ -125,4 +125,4 @@ def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
 
     whole = list(homes(change(keep_groups=True, count_multiple=4)))
     assert all(set(counts.values()) == {1} and lengths == [4, 4] for counts, lengths in whole)
-    assert any(max(counts.values()) > 1 for counts, _ in homes(RULES))  # not by itself
+    assert any(max(counts.values()) > 1 for counts, _ in homes(RULES))  # without keep_groups, not all are

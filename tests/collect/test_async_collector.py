@@ -1,4 +1,4 @@
-"""Collecting ahead of training, evaluating beside it, and the gate between engine and trainer."""
+"""Collecting ahead of training, evaluating alongside it, and the log-prob probe between engine and trainer."""
 
 import threading
 import time
@@ -91,7 +91,7 @@ class FakeAsker:
 
 @dataclass(frozen=True)
 class FakeCollector:
-    """Notes each step with the version that the engine held when its collecting began."""
+    """Records, for each step, the version that the engine held when its collection began."""
 
     settings: RolloutConfig
     began: list
@@ -115,11 +115,11 @@ def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
 def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
-    """Step k needs version k − 1 − s. Steps that may begin do so without being asked for."""
+    """Step k needs version k − 1 − s. A step that may begin does so without being requested."""
     collecting, began, versions = ahead(staleness, last_step=9)
     for step in range(1, 10):
         until(lambda step=step: len(began) >= min(step + staleness, 9))
-        until(lambda: collecting._changed._waiters or not collecting._thread.is_alive())  # it begins nothing more
+        until(lambda: collecting._changed._waiters or not collecting._thread.is_alive())  # it starts nothing more
         assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
         dataset, state = collecting.take(step, 120.0, lambda: None)
         assert (dataset.ledger, state.cursor) == (Path(f"{step}"), step)
@@ -147,7 +147,7 @@ def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
 
 
 class SlowEngine:
-    """Takes its time, and fails when two things happen at once. While ``may_end`` is clear nothing ends."""
+    """Takes its time and fails if two calls overlap. While ``may_end`` is clear, no call ends."""
 
     overlaps = False
 
@@ -195,7 +195,7 @@ def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
     for thread in threads:
         thread.join(120)
     assert fingerprints == ["fingerprint"]
-    assert slow.log[4] == "load 7", "it waits for the answers under way and for nothing else"
+    assert slow.log[4] == "load 7", "it must wait only for the answers in progress"
     calls = [line for line in slow.log if line != "load 7"]
     assert [calls[i : i + 4] for i in (0, 4, 8)] == [[f"answer {first + i}" for i in range(4)] for first in (0, 10, 20)] or [
         calls[i : i + 4] for i in (0, 4, 8)
@@ -224,7 +224,7 @@ def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, comma
 
 @pytest.mark.parametrize("gate", [0, 4])
 def test_an_engine_unlike_the_trainer_is_refused_before_the_first_update(run_config, command, tmp_path, gate):
-    """Float32 noise is beyond a limit of 1e-12: found by the gate, or else in the step's own answers."""
+    """Float32 noise exceeds a limit of 1e-12: the probe finds it, or else the step's own answers show it."""
     refused = command("train", run_config(rollout={"probe_questions": gate, "max_mismatch": 1e-12}))
     assert refused.returncode == 2
     what = "the probe's answers of version 0" if gate else "the answers of step 1"

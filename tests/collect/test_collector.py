@@ -1,4 +1,4 @@
-"""Collecting with the real engine and verifier; a wrapper around the engine counts, and fails when told to."""
+"""Collection with the real engine and verifier; a wrapper around the engine counts, and fails on demand."""
 
 import contextlib
 import re
@@ -30,9 +30,9 @@ from nft_megatron.weights.hf_reader import HFReader
 
 
 class Counting:
-    """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0).
+    """The engine, the ids requested of it, and an optional failure in round ``fails_in`` (from 0).
 
-    ``version`` is what its answers say of their weights.
+    ``version`` is the weight version of its answers.
     """
 
     def __init__(self, engine, fails_in=None) -> None:
@@ -50,7 +50,7 @@ class Counting:
 
 @pytest.fixture
 def collector(run_config, model_folder):
-    """Builds a collector on its own run folder; all share one engine."""
+    """Builds a collector with its own run folder; all share one engine."""
     with contextlib.ExitStack() as stack:
         config = load_config(run_config())
         tokenizer = load_tokenizer(model_folder)
@@ -62,7 +62,7 @@ def collector(run_config, model_folder):
 
         def build(folder, fails_in=None, **settings) -> Collector:
             folder.mkdir(exist_ok=True)
-            (folder / "lock").touch()  # as if it were open
+            (folder / "lock").touch()  # as if the run were open
             return Collector(
                 RunFolder(folder),
                 order,
@@ -105,7 +105,7 @@ def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector,
 
 @dataclass
 class Recording:
-    """The client, and every prompt with its answers."""
+    """The client and all prompts with their answers."""
 
     client: RolloutClient
     asked: list = field(default_factory=list)
@@ -120,7 +120,7 @@ class Recording:
 
 
 def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
-    """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos>, or at the limit."""
+    """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos> or at the limit."""
     built = collector(tmp_path / "run")
     recording = Recording(built.client)
     metrics = replace(built, client=recording).collect(1, CollectorState())[0].metrics
@@ -138,7 +138,7 @@ def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
 
 
 def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
-    settings = {"questions_per_step": 12}  # in rounds of those that are missing
+    settings = {"questions_per_step": 12}  # each round asks for what is still missing
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     assert whole.metrics["rounds"] >= 3
     broken = collector(tmp_path / "broken", fails_in=2, **settings)
@@ -178,7 +178,7 @@ def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
 
 
 def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path):
-    """Half of each group's answers began on weights that are too old: r̂ is over the other half."""
+    """Half of each group's answers began on weights that are too old: r̂ covers the other half."""
     built = collector(tmp_path / "run", max_staleness=1)
     recording = Recording(built.client)
     engine = built.client.engine
@@ -199,7 +199,7 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
 
 @pytest.mark.parametrize(("save_seconds", "num_parts"), [(1e-9, 4), (1e9, 1)])
 def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, monkeypatch, save_seconds, num_parts):
-    monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that nobody looks but after each group
+    monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that the request to stop is seen only after each group
     settings = {"save_seconds": save_seconds, "oversample": 4.0}
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", **settings)
@@ -242,7 +242,7 @@ def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(co
     (part,) = RunFolder(tmp_path / "broken").rounds(1)
     groups = [group for group, _ in read_groups(part)]
     part.with_name("step_000001_round_00.parquet").write_bytes(part.read_bytes())
-    write_ledger(part, groups[:5], fates=["sampled"] * 5, meta={})  # which a kill kept from being deleted
+    write_ledger(part, groups[:5], fates=["sampled"] * 5, meta={})  # a kill prevented its deletion
     resumed = collector(tmp_path / "broken", **settings)
     collected, _ = resumed.collect(1, CollectorState())
     assert resumed.client.engine.rounds[0] == broken.client.engine.rounds[1]
@@ -252,7 +252,7 @@ def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(co
 
 
 class Silent(Counting):
-    """After 20 answers it says nothing until nobody wants the rest, as servers may for minutes."""
+    """After 20 answers it is silent, as servers may be for minutes, until the rest is given up."""
 
     is_silent = False
 
@@ -309,7 +309,7 @@ def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collec
 
 
 class Reversed:
-    """The engine under another order of answers."""
+    """The engine, with its answers in another order."""
 
     def __init__(self, engine) -> None:
         self.engine, self.hints = engine, []
@@ -369,7 +369,7 @@ def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path
     with pytest.raises(UserError, match="14 questions: are not the questions that this run started with"):
         replace(built, order=shorter).collect(2, state)
     with pytest.raises(UserError, match="are not the questions that this run started with"):
-        replace(built, order=shorter).collect(1, CollectorState())  # its ledger is there, its checkpoint is not
+        replace(built, order=shorter).collect(1, CollectorState())  # its ledger exists, its checkpoint does not
 
 
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
@@ -380,7 +380,7 @@ def test_no_mixed_group_is_the_users_error(collector, tmp_path):
 
 @pytest.mark.parametrize(("missing", "rate", "expected"), [(100, None, 300), (100, 0.5, 215), (100, 0.01, 300), (10, 1.0, 10)])
 def test_round_size(collector, tmp_path, missing, rate, expected):
-    """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never beyond 3 × 100; a rate of 1 asks no more than needed."""
+    """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never more than 3 × 100; at rate 1 no more than needed."""
     assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
 
 

@@ -1,4 +1,4 @@
-"""The embedded engine in one process, against Hugging Face's own forward pass and ``generate``."""
+"""The embedded engine in one process, compared with Hugging Face's own forward pass and ``generate``."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ SIZES: dict = {
     "num_key_value_heads": 2,
     "vocab_size": VOCAB,
     "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # far from uniform, so that a wrong key or position shows
+    "initializer_range": 0.2,  # far from uniform, so that a wrong key or position is noticed
 }
 
 
@@ -70,7 +70,7 @@ def make_requests(num=12, answers=3, seed=0):
 
 
 def reference_logprobs(model, prompt, tokens, temperature, top_p):
-    """Of one answer, by one full forward pass without any cache, in float64 after the logits."""
+    """Log-probs of one answer from one full forward pass without a cache, in float64 after the logits."""
     row = torch.tensor([[*prompt.tolist(), *tokens.tolist()]])
     with torch.no_grad():
         logits = model(row).logits[0, len(prompt) - 1 : -1].double() / (temperature or 1.0)
@@ -190,7 +190,7 @@ def test_first_tokens_follow_the_softmax(model, folder):
         return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
     assert p_value(probs) > 1e-3
-    # The test has power: a temperature off by a sixth is found out.
+    # The test has power: it detects a temperature that is off by a sixth.
     assert p_value(torch.softmax(logits / (temperature * 7 / 6), dim=-1).numpy()) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""One request to a server: what is sent, what is read, and every way in which a server can fail at it."""
+"""One request to a server: what is sent, what is read, and every way in which a server can fail."""
 
 import asyncio
 import json
@@ -140,7 +140,7 @@ def test_an_answer_whose_weights_are_not_named_has_no_versions(server):
         ([("3", 0, 4), ("4", 4, 6)], (3, 4)),
         ([("3", 0, 4), ("default", 4, 6)], (3, -1)),  # a label of vLLM's own
         ([("-3", 0, 6)], (-1,)),
-        ([("3", 0, 4)], ()),  # the last two tokens are anybody's
+        ([("3", 0, 4)], ()),  # nobody vouches for the last two tokens
         ([("3", 0, 4), ("4", 5, 6)], ()),
         ([("3", 1, 6)], ()),
         ([], ()),
@@ -153,7 +153,7 @@ def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
 
 
 def event(**changes):
-    """One as vLLM sends it, with parts changed, or left out where they are None."""
+    """An event as vLLM sends it, with some parts changed, or left out if None."""
     choice = {
         "index": 0,
         "finish_reason": "stop",

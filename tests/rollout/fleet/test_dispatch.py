@@ -1,4 +1,4 @@
-"""The scheduler, by random sequences of events against a plain count, and its rules one at a time."""
+"""The scheduler: random sequences of events checked against a plain count, then its rules one at a time."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ BUDGET, ATTEMPTS = 500, 3
 
 
 class Fleet(RuleBasedStateMachine):
-    """Servers that answer, fail, come late and repeat themselves. The reference is one count an answer: settled how often?"""
+    """Servers that answer, fail, are late and repeat themselves. The reference counts how often each answer was settled."""
 
     def __init__(self):
         super().__init__()
@@ -21,9 +21,9 @@ class Fleet(RuleBasedStateMachine):
         self.asked: dict[tuple[int, int], set[int]] = {}
         self.settled: Counter[tuple[int, int, int]] = Counter()
         self.given_up: set[tuple[int, int]] = set()
-        self.sent = {}  # all that were ever sent, by ticket: also those that have ended may still speak
-        self.costs = {}  # prompt tokens and tokens an answer, of requests with a hint
-        self.live: dict[int, set[int]] = {}  # by ticket, what a client would still wait for
+        self.sent = {}  # all that were ever sent, by ticket: even those that have ended may still send something
+        self.costs = {}  # prompt tokens and tokens per answer, for requests with a hint
+        self.live: dict[int, set[int]] = {}  # by ticket, what a client would still be waiting for
 
     @rule(call=st.integers(0, 1), num=st.integers(1, 6), prompt=st.integers(1, 50), hint=st.none() | st.integers(1, 200))
     def ask(self, call, num, prompt, hint):
@@ -41,7 +41,7 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(data=st.data(), num_tokens=st.integers(1, 300))
     def answer(self, data, num_tokens):
-        """Any server says anything, also twice and after its sub-request has ended."""
+        """Any server sends anything, even twice or after its sub-request has ended."""
         if not self.sent:
             return
         sub = self.sent[data.draw(st.sampled_from(sorted(self.sent)))]
@@ -85,7 +85,7 @@ class Fleet(RuleBasedStateMachine):
         assert self.dispatcher.num_waiting == waiting - gone
 
     def teardown(self):
-        """Whatever has happened: with servers that answer from now on, every answer comes exactly once."""
+        """Whatever has happened: if servers answer from now on, every answer arrives exactly once."""
         for ticket in list(self.live):
             self.fail_all(ticket)
         while subs := self.dispatcher.assign(SERVERS):

@@ -1,4 +1,4 @@
-"""The engine over servers without a model, which answer by seed and fail on demand: every answer once, and the right one."""
+"""The engine over servers without a model that answer by seed and fail on demand: every answer comes once and is right."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,7 @@ def servers(processes):
 
 @pytest.fixture
 def background():
-    """A thread to call from, whose result is a future."""
+    """Runs calls on a thread; the result is a future."""
     with ThreadPoolExecutor() as pool:
         yield pool
 
@@ -83,7 +83,7 @@ def opened(folder, servers, version=3, **options):
 
 
 def make_requests(num=20, answers=8, first=0):
-    """Half of them with neighbouring seeds, half with seeds that are not."""
+    """Half of them with consecutive seeds, half without."""
     prompt = np.array([1, 2, 3], dtype=np.int32)
     step = [1, 13]
     return [
@@ -92,7 +92,7 @@ def make_requests(num=20, answers=8, first=0):
 
 
 def check(completions, requests, max_tokens=MAX_TOKENS, version=3):
-    """Each answer of each request exactly once, and what its seed gives."""
+    """Each answer to each request comes exactly once and is the one its seed gives."""
     got = sorted((c.request_id, c.index) for c in completions)
     assert got == sorted((r.request_id, k) for r in requests for k in range(len(r.seeds)))
     seeds = {request.request_id: request.seeds for request in requests}
@@ -130,7 +130,7 @@ def test_two_calls_at_once(folder, servers, background):
 
 
 def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers, background):
-    """Half of the answers are short enough to be finished; the others are held until somebody has hung up."""
+    """Half of the answers are short enough to finish; the others are held until a connection is closed."""
     behave(servers, hold=2000)
     requests = make_requests(num=6, answers=8)
     broken_off = seen(servers, "broken_off")
@@ -150,7 +150,7 @@ def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers, 
 
 
 def assert_idle(servers):
-    """Soon no server is generating anything."""
+    """Soon no server generates anything."""
     until(lambda: not seen(servers, "open"))
 
 
@@ -181,7 +181,7 @@ def test_what_one_server_fails_the_other_answers(folder, servers, fault):
 
 
 def test_silence(folder, servers, background, monkeypatch):
-    """It counts once only the silent server has work left."""
+    """The clock advances only once the silent server alone has work left."""
     monkeypatch.setattr(request_loop, "time", clock := Clock())
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
@@ -199,7 +199,7 @@ def test_an_answer_with_other_weights_is_thrown_away(folder, servers, label):
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
         engine.load([], 2)
-        engine.load([], 3)  # so that 2 was published, and yet is not what the server is believed to hold
+        engine.load([], 3)  # so that 2 was published but is not what the server is believed to hold
         servers[1].behave(version=label)
         check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
         usage = engine.take_metrics()
@@ -222,7 +222,7 @@ def test_an_answer_continued_on_new_weights_has_the_older_version(folder, server
 
 
 def test_a_publication_that_fails_counts_for_nothing(folder, servers, background, monkeypatch):
-    """Answers that carry its version already wait for its end, and are then asked again."""
+    """Answers that already carry its version wait until it has ended, and are then requested again."""
     requests = make_requests(num=4)
     begun, arrived, version_of = threading.Event(), [], RequestLoop._version
 
@@ -348,12 +348,12 @@ def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
         engine._do(engine._asking.send)
         assert not engine._asking._asked and seen(servers, "answers") - begun < 100
         other = make_requests(num=2)
-        check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # nobody else is held up
+        check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # no other caller is held up
         check([first, *answers], requests)
 
 
 def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, servers, background, monkeypatch):
-    """Hours pass in which the server is never silent for ten minutes: before each stretch another answer grows."""
+    """Hours pass, but the server is never silent for ten minutes: another answer grows in between."""
     monkeypatch.setattr(request_loop, "time", clock := Clock())
     monkeypatch.setattr(request_loop, "_LONGEST_QUEUE", 2.0)
     server = servers[0]

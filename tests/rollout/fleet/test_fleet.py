@@ -28,7 +28,7 @@ PATIENCE = 120.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Supervisors look and try again often."""
+    """Supervisors check and retry often."""
     monkeypatch.setattr(supervisor_module, "_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(supervisor_module, "_FIRST_DELAY", 0.05)
     monkeypatch.setattr(supervisor_module, "_LONGEST_DELAY", 0.2)
@@ -45,7 +45,7 @@ def fakes():
 
 @pytest.fixture
 def open_fleet(tmp_path, model_folder):
-    """Opens a fleet over the given URLs; keyword arguments are fields of the section."""
+    """Opens a fleet over the given URLs; keyword arguments set fields of the section ``fleet``."""
     fleets = []
 
     def begin(urls=(), **fields):
@@ -123,7 +123,7 @@ def test_wrong_weights_are_refused_and_retried(fakes, open_fleet, tensors, fault
     setattr(fakes[0], fault, True)
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
-    until(lambda: fakes[0].calls.count("/update_weights") >= 2)  # the two refusals that write a server off
+    until(lambda: fakes[0].calls.count("/update_weights") >= 2)  # two refusals, after which the server is written off
     assert names(fleet) == {"url-1"}
     assert "/resume" not in fakes[0].calls and fakes[0].paused
     setattr(fakes[0], fault, False)
@@ -133,7 +133,7 @@ def test_wrong_weights_are_refused_and_retried(fakes, open_fleet, tensors, fault
 def test_a_server_whose_weights_work_otherwise_is_refused(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url, fakes[1].url])
     fakes[1].logprob, fakes[1].silent = -3.0, {"/v1/completions"}
-    fleet.publish(tensors.items(), 1)  # the first one that has it sets the standard
+    fleet.publish(tensors.items(), 1)  # the first server that has it sets the standard
     assert names(fleet) == {"url-0"}
     fakes[1].speak()
     until(lambda: any("log-probs differ by 2.00 nats" in stats.reason for stats in fleet.stats()))
@@ -159,7 +159,7 @@ def test_one_that_is_silent_in_a_sync_delays_nobody_and_gets_no_work_until_refre
     fakes[0].silent = {"/weight_info", "/pause"}
     fleet.publish(tensors.items(), 2)
     assert "url-0" not in names(fleet)
-    until(lambda: names(fleet) == {"url-1"})  # whose answers may have been late too
+    until(lambda: names(fleet) == {"url-1"})  # its replies may have been late too
     until(lambda: state(fleet, "url-0") == "dead")
     assert fakes[0].label == "1" and "url-0" not in names(fleet)
     fakes[0].speak()
@@ -180,8 +180,8 @@ def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes,
     fleet.publish(tensors.items(), 1)
     (member,) = fleet.serving()
     fakes[0].silent = {"/weight_info"}
-    until(lambda: fakes[0].num_waiting == 1)  # the check of before is answered after the reports
-    for _ in range(50):  # one cause breaks off many requests
+    until(lambda: fakes[0].num_waiting == 1)  # the earlier check is answered after the reports
+    for _ in range(50):  # one cause interrupts many requests
         fleet.report(member, ok=False, error="connection reset")
     assert fleet.serving() == [] and fleet.stats()[0].reason == "connection reset"
     fakes[0].speak()
@@ -198,7 +198,7 @@ def test_one_written_off_comes_back_through_a_refresh_alone(fakes, open_fleet, t
     fakes[0].status["/update_weights"] = 500
     del fakes[0].status["/weight_info"]
     until(lambda: fakes[0].calls.count("/update_weights") >= 2)
-    fleet.report(member, ok=True)  # of a request that was under way: it proves nothing about the weights
+    fleet.report(member, ok=True)  # from a request that was in progress: it proves nothing about the weights
     assert fleet.serving() == []
     num_loads = fakes[0].calls.count("/update_weights")
     del fakes[0].status["/update_weights"]
@@ -310,10 +310,10 @@ def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_togeth
     together = threading.Barrier(len(held))
 
     class Held:
-        """A claim that others keep: it is asked for as long as allowed, and at the same time as all such claims."""
+        """A claim held elsewhere: the broadcast waits for all such claims at once, each for the full time allowed."""
 
         def acquire(self, timeout):
-            if timeout == 77.0:  # silence_seconds; the supervisor's own thread asks too
+            if timeout == 77.0:  # silence_seconds; the supervisor's own thread also tries
                 together.wait(PATIENCE)
             else:
                 time.sleep(timeout)

@@ -1,4 +1,4 @@
-"""The state machine alone: every transition by table, and what no sequence of events can do."""
+"""The state machine alone: a table of every transition, and what no sequence of events can do."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_every_transition(event):
 
 
 def reachable() -> dict[Health, list[tuple[str, Health]]]:
-    """Every ``Health`` that events can lead to, with what each event makes of it. Reasons are left out: they decide nothing."""
+    """Every ``Health`` that events can reach, and the result of each event. Reasons are left out: they affect no transition."""
     graph, todo = {}, [Health()]
     while todo:
         health = todo.pop()
@@ -66,7 +66,7 @@ def reachable() -> dict[Health, list[tuple[str, Health]]]:
 
 
 def strip(health: Health) -> Health:
-    """Without its reason; of its failures only what still counts."""
+    """``health`` without its reason, and with only the failures that still count."""
     return Health(health.state, health.version, health.fingerprint, health.num_failures, health.num_refusals, health.num_doubts)
 
 

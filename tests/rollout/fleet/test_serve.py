@@ -1,4 +1,4 @@
-"""A rollout node's process: how it bears a busy server, a full disk and a server that does not start."""
+"""A rollout node's process: how it handles a busy server, a full disk and a server that does not start."""
 
 import errno
 import threading
@@ -17,7 +17,7 @@ PATIENCE = 120.0
 
 
 class Server:
-    """In place of the node's: it serves ``fake``, and lists what happens in ``events``."""
+    """Replaces the node's server: serves ``fake`` and lists what happens in ``events``."""
 
     fake, events, fails = None, [], 0
 
@@ -74,8 +74,8 @@ def test_a_server_that_is_silent_while_it_loads_weights_stays(server, start_node
     until(registered)
     server.fake.silent = {"/weight_info"}
     num_asked = server.fake.num_waiting
-    until(lambda: server.fake.num_waiting > num_asked + 3)  # it was asked again and again
-    heartbeat = registered()["node"].heartbeat  # it is not forgotten meanwhile
+    until(lambda: server.fake.num_waiting > num_asked + 3)  # it was checked repeatedly
+    heartbeat = registered()["node"].heartbeat  # it is not forgotten in the meantime
     until(lambda: registered()["node"].heartbeat > heartbeat)
     server.fake.speak()
     heartbeat = registered()["node"].heartbeat

@@ -1,4 +1,4 @@
-"""A server's command line, its key, and its end, with the real vLLM; its folders, log and guard without."""
+"""A server's command line, key and exit, with the real vLLM; its folders, log and guard without it."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
 
 @pytest.fixture
 def asleep(tmp_path):
-    """Settings of servers that only sleep."""
+    """Settings for servers that only sleep."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 600\n")
     python.chmod(0o755)
@@ -98,7 +98,7 @@ def test_a_guard_watches_a_descriptor_above_1023():
         os.close(high)
         until(lambda: any(Path(f"/proc/{child}/comm").read_text() == "sleep\n" for child in children(process.pid)))
         num_looks = pauses(process.pid)
-        until(lambda: process.poll() is not None or pauses(process.pid) > num_looks + 3)  # it looks at the pipe, and lives
+        until(lambda: process.poll() is not None or pauses(process.pid) > num_looks + 3)  # it polls the pipe and stays alive
     finally:
         os.close(alive)
         os.close(ours)
@@ -112,6 +112,6 @@ def children(pid):
 
 
 def pauses(pid):
-    """How often a process has waited for something."""
+    """How often a process has waited (voluntary context switches)."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("voluntary")]
     return int(line.split()[1])
