@@ -151,7 +151,7 @@ def check_packs(packs, groups, rules, name):
 
 @given(cases())
 @settings(deadline=None, max_examples=60)
-def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
+def test_all_ranks_together_read_every_token_once_with_its_values(case):
     groups, fates, rules, name = case
     trained = [group for group, fate in zip(groups, fates, strict=True) if fate == "train" and judged(group)]
     assume(trained)
@@ -181,7 +181,7 @@ def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
         check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, rules, name)
 
 
-def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
+def test_a_group_too_long_for_a_micro_batch_is_reported(tmp_path):
     answers = [(40, "correct", 2), (40, "wrong", 2)]
     write_ledger(tmp_path / "ledger.parquet", [make_group(0, 10, answers, itertools.count(1))], fates=["train"], meta={})
     rules = BatchingRules(
@@ -201,7 +201,7 @@ def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
         read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], rules, 0, 0, CPU)
 
 
-def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp_path):
+def test_inputs_of_a_loss_over_whole_answers_are_equal_on_all_context_ranks(tmp_path):
     """It agrees with each answer's tokens; answers to one question share a number, counted from 0 in every pack."""
     fresh = itertools.count(1)
     verdicts = ["correct", "wrong", "unknown", "wrong", "correct"]

@@ -42,7 +42,7 @@ def test_one_rank_has_all_tokens_of_sequences_of_any_length():
     assert zigzag_index(torch.tensor([0, 3, 4, 9], dtype=torch.int32), 0, 1).tolist() == list(range(9))
 
 
-def test_a_sequence_that_cannot_be_cut_evenly_is_refused():
+def test_a_sequence_that_cannot_be_cut_evenly_is_rejected():
     with pytest.raises(AssertionError):
         zigzag_index(torch.tensor([0, 8, 14], dtype=torch.int32), 0, 2)
 
@@ -71,7 +71,7 @@ def test_without_context_parallelism_the_shard_is_the_pack():
     assert kept_N.tolist() == [0, 1]
 
 
-def test_a_pack_of_nothing_has_shards_without_a_loss():
+def test_an_empty_pack_has_shards_without_loss_tokens():
     for rank in range(2):
         shard, kept_N = context_shard(pack([], multiple=8, sequence_multiple=4), rank, 2)
         assert shard.input_ids_T.tolist() == [0] * 4
@@ -130,7 +130,7 @@ def check_pack(shards, rows, case):
 
 @given(layouts())
 @settings(deadline=None, max_examples=200)
-def test_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
+def test_the_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
     fresh = itertools.count(1)
     rows = [tuple([next(fresh) for _ in range(length)] for length in pair) for pair in case["lengths"]]
     weight_of = {(row, t): 0.5 + next(fresh) for row, (_, answer) in enumerate(rows) for t in range(len(answer))}

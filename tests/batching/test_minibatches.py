@@ -50,7 +50,7 @@ IS_FORWARDED = np.random.default_rng(1).permutation(np.arange(32) % 4 > 0)
     ("context", "tensor", "sequence_multiple", "multiple"),
     [(1, 1, 1, 1), (1, 8, 1, 8), (2, 1, 4, 4), (2, 8, 4, 32), (4, 8, 8, 64)],
 )
-def test_what_sequences_and_packs_are_multiples_of(context, tensor, sequence_multiple, multiple):
+def test_the_multiples_of_sequences_and_packs(context, tensor, sequence_multiple, multiple):
     layout = change(context_size=context, tensor_size=tensor)
     assert (layout.sequence_multiple, layout.multiple) == (sequence_multiple, multiple)
 
@@ -90,7 +90,7 @@ def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answe
         {"keep_groups": True},
     ],
 )
-def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
+def test_no_layout_changes_the_mini_batches(answers, fields):
     usual, other = (plan_minibatches(answers, IS_FORWARDED, 7, rules) for rules in (RULES, change(**fields)))
     assert [(members_of(p), p.denominator, p.num_tokens) for p in other] == [
         (members_of(p), p.denominator, p.num_tokens) for p in usual
@@ -108,14 +108,14 @@ def test_an_empty_answer_counts_for_nothing(answers):
     assert sum(plan.denominator for plan in plans) == has_tokens.sum()
 
 
-def test_padding_of_sequences_is_planned_for():
+def test_the_plan_allows_for_padding_of_sequences():
     two = index_of(np.array([1, 1]), np.array([1, 1]), np.array([4, 4]))
     for context, expected in ((1, [[0, 1]]), (2, [[0], [1]])):  # 5 + 5 tokens, or 8 + 8
         (plan,) = plan_minibatches(two, np.array([True, True]), 1, change(num_ranks=1, token_budget=12, context_size=context))
         assert [members.tolist() for members in plan.members_of[0]] == expected
 
 
-def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
+def test_groups_stay_whole_and_counts_are_multiples_if_required(answers):
     def homes(rules):
         """For every mini-batch: the number of micro-batches each group is in, and the number on each rank."""
         for plan in plan_minibatches(answers, IS_FORWARDED, 7, rules):

@@ -95,7 +95,7 @@ def test_plan_evens_out_the_micro_batches_of_a_rank():
     assert [len(members) for members in rank] == [9, 9, 7]
 
 
-def test_plan_evens_out_a_number_of_micro_batches_that_was_rounded_up():
+def test_plan_evens_out_a_rounded_up_number_of_micro_batches():
     # 3 would do, 4 are required: 7 + 7 + 7 + 4, not 9 + 9 + 7 + 0.
     (rank,) = plan_micro_batches([100] * 25, token_budget=1000, num_ranks=1, count_multiple=4)
     assert [len(members) for members in rank] == [7, 7, 7, 4]
@@ -107,7 +107,7 @@ def test_padding_of_sequences_counts_against_the_budget():
     assert [len(members) for members in rank] == [2, 2]
 
 
-def test_cost_decides_the_order_where_tokens_are_equal():
+def test_cost_decides_the_order_if_tokens_are_equal():
     # With hidden size 1 only attention counts: one sequence of 16 costs more than 4 of 4.
     (rank,) = plan_micro_batches([4, 4, 4, 4, 16], token_budget=16, num_ranks=1, hidden_size=1)
     assert [members.tolist() for members in rank] == [[4], [0, 1, 2, 3]]
@@ -176,7 +176,7 @@ def test_pack_with_sequences_padded_by_hand():
 
 
 @pytest.mark.parametrize(("options", "total"), [({}, 9), ({"multiple": 6}, 12), ({"num_tokens": 20}, 20)])
-def test_padding_is_a_last_sequence_of_its_own(options, total):
+def test_padding_is_a_separate_last_sequence(options, total):
     batch = pack(make_answers([(3, 2), (1, 3)]), **options)
     assert len(batch.input_ids_T) == len(batch.position_ids_T) == total
     assert batch.cu_seqlens.tolist() == [0, 5, 9] + ([total] if total > 9 else [])
@@ -184,7 +184,7 @@ def test_padding_is_a_last_sequence_of_its_own(options, total):
 
 
 @pytest.mark.parametrize(("options", "total"), [({}, 1), ({"multiple": 8}, 8), ({"num_tokens": 16, "multiple": 8}, 16)])
-def test_a_pack_of_nothing_has_tokens_but_no_loss(options, total):
+def test_an_empty_pack_has_tokens_but_no_loss(options, total):
     batch = pack([], **options)
     assert batch.cu_seqlens.tolist() == [0, total]
     assert batch.input_ids_T.tolist() == [0] * total

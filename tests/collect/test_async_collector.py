@@ -27,7 +27,7 @@ def ledgers(run: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(("staleness", "num_steps"), [(1, 6), (2, 5)])
-def test_a_run_ahead_trains_on_answers_within_the_bound(run_config, command, metrics_of, tmp_path, staleness, num_steps):
+def test_collecting_ahead_trains_on_answers_within_the_bound(run_config, command, metrics_of, tmp_path, staleness, num_steps):
     config = run_config(
         rollout={"max_staleness": staleness, "questions_per_step": 2},
         train={"num_steps": num_steps},
@@ -52,7 +52,7 @@ def test_a_run_ahead_trains_on_answers_within_the_bound(run_config, command, met
         assert measured == pytest.approx(greedy_accuracy(tmp_path / "run" / "hf" / f"step_{step:06d}"))
 
 
-def test_a_killed_run_ahead_goes_on_with_nothing_lost_or_doubled(run_config, command, start, metrics_of, tmp_path):
+def test_a_killed_run_collecting_ahead_loses_and_doubles_nothing(run_config, command, start, metrics_of, tmp_path):
     config, run = run_config(rollout={"max_staleness": 1}, train={"num_steps": 8}), tmp_path / "run"
     for after in (2, 4):
         process = start("train", config)
@@ -67,7 +67,7 @@ def test_a_killed_run_ahead_goes_on_with_nothing_lost_or_doubled(run_config, com
     assert all(row["staleness_max"] <= 1 for row in metrics_of(run))
 
 
-def test_a_run_ahead_stops_with_everything_saved(run_config, start, command, metrics_of, tmp_path):
+def test_a_run_collecting_ahead_stops_with_everything_saved(run_config, start, command, metrics_of, tmp_path):
     config, run = (
         run_config(rollout={"max_staleness": 1}, train={"num_steps": 1_000_000}, checkpoint={"every": 1000}),
         tmp_path / "run",
@@ -114,7 +114,7 @@ def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
-def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
+def test_collection_never_starts_before_the_weights_are_recent_enough(staleness):
     """Step k needs version k − 1 − s. A step that may begin does so without being requested."""
     collecting, began, versions = ahead(staleness, last_step=9)
     for step in range(1, 10):
@@ -129,14 +129,14 @@ def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
     collecting.close()
 
 
-def test_what_ends_the_collecting_ends_the_run():
+def test_what_ends_the_collection_ends_the_run():
     collecting, _, _ = ahead(1, last_step=5, fails_at=2)
     assert collecting.take(1, 120.0, lambda: None)[0].ledger == Path("1")
     with pytest.raises(ConnectionError, match="the network is away"):
         collecting.take(2, 120.0, lambda: None)
 
 
-def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
+def test_waiting_for_a_step_has_a_deadline_and_obeys_a_stop_request():
     collecting, _, _ = ahead(1, last_step=5)
     with pytest.raises(TimeoutError, match="step 3 was not collected within 0 s"):
         collecting.take(3, 0.1, lambda: None)
@@ -175,7 +175,7 @@ class SlowEngine:
         pass
 
 
-def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
+def test_threads_take_turns_with_an_engine_and_new_weights_go_first():
     slow = SlowEngine()
     engine = ExclusiveEngine(slow, deadline_seconds=120.0)
 
@@ -212,7 +212,7 @@ def test_a_turn_that_does_not_come_is_a_fault():
     assert engine.load([], 1) == "fingerprint"
 
 
-def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, command, metrics_of, tmp_path):
+def test_the_probe_compares_engine_and_trainer_after_every_sync(run_config, command, metrics_of, tmp_path):
     config = run_config(rollout={"probe_questions": 5, "probe_tokens": 2}, train={"num_steps": 2})
     assert command("train", config).returncode == 0
     rows = metrics_of(tmp_path / "run")
@@ -223,7 +223,7 @@ def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, comma
 
 
 @pytest.mark.parametrize("gate", [0, 4])
-def test_an_engine_unlike_the_trainer_is_refused_before_the_first_update(run_config, command, tmp_path, gate):
+def test_an_engine_unlike_the_trainer_is_rejected_before_the_first_update(run_config, command, tmp_path, gate):
     """Float32 noise exceeds a limit of 1e-12: the probe finds it, or else the step's own answers show it."""
     refused = command("train", run_config(rollout={"probe_questions": gate, "max_mismatch": 1e-12}))
     assert refused.returncode == 2

@@ -119,7 +119,7 @@ class Recording:
             yield prompt_id, answers
 
 
-def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
+def test_the_reasons_for_verdicts_are_in_the_metrics(collector, tmp_path):
     """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos> or at the limit."""
     built = collector(tmp_path / "run")
     recording = Recording(built.client)
@@ -137,7 +137,7 @@ def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
     assert metrics["verdict/truncated"] == pytest.approx(metrics["truncated_rate"])
 
 
-def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
+def test_finished_rounds_survive_a_failure_and_are_not_repeated(collector, tmp_path):
     settings = {"questions_per_step": 12}  # each round asks for what is still missing
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     assert whole.metrics["rounds"] >= 3
@@ -157,7 +157,7 @@ def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tm
     assert again.client.engine.rounds == []
 
 
-def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
+def test_surplus_is_kept_while_its_staleness_is_allowed(collector, tmp_path):
     built = collector(tmp_path / "run", questions_per_step=2, oversample=4.0, max_staleness=1)
     first, state = built.collect(1, CollectorState())
     surplus = state.surplus
@@ -198,7 +198,7 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
 
 
 @pytest.mark.parametrize(("save_seconds", "num_parts"), [(1e-9, 4), (1e9, 1)])
-def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, monkeypatch, save_seconds, num_parts):
+def test_finished_groups_of_an_unfinished_round_are_not_repeated(collector, tmp_path, monkeypatch, save_seconds, num_parts):
     monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that the request to stop is seen only after each group
     settings = {"save_seconds": save_seconds, "oversample": 4.0}
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
@@ -217,7 +217,7 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
     assert not RunFolder(tmp_path / "broken").rounds(1)
 
 
-def test_an_answer_is_written_as_part_of_its_round_and_with_its_step(collector, tmp_path, monkeypatch):
+def test_an_answer_is_written_in_a_part_of_its_round_and_in_its_steps_ledger(collector, tmp_path, monkeypatch):
     written = Counter()
 
     def counting(path, groups, **named):
@@ -233,7 +233,7 @@ def test_an_answer_is_written_as_part_of_its_round_and_with_its_step(collector, 
     assert len(written) == 8 * state.cursor
 
 
-def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(collector, tmp_path):
+def test_a_complete_round_in_the_single_file_of_earlier_versions_is_not_repeated(collector, tmp_path):
     settings = {"questions_per_step": 12}
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", fails_in=1, **settings)
@@ -268,7 +268,7 @@ class Silent(Counting):
             yield completion
 
 
-def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
+def test_a_stop_request_is_noticed_while_no_answer_arrives(collector, tmp_path):
     whole, _ = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
     built = collector(tmp_path / "run", oversample=4.0)
     engine = Silent(built.client.engine)
@@ -283,7 +283,7 @@ def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
     assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState())[0].ledger) == content(whole.ledger)
 
 
-def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
+def test_a_round_ends_at_the_quota_if_configured(collector, tmp_path):
     built = collector(tmp_path / "run", stop_at_quota=True, oversample=8.0)
     recording = Recording(built.client)
     collected, state = replace(built, client=recording).collect(1, CollectorState())
@@ -294,7 +294,7 @@ def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
     assert collected.metrics["groups_surplus"] == 0
 
 
-def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collector, tmp_path):
+def test_a_question_whose_verdicts_agree_is_abandoned_if_configured(collector, tmp_path):
     plain = collector(tmp_path / "plain", oversample=4.0)
     recording = Recording(plain.client)
     replace(plain, client=recording).collect(1, CollectorState())
@@ -319,7 +319,7 @@ class Reversed:
         yield from reversed(list(self.engine.generate(requests, sampling)))
 
 
-def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
+def test_the_order_in_which_answers_arrive_changes_nothing(collector, tmp_path):
     whole, _ = collector(tmp_path / "whole").collect(1, CollectorState())
     built = collector(tmp_path / "reversed")
     other = replace(built, client=replace(built.client, engine=Reversed(built.client.engine)))
@@ -352,7 +352,7 @@ def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
     assert f"trains on {collected.metrics['groups_trained']} of 60 questions" in caplog.text
 
 
-def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
+def test_an_engine_that_cuts_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
     built = collector(tmp_path / "run")
     built.client.engine.aborts = True
     with pytest.raises(EngineFault, match="cut off 32 of 32 answers"):
@@ -362,7 +362,7 @@ def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(c
     assert whole.metrics["unknown_rate"] == 0
 
 
-def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path):
+def test_changed_questions_are_rejected(collector, tmp_path):
     built = collector(tmp_path / "run")
     _, state = built.collect(1, CollectorState())
     shorter = PromptOrder(built.order.prompts[1:], seed=0)
@@ -384,7 +384,7 @@ def test_round_size(collector, tmp_path, missing, rate, expected):
     assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
 
 
-def test_a_run_folder_that_has_gone_away_is_not_made_again(collector, tmp_path):
+def test_a_run_folder_that_has_disappeared_is_not_recreated(collector, tmp_path):
     collect = collector(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(OSError, match="the run folder has disappeared"):

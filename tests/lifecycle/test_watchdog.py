@@ -81,7 +81,7 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     assert ending.message == first
 
 
-def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
+def test_signs_of_life_and_phases_without_a_deadline_keep_the_watchdog_quiet(watch):
     dog, recorder, clock = watch(collect=1.0)
     shown = LifeSigns(recorder, dog)
     with dog.phase("collect"):

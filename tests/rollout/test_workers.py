@@ -97,7 +97,7 @@ def worker_pids(parent):
     return sorted(found)
 
 
-def test_workers_answer_as_one_process_does(engine, models, expected):
+def test_workers_answer_like_one_process(engine, models, expected):
     assert engine.load(models[0].named_parameters(), version=4) == weights_fingerprint(models[0].named_parameters())
     completions = list(engine.generate(REQUESTS, SAMPLING))
     assert as_table(completions) == expected[0]
@@ -126,7 +126,7 @@ def test_bfloat16_weights_cross_unchanged(engine, models):
     assert engine.load(stream, version=7) == weights_fingerprint(stream)
 
 
-def test_a_refused_stream_leaves_the_workers_without_weights(engine, models, expected):
+def test_a_rejected_stream_leaves_the_workers_without_weights(engine, models, expected):
     with pytest.raises(UserError, match=r"model\.norm\.weight.*missing"):
         engine.load([(n, t) for n, t in models[0].named_parameters() if n != "model.norm.weight"], version=8)
     with pytest.raises(EngineFault, match="no weights"):
@@ -143,7 +143,7 @@ def test_a_fault_inside_a_worker_is_raised_with_its_cause(engine, models, expect
     assert as_table(engine.generate(REQUESTS, SAMPLING)) == expected[0]
 
 
-def test_a_generation_given_up_does_not_disturb_the_next(engine, models, expected):
+def test_an_abandoned_generation_does_not_disturb_the_next(engine, models, expected):
     engine.load(models[0].named_parameters(), version=12)
     given_up = engine.generate(REQUESTS, SAMPLING)
     next(given_up)
@@ -151,7 +151,7 @@ def test_a_generation_given_up_does_not_disturb_the_next(engine, models, expecte
     assert as_table(engine.generate(REQUESTS, SAMPLING)) == expected[0]
 
 
-def test_a_killed_worker_aborts_its_answers_and_returns_with_current_weights(engine, models, expected):
+def test_a_killed_worker_aborts_its_answers_and_is_replaced_with_current_weights(engine, models, expected):
     engine.load(models[0].named_parameters(), version=13)
     engine.load(models[1].named_parameters(), version=14)
     before = worker_pids(os.getpid())
@@ -208,7 +208,7 @@ def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
     engine.close()
 
 
-def test_a_worker_that_dies_again_and_again_is_a_fault_unless_it_answers_in_between(folder, models, expected):
+def test_a_worker_that_keeps_dying_is_a_fault_unless_it_answers_in_between(folder, models, expected):
     others = worker_pids(os.getpid())
     engine = EmbeddedEngine(folder, read_shape(folder), num_processes=1, batch_size=8, load_seconds=120, answer_seconds=60)
 

@@ -100,7 +100,7 @@ def test_answers_are_drawn_from_the_model(engine, model):
     assert chi_square < 42.6  # 14 degrees of freedom
 
 
-def test_a_seed_is_an_answer_on_every_server_alone_and_in_company(engine, fleet, fleet_model):
+def test_a_seed_gives_one_answer_on_every_server_alone_or_among_others(engine, fleet, fleet_model):
     requests, sampling = make_requests(num=4), Sampling(max_tokens=20)
     together = {(c.request_id, c.index): c.tokens.tolist() for c in engine.generate(requests, sampling)}
     shuffled = [Request(r.request_id, r.prompt_tokens, r.seeds[::-1]) for r in requests]  # not consecutive: one by one
@@ -140,7 +140,7 @@ def test_a_stop_text_ends_an_answer_as_in_the_embedded_engine(engine, fleet_mode
     assert reasons == {"stop", "length"}
 
 
-def test_what_is_given_up_is_no_longer_generated(engine, fleet):
+def test_abandoned_requests_are_no_longer_generated(engine, fleet):
     given_up: set[int] = set()
     requests = make_requests()
     answers = engine.generate(requests, Sampling(max_tokens=240), given_up)

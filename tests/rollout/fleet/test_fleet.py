@@ -105,7 +105,7 @@ def test_all_servers_get_a_version_in_the_order_that_works(fakes, open_fleet, te
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_a_stream_that_is_no_model_reaches_no_server(fakes, open_fleet, tensors, tmp_path, change):
+def test_a_stream_that_is_not_the_model_reaches_no_server(fakes, open_fleet, tensors, tmp_path, change):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     wrong = dict(tensors)
@@ -119,7 +119,7 @@ def test_a_stream_that_is_no_model_reaches_no_server(fakes, open_fleet, tensors,
 
 
 @pytest.mark.parametrize("fault", ["tampered", "misheld"])
-def test_wrong_weights_are_refused_and_retried(fakes, open_fleet, tensors, fault):
+def test_wrong_weights_are_rejected_and_retried(fakes, open_fleet, tensors, fault):
     setattr(fakes[0], fault, True)
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
@@ -130,7 +130,7 @@ def test_wrong_weights_are_refused_and_retried(fakes, open_fleet, tensors, fault
     until(lambda: names(fleet) == {"url-0", "url-1"})
 
 
-def test_a_server_whose_weights_work_otherwise_is_refused(fakes, open_fleet, tensors):
+def test_a_server_whose_weights_behave_differently_is_rejected(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url, fakes[1].url])
     fakes[1].logprob, fakes[1].silent = -3.0, {"/v1/completions"}
     fleet.publish(tensors.items(), 1)  # the first server that has it sets the standard
@@ -141,7 +141,7 @@ def test_a_server_whose_weights_work_otherwise_is_refused(fakes, open_fleet, ten
 
 
 @pytest.mark.parametrize("route", ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/v1/completions"])
-def test_a_sync_that_fails_half_way_is_done_again(fakes, open_fleet, tensors, route):
+def test_a_sync_that_fails_halfway_is_repeated(fakes, open_fleet, tensors, route):
     fakes[0].status[route] = 500
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
@@ -152,7 +152,7 @@ def test_a_sync_that_fails_half_way_is_done_again(fakes, open_fleet, tensors, ro
     assert fakes[0].label == "1" and not fakes[0].paused
 
 
-def test_one_that_is_silent_in_a_sync_delays_nobody_and_gets_no_work_until_refreshed(fakes, open_fleet, tensors):
+def test_a_server_silent_during_a_sync_delays_no_other_and_gets_no_work_until_refreshed(fakes, open_fleet, tensors):
     fleet = open_fleet([server.url for server in fakes], silence_seconds=0.5, sync_seconds=1.0)
     fleet.publish(tensors.items(), 1)
     until(lambda: names(fleet) == {"url-0", "url-1"})
@@ -167,7 +167,7 @@ def test_one_that_is_silent_in_a_sync_delays_nobody_and_gets_no_work_until_refre
     assert fakes[0].label == "2"
 
 
-def test_a_restarted_server_is_found_out_by_its_version(fakes, open_fleet, tensors):
+def test_a_restarted_server_is_detected_by_its_version(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     fakes[0].restart()
@@ -175,7 +175,7 @@ def test_a_restarted_server_is_found_out_by_its_version(fakes, open_fleet, tenso
     assert fakes[0].fingerprint == weights_fingerprint(tensors.items())
 
 
-def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes, open_fleet, tensors):
+def test_client_reports_suspend_a_server_and_a_check_reinstates_it(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     (member,) = fleet.serving()
@@ -189,7 +189,7 @@ def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes,
     assert fakes[0].calls.count("/update_weights") == 1
 
 
-def test_one_written_off_comes_back_through_a_refresh_alone(fakes, open_fleet, tensors):
+def test_a_written_off_server_returns_only_through_a_refresh(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     (member,) = fleet.serving()
@@ -222,7 +222,7 @@ def test_too_few_servers_stop_the_run_with_75(fakes, open_fleet, tensors):
     assert names(fleet) == {"url-0", "url-1"}
 
 
-def test_nobody_waits_for_servers_that_nobody_wants(open_fleet):
+def test_waiting_ends_when_servers_are_no_longer_wanted(open_fleet):
     fleet = open_fleet()
     looks = iter([False, True])
     fleet.wait_for_servers(3600.0, lambda: next(looks))
@@ -253,7 +253,7 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
 
 
 @pytest.mark.parametrize(("what", "number"), [("file", errno.ESTALE), ("folder", errno.EIO), ("folder gone", 0)])
-def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
+def test_registrations_unreadable_for_a_while_leave_the_servers_as_they_were(
     fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog, what, number
 ):
     monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
@@ -290,7 +290,7 @@ def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
     until(lambda: names(fleet) == {"node"})
 
 
-def test_a_key_that_cannot_be_read_yet_delays_a_joiner_alone(fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog):
+def test_a_key_that_cannot_be_read_yet_delays_only_the_joiner(fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
     fleet = open_fleet([fakes[0].url])
     folder, now = tmp_path / "fleet", time.time()
@@ -303,7 +303,7 @@ def test_a_key_that_cannot_be_read_yet_delays_a_joiner_alone(fakes, open_fleet, 
     until(lambda: names(fleet) == {"url-0", "node"})
 
 
-def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_together(fakes, open_fleet, tensors):
+def test_busy_servers_together_delay_a_broadcast_by_silence_seconds_only(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url] * 5 + [fakes[1].url], silence_seconds=77.0)
     until(lambda: all(stats.state == "stale" for stats in fleet.stats()))
     *held, free = fleet._all()
@@ -326,7 +326,7 @@ def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_togeth
     free.claim.release()
 
 
-def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
+def test_malformed_replies_count_as_refusals(fakes, open_fleet, tensors):
     fakes[0].prompt_logprobs = False
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
@@ -338,13 +338,13 @@ def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
 
 
 @pytest.mark.parametrize("answer", [[1], None, "text", {}])
-def test_an_answer_that_is_no_json_object_is_told(fakes, monkeypatch, answer):
+def test_a_reply_that_is_not_a_json_object_is_reported(fakes, monkeypatch, answer):
     monkeypatch.setattr(fakes[0], "act", lambda *_: answer)
     with pytest.raises(ControlError, match="/weight_info sent an unexpected reply"):
         Control(fakes[0].url, "secret").version()
 
 
-def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path):
+def test_a_stream_that_spans_several_files(fakes, open_fleet, tensors, tmp_path):
     fleet = open_fleet([fakes[0].url], bucket_bytes=10_000)
     fleet.publish(tensors.items(), 1)
     paths = sorted((tmp_path / "weights" / "version_000001").glob("*.safetensors"))
@@ -354,7 +354,7 @@ def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path)
     assert fakes[0].fingerprint == weights_fingerprint(tensors.items())
 
 
-def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet, tensors):
+def test_different_weights_under_the_same_version_are_new_weights(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -363,12 +363,12 @@ def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet,
     assert fakes[0].fingerprint == fingerprint
 
 
-def test_devices_must_be_those_of_the_servers(open_fleet):
+def test_devices_must_match_the_servers(open_fleet):
     with pytest.raises(UserError, match=r"not for fleet\.servers = 0"):
         open_fleet(devices=("0",))
 
 
-def test_a_missing_key_file_is_told(tmp_path, model_folder):
+def test_a_missing_key_file_is_reported(tmp_path, model_folder):
     section = FleetConfig(urls=("http://127.0.0.1:1",), key_file=Path(tmp_path / "none"))
     with pytest.raises(UserError, match=r"fleet\.key_file"):
         Fleet(section, ServerSettings(model_folder, tmp_path / "f", tmp_path, "k"), tmp_path / "w").start()

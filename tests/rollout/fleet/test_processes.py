@@ -62,7 +62,7 @@ def weights(fleet_model):
     return load_file(fleet_model / "model.safetensors")
 
 
-def test_nothing_is_left_of_a_server_that_is_killed_in_any_way_or_loses_its_parent(server_settings):
+def test_nothing_is_left_of_a_server_that_is_killed_or_loses_its_parent(server_settings):
     """Three servers that are still starting: the guard works from the first moment."""
     code = (
         "import pickle, sys, time; from nft_megatron.rollout.fleet.server import Server;"

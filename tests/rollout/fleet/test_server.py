@@ -22,7 +22,7 @@ PATIENCE = 120.0
 
 
 @pytest.mark.timeout(1800)
-def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
+def test_two_servers_answer_and_require_the_key(vllm_servers):
     for server in vllm_servers:
         assert httpx.get(f"{server.url}/v1/models", headers=server.headers).json()["data"][0]["id"] == "policy"
         for path in ("/health", "/v1/models", "/weight_info", "/metrics"):
@@ -41,7 +41,7 @@ def asleep(tmp_path):
     return ServerSettings(tmp_path / "model", tmp_path / "fleet", tmp_path / "logs", "key", python=str(python))
 
 
-def test_each_place_of_the_package_has_a_folder_of_its_own(asleep, tmp_path, monkeypatch):
+def test_each_location_of_the_package_has_its_own_folder(asleep, tmp_path, monkeypatch):
     places = [Path(nft_megatron.__file__).parent, tmp_path / "moved" / "nft_megatron"]
     for _ in range(2):
         for place in places:
@@ -51,7 +51,7 @@ def test_each_place_of_the_package_has_a_folder_of_its_own(asleep, tmp_path, mon
     assert len(list((tmp_path / "fleet" / "python").iterdir())) == 2
 
 
-def test_a_server_whose_log_is_gone_is_started_again(asleep):
+def test_a_server_whose_log_is_gone_is_restarted(asleep):
     servers = []
 
     def launch():
@@ -71,7 +71,7 @@ def test_a_server_whose_log_is_gone_is_started_again(asleep):
     assert not servers[1].is_alive()
 
 
-def test_a_start_that_fails_leaves_no_descriptor(asleep, monkeypatch):
+def test_a_failed_start_leaves_no_open_descriptor(asleep, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 

@@ -112,7 +112,7 @@ def greedy_answer(member):
 
 
 @pytest.mark.parametrize("way", ["folder", "transfer"])
-def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
+def test_after_a_sync_every_server_answers_like_transformers_with_the_new_weights(
     fleet_model, first_weights, open_fleet, tmp_path, way
 ):
     fleet = open_fleet(weights=way, bucket_bytes=100_000)
@@ -131,7 +131,7 @@ def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
 
 
 @pytest.mark.slow
-def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_fleet, tmp_path):
+def test_a_broadcast_works_without_files(fleet_model, first_weights, open_fleet, tmp_path):
     fleet = open_fleet(weights="transfer", keep_copy=False)
     wait_until_reachable(fleet)
     weights = other_weights(first_weights, seed=3)
@@ -142,7 +142,7 @@ def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_f
 
 
 @pytest.mark.slow
-def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, first_weights, open_fleet, tmp_path):
+def test_a_trainer_fault_during_a_broadcast_is_raised_in_the_trainer(fleet_model, first_weights, open_fleet, tmp_path):
     fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
     wait_until_reachable(fleet)
     fleet.publish(first_weights.items(), 1)
@@ -160,7 +160,7 @@ def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, 
 
 
 @pytest.mark.parametrize("fault", [pytest.param("broken off", marks=pytest.mark.slow), "tampered"])
-def test_what_a_broadcast_fails_to_bring_comes_from_the_files(fleet_model, first_weights, open_fleet, monkeypatch, fault):
+def test_after_a_failed_broadcast_servers_read_the_files(fleet_model, first_weights, open_fleet, monkeypatch, fault):
     fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
     wait_until_reachable(fleet)
     num_buckets, send_bucket = 0, broadcast.Group.broadcast
@@ -193,7 +193,7 @@ def wait_until_reachable(fleet):
 
 
 @pytest.mark.slow
-def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet, monkeypatch):
+def test_every_server_rejects_a_tampered_tensor(first_weights, open_fleet, monkeypatch):
     fleet = open_fleet(wait_seconds=0.1)
     publish = versions.VersionWriter.publish
 
@@ -218,7 +218,7 @@ def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet,
     wait_for_both(fleet)
 
 
-def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_weights_come(
+def test_a_missing_tensor_or_truncated_file_leaves_a_server_paused_until_good_weights_arrive(
     vllm_servers, fleet_model, first_weights, tmp_path
 ):
     server = vllm_servers[0]
