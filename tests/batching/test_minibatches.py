@@ -58,7 +58,7 @@ def test_the_multiples_of_sequences_and_packs(context, tensor, sequence_multiple
 def test_a_budget_that_no_pack_can_have_is_a_user_error():
     sizes = {"context_size": 2, "tensor_size": 8, "pad_to_budget": True}
     assert change(**sizes, token_budget=96).multiple == 32
-    with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 100: .* multiples of 32; use 96 or 128$"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 100: .* it must be a multiple of 32; use 96 or 128$"):
         change(**sizes, token_budget=100)
     with pytest.raises(UserError, match=r"use 32$"):
         change(**sizes, token_budget=31)
