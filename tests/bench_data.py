@@ -1,7 +1,7 @@
-"""Recorded data: outputs of models, human solutions, the public benchmarks and training questions. It belongs to others.
+"""Recorded data: model outputs, human solutions, public benchmarks and training questions. It belongs to others.
 
 So it is not part of the project, whose own cases (own_answers, own_questions, pathological_answers) test the same in every
-clone. Where NFT_MEGATRON_BENCH names a folder with recorded data (default: shared/bench beside the repository) more tests run.
+clone. If NFT_MEGATRON_BENCH names a folder with recorded data (default: shared/bench next to the repository), more tests run.
 """
 
 import json
@@ -15,7 +15,7 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def recorded(*names: str) -> Callable[[Test], Test | None]:
-    """Marks a test that reads these files. Without them there is no such test: nothing to skip, nothing to fail."""
+    """Marks a test that reads these files. Without them the test does not exist: nothing to skip, nothing to fail."""
     return lambda test: test if all((BENCH / name).is_file() for name in names) else None
 
 

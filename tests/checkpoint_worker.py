@@ -1,4 +1,4 @@
-"""What the process of tests/model/test_checkpoint.py does."""
+"""What the processes of tests/model/test_checkpoint.py run."""
 
 import gc
 import resource
@@ -83,7 +83,7 @@ def _measure(model_folder: Path, folder: Path, topology: Topology) -> dict:
     for space in (100, 20_000):
         full = folder / f"{space} bytes"
         full.mkdir()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (space, limits[1]))  # a write past it fails like one on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (space, limits[1]))  # writing beyond it fails as on a full disk
         results[full.name] = outcome(lambda full=full: save_checkpoint(full, chunks, optimizer, topology, {}), chunks)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, before)

@@ -1,6 +1,6 @@
-"""A page in a headless Chromium, driven over the DevTools protocol through two pipes: no port, no package.
+"""A page in headless Chromium, controlled over the DevTools protocol through two pipes: no port, no package.
 
-https://chromedevtools.github.io/devtools-protocol has the methods and events.
+https://chromedevtools.github.io/devtools-protocol lists the methods and events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ needs_chromium = pytest.mark.skipif(not PATH, reason="no chromium: apt-get insta
 
 
 class Tab:
-    """One tab. ``events`` holds what Chromium has told, as (method, params)."""
+    """One tab. ``events`` holds the events that Chromium sent, as (method, params)."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._out, self._in = os.fdopen(to_browser, "wb"), os.fdopen(from_browser, "rb")
@@ -30,7 +30,7 @@ class Tab:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command; an error of the protocol is an ``AssertionError``."""
+        """Return a command's result; a protocol error raises ``AssertionError``."""
         self._last_id += 1
         self._out.write(json.dumps({"id": self._last_id, "method": method, "params": params, **self._session}).encode() + b"\0")
         self._out.flush()
@@ -48,7 +48,7 @@ class Tab:
         return json.loads(message)
 
     def open(self, path: Path, *, width: int = 1300, height: int = 900, dark: bool = False) -> None:
-        """Load a page file and wait until it has loaded and drawn."""
+        """Open a page file and wait until it has loaded and been drawn."""
         if not self._session:
             target = self.send("Target.createTarget", url="about:blank")["targetId"]
             self._session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
@@ -66,29 +66,29 @@ class Tab:
         self.settle()
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression (awaited, JSON-like); an exception in it is an ``AssertionError``."""
+        """Return the value of a JavaScript expression (awaited, JSON-like); an exception in it raises ``AssertionError``."""
         answer = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def settle(self) -> None:
-        """Wait until what has been asked for is drawn: two frames."""
+        """Wait two frames, until everything requested has been drawn."""
         self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 
     def mouse(self, kind: str, x: float, y: float, clicks: int = 0) -> None:
-        """A real mouse event, of ``kind`` Moved, Pressed or Released, at a point of the window."""
+        """Send a real mouse event of ``kind`` Moved, Pressed or Released at a point in the window."""
         button = {"button": "left", "buttons": int(kind != "Released")} if clicks else {}
         self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, **button)
 
     def click(self, x: float, y: float, clicks: int = 1) -> None:
-        """A click, or with ``clicks=2`` a double click."""
+        """Click, or double-click with ``clicks=2``."""
         for count in range(1, clicks + 1):
             self.mouse("Pressed", x, y, count)
             self.mouse("Released", x, y, count)
         self.settle()
 
     def press(self, key: str) -> None:
-        """A key goes down and up in the focused element."""
+        """Press and release a key in the focused element."""
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key)
         self.settle()
@@ -96,7 +96,7 @@ class Tab:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Tab]:
-    """A browser with one tab and a fresh ``profile`` folder; it ends with the block."""
+    """A browser with one tab and a fresh ``profile`` folder; it closes at the end of the block."""
     read_command, write_command = os.pipe()
     read_answer, write_answer = os.pipe()
     flags = [

@@ -1,7 +1,7 @@
-"""A whole task that needs no training to be interesting: a random model that already gets some answers right.
+"""A complete task that is interesting without training: a random model that already gets some answers right.
 
-The vocabulary has one token for each boxed number, and an answer ends with it, so a random model is right about one time in
-five: the K answers to a question are mixed, verdicts are real, and a few NFT steps learn.
+The vocabulary has one token for each boxed number, and that token ends an answer, so a random model is right about one time in
+five: the K answers to a question are mixed, verdicts are real, and a few NFT steps improve the model.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nft_megatron.observe.metrics import is_wall_clock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-settings.register_profile("any machine", deadline=None)  # an example may take as long as a busy machine needs
+settings.register_profile("any machine", deadline=None)  # a busy machine may take any time for an example
 settings.load_profile("any machine")
 
 BOXES = [f"\\boxed{{{number}}}" for number in range(5)]
@@ -32,7 +32,7 @@ WORDS = ["<pad>", "<eos>", "What", "is", "+", *"01234", *BOXES]
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Every word is an added token: ``AutoTokenizer`` gives each Qwen2 folder Qwen2's own splitting of all other text."""
+    """Every word is an added token, because ``AutoTokenizer`` splits all other text of a Qwen2 folder in Qwen2's own way."""
     from tokenizers import AddedToken, Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -59,9 +59,9 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, and so do all that share one of ``SHARED``.
+    """With ``pytest -n 2 --dist loadgroup`` a file's tests stay in one process, as do all tests that share one of ``SHARED``.
 
-    With ``--no-loadscope-reorder`` the two processes take up groups in this order: so they end at about the same time.
+    With ``--no-loadscope-reorder`` the two processes start groups in this order, so that they end at about the same time.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
@@ -80,7 +80,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings":
 
 
 def make_model(folder: Path, seed: int = 0, **sizes: float) -> Path:
-    """A random Qwen2 of 2 layers with grouped-query attention, tied embeddings and biases that are not zero."""
+    """A random 2-layer Qwen2 with grouped-query attention, tied embeddings and non-zero biases."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -114,7 +114,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def write_questions(path: Path) -> Path:
-    """15 sums in the schema of DAPO-Math-17k."""
+    """15 sums in DAPO-Math-17k's schema."""
     rows = [
         {
             "data_source": "sums",
@@ -137,7 +137,7 @@ def question_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes a file system of its own with so much room ("64k"), for one test; skips it where that cannot be done."""
+    """Creates a file system of the given size ("64k") for one test; skips the test if that is not possible."""
     with contextlib.ExitStack() as stack:
 
         def make(size: str) -> Path:
@@ -151,7 +151,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def run_config(tmp_path, model_folder, question_file):
-    """Writes the config file of a small run. Keyword arguments replace fields of sections: ``train={"num_steps": 2}``."""
+    """Writes the config file of a small run. Keyword arguments replace fields in sections: ``train={"num_steps": 2}``."""
 
     def write(run_dir: Path | str = "run", **sections) -> Path:
         tree = {
@@ -190,7 +190,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def start(tmp_path_factory):
-    """Starts ``nft-megatron`` with the given arguments, on ``ranks`` processes; see :mod:`launcher`."""
+    """Starts ``nft-megatron`` with the given arguments on ``ranks`` processes; see :mod:`launcher`."""
     commands = []
 
     def begin(*arguments, ranks: int = 1) -> Ranks:
@@ -204,7 +204,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def command(start):
-    """Runs ``nft-megatron`` to its end and returns exit code and output."""
+    """Runs ``nft-megatron`` to the end and returns its exit code and output."""
     return lambda *arguments, ranks=1: start(*arguments, ranks=ranks).wait()
 
 
@@ -215,9 +215,9 @@ def runs_of_the_session(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_once(run_config, command, tmp_path, runs_of_the_session):
-    """The folder of a run to look at that nothing disturbed: that of ``run_config``'s sections on ``ranks`` processes.
+    """The folder of an undisturbed run, for reading only: ``run_config``'s sections on ``ranks`` processes.
 
-    Tests that ask for the same share it.
+    Tests that request the same run share it.
     """
 
     def trained(ranks: int = 1, **sections) -> Path:
@@ -234,7 +234,7 @@ def run_once(run_config, command, tmp_path, runs_of_the_session):
 
 @pytest.fixture
 def metrics_of():
-    """The rows of a run without what depends on the machine's speed."""
+    """A run's rows without the values that depend on the machine's speed."""
 
     def read(run_dir: Path) -> list[dict]:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What the processes of tests/convert do: load with the real Megatron-Core what was converted and save it, be killed."""
+"""What the processes of tests/convert run: loading and saving conversions with the real Megatron-Core, and being killed."""
 
 import argparse
 import gc
@@ -29,7 +29,7 @@ from nft_megatron.weights import ModelShape, read_shape
 
 @dataclass(frozen=True)
 class Layout:
-    """``loads``: names of the models to load; ``saves``: those of them to save again."""
+    """``loads``: names of the models to load; ``saves``: those to save again."""
 
     tensor: int
     pipeline: int
@@ -48,7 +48,7 @@ def measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) ->
     """Load conversions and save models.
 
     For each (Hugging Face folder, its conversion): load the conversion and write findings to ``out/<name>_<rank>.json``; save
-    the weights, as read from the Hugging Face folder, in both of Megatron's formats below ``out/<name>``.
+    the weights, as read from the Hugging Face folder, in both of Megatron's formats under ``out/<name>``.
     """
     topology = init_topology(
         layout.tensor,
@@ -90,7 +90,7 @@ def _load(chunks: Chunks, converted: Path, expected: Chunks) -> dict:
 
 @torch.no_grad()
 def _logits(chunks: Chunks, topology: Topology, shape: ModelShape) -> torch.Tensor:
-    """Of every position of one sequence: token i is (7 i + 3) mod 131."""
+    """Logits at every position of one sequence: token i is (7 i + 3) mod 131."""
     positions = torch.arange(40)
     tokens = (7 * positions + 3) % 131
     hidden_NH = chunks[0](tokens[None], positions[None], pack_sequences([40], topology.device), positions)
@@ -98,7 +98,7 @@ def _logits(chunks: Chunks, topology: Topology, shape: ModelShape) -> torch.Tens
 
 
 def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
-    """``torch_dist`` with optimizer state and, where no experts are spread, one file per rank as Megatron-LM names them."""
+    """``torch_dist`` with optimizer state and, without expert parallelism, one file per rank, named as by Megatron-LM."""
     (folder / "torch_dist").mkdir(parents=True, exist_ok=True)
     optimizer = PolicyOptimizer(chunks, OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
     save_checkpoint(folder / "torch_dist", chunks, optimizer, topology, {"step": 0})
@@ -120,7 +120,7 @@ def _save(chunks: Chunks, topology: Topology, folder: Path) -> None:
 
 
 def convert_dying(direction: str, source: Path, final: Path, moment: int, counted: Path) -> None:
-    """A conversion that is killed at its operation ``moment`` (0: never, and ``counted`` says how many there are)."""
+    """A conversion that is killed at its operation number ``moment`` (0: never; ``counted`` then gets their number)."""
     dying, write_rows = Dying(str(final), moment), engine.Files.write_rows
 
     def write(*arguments: object) -> None:
@@ -133,9 +133,9 @@ def convert_dying(direction: str, source: Path, final: Path, moment: int, counte
 
 
 def wanted(folder: Path, tensor: int, pipeline: int) -> list[dict[str, list]]:
-    """What the real model of every rank asks a checkpoint for: tensors, and keys of other objects.
+    """What the real model on every rank requests from a checkpoint: tensors, and keys of other objects.
 
-    The model is built on the meta device, one rank after the other in this process.
+    The model is built on the meta device, rank by rank, in this process.
     """
     shape = read_shape(folder)
     layout = ParallelLayout(tensor, pipeline, 1, 1, 1, True, "none", 16384)

@@ -1,4 +1,4 @@
-"""A process that kills itself at one of its operations on files. What a kill leaves on a disk is decided by those before it."""
+"""A process that kills itself at one of its file operations. The earlier ones decide what the kill leaves on disk."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ _OPERATIONS = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdi
 
 
 class Dying:
-    """From here on operations on paths that begin with ``root`` are counted, and SIGKILL comes before number ``moment``.
+    """From now on, count operations on paths that start with ``root``, and send SIGKILL before number ``moment``.
 
-    ``moment`` 0: it lives. :meth:`operate` counts what Python's audit hooks don't see.
+    ``moment`` 0: never. :meth:`operate` counts what Python's audit hooks do not see.
     """
 
     def __init__(self, root: str, moment: int) -> None:

@@ -11,9 +11,9 @@ from nft_megatron.weights.hf_reader import HFReader
 
 
 class FakeServer:
-    """In this process. ``status`` maps a route to what is wrong with it; ``calls`` lists the routes called.
+    """Runs in this process. ``status`` maps a route to the error it returns; ``calls`` lists the routes called.
 
-    A call of a route in ``silent`` waits for an answer until :meth:`speak`; ``num_waiting`` says how many do.
+    Calls of a route in ``silent`` wait for a reply until :meth:`speak`; ``num_waiting`` counts them.
     """
 
     def __init__(self, key="secret"):
@@ -45,7 +45,7 @@ class FakeServer:
         self._http.server_close()
 
     def restart(self):
-        """As a process does that died and was started again: the first weights, nothing else."""
+        """Act like a process that died and was restarted: it has only its first weights."""
         self.label, self.fingerprint, self.paused = "default", "none", False
 
     def speak(self):
@@ -76,7 +76,7 @@ class FakeServer:
             request.end_headers()
             request.wfile.write(text)
         except OSError:
-            pass  # the caller has given up
+            pass  # the caller gave up
 
     def act(self, name, body):
         if name == "/pause":

@@ -1,7 +1,7 @@
-"""A server that speaks vLLM's ``/inference/v1/generate`` without a model: quick, and faulty on demand.
+"""A server that speaks vLLM's ``/inference/v1/generate`` without a model: fast, and faulty on demand.
 
-``python fake_vllm.py`` prints its port and serves until it is killed. What an answer is depends on its seed alone
-(:func:`expected_answer`). ``POST /behave`` changes ``Behaviour``; ``GET /seen`` tells what happened.
+``python fake_vllm.py`` prints its port and serves until it is killed. An answer depends only on its seed
+(:func:`expected_answer`). ``POST /behave`` changes ``Behaviour``; ``GET /seen`` reports what happened.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from nft_megatron.rollout.fleet.member import Member
 
 VOCABULARY = 50  # tokens 0 … 48 and the stop token 49
 STOP = VOCABULARY - 1
-_POOL = 4099  # prime: an answer is a stretch of this circle, which begins where its seed says
+_POOL = 4099  # prime: an answer is a stretch of this circle, starting where its seed says
 _TOKENS = [(i * i * 7 + i) % (VOCABULARY - 1) for i in range(_POOL)]
 _LOGPROBS = [-((i * 37) % 1000) / 250 for i in range(_POOL)]
 
@@ -37,10 +37,10 @@ _ENTRIES = [_entry(token, logprob) for token, logprob in zip(_TOKENS, _LOGPROBS,
 @dataclass
 class Behaviour:
     """``fault`` strikes from the next event on: "drop" closes the connection, "stall" sends nothing more, "error" and
-    "garbage" send what they say, "chunk" breaks HTTP and falls silent, "linger" never ends a stream that is whole, "abort" ends
-    answers so, "refuse" and "fail" answer 400 and 500, "hide" leaves the weights' versions out, "nan" has no log-prob, "repeat"
-    sends a finished answer again. ``only_seed``: for sub-requests with this seed alone. ``hold``: after this many tokens a
-    sub-request gets no more until this is raised; negative: no end. ``seen`` counts those that are held now.
+    "garbage" send what they say, "chunk" breaks HTTP and falls silent, "linger" never closes a complete stream, "abort" ends
+    answers that way, "refuse" and "fail" reply 400 and 500, "hide" omits the weight versions, "nan" has no log-prob, "repeat"
+    sends a finished answer again. ``only_seed``: only for sub-requests with this seed. ``hold``: after this many tokens a
+    sub-request gets no more until this is raised; negative: no end. ``seen`` counts those currently held.
     """
 
     version: str = "0"
@@ -48,11 +48,11 @@ class Behaviour:
     hold: int = -1
     fault: str = ""
     only_seed: int = -1
-    reordered: bool = False  # the same JSON with other spaces and order
+    reordered: bool = False  # the same JSON with different spacing and order
 
 
 def expected_length(seed, max_tokens):
-    """Tokens of the answer; the eleventh of all seeds are cut."""
+    """The answer's number of tokens; one seed in eleven gives a truncated answer."""
     return max_tokens if seed % 11 == 0 else 1 + (seed * 2654435761 >> 7) % max_tokens
 
 
@@ -116,7 +116,7 @@ class FakeServer:
         return self.behaviour.fault if concerned else ""
 
     async def held(self, num_tokens, reader):
-        """While no more than ``num_tokens`` may be sent; raises once nobody listens any more."""
+        """Wait while no more than ``num_tokens`` may be sent; raises once the client is gone."""
         self.seen["held"] += 1
         try:
             while 0 <= self.behaviour.hold <= num_tokens:
@@ -127,7 +127,7 @@ class FakeServer:
             self.seen["held"] -= 1
 
     async def stream(self, asked, reader, writer):
-        """All answers advance together: a token at first, then ``stream_interval`` at a time."""
+        """All answers advance together: first one token, then ``stream_interval`` at a time."""
         parameters = asked["sampling_params"]
         answers = [expected_answer(parameters["seed"] + i, parameters["max_tokens"]) for i in range(parameters["n"])]
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -177,7 +177,7 @@ class FakeServer:
         writer.write(b"0\r\n\r\n")
 
     def spans(self, first_version, num_tokens):
-        """A version that changes while an answer is generated holds from its last token on."""
+        """If the version changes while an answer is generated, the new one counts from its last token on."""
         last = self.behaviour.version
         if last == first_version or num_tokens < 2:
             return [{"version": last, "start": 0, "end": num_tokens}]
@@ -201,7 +201,7 @@ async def main():
 
 
 class Process:
-    """The server as a process of its own, to be stopped and killed."""
+    """The server as a separate process, which tests stop and kill."""
 
     def __init__(self, **behaviour):
         self.process = subprocess.Popen([sys.executable, str(Path(__file__))], stdout=subprocess.PIPE, text=True)
@@ -230,9 +230,9 @@ class Process:
 
 
 class StaticFleet:
-    """The fleet's interface over given servers, which have ``url``, ``api_key`` and ``label(version)``.
+    """The fleet's interface for given servers, which have ``url``, ``api_key`` and ``label(version)``.
 
-    Publishing changes the label alone. A server that is reported gets no work for ``rest_seconds``.
+    Publishing changes only the label. A reported server gets no work for ``rest_seconds``.
     """
 
     def __init__(self, servers, rest_seconds=0.3):

@@ -1,4 +1,4 @@
-"""What each rank does in tests/model/test_families.py: logits, gradients, updates and checkpoints of tiny models."""
+"""What each rank runs in tests/model/test_families.py: logits, gradients, updates and checkpoints of tiny models."""
 
 import gc
 import json
@@ -24,7 +24,12 @@ from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights import read_shape
 
-LENGTHS = [[100, 7, 33], [60, 60, 4, 4], [64], [40, 8]]  # of each micro-batch; totals divide by 4 for sequence parallelism
+LENGTHS = [
+    [100, 7, 33],
+    [60, 60, 4, 4],
+    [64],
+    [40, 8],
+]  # of each micro-batch; sums divisible by 4 for sequence parallelism
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pack:
-    """Sequences of random tokens, and a random weight for the log-prob of each token but their first ones."""
+    """Sequences of random tokens, with a random weight for the log-prob of every token except each first one."""
 
     lengths: list[int]
     ids_T: Tensor
@@ -70,7 +75,7 @@ def make_packs() -> list[Pack]:
 
 
 class Lab:
-    """A model on this rank, and one pass over this data rank's packs with the loss Σ weight · log-prob."""
+    """A model on this rank and one pass over this data rank's packs, with the loss Σ weight · log-prob."""
 
     def __init__(self, folder: Path, topology: Topology) -> None:
         self.topology, self.shape = topology, read_shape(folder)
@@ -78,7 +83,7 @@ class Lab:
         load_weights(self.chunks, topology, self.shape, folder)
 
     def run(self, look_at: Callable[[int, Tensor], float] = lambda number, logits_NV: 0.0) -> list[float]:
-        """What ``look_at`` says of each pack, by its number and this tensor rank's logits; gradients are in the chunks."""
+        """What ``look_at`` returns for each pack's number and this tensor rank's logits; gradients stay in the model chunks."""
 
         def forward_step(data, chunk):
             number, pack = next(data)
@@ -107,7 +112,7 @@ class Lab:
     def put_gradients_in_place_of_weights(self) -> None:
         for chunk in self.chunks:
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-                group = buffer.data_parallel_group  # the distributed optimizer leaves each of these ranks a shard of the sum
+                group = buffer.data_parallel_group  # the distributed optimizer leaves a shard of the sum on each of these ranks
                 for bucket in buffer.buckets:
                     shards = list(bucket.grad_data.chunk(group.size()))
                     dist.all_gather(shards, shards[group.rank()].clone(), group=group)
@@ -116,7 +121,7 @@ class Lab:
 
 
 def measure(folders: dict[str, Path], out: Path, layout: Layout) -> None:
-    """Write every model's largest logit error and the export's faults to ``out/<name>.json``, with gradients next to it."""
+    """Write every model's largest logit error and export faults to ``out/<name>.json``, with gradients next to it."""
 
     def measure_one(name: str, folder: Path, topology: Topology) -> None:
         lab = Lab(folder, topology)
@@ -148,10 +153,10 @@ def measure(folders: dict[str, Path], out: Path, layout: Layout) -> None:
 
 
 def train(folder: Path, out: Path, layout: Layout, checkpoint: Path | None) -> None:
-    """Three updates: the weights after them are in ``out/third.safetensors``, the gradients' norms in ``out/norms.json``.
+    """Run three updates; write the weights to ``out/third.safetensors`` and the gradient norms to ``out/norms.json``.
 
-    The first two are those of ``checkpoint`` where it is given. Else ``out/checkpoint`` is written after them and restored
-    again after the third; ``out/again.safetensors`` has the weights after that third update.
+    If ``checkpoint`` is given, it replaces the first two. Otherwise ``out/checkpoint`` is written after them and restored after
+    the third, which is then repeated; ``out/again.safetensors`` has the weights after that.
     """
 
     def run(topology: Topology) -> None:

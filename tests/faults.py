@@ -1,4 +1,4 @@
-"""Faults that the real parts don't produce on demand."""
+"""Faults that the real components do not produce on demand."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ def train_with_broken_update(config: str) -> None:
 
 
 def train_with_infinite_loss(config: str, *numbers: int) -> None:
-    """``nft-megatron train`` in which the loss of the updates ``numbers``, counted from 1, is infinite; gradients are not."""
+    """``nft-megatron train`` in which the updates ``numbers`` (from 1) have an infinite loss but finite gradients."""
     update, measure, calls = Trainer.update, objective.measure, []
 
     def counted(self, minibatch):
@@ -47,7 +47,7 @@ def train_with_infinite_loss(config: str, *numbers: int) -> None:
 
 
 def train_with_ticks(config: str, end: float) -> None:
-    """``nft-megatron train`` whose job ends at ``end`` by a clock that ticks whenever it is looked at."""
+    """``nft-megatron train`` whose job ends at ``end`` by a clock that ticks whenever it is read."""
     ticks = itertools.count()
     limit = TimeLimit(end, 3.0, clock=lambda: float(next(ticks)))
     with mock.patch.object(TimeLimit, "of_job", return_value=limit):
@@ -61,9 +61,9 @@ def train_in_environment(config: str, variables: dict[str, str]) -> None:
 
 
 def train_dying(config: str, root: str, moment: int, counted: str) -> None:
-    """``nft-megatron train`` that is killed at its operation ``moment`` on what is below ``root``.
+    """``nft-megatron train`` that is killed at its operation number ``moment`` on files under ``root``.
 
-    0: never, and ``counted`` gets their number.
+    0: never; ``counted`` then gets their number.
     """
     dying = Dying(root, moment)
     try:
@@ -73,7 +73,7 @@ def train_dying(config: str, root: str, moment: int, counted: str) -> None:
 
 
 def train_with_slow_writer(config: str, continue_file: str, fault: dict[str, int]) -> None:
-    """``nft-megatron train`` that writes no shard of step 2 before the file ``continue_file`` is there.
+    """``nft-megatron train`` that writes no shard of step 2 until the file ``continue_file`` exists.
 
     ``fault``: with "rank", "step" and "errno", that rank then fails to write that step; with "broken_update", that update
     raises.

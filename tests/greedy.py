@@ -1,4 +1,4 @@
-"""What a trained tiny model answers greedily, by transformers' own ``generate``."""
+"""Greedy answers of a trained tiny model, from transformers' own ``generate``."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 
 def greedy_accuracy(folder: Path) -> float:
-    """Of the exported model in transformers, on the sums of conftest's question_file."""
+    """Accuracy of the exported model in transformers on the sums of conftest's question_file."""
     model, tokenizer = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     sums = [(a, b) for a in range(5) for b in range(5 - a)]
     right = []

@@ -1,8 +1,8 @@
-"""Runs functions and the command in processes forked from one that has imported everything: a start costs no import time.
+"""Runs functions and the command in processes forked from one that has imported everything, so starts cost no import time.
 
-:class:`Ranks`, behind the fixtures ``command`` and ``start`` of conftest.py, is one launch: each process is a session of its
-own, with the exit code, the output and the signals of the installed command. :class:`World`, behind the fixture ``world``,
-returns what a function returned in such a launch.
+:class:`Ranks`, behind the fixtures ``command`` and ``start`` of conftest.py, is one launch: each process has its own session,
+with the exit code, output and signals of the installed command. :class:`World`, behind the fixture ``world``, returns what a
+function returned in such a launch.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["launcher_preload"])
-# The fork server of Python 3.11 does not take over sys.path, and ignores what it cannot preload.
+# Python 3.11's fork server does not inherit sys.path, and ignores what it cannot preload.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
@@ -32,9 +32,9 @@ class Outcome:
 
 
 class Ranks:
-    """``function(*arguments)`` in ``count`` processes with the environment that torchrun would give them.
+    """Runs ``function(*arguments)`` in ``count`` processes with the environment that torchrun would give them.
 
-    ``function`` belongs to a module that can be imported (one next to this file, or of the package).
+    ``function`` must be in an importable module (one next to this file, or in the package).
     """
 
     def __init__(self, function: Callable[..., object], arguments: tuple[object, ...], count: int, folder: Path) -> None:
@@ -56,7 +56,7 @@ class Ranks:
         return any(process.is_alive() for process in self.processes)
 
     def signal(self, number: int) -> None:
-        """To every rank that still runs."""
+        """Send a signal to every rank that is still running."""
         for process in self.processes:
             if process.is_alive():  # the id of one that has ended may be that of another process by now
                 with contextlib.suppress(ProcessLookupError):
@@ -76,13 +76,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class World:
-    """``size`` processes for one task at a time, forked anew for each, so that none finds what another has left."""
+    """``size`` processes for one task at a time, forked anew each time, so that no task sees what another left."""
 
     size: int
     folder: Path
 
     def __call__(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """What rank 0 returns; ``function`` as for :class:`Ranks`."""
+        """Return rank 0's result; ``function`` as for :class:`Ranks`."""
         result = self.folder / "result"
         result.unlink(missing_ok=True)
         ended = Ranks(_keep_result, (result, function, arguments), self.size, self.folder).wait()

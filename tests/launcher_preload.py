@@ -18,6 +18,6 @@ from nft_megatron.model.cpu import adapt_to_cpu  # noqa: E402
 if not torch.cuda.is_available():
     adapt_to_cpu()
 
-# A collection in a forked process would visit, and thereby copy, all of this: about two seconds for every one.
+# Garbage collection in a forked process would visit, and so copy, all of this: about two seconds per process.
 gc.collect()
 gc.freeze()

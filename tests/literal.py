@@ -1,7 +1,7 @@
-"""The compared algorithms' objectives as their papers print them, over whole questions at a time, in float64.
+"""The compared algorithms' objectives as printed in their papers, one whole question at a time, in float64.
 
-Written with one Python loop an answer and nothing shared with the package: the reference of tests/algorithms and of
-every layout in tests/model.
+Written with one Python loop per answer and nothing shared with the package: the reference for tests/algorithms and for every
+layout in tests/model.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 def literal_loss(name, logprobs, old_logprobs, is_correct, truncated, limit, options):
     """Σ over the answers of one question of their (unnormalised) loss; ``logprobs[k]`` are log π_θ of answer k's tokens.
 
-    Returns one scalar an answer: what answer k adds to the sum.
+    Returns one scalar per answer: what answer k adds to the sum.
     """
     num = len(logprobs)
     r = torch.tensor([float(c) for c in is_correct], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A small LM head with padding, and float64 formulas on its full logits: what tests of the chunked ones compare with."""
+"""A small LM head with padding, and float64 formulas on its full logits: the reference for tests of the chunked versions."""
 
 import torch
 
@@ -6,7 +6,7 @@ HIDDEN, VOCAB = 16, 50
 
 
 def problem(num_tokens=37, padded=64, dtype=torch.float32, scale=1.0, seed=0):
-    """Hidden states, an LM head with non-zero padding rows, targets, and gradients that come in for log-probs and entropy."""
+    """Hidden states, an LM head with non-zero padding rows, targets, and incoming gradients for log-probs and entropy."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator, dtype=torch.float64) * scale
     weight = torch.randn(padded, HIDDEN, generator=generator, dtype=torch.float64)
@@ -16,7 +16,7 @@ def problem(num_tokens=37, padded=64, dtype=torch.float32, scale=1.0, seed=0):
 
 
 def full_logprobs(hidden, weight, temperature):
-    """Of the whole vocabulary without its padding, [tokens, VOCAB]."""
+    """Log-probs of the whole vocabulary without padding, [tokens, VOCAB]."""
     return (hidden @ weight[:VOCAB].T / temperature).log_softmax(-1)
 
 
@@ -33,7 +33,7 @@ def reference(hidden, weight, targets, upstream, temperature, entropy="value"):
 
 
 def assert_all_close(actual, expected, tolerance):
-    """Largest difference below ``tolerance`` times the largest value of the reference, tensor by tensor."""
+    """Assert, per tensor, a largest difference below ``tolerance`` times the reference's largest value."""
     for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
         error = (a.double() - e).abs().max().item() / max(1.0, e.abs().max().item())
         assert error < tolerance, (position, error)

@@ -1,4 +1,4 @@
-"""Log-probs, entropy and gradients by the package, for tests/model/test_logprob.py: alone, and what each of two ranks does."""
+"""The package's log-probs, entropy and gradients for tests/model/test_logprob.py, on one rank and on each of two."""
 
 from unittest import mock
 
@@ -10,7 +10,7 @@ from nft_megatron.model import lm_head
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.token_loss import token_loss_sum
 
-# 128 padded rows over two ranks: the second rank has nothing but padding.
+# 128 padded rows on two ranks: the second rank has only padding.
 CASES = [
     (dtype, padded, num_tokens)
     for dtype in (torch.float64, torch.float32)
@@ -37,7 +37,7 @@ def ours(hidden, weight, targets, upstream, temperature, group=None, chunk_size=
 
 
 def run_rank(folder):
-    """One of two: its results of ``CASES`` are in ``folder``."""
+    """One of two ranks: writes its results for ``CASES`` to ``folder``."""
     dist.init_process_group("gloo", init_method="env://")
     with mock.patch.dict(lm_head.BLOCK_ELEMENTS, cpu=200):
         torch.save(_results(dist.get_rank()), folder / f"{dist.get_rank()}.pt")

@@ -15,7 +15,7 @@ from nft_megatron.model.topology import init_topology, shutdown
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.table import merge, split
 
-NORMS = {  # names of the local spec for what the tables call by Transformer Engine's names
+NORMS = {  # the local spec's names for what the tables call by Transformer Engine's names
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }

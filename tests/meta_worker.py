@@ -1,4 +1,4 @@
-"""The real model's parameters on every rank of layouts that no machine here could hold, for tests/model/test_meta.py."""
+"""The real model's parameters on every rank of layouts too large for this machine, for tests/model/test_meta.py."""
 
 from dataclasses import asdict, replace
 

@@ -1,4 +1,4 @@
-"""What tests/model/test_optimizer.py measures in another process, to keep Megatron's adaptation to the CPU out of its own."""
+"""What tests/model/test_optimizer.py measures in a separate process, to keep Megatron's CPU adaptation out of its own."""
 
 import gc
 import math
@@ -24,7 +24,7 @@ PROBLEMS = {
 
 
 def _made_up_gradient(name: str, shape, update: int):
-    """Update 0 is far above the clip, later ones are below it."""
+    """Gradients of update 0 are far above the clip, later ones below it."""
     generator = torch.Generator().manual_seed(sum(name.encode()) + update)
     return torch.randn(shape, generator=generator) * (0.5 if update == 0 else 0.002)
 

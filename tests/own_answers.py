@@ -1,7 +1,7 @@
-r"""Answers with golds and verdicts that mathematics gives: the project's own, so that a clone alone proves what it claims.
+r"""Answers with gold answers and mathematically certain verdicts, written for this project, so that any clone can test them.
 
-``INTEGER`` puts integers into every form of answer that models give; ``GENERAL`` has golds of every other kind. ``difference``
-is the class of docs/verification.md in which math-verify on the whole text departs from strict mode, where it does.
+``INTEGER`` has integers in every form of answer that models give; ``GENERAL`` has gold answers of every other kind. If
+math-verify on the whole text departs from strict mode, ``difference`` names the class in docs/verification.md.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Case(NamedTuple):
     difference: str = ""
 
 
-# <n> is the gold, <n+1> and so on are near it, <n,> has its thousands apart.
+# <n> is the gold answer, <n+1> and so on are close to it, <n,> has a thousands separator.
 _INTEGER_RIGHT = {
     "box": "... so the total is $<n>$.\n\n\\boxed{<n>}",
     "answer line": r"Answer: \boxed{<n>}",
@@ -95,7 +95,7 @@ INTEGER = [
     for n in (1000, 12345, 105717501)
 ]
 
-# kind: gold, what equals it, what does not
+# kind: gold answer, what equals it, what does not
 GENERAL_GOLDS = [
     ("fraction", r"\frac{3}{4}", [r"\frac34", r"\dfrac{3}{4}", "3/4", r"\frac{6}{8}", "0.75"], [r"\frac{4}{3}", "0.74", "3"]),
     ("negative fraction", r"-\frac{5}{6}", [r"\frac{-5}{6}", r"-\dfrac{5}{6}", "-5/6"], [r"\frac{5}{6}", r"-\frac{6}{5}"]),
@@ -161,7 +161,7 @@ GENERAL = list(_general())
 
 
 def chain_of_thought(num_steps: int) -> str:
-    """Prose of about 200 characters per step that boxes some of its sums and then goes on long after the last box."""
+    """Prose of about 200 characters per step that boxes some of its sums and continues long after the last box."""
     steps = []
     for i in range(num_steps):
         result = rf"\boxed{{{2 * i + 1}}}" if i < num_steps / 2 and i % 5 == 0 else str(2 * i + 1)

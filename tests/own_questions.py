@@ -1,6 +1,6 @@
-r"""Questions of the project's own in the formats of the public ones: DAPO-Math-17k's Parquet, and each benchmark's columns.
+r"""The project's own questions in the formats of the public ones: DAPO-Math-17k's Parquet, and each benchmark's columns.
 
-Every gold is what its question comes to, so that tests know it without asking the code that they test.
+Every gold answer follows from its question, so tests know it independently of the code under test.
 """
 
 import json
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from own_answers import GENERAL_GOLDS
 
-# Word for word as published; nft_megatron.data.wording must know it.
+# Word for word as published; nft_megatron.data.wording must recognise it.
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
     "(without quotes) where $Answer is the answer to the problem.\n\n"
@@ -58,13 +58,13 @@ TRAINING = [
     *(Asked(f"debt-{i}", f"What is ${i} - {3 * i}$?", str(-2 * i)) for i in range(1, 6000, 1000)),
     Asked("nothing", r"How many real $x$ have $x^2 = -1$?", "0"),
     Asked("power", r"Compute \[2^{64}.\]", str(2**64)),
-    # The same but for its sign: two questions.
+    # Identical except for the sign: two questions.
     Asked("near-minus", "What is $17 - 9$?", "8"),
     Asked("near-plus", "What is $17 + 9$?", "26"),
-    # One question twice, with one gold in two spellings.
+    # One question twice, with one gold answer in two spellings.
     Asked("agree-1", "How many milligrams are there in a gram?", "1000"),
     Asked("agree-2", "How many  milligrams are there in a gram ?", "1,000"),
-    # One question with two golds, to the letter and in another typesetting.
+    # One question with two gold answers, verbatim and typeset differently.
     Asked("letter-1", "How many corners has a cube?", "8"),
     Asked("letter-2", "How many corners has a cube?", "12"),
     Asked("letter-3", r"Find $n$ if $\frac{n}{2} = 6$.", "12"),
@@ -80,13 +80,13 @@ CONFLICTS = [*LETTER_CONFLICTS, ["typeset-1", "typeset-2"], ["typeset-3", "types
 
 
 def write_training(path: Path, repeats: int = 3) -> Path:
-    """``TRAINING`` as DAPO-Math-17k is published: in its wording, every row several times (there a hundred)."""
+    """``TRAINING`` as DAPO-Math-17k is published: in its wording, with every row repeated (there a hundred times)."""
     rows = [dapo_row(asked.question_id, DAPO_PREFIX + asked.text + DAPO_SUFFIX, asked.gold) for asked in TRAINING]
     return write_dapo(path, *rows * repeats)
 
 
 def write_benchmarks(folder: Path) -> dict[str, tuple[Path, list[Asked]]]:
-    """Each benchmark by name: a file or folder named and laid out as on the Hub, as long as published, and what is in it."""
+    """Each benchmark by name: a file or folder named and laid out as on the Hub, as long as published, and its questions."""
     writers = {
         "aime24": _write_aime24,
         "aime25": _write_aime25,
@@ -119,7 +119,7 @@ def _write_aime24(folder: Path) -> tuple[Path, list[Asked]]:
 
 
 def _write_aime25(folder: Path) -> tuple[Path, list[Asked]]:
-    """Answers are texts of three digits."""
+    """Answers are three-digit strings."""
     asked = [Asked(f"own-25-{i}", _last_digit(i + 30), f"{(7 * (i + 30) + 3) % 10:03d}") for i in range(30)]
     _written(folder / "aime2025.jsonl", [{"problem": q.text, "answer": q.gold, "id": q.question_id} for q in asked])
     return folder / "aime2025.jsonl", asked
@@ -137,7 +137,7 @@ def _write_amc23(folder: Path) -> tuple[Path, list[Asked]]:
 
 
 def _write_math500(folder: Path) -> tuple[Path, list[Asked]]:
-    """Golds of all kinds; ``unique_id`` is the Hub's own."""
+    """Gold answers of all kinds; ``unique_id`` is the Hub's own."""
     file = "MATH-500/test.jsonl"
     asked = [
         Asked(

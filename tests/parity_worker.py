@@ -1,4 +1,4 @@
-"""What each rank does in tests/model/test_parity.py, test_step.py and test_layouts.py, on a recorded step."""
+"""What each rank runs in tests/model/test_parity.py, test_step.py and test_layouts.py, on a recorded step."""
 
 import contextlib
 import gc
@@ -24,7 +24,7 @@ from nft_megatron.weights import read_shape
 
 
 class GradientRecorder:
-    """In the optimizer's place: keeps every update's gradient under Hugging Face names and leaves the weights alone."""
+    """Replaces the optimizer: records every update's gradient under Hugging Face names and leaves the weights unchanged."""
 
     num_updates = 0
 
@@ -40,7 +40,7 @@ class GradientRecorder:
 
 @dataclass(frozen=True)
 class Run:
-    """One trainer's part of a launch: which configuration, which recorded step, where the numbers go."""
+    """One trainer's part of a launch: its configuration, its recorded step, and where the numbers go."""
 
     config: Path
     ledger: Path
@@ -48,8 +48,8 @@ class Run:
 
 
 def measure(runs: list[Run], mutation: str | None = None) -> None:
-    """Write ``out/gradient_<i>.safetensors`` of every mini-batch, ``out/weights.safetensors`` after an update on the first of
-    them, and ``out/stats.json``, on rank 0. All runs have one layout. ``mutation`` plants a fault of that name.
+    """On rank 0, write ``out/gradient_<i>.safetensors`` for every mini-batch, ``out/weights.safetensors`` after an update on
+    the first one, and ``out/stats.json``. All runs share one layout. ``mutation`` plants the fault of that name.
     """
 
     def all_runs(topology: Topology) -> None:
@@ -110,7 +110,7 @@ def _measure(run: Run, topology: Topology) -> None:
 
 
 def mismatches(runs: list[Run]) -> None:
-    """``out/stats.json``: the mismatch of the ledger's answers, as the log-prob probe measures it. All runs have one layout."""
+    """Write ``out/stats.json``: the mismatch of the ledger's answers, as in the log-prob probe. All runs share one layout."""
 
     def all_runs(topology: Topology) -> None:
         for run in runs:
@@ -123,7 +123,7 @@ def mismatches(runs: list[Run]) -> None:
 
 
 def instruments(runs: list[Run]) -> None:
-    """``out/stats.json``: the summary of the first mini-batch's update with every instrument on. All runs have one layout."""
+    """Write ``out/stats.json``: the summary of the first mini-batch's update with all metrics on. All runs share one layout."""
 
     def all_runs(topology: Topology) -> None:
         for run in runs:
@@ -140,7 +140,7 @@ def instruments(runs: list[Run]) -> None:
 
 
 def reshard(runs: list[Run], references: list[Path]) -> None:
-    """Export, train, save, restore each run; load what one process saved under ``references`` (itself, for one process)."""
+    """Export, train, save and restore each run; load what one process saved under ``references`` (itself, for one process)."""
 
     def all_runs(topology: Topology) -> None:
         for run, reference in zip(runs, references, strict=True):
@@ -204,12 +204,12 @@ def _new_folder(path: Path, topology: Topology) -> Path:
 
 
 def _export(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """On rank 0; empty elsewhere."""
+    """The whole tensors on rank 0; empty elsewhere."""
     return {name: tensor.clone() for name, tensor in trainer.hf_tensors()}
 
 
 def _compare(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[str]]:
-    """What is not bit for bit as expected; on rank 0."""
+    """On rank 0, the names of tensors that are not bit for bit as expected."""
     common = exported.keys() & expected.keys()
     return {
         "missing": sorted(expected.keys() - exported.keys()),
@@ -219,7 +219,7 @@ def _compare(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def _error(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Largest difference of a tensor relative to its largest entry, or to 1 where that is less; on rank 0."""
+    """On rank 0, the largest difference of a tensor relative to its largest entry, or to 1 if that is smaller."""
     return max(
         (float((x - expected[name]).abs().max() / max(1.0, float(x.abs().max()))) for name, x in exported.items()), default=0.0
     )
@@ -230,7 +230,7 @@ def _error(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 @contextlib.contextmanager
 def _without_reduction(topology: Topology) -> Iterator[None]:
-    """Each rank keeps its own gradients of its keys and values and forgets those of the others."""
+    """Each rank keeps its own gradients of its keys and values and drops those of the others."""
 
     def own(everywhere: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         return everywhere.chunk(group.size())[group.rank()]
@@ -241,7 +241,7 @@ def _without_reduction(topology: Topology) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _not_unzigzagged(topology: Topology) -> Iterator[None]:
-    """Gathered keys are read as if the ranks held consecutive tokens."""
+    """Gathered keys are read as if ranks held consecutive tokens."""
 
     def consecutive(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         return torch.arange(int(cu_seqlens[-1])).chunk(size)[rank]
@@ -252,7 +252,7 @@ def _not_unzigzagged(topology: Topology) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _contiguous_shards(topology: Topology) -> Iterator[None]:
-    """Ranks get consecutive tokens while attention believes in the zigzag."""
+    """Ranks get consecutive tokens while attention assumes the zigzag."""
 
     def consecutive(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         return torch.arange(int(cu_seqlens[-1])).chunk(size)[rank]
@@ -276,7 +276,7 @@ def _changed_batches(change):
 
 
 def _rolled_labels(micro_batch, topology: Topology):
-    """Targets are the rank's own inputs moved by one, as if it held whole sequences."""
+    """Targets are the rank's own inputs shifted by one, as if it held whole sequences."""
     packed = micro_batch.packed
     targets_N = packed.input_ids_T.roll(-1)[packed.loss_positions_N]
     return replace(micro_batch, packed=replace(packed, targets_N=targets_N))
@@ -284,7 +284,7 @@ def _rolled_labels(micro_batch, topology: Topology):
 
 @contextlib.contextmanager
 def _partial_answers(topology: Topology) -> Iterator[None]:
-    """The log-ratio of an answer is that of the tokens on this rank."""
+    """The log-ratio of an answer covers only the tokens on this rank."""
     with mock.patch.object(objective._SumOverRanks, "apply", lambda part, group: part):
         yield
 

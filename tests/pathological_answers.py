@@ -1,6 +1,6 @@
 r"""Answers that starve, crash or mislead graders: towers of powers, endless sums, thousands of boxes, garbage.
 
-None of them is right, but for the two in ``RIGHT``. Golds are integers, or ``x+1``, which leads to another kind of comparison.
+All of them are wrong except the two in ``RIGHT``. Gold answers are integers, or ``x+1``, which is compared differently.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What the real model keeps and computes, counted by torch itself, for tests/plan."""
+"""What the real model stores and computes, counted by torch itself, for tests/plan."""
 
 import gc
 from collections import defaultdict
@@ -16,14 +16,14 @@ from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights.shape import ModelShape
 
-LENGTHS = [128, 128]  # equal, so that no row of the attention is padding
+LENGTHS = [128, 128]  # equal, so that no attention row is padding
 QK_NORM = {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "qkv_bias": False}
 
 aten = torch.ops.aten
 
 
 def small_shape(num_layers: int, **sizes: Any) -> ModelShape:
-    """Every size is another number, so that none can stand in for another."""
+    """All sizes differ, so that none can be mistaken for another."""
     return ModelShape(
         **{
             "architecture": "Qwen2ForCausalLM",
@@ -51,10 +51,10 @@ def _inputs(topology: Topology) -> tuple:
 
 
 def saved_bytes(shape: ModelShape, topology: Topology, **settings: Any) -> int:
-    """Bytes that autograd keeps after a forward pass, each memory once and without the parameters'."""
+    """Bytes that autograd keeps after a forward pass, counting each storage once and no parameters."""
     (chunk,) = build_model(shape, topology, **settings)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # holds the tensors, so that no address is used twice
+    kept: dict[int, torch.Tensor] = {}  # keeps the tensors alive, so that no address is reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -66,7 +66,7 @@ def saved_bytes(shape: ModelShape, topology: Topology, **settings: Any) -> int:
 
 
 def flops(shape: ModelShape, topology: Topology, **settings: Any) -> dict[str, int]:
-    """Matrix products and attention of a forward pass, the LM head's whole pass, and the backward pass of the rest."""
+    """FLOPs of matrix products and attention: forward pass, LM head (forward and backward), and backward pass of the rest."""
     (chunk,) = build_model(shape, topology, **settings)
     chunk.zero_grad_buffer()
 
@@ -107,7 +107,7 @@ def flops(shape: ModelShape, topology: Topology, **settings: Any) -> dict[str, i
 
 
 class Collectives(TorchDispatchMode):
-    """Adds up, by kind, the bytes of the whole tensor that each collective gathers, scatters or sums."""
+    """Adds up, by kind, the bytes of the full tensor that each collective gathers, scatters or sums."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def collectives(shape: ModelShape, topology: Topology, **settings: Any) -> dict[
 
 
 def count(tensor: int, context: int, sequence_parallel: bool) -> dict[str, dict]:
-    """For each dtype and kind of recomputation, bytes of models of two and of four layers, and FLOPs of two."""
+    """For each dtype and kind of recomputation: bytes for models of two and four layers, and FLOPs for two."""
     topology = init_topology(tensor, 1, context, threads=1)
     results = {}
     for dtype in ("float32", "bfloat16"):

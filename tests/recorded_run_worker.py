@@ -1,4 +1,4 @@
-"""What test_recorded_runs.py does in a process whose working directory is the recorded run's."""
+"""What test_recorded_runs.py runs in a process whose working directory is the recorded run's."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ def in_folder(folder: Path, arguments: list[str]) -> None:
 
 
 def resume_without_asking(folder: Path) -> None:
-    """Train on; the engine may answer held-out questions (greedy) and the probe, but none of the training questions."""
+    """Continue training; the engine may answer held-out questions (greedily) and the probe, but no training question."""
     generate = EmbeddedEngine.generate
 
     def refuse_training(self, requests, sampling, *arguments, **options):

@@ -1,4 +1,4 @@
-"""A recorded step of small models: what tests/model trains on, under which layouts, and with which settings."""
+"""A recorded step of small models: what tests/model trains on, with which layouts and settings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +15,14 @@ from nft_megatron.data.ledger import read_groups, write_ledger
 
 MAX_ANSWER = 32
 NUM_GROUPS, NUM_ANSWERS, NUM_UPDATES = 5, 6, 2
-VOCAB = 131  # does not divide by 2: padding under tensor parallelism
+VOCAB = 131  # not divisible by 2: padding under tensor parallelism
 ADAM = {"learning_rate": 1e-3, "warmup_updates": 1, "epsilon": 1e-3, "weight_decay": 0.1, "clip_grad": 0.05}
 """An ε above the noise of float32, so that new weights are as comparable as gradients are; clipping is active."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """An ``algorithm`` section and what its loss asks of the ``train`` section."""
+    """An ``algorithm`` section and what its loss requires of the ``train`` section."""
 
     options: dict
     train: dict = field(default_factory=dict)
@@ -44,7 +44,7 @@ ALGORITHMS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """``num_processes`` under these settings; data-parallel ranks are what is left."""
+    """``num_processes`` with these settings; the rest of them are data-parallel ranks."""
 
     num_processes: int
     parallel: dict = field(default_factory=dict)
@@ -100,7 +100,7 @@ KINDS = {"tied": True, "untied": False}
 
 
 def write_models(folder: Path) -> dict[str, Path]:
-    """Random models of 4 layers whose norms and biases matter and whose attention is far from uniform."""
+    """Random 4-layer models whose norms and biases matter and whose attention is far from uniform."""
     for kind, tied in KINDS.items():
         torch.manual_seed(7)
         config = Qwen2Config(
@@ -126,12 +126,12 @@ def write_models(folder: Path) -> dict[str, Path]:
 
 
 def write_step(path: Path) -> Path:
-    """Mixed groups with answers of unequal lengths, an unknown verdict, and log-probs of an older policy that is not ours."""
+    """Mixed groups with answers of unequal lengths, an unknown verdict, and log-probs of a different, older policy."""
     rng = np.random.default_rng(0)
 
     def answer(group: int, index: int) -> Answer:
         tokens = rng.integers(1, VOCAB, rng.integers(1, 25)).astype(np.int32)  # 0 pads: transformers gives it no gradient
-        # log(1/131) is about what the random model gives: ratios on both sides of 1, clamped and not
+        # log(1/131) is about what the random model gives, so ratios are on both sides of 1, clamped and not
         logprobs = np.minimum(-4.9 + rng.normal(0, 0.8, len(tokens)), -0.01).astype(np.float32)
         label = "unknown" if (group, index) == (2, 5) else "correct" if index <= group else "wrong"
         reason = "length" if (group + index) % 7 == 0 else "stop"
@@ -152,7 +152,7 @@ def members(step: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What right and what wrong answers add to the papers' loss over one mini-batch.
+    """What right and wrong answers each add to the papers' loss over one mini-batch.
 
     ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens.
     """

@@ -1,4 +1,4 @@
-"""A small file system of its own, which a test may fill."""
+"""A small separate file system that a test may fill up."""
 
 import contextlib
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """A new ``folder`` with room for ``size``, such as "64k". Raises OSError where mounting is not allowed."""
+    """A new ``folder`` on a file system of ``size``, such as "64k". Raises OSError if mounting is not allowed."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:

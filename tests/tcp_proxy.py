@@ -1,4 +1,4 @@
-"""A TCP proxy on this machine whose network can be cut: bytes stop flowing in both directions, and nothing says so."""
+"""A local TCP proxy whose network can be cut: bytes silently stop flowing in both directions."""
 
 import asyncio
 import contextlib
@@ -6,9 +6,9 @@ import threading
 
 
 class Proxy:
-    """Forwards ``url`` to ``backend``, a port that may be changed at any time; ``pause()`` cuts, ``resume()`` mends.
+    """Forwards ``url`` to ``backend``, a port that may change at any time; ``pause()`` cuts it off, ``resume()`` reconnects it.
 
-    ``on_bytes`` is called, in the proxy's thread, whenever the backend has sent something, before it is passed on.
+    ``on_bytes`` is called, on the proxy's thread, whenever the backend has sent something, before it is forwarded.
     """
 
     def __init__(self, backend: int, on_bytes=lambda: None) -> None:
@@ -61,7 +61,7 @@ class Proxy:
             while received := await reader.read(1 << 16):
                 if is_back:
                     self._on_bytes()
-                    await asyncio.sleep(0)  # a pause that it has asked for holds these bytes too
+                    await asyncio.sleep(0)  # a pause requested by on_bytes holds these bytes too
                 await self._flowing.wait()
                 writer.write(received)
                 await writer.drain()

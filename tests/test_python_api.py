@@ -1,4 +1,4 @@
-"""The names that the package exports, and the page that shows them."""
+"""The names that the package exports, and the page that documents them."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "python_api.md"
 
 @pytest.fixture
 def folder(run_config, model_folder, question_file, tmp_path) -> Path:
-    """Where the examples of the page run."""
+    """The folder in which the page's examples run."""
     (tmp_path / "model").symlink_to(model_folder)
     (tmp_path / "sums.parquet").symlink_to(question_file)
     tree = yaml.safe_load(run_config().read_text())

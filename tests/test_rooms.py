@@ -1,4 +1,4 @@
-"""What import-linter's contracts (pyproject.toml) cannot see: submodules of torch, and what loading a room loads."""
+"""What import-linter's contracts (pyproject.toml) cannot see: submodules of torch, and what importing a room imports."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ WITH_PROCESS_GROUPS = ("model/", "run/", "slurm/preflight.py", "rollout/fleet/")
 
 
 def imported(path: Path) -> set[str]:
-    """Absolute names of everything that a file imports, anywhere in it."""
+    """Absolute names of everything a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -35,7 +35,7 @@ def test_few_places_know_process_groups():
 
 @pytest.mark.parametrize("room", ["base", "algorithms", "config", "lifecycle", "cli", "slurm"])
 def test_a_room_loads_without_torch(room):
-    """Every file of it; what is heavy is imported where it is used. slurm/preflight.py is the look at a node's GPUs."""
+    """Every file of it: heavy imports happen on use. The exception, slurm/preflight.py, checks a node's GPUs."""
     files = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__", "preflight"}
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint('torch' in sys.modules)"
     modules = [f"nft_megatron.{room}.{name}" for name in sorted(files)]

@@ -1,7 +1,7 @@
-"""A small random model of every family, made by transformers' own classes; a new family is one line here.
+"""A small random model of every family, built by transformers' own classes; a new family is one line here.
 
-Sizes are such that mistakes show: heads whose size is not hidden / heads where the family allows it, a vocabulary that needs
-padding, norms and biases far from 1 and 0, and "llama3" scaling whose three bands all occur within 128 positions.
+Sizes expose mistakes: a head size other than hidden / heads if the family allows it, a vocabulary that needs padding, norms and
+biases far from 1 and 0, and "llama3" scaling whose three bands all occur within 128 positions.
 """
 
 import copy
@@ -65,7 +65,7 @@ DENSE = [name for name in FAMILIES if "moe" not in name]
 
 def tiny_config(name: str) -> PreTrainedConfig:
     config_class, model_class, changes = FAMILIES[name]
-    config = config_class(**copy.deepcopy({**SIZES, **changes}))  # transformers writes into the rotary fields it is given
+    config = config_class(**copy.deepcopy({**SIZES, **changes}))  # transformers modifies the rotary fields it is given
     config.architectures = [model_class.__name__]
     return config
 
@@ -73,7 +73,7 @@ def tiny_config(name: str) -> PreTrainedConfig:
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     model = FAMILIES[name][1](tiny_config(name))
-    model.set_experts_implementation("eager")  # the faster ones have no float64
+    model.set_experts_implementation("eager")  # the faster ones do not support float64
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -83,6 +83,6 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
 
 def save_tiny(name: str, folder: Path) -> Path:
-    """The folder with ``config.json`` and weights, under the names that files have."""
+    """Write ``config.json`` and weights, under the names used in files; return the folder."""
     tiny_model(name).save_pretrained(folder)
     return folder

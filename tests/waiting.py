@@ -1,10 +1,10 @@
-"""Waiting for what happens in another thread or process. A limit is there against hanging alone: no test asserts it."""
+"""Waiting for events in another thread or process. Limits guard only against hanging: no test asserts them."""
 
 import time
 
 
 def until(condition, seconds: float = 240.0, process=None):
-    """Return the value of ``condition()`` once it is true; it fails after ``seconds``, and when ``process`` ends before."""
+    """Return the value of ``condition()`` once it is true. Fails after ``seconds``, or if ``process`` ends first."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"it did not happen within {seconds:g} s"
@@ -14,7 +14,7 @@ def until(condition, seconds: float = 240.0, process=None):
 
 
 class Clock:
-    """In place of a module's ``time``: real time, to which a test adds what it doesn't want to wait for."""
+    """Replaces a module's ``time``: real time, to which a test adds what it does not want to wait for."""
 
     sleep = staticmethod(time.sleep)
     time = staticmethod(time.time)

@@ -1,1 +1,1 @@
-"""How sequences are laid out for a forward pass, and what their loss is divided by."""
+"""Mini-batches, packing by token budget, slices for context parallelism, and the denominator of the loss."""

@@ -1,6 +1,6 @@
-"""From a step's ledger to one rank's packed mini-batches, with what the loss needs of every token.
+"""From a step's ledger to one rank's packed mini-batches, with everything the loss needs for each token.
 
-Suffix ``_N``: one entry a loss token of a micro-batch; ``_A``: one a judged answer, of the step or of a micro-batch.
+Suffix ``_N``: one entry per loss token of a micro-batch; ``_A``: one per judged answer, of the step or of a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """A pack and what its loss needs of each token. ``weight_N`` is ω/D; ``is_stale_N`` marks answers of older weights.
+    """A pack and what its loss needs for each token. ``weight_N`` is ω/D; ``is_stale_N`` marks answers from older weights.
 
-    ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own where the
-    answer is older than the weights. The trainer fills it, on the last pipeline stage only. ``advantage_N`` is there for
-    algorithms that have advantages, ``answers`` for those whose loss is of whole answers.
+    ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own if the
+    answer is older than the weights. The trainer fills it in, only on the last pipeline stage. ``advantage_N`` is set for
+    algorithms with advantages, ``answers`` for those whose loss depends on whole answers.
 
     >>> logprob_N = np.array([-0.1, -0.7], dtype=np.float32)
     >>> packed = pack([AnswerTokens(np.array([5, 6]), np.array([7, 8]), logprob_N)])
@@ -51,9 +51,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """One optimizer step: this rank's micro-batches; ``num_tokens`` is of all ranks.
+    """One optimizer step: this rank's micro-batches. ``num_tokens`` counts all ranks.
 
-    ``measures_cosine``: whether the update is to tell the angle between the gradients of right and of wrong answers.
+    ``measures_cosine``: whether this update measures the angle between the gradients of right and wrong answers.
 
     >>> MiniBatch(micro_batches=(), num_tokens=0).measures_cosine
     False
@@ -67,10 +67,10 @@ class MiniBatch:
 def read_minibatches(
     ledger: Path, step: int, algorithm: Algorithm, rules: BatchingRules, data_rank: int, context_rank: int, device: torch.device
 ) -> list[MiniBatch]:
-    """The mini-batches of ``step`` as one rank sees them. Only the tokens of its data-parallel rank's answers are read.
+    """The mini-batches of ``step`` as one rank sees them. It reads only the tokens of its data-parallel rank's answers.
 
     Raises:
-        UserError: the ledger is missing or damaged, or a sequence is longer than the token budget.
+        UserError: if the ledger is missing or damaged, or a sequence exceeds the token budget.
     """
     index = read_index(ledger)
     index = index.take(np.flatnonzero((index.fate == "train") & (index.label != "unknown")))
@@ -97,7 +97,7 @@ def read_minibatches(
 
 
 def _answers(index: LedgerIndex, algorithm: Algorithm, length_limit: int) -> AnswerBatch:
-    """What is known of the judged answers of ``index`` before any forward pass, ω and advantage among it."""
+    """What is known of the judged answers in ``index`` before any forward pass, including ω and advantage."""
     answers = AnswerBatch(
         group_A=torch.from_numpy(np.unique(index.group_id, return_inverse=True)[1]),
         is_correct_A=torch.from_numpy(index.is_correct),
@@ -118,7 +118,7 @@ def _micro_batch(
     rules: BatchingRules,
     context_rank: int,
 ) -> MicroBatch:
-    """Pack ``tokens`` and expand what is known of their ``answers`` to the loss tokens of this rank."""
+    """Pack ``tokens`` and expand the values of their ``answers`` to this rank's loss tokens."""
     whole = pack(
         tokens,
         multiple=rules.multiple,

@@ -1,13 +1,13 @@
 """The part of a pack that one context-parallel rank holds, in Transformer Engine's order.
 
-Every padded sequence of L tokens is cut into 2c chunks of L / 2c, c being the ranks. Rank r holds chunk r and then chunk
-2c − 1 − r of every sequence, sequences in order: an early chunk, whose queries see few keys, and a late one, whose queries
-see many, so that under a causal mask all ranks do the same work (`thd_get_partitioned_indices` of Transformer Engine).
+With c ranks, every padded sequence of L tokens is cut into 2c chunks of L / 2c. Rank r holds chunk r and then chunk 2c − 1 − r
+of every sequence, sequences in order: an early chunk, whose queries see few keys, and a late one, whose queries see many. So
+under a causal mask all ranks do equal work (Transformer Engine's `thd_get_partitioned_indices`).
 
-Targets and per-token quantities are packed first and sliced here, never shifted after slicing: the token after a chunk's last
-one is on another rank.
+Targets and per-token quantities are packed first and then sliced here, never shifted after slicing: the token that follows a
+chunk is on another rank.
 
-Shapes: T tokens of a pack, N loss tokens, S sequences; local ones of one rank are a part of them.
+Shapes: T tokens of a pack, N loss tokens, S sequences; of these a rank holds its local part.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from nft_megatron.batching.packing import PackedBatch
 
 
 def zigzag_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
-    """Where the tokens of ``rank`` stand in the whole pack: ascending (int64, [T / size]), on the device of ``cu_seqlens``.
+    """The positions of ``rank``'s tokens in the whole pack: ascending (int64, [T / size]), on the device of ``cu_seqlens``.
 
-    Ranks have no token in common and all tokens together. With ``size`` 1 it is all of them, of any length; otherwise every
-    sequence is a multiple of 2 · ``size``.
+    Every token belongs to exactly one rank. With ``size`` 1 sequences may have any length; otherwise each must be a multiple
+    of 2 · ``size``.
 
     >>> cu_seqlens = torch.tensor([0, 8, 12])
     >>> zigzag_index(cu_seqlens, 0, 2).tolist(), zigzag_index(cu_seqlens, 1, 2).tolist()
@@ -44,14 +44,14 @@ def zigzag_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 def context_shard(packed: PackedBatch, rank: int, size: int) -> tuple[PackedBatch, Tensor]:
     """The part of ``packed`` that context-parallel ``rank`` holds, and ``kept_N``.
 
-    In it ``cu_seqlens`` are still those of the whole pack; ``loss_positions_N`` are ascending indices into the local tokens.
-    kept_N: which of the whole pack's loss tokens are local (int64, ascending): ``quantity_N[kept_N]`` slices what else there
-    is of them. With ``size`` 1 the pack itself and all of its loss tokens.
+    The part keeps the whole pack's ``cu_seqlens``; its ``loss_positions_N`` are ascending indices into the local tokens.
+    kept_N: indices of the whole pack's loss tokens that are local (int64, ascending); ``quantity_N[kept_N]`` slices any other
+    per-token quantity. With ``size`` 1: the pack itself and all of its loss tokens.
     """
     if size == 1:
         return packed, torch.arange(len(packed.targets_N), device=packed.targets_N.device)
     index = zigzag_index(packed.cu_seqlens, rank, size)
-    place = torch.searchsorted(index, packed.loss_positions_N)  # of each loss token among the local ones, were it there
+    place = torch.searchsorted(index, packed.loss_positions_N)  # of each loss token among the local ones, if local
     kept_N = (index[place.clamp(max=len(index) - 1)] == packed.loss_positions_N).nonzero().flatten()
     local = replace(
         packed,

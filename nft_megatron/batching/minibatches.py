@@ -1,4 +1,4 @@
-"""The answers of a rollout step → mini-batches → micro-batches of every data-parallel rank. Pure: all ranks compute the same.
+"""A step's answers → mini-batches → micro-batches of every data-parallel rank. Pure: all ranks compute the same plan.
 
 A mini-batch, one optimizer step, is a random part of the step's questions with all their answers.
 """
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchingRules:
-    """How a step's answers are cut into mini-batches, micro-batches and packs: all that the plan depends on besides them.
+    """How a step's answers are split into mini-batches, micro-batches and packs: all that the plan depends on besides them.
 
-    num_ranks: data-parallel ranks. token_budget: of a micro-batch over all its context-parallel ranks.
-    count_multiple: micro-batches of a mini-batch are a multiple of it; the interleaved pipeline schedule needs its stages.
-    pad_to_budget: every pack has exactly ``token_budget`` tokens, otherwise it ends at the next multiple of ``multiple``.
+    num_ranks: data-parallel ranks. token_budget: tokens of a micro-batch over all its context-parallel ranks.
+    count_multiple: the number of micro-batches per mini-batch is a multiple of it; the interleaved pipeline schedule needs a
+    multiple of its stages.
+    pad_to_budget: every pack has exactly ``token_budget`` tokens; otherwise it is padded to the next multiple of ``multiple``.
     keep_groups: all answers of a group are in one micro-batch, for losses that couple them.
-    length_limit: tokens at which answers are cut, for rewards that depend on it; 0 where none does.
+    length_limit: tokens at which answers are truncated, for rewards that depend on it; 0 if none does.
 
     Raises:
-        UserError: ``pad_to_budget`` with a budget that no pack can have.
+        UserError: for ``pad_to_budget`` with a budget that no pack can have.
 
     >>> sizes = {"num_updates": 16, "num_ranks": 8, "count_multiple": 1, "hidden_size": 3584}
     >>> rules = BatchingRules(
@@ -66,7 +67,7 @@ class BatchingRules:
         virtual_pipeline: int,
         token_budget: int,
     ) -> BatchingRules:
-        """What ``config`` says, on so many ranks of each kind: for training, and for a plan that tries other numbers."""
+        """The rules of ``config`` for the given parallel sizes: those of training, or others that a plan tries."""
         return cls(
             num_updates=config.train.updates_per_step,
             num_ranks=data,
@@ -89,31 +90,31 @@ class BatchingRules:
                 "train.micro_batch_tokens",
                 self.token_budget,
                 f"packs are padded to it (train.pad_to_budget), but with parallel.tensor = {self.tensor_size} and "
-                f"parallel.context = {self.context_size} their tokens are multiples of {self.multiple}",
+                f"parallel.context = {self.context_size} it must be a multiple of {self.multiple}",
                 f"use {below} or {below + self.multiple}" if below else f"use {self.multiple}",
             )
 
     @property
     def sequence_multiple(self) -> int:
-        """Every sequence is padded to it: each context-parallel rank holds two equal chunks, so 2 · context_size."""
+        """Every sequence is padded to a multiple of this: 2 · context_size, as each context rank holds two equal chunks."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
     @property
     def multiple(self) -> int:
-        """Every pack is padded to it: sequence parallelism splits a context-parallel rank's part over tensor ranks."""
+        """Every pack is padded to a multiple of this: sequence parallelism splits a context rank's part over tensor ranks."""
         return self.sequence_multiple * self.tensor_size
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt and answer that any pack has room for."""
+        """Tokens of the longest prompt and answer that fit into a pack."""
         return self.token_budget // self.multiple * self.multiple
 
 
 @dataclass(frozen=True, eq=False)
 class MiniBatchPlan:
-    """``members_of[rank][micro_batch]`` are positions among the answers; every rank has as many micro-batches.
+    """``members_of[rank][micro_batch]`` are positions among the answers; all ranks have equally many micro-batches.
 
-    ``denominator`` is D of contract 1; ``num_tokens`` counts the answer tokens that are forwarded, on all ranks.
+    ``denominator`` is D of contract 1; ``num_tokens`` counts the forwarded answer tokens on all ranks.
     """
 
     members_of: list[list[np.ndarray]]
@@ -124,11 +125,11 @@ class MiniBatchPlan:
 def plan_minibatches(answers: LedgerIndex, is_forwarded: np.ndarray, step: int, rules: BatchingRules) -> list[MiniBatchPlan]:
     """Split a step's judged answers into mini-batches.
 
-    There are ``num_updates`` of them, fewer if there are fewer groups; their numbers of groups differ by at most one.
-    Which groups meet depends on (seed, step) alone, not on ranks or budgets. An empty answer is in none of them.
+    There are ``num_updates`` of them, or one per group if there are fewer groups; their numbers of groups differ by at most
+    one. Which groups meet depends only on (seed, step), not on ranks or budgets. Empty answers are left out.
 
-    ``is_forwarded`` is False for an answer that cannot contribute to the loss (a wrong one under RFT): it is in D, as a token
-    whose loss is zero is still a token, but in no micro-batch.
+    ``is_forwarded`` is False for an answer that cannot contribute to the loss (a wrong one under RFT): it counts in D, since a
+    token with zero loss is still a token, but is in no micro-batch.
     """
     has_tokens = answers.answer_length > 0
     groups = np.unique(answers.group_id[has_tokens])

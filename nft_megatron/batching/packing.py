@@ -1,16 +1,16 @@
 """Answers of any length → micro-batches of packed sequences (THD layout), balanced over data-parallel ranks.
 
-:func:`plan_micro_batches` decides which sequences go where, from their lengths alone; :func:`pack` lays one micro-batch out.
-Both are deterministic and know nothing of processes: every rank computes the same plan and packs its own part. What both
-hold to, under any lengths, ranks and multiples:
+:func:`plan_micro_batches` assigns sequences to micro-batches by their lengths alone; :func:`pack` lays out one micro-batch.
+Both are deterministic and know nothing about processes: every rank computes the same plan and packs its own part. For any
+lengths, ranks and multiples:
 
-1. Every loss token is in exactly one pack, with its target, and padding has none.
-2. A pack's tokens, padding included, are at most the budget; its sequences and it itself are multiples of what they must be.
+1. Every loss token is in exactly one pack, with its target; padding has no loss tokens.
+2. A pack, padding included, stays within the budget; its length and those of its sequences are the required multiples.
 3. Every rank has the same number of micro-batches.
 4. Sequences of one group are in one micro-batch.
 
-Shapes: T tokens of a pack, padding included; N loss tokens; A answers; S sequences of a pack, the padding at its end counted as
-one, or all sequences of a plan; I items of a plan, which are groups of sequences or sequences.
+Shapes: T tokens of a pack, padding included; N loss tokens; A answers; S sequences of a pack, its final padding counted as one,
+or all sequences of a plan; I items of a plan, each a sequence or a group of sequences.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from nft_megatron.base.records import AnswerTokens
 Count = TypeVar("Count", int, np.ndarray)
 
 PAD_TOKEN = 0
-"""Fills up a pack. Any id of the vocabulary does: nothing attends to it and it carries no loss."""
+"""Pads a pack. Any id in the vocabulary works: nothing attends to it and it carries no loss."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Sequences laid end to end; token t of answer i is predicted at the position just before it.
+    """Sequences laid end to end; each answer token is predicted at the position just before it.
 
-    input_ids_T: prompt, answer, padding, prompt, answer, padding … (int64). A sequence's own padding stands at its end, where
-    the causal mask hides it from the real tokens. position_ids_T: position in the own sequence, on through its padding (int64).
-    cu_seqlens: where each sequence starts, and T (int32). Padding of the pack, if any, is the last sequence.
+    input_ids_T: prompt, answer, padding, prompt, answer, padding … (int64). A sequence's padding is at its end, where the
+    causal mask hides it from the real tokens. position_ids_T: position within the sequence, padding included (int64).
+    cu_seqlens: the start of each sequence, then T (int32). Padding of the pack, if any, is the last sequence.
     loss_positions_N: indices into T whose next token is an answer token (int64), ascending.
     targets_N: that answer token (int64). answer_N: its answer in the order given to :func:`pack` (int64), so that
-    ``quantity_A[answer_N]`` expands what belongs to an answer to its loss tokens.
+    ``quantity_A[answer_N]`` expands per-answer values to loss tokens.
 
     >>> first, second = np.array([-0.1, -0.2]), np.array([-0.3])
     >>> answers = [AnswerTokens(np.array([5, 6]), np.array([7, 8]), first), AnswerTokens(np.array([5]), np.array([9]), second)]
@@ -72,9 +72,9 @@ def pack(
 ) -> PackedBatch:
     """Lay prompts and ``answers`` end to end, each padded to the next multiple of ``sequence_multiple``.
 
-    The whole is padded to ``num_tokens``, or else to the next multiple of ``multiple`` (at least one), itself a multiple of
-    ``sequence_multiple``. No answers at all give a pack of padding without a loss token, so that a rank without work can still
-    run its step.
+    The pack is padded to ``num_tokens`` if given, else to the next multiple of ``multiple`` (at least one of it), which must be
+    a multiple of ``sequence_multiple``. Without answers the pack is all padding and has no loss token, so that a rank without
+    work can still run its step.
 
     >>> logprob = np.array([-0.1])
     >>> answers = [AnswerTokens(np.array([5, 6]), np.array([7]), logprob), AnswerTokens(np.array([5]), np.array([9]), logprob)]
@@ -127,17 +127,17 @@ def plan_micro_batches(
 ) -> list[list[np.ndarray]]:
     """Which sequences each rank packs together: ``plan[rank][micro_batch]`` are ascending indices into ``lengths``.
 
-    Every sequence is in exactly one micro-batch, those with the same number in ``groups`` in the same one. Every rank has as
-    many micro-batches, at least one (some may be empty): the smallest multiple of ``count_multiple`` that the budget allows
-    for the rank that needs most, with as equal token counts as that number allows, costliest first. Ranks have equal
-    :func:`sequence_cost` as nearly as costliest-first assignment makes it. Sequences count with their padding to
+    Every sequence is in exactly one micro-batch; sequences with the same number in ``groups`` share one. All ranks have equally
+    many micro-batches, at least one (some may be empty): the smallest multiple of ``count_multiple`` that the budget allows for
+    the rank that needs most. Within a rank their token counts are as equal as that number allows, costliest first.
+    Costliest-first assignment balances :func:`sequence_cost` over ranks. Sequences count with their padding to
     ``sequence_multiple``, and a micro-batch padded to ``multiple`` stays within ``token_budget``.
 
-    Why costliest first: pipeline stages wait for each other where neighbours differ, and sorted ones hardly do; the passes that
-    drain the pipeline are then the shortest; and a pack too large for the memory fails at once (`benchmarks/packing.py`).
+    Why costliest first: pipeline stages wait for each other when successive micro-batches differ, and sorted ones hardly do;
+    the shortest ones drain the pipeline; and a pack too large for memory fails at once (`benchmarks/packing.py`).
 
     Raises:
-        UserError: a sequence, or a group of them, alone is longer than the budget.
+        UserError: if a single sequence, or a group of them, exceeds the budget.
 
     >>> plan_micro_batches([5, 3, 4, 2], token_budget=7, num_ranks=2)
     [[array([0, 3])], [array([1, 2])]]
@@ -156,7 +156,7 @@ def plan_micro_batches(
     def bins_of_all_ranks(units: int) -> list[list[list[int]]]:
         return [_best_fit(tokens_I, largest_first, units * multiple) for largest_first in ranks]
 
-    # As few micro-batches as the budget allows; then the smallest capacity that needs no more of them evens them out
+    # Use as few micro-batches as the budget allows; then even them out by the smallest capacity that needs no more of them
     # (MULTIFIT: Coffman, Garey and Johnson 1978).
     num_micro_batches = _round_up(max(1, *(len(bins) for bins in bins_of_all_ranks(most_units))), count_multiple)
     candidates = range(-(-int(tokens_I.max(initial=0)) // multiple), most_units)
@@ -173,8 +173,8 @@ def plan_micro_batches(
 def sequence_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
     """Relative cost of training on sequences, in tokens of zero context: length·(1 + length / (12·hidden_size)).
 
-    A dense transformer layer has about 12·hidden² weights, so 24·hidden² FLOPs a token; causal attention adds
-    2·hidden·length. Both are the same in proportion for the backward pass.
+    A dense transformer layer has about 12·hidden² weights, so 24·hidden² FLOPs per token; causal attention adds
+    2·hidden·length. The ratio is the same in the backward pass.
 
     >>> sequence_cost(np.array([1200, 12000]), hidden_size=1000)
     array([ 1320., 24000.])
@@ -194,7 +194,7 @@ def _too_long(num_tokens: int, token_budget: int, multiple: int, in_groups: bool
 
 
 def _balance(cost_I: np.ndarray, num_ranks: int) -> list[list[int]]:
-    """Items of each rank, costliest first: each goes to the rank with the least cost so far."""
+    """The items of each rank: costliest first, each to the rank with the lowest cost so far."""
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     for item in np.argsort(-cost_I, kind="stable").tolist():
@@ -205,7 +205,7 @@ def _balance(cost_I: np.ndarray, num_ranks: int) -> list[list[int]]:
 
 
 def _best_fit(tokens_I: np.ndarray, largest_first: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each item goes where it leaves the least room, or to a new bin."""
+    """Best-fit decreasing: each item goes into the bin where it leaves the least room, or into a new one."""
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, bin), ascending
     for item in largest_first:
@@ -222,10 +222,10 @@ def _best_fit(tokens_I: np.ndarray, largest_first: Sequence[int], capacity: int)
 
 
 def _round_up(count: Count, multiple: int) -> Count:
-    """The next multiple, or ``count`` itself where it is one."""
+    """The next multiple, or ``count`` itself if it is one."""
     return -(-count // multiple) * multiple
 
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:
-    """The parts, perhaps none, as one int64 tensor."""
+    """The parts, possibly none, as one int64 tensor."""
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))

@@ -1,8 +1,8 @@
-"""Collecting ahead: a thread on rank 0 collects the steps to come while the ranks train.
+"""Collecting ahead: a thread on rank 0 collects upcoming steps while the ranks train.
 
-Step k trains the weights of version k − 1. With ``rollout.max_staleness`` s its answers may be of version k − 1 − s and later,
-so its collecting may begin as soon as the engine holds that version. Weights that arrive in the middle are used from then on.
-What is collected is on the disk, so the thread has nothing to hand over but where it stands.
+Step k trains the weights of version k − 1. With ``rollout.max_staleness`` s its answers may come from version k − 1 − s or
+later, so collection may start as soon as the engine holds that version. Weights that arrive midway are used from then on. The
+answers are on disk, so the thread hands over only metrics and its state.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _CLOSE_SECONDS = 10.0
 
 
 class AsyncCollector:
-    """Collects steps ``state``'s next to ``last_step``; :meth:`take` hands them out in order.
+    """Collects the steps ``version`` + 1 to ``last_step``, starting from ``state``; :meth:`take` returns them in order.
 
-    ``version`` is that of the weights which the engine holds; :meth:`published` tells of newer ones.
+    ``version`` is that of the weights that the engine holds; :meth:`published` announces newer ones.
     """
 
     def __init__(self, collector: Collector, state: CollectorState, *, version: int, last_step: int) -> None:
@@ -46,9 +46,9 @@ class AsyncCollector:
             self._changed.notify_all()
 
     def take(self, step: int, deadline_seconds: float, interrupted: Callable[[], str | None]) -> tuple[Dataset, CollectorState]:
-        """What :meth:`Collector.collect` returns of the step. Waits for it at most ``deadline_seconds``.
+        """Return what :meth:`Collector.collect` returned for the step. Waits at most ``deadline_seconds`` for it.
 
-        Raises what stopped the collecting; :class:`StoppedEarly` when ``interrupted`` gives a reason meanwhile;
+        Raises whatever stopped the collection, :class:`StoppedEarly` if ``interrupted`` gives a reason while waiting, and
         :class:`TimeoutError` after the deadline.
         """
         begin = time.monotonic()
@@ -57,14 +57,14 @@ class AsyncCollector:
                 if self._work.done():
                     self._work.result()
                 if reason := interrupted():
-                    raise StoppedEarly(f"stopped while step {step} was collected by {reason}; the same command goes on")
+                    raise StoppedEarly(f"stopped while collecting step {step} by {reason}; the same command resumes it")
                 if time.monotonic() - begin > deadline_seconds:
                     raise TimeoutError(f"step {step} was not collected within {deadline_seconds:.0f} s")
                 self._changed.wait(_POLL_SECONDS)
             return self._collected.pop(step)
 
     def close(self) -> None:
-        """End the thread; finished groups are on the disk. An engine that is silent may keep it until it is closed itself."""
+        """End the thread; finished groups are on disk. A silent engine may delay it until the engine itself is closed."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()

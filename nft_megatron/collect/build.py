@@ -1,4 +1,4 @@
-"""What a configuration says about asking: the prompts, the sampling, the engine and the verifier. Rank 0's business."""
+"""Builds what rank 0 collects with from the configuration: prompts, sampling, engine and verifier."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
-    """The prompts of the data sets that ``field`` (``data.train`` or ``evaluate.data``) lists; empty when it lists none."""
+    """The prompts of the datasets listed in ``field`` (``data.train`` or ``evaluate.data``); empty if it lists none."""
     is_train = field == "data.train"
     paths = config.data.train if is_train else config.evaluate.data
     if not paths:
@@ -43,7 +43,7 @@ def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
     prompts = make_prompts(questions, tokenizer, config.data, field)
     if prompts.num_conflicting or prompts.num_overlong:
         log.warning(
-            "%s: of %d questions %d are left out because the same question has another gold too, %d because they are longer "
+            "%s: of %d questions, %d are left out because they also occur with another gold answer, %d because they are longer "
             "than %d tokens",
             field,
             prompts.num_questions,
@@ -55,20 +55,20 @@ def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
 
 
 def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sampling:
-    """How answers to train on are drawn."""
+    """How to sample the answers to train on."""
     rollout, end = config.rollout, stop_token_ids(model_folder, tokenizer)
     if not end and not rollout.stop:
         raise UserError(
             "rollout.stop",
             "[]",
             f"{model_folder} names no end-of-text token either, so no answer would end",
-            "add eos_token_id to its generation_config.json, or name a text that ends an answer",
+            "add eos_token_id to its generation_config.json, or set rollout.stop to a text that ends an answer",
         )
     return Sampling(rollout.temperature, rollout.top_p, rollout.max_answer_tokens, end, rollout.stop)
 
 
 def open_engine(config: Config, model_folder: Path, shape: ModelShape) -> Engine:
-    """The engine that ``rollout.engine`` names, for the model of ``model_folder``; without weights yet."""
+    """The engine named by ``rollout.engine`` for the model in ``model_folder``. It has no weights yet."""
     if config.rollout.engine == "vllm":
         from nft_megatron.rollout.fleet.engine import FleetEngine
         from nft_megatron.rollout.fleet.settings import open_fleet
@@ -99,7 +99,7 @@ def open_rollout_client(
     timer: PhaseTimer,
     progress: Progress,
 ) -> RolloutClient:
-    """Engine and verifier as ``config`` wants them; ``stack`` closes them."""
+    """A client with the engine and the verifier of ``config``; ``stack`` closes both."""
     engine = open_engine(config, model_folder, shape)
     stack.callback(engine.close)
     if config.rollout.max_staleness and not engine.overlaps:

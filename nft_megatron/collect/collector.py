@@ -1,8 +1,8 @@
-"""Lines 5-11 of Algorithm 1: ask, verify, keep the questions with 0 < r̂ < 1, write the step's ledger.
+"""Lines 5-11 of Algorithm 1: generate, grade, keep the questions with 0 < r̂ < 1, write the step's ledger.
 
-A step is collected in rounds; when the quota is met, all rounds become the one ledger file of the step. Everything that later
-steps and the metrics need to know of the collecting stands in that file, so a step that is found on the disk counts as
-collected. Answers of weights that are older than ``rollout.max_staleness`` allows are dropped when the ledger is written.
+A step is collected in rounds; once the quota is met, all rounds become the step's one ledger file. That file holds everything
+about the collection that later steps and the metrics need, so a step whose file exists counts as collected. Answers from
+weights older than ``rollout.max_staleness`` allows are dropped when the ledger is written.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 class CollectorState:
     """What one step hands to the next.
 
-    ``cursor``: questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's questions that
-    were mixed, None before the first. ``surplus``: mixed groups beyond the quota, empty unless they may be stale.
-    ``questions``: a hash of all of them, without which the cursor means nothing; empty before the first step.
+    ``cursor``: number of questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's
+    questions that were mixed, None before the first step. ``surplus``: mixed groups beyond the quota, empty unless staleness is
+    allowed. ``questions``: a hash of all questions, to which the cursor refers; empty before the first step.
 
     >>> CollectorState(cursor=1024, mixed_rate=0.6, questions="6b86b273ff34fce1").surplus
     ()
@@ -48,7 +48,7 @@ class CollectorState:
     questions: str = ""
 
     def save(self, path: Path) -> None:
-        """Write it as a ledger file whose groups are the surplus."""
+        """Write the state as a ledger file whose groups are the surplus."""
         meta = {"cursor": self.cursor, "mixed_rate": self.mixed_rate, "questions": self.questions}
         write_ledger(path, self.surplus, fates=["surplus"] * len(self.surplus), meta=meta)
 
@@ -63,8 +63,8 @@ class CollectorState:
 class Dataset:
     """A collected step: its ledger file and the metrics of its answers.
 
-    ``generated_tokens`` are those of this step's own time: none of what a killed process left on the disk or of what was
-    collected while an earlier step trained.
+    ``generated_tokens`` counts only tokens generated during this step, not those that a killed process left on disk or
+    that were collected while an earlier step trained.
 
     >>> dataset = Dataset(Path("runs/a/ledger/step_000012.parquet"), {"accuracy": 0.44, "groups_trained": 512}, 6_291_456)
     >>> dataset.metrics["groups_trained"]
@@ -78,11 +78,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Collector:
-    """Fills ledgers. Waits for engine and verifier, each within a deadline; lives on rank 0.
+    """Collects steps into ledgers, on rank 0. Waits for engine and verifier, each with a deadline.
 
-    ``left_out`` are metrics of the data set, how many of its questions are never asked; every ledger repeats them.
-    ``filters_prompts``: only mixed groups are trained on; False: all that have a judged answer.
-    ``interrupted`` gives a reason to leave in the middle of a step, None while there is none.
+    ``left_out``: metrics of the dataset, how many of its questions are never asked; every ledger repeats them.
+    ``filters_prompts``: train only on mixed groups; False: on all groups with a judged answer.
+    ``interrupted`` gives a reason to stop in the middle of a step, or None.
     """
 
     folder: RunFolder
@@ -100,18 +100,17 @@ class Collector:
 
     @functools.cached_property
     def questions(self) -> str:
-        """A hash of all prompts and golds in order."""
+        """A hash of all prompts and gold answers, in order."""
         digest = hashlib.sha256()
         for prompt in self.order.prompts:
             digest.update(f"{prompt.question_id}\0{prompt.gold}\0".encode() + prompt.tokens.tobytes())
         return digest.hexdigest()[:16]
 
     def collect(self, step: int, state: CollectorState) -> tuple[Dataset, CollectorState]:
-        """The step's ledger, read back if it is on the disk already, and the state that the next step starts from.
+        """The step's ledger, read back if it exists already, and the state that the next step starts from.
 
-        Raises :class:`UserError` when not a single question had both right and wrong answers, and when the questions are not
-        those that the run began with; :class:`~nft_megatron.base.errors.StoppedEarly` when interrupted, with finished groups
-        saved.
+        Raises :class:`UserError` if no question got both right and wrong answers, or if the questions differ from those that
+        the run started with; :class:`~nft_megatron.base.errors.StoppedEarly` if interrupted, with finished groups saved.
         """
         path = self.folder.ledger(step)
         self._check_questions(state.questions)
@@ -132,7 +131,7 @@ class Collector:
             raise UserError(
                 "data.train",
                 f"{len(self.order.prompts)} questions",
-                "are not those that this run began with",
+                "are not the questions that this run started with",
                 "restore the files, or start a new run in another run_dir",
             )
 
@@ -158,12 +157,12 @@ class Collector:
             raise UserError(
                 "rollout.max_rounds",
                 self.settings.max_rounds,
-                f"none of {len(sampled)} questions had both right and wrong answers "
+                f"none of {len(sampled)} questions got both right and wrong answers "
                 f"({count['correct']} right, {count['wrong']} wrong, {count['unknown']} unknown)",
-                "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers",
+                "raise it to ask more questions, or start a new run_dir with easier or harder questions or longer answers",
             )
         if len(mixed) < quota:
-            log.warning("step %d trains on %d of %d questions: %d rounds gave no more", step, len(mixed), quota, num_rounds)
+            log.warning("step %d trains on %d of %d questions: %d rounds found no more", step, len(mixed), quota, num_rounds)
         with self.client.timer.phase("ledger"):
             surplus = mixed[quota:] if self.settings.max_staleness else []
             metrics: MetricsRow = {
@@ -183,15 +182,15 @@ class Collector:
         return generated_tokens
 
     def _trainable(self, groups: Iterable[Group], oldest: int) -> list[Group]:
-        """Those of ``groups`` that may be trained on, with their answers of version ``oldest`` and later alone."""
+        """The groups that may be trained on, with only their answers of version ``oldest`` or later."""
         recent = [without_older(group, oldest) for group in groups]
         return [group for group in recent if group.is_mixed or (group.num_judged and not self.filters_prompts)]
 
     def _round_size(self, missing: int, mixed_rate: float | None) -> int:
-        """Questions to ask for ``missing`` mixed ones: enough in five rounds of six, at most ``oversample`` times as many.
+        """How many questions to ask to get ``missing`` mixed ones: enough in five rounds of six, at most ``oversample`` times.
 
-        n questions of which a share p is mixed give np ± sqrt(np(1−p)); n is chosen so that one standard deviation below the
-        mean still suffices.
+        If a share p is mixed, n questions give np ± sqrt(np(1−p)) mixed ones; n is chosen so that one standard deviation below
+        the mean still suffices.
         """
         if not self.filters_prompts:
             return missing
@@ -203,5 +202,5 @@ class Collector:
 
 
 def without_older(group: Group, oldest: int) -> Group:
-    """``group`` without its answers of weights before version ``oldest``; r̂ is then over those that are left."""
+    """``group`` without answers from weights before version ``oldest``; its r̂ then covers only the remaining answers."""
     return replace(group, answers=tuple(answer for answer in group.answers if answer.completion.weight_version >= oldest))

@@ -1,4 +1,4 @@
-"""Ask an engine, judge what comes back: the part that collecting and evaluating share."""
+"""Generate answers with an engine and grade them: what collection and evaluation share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LOOK_SECONDS = 0.5
 
 
 def answer_seed(run_seed: int, purpose: str, prompt_id: int, index: int) -> int:
-    """The seed of one answer: the same for the same run, prompt and index, whatever else is asked beside it.
+    """The seed of one answer: fixed by run, purpose, prompt and index, whatever else is generated alongside it.
 
-    The answers to one prompt have neighbouring seeds, so that an engine can ask for all of them in one request.
+    The answers to a prompt have consecutive seeds, so that an engine can request all of them at once.
 
     >>> answer_seed(0, "train", 7, 0) == answer_seed(0, "train", 7, 0) != answer_seed(0, "train", 8, 0)
     True
@@ -30,12 +30,12 @@ def answer_seed(run_seed: int, purpose: str, prompt_id: int, index: int) -> int:
     15
     """
     digest = hashlib.blake2b(f"{run_seed}/{purpose}/{prompt_id}".encode(), digest_size=8)
-    return (int.from_bytes(digest.digest(), "little") >> 2) + index  # fits a signed 64-bit integer everywhere
+    return (int.from_bytes(digest.digest(), "little") >> 2) + index  # always fits a signed 64-bit integer
 
 
 @dataclass(eq=False)
 class _Question:
-    """What has come back for one prompt: of each answer its completion, its text and, some time, its verdict."""
+    """The answers to one prompt so far: for each its completion, its text and its future verdict."""
 
     prompt: Prompt
     answers: dict[int, tuple[Completion, str, Future[Verdict]]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class _Question:
         return len(judged) >= num_verdicts and len(set(judged)) == 1
 
     def judged(self, timeout: float) -> tuple[Answer, ...]:
-        """All answers in the order of their indices; waits for verdicts."""
+        """All answers in index order; waits for verdicts."""
         return tuple(
             Answer(completion, text, verdict.result(timeout=timeout))
             for _, (completion, text, verdict) in sorted(self.answers.items())
@@ -61,7 +61,7 @@ class _Question:
 
 
 class _Unwanted(set[int]):
-    """Ids of prompts that were given up; all there are once ``interrupted`` gave a reason, which it is asked for now and then.
+    """Ids of abandoned prompts. It polls ``interrupted``; once that gives a reason, it contains every id.
 
     An engine looks here while it waits for the next answer, which may take minutes.
     """
@@ -78,7 +78,7 @@ class _Unwanted(set[int]):
 
 @dataclass(frozen=True)
 class RolloutClient:
-    """Engine, tokenizer and verifier as one: prompts in, judged answers out. Lives on rank 0."""
+    """Engine, tokenizer and verifier combined, on rank 0: prompts in, judged answers out."""
 
     engine: Engine
     verifier: Verifier
@@ -98,7 +98,7 @@ class RolloutClient:
         first_id: int = 0,
         label: str | None = None,
     ) -> list[tuple[Answer, ...]]:
-        """``group_size`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``."""
+        """Return ``group_size`` judged answers to each prompt, in order. Prompt i has the id ``first_id + i``."""
         numbered = {first_id + offset: prompt for offset, prompt in enumerate(prompts)}
         answers = dict(self.stream(numbered, group_size, sampling, purpose=purpose, label=label))
         return [answers[prompt_id] for prompt_id in numbered]
@@ -115,19 +115,19 @@ class RolloutClient:
         give_up_after: int | None = None,
         interrupted: Callable[[], str | None] = lambda: None,
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
-        """Yield (id, judged answers) of each of ``prompts``, which are numbered by their ids, as soon as all of it is there.
+        """Yield (id, judged answers) for each of ``prompts`` (keyed by id) as soon as all its answers are judged.
 
-        ``purpose`` sets its seeds apart from those of other purposes; ``label`` is what the progress display says. Answers are
-        verified while others are still being generated; the time under ``verify`` is what is waited for after that. An answer
-        that an engine fault cut off is *unknown*; prompts with such answers come last.
+        ``purpose`` separates the seeds from those of other purposes; ``label`` is shown in the progress display. Answers are
+        verified while others are still being generated; the phase ``verify`` times only the wait after that. An answer cut off
+        by an engine fault is *unknown*; prompts with such answers come last.
 
-        ``expected_tokens`` are lengths that answers to a question (by its id) had before: engines may begin with the longest.
-        With ``give_up_after`` a prompt of which so many verdicts agree is abandoned: it is not yielded, its other answers are
-        broken off. To stop earlier than at the end, close the iterator; where an answer may take long to come, let
-        ``interrupted`` give a reason: it is looked at meanwhile, and then what is not finished is broken off.
+        ``expected_tokens``: earlier lengths of answers, by question id; engines may start with the longest. With
+        ``give_up_after`` n, a prompt is abandoned once n verdicts are in and all agree: it is not yielded, and its other
+        answers are aborted. To stop early, close the iterator. The next answer may take long, so ``interrupted`` is polled:
+        once it gives a reason, all unfinished answers are aborted.
 
-        Raises :class:`~nft_megatron.rollout.engine.EngineFault` when most of the answers were cut off; prompts with such
-        answers have not been yielded then.
+        Raises :class:`~nft_megatron.rollout.engine.EngineFault` if most answers were cut off; prompts with such answers have
+        then not been yielded.
         """
         lengths = expected_tokens or {}
         requests = [
@@ -147,7 +147,7 @@ class RolloutClient:
         with self.timer.phase("generate"):
             for completion in self.engine.generate(requests, sampling, given_up):
                 prompt_id = completion.request_id
-                if prompt_id in given_up:  # it was finished before the engine saw that nobody wants it
+                if prompt_id in given_up:  # it finished before the engine saw that it is no longer wanted
                     continue
                 question = questions[prompt_id]
                 text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
@@ -162,7 +162,7 @@ class RolloutClient:
                     yield finished[0], questions.pop(finished.popleft()).judged(self.deadline_seconds)
         num_broken = sum(questions[prompt_id].broken_off() for prompt_id in broken)
         if num_broken > len(prompts) * group_size / 2:
-            raise EngineFault(f"the engine broke off {num_broken} of {len(prompts) * group_size} answers")
+            raise EngineFault(f"the engine cut off {num_broken} of {len(prompts) * group_size} answers")
         with self.timer.phase("verify"):
             for prompt_id in [*finished, *broken]:
                 yield prompt_id, questions[prompt_id].judged(self.deadline_seconds)

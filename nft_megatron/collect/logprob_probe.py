@@ -1,7 +1,7 @@
 """The log-prob probe: answers to fixed questions that show the trainer whether the engine serves the weights it was given.
 
-An engine may take new weights and still serve others: of an older version, half loaded, in another precision, or from a
-cache of before. Its answers then have log-probs that the trainer's model does not give them.
+An engine may accept new weights and still serve others: an older version, half-loaded ones, another precision, or a stale
+cache. The log-probs of its answers then differ from the trainer's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from nft_megatron.collect.generate_and_grade import answer_seed
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.rollout.engine import Engine
 
-_ANY = Verdict("correct", reason="gate", verifier="none")  # as which Trainer.mismatch counts all of them
+_ANY = Verdict("correct", reason="gate", verifier="none")  # any judged verdict makes Trainer.mismatch count the answer
 
 
 @dataclass(frozen=True)
 class LogprobProbe:
-    """Asks ``engine`` for one answer to each of ``prompts`` and writes them to ``path``, a ledger file."""
+    """Requests one answer to each of ``prompts`` from ``engine`` and writes them to ``path``, a ledger file."""
 
     engine: Engine
     prompts: Sequence[Prompt]
@@ -30,7 +30,7 @@ class LogprobProbe:
     seed: int
 
     def ask(self, version: int) -> Path:
-        """The answers of weights ``version``, as training draws them but of at most ``max_tokens`` tokens each."""
+        """Write the answers of weights ``version``, sampled as in training but with at most ``max_tokens`` tokens each."""
         sampling = replace(self.sampling, max_tokens=min(self.max_tokens, self.sampling.max_tokens))
         requests = [Request(i, prompt.tokens, (answer_seed(self.seed, "gate", i, 0),)) for i, prompt in enumerate(self.prompts)]
         groups = [

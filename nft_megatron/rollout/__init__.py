@@ -1,1 +1,1 @@
-"""Rollout: the engine protocol, and the embedded engine that generates answers beside the trainer."""
+"""Rollout: the engine protocol, the embedded engine, and the fleet of vLLM servers. The only room that talks to an engine."""

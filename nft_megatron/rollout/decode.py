@@ -1,8 +1,8 @@
-"""The decode loop: continuous batching on a schedule that depends on the answers alone, so a call repeats bit for bit.
+"""The decode loop: continuous batching on a schedule that depends only on the answers, so repeating a call repeats every bit.
 
-A prompt is read once, all tokens but the last, and its keys and values are copied into a slot for each of its answers; the
-prompt's last token is then an answer's first decoding step. Slots of finished answers idle until an eighth of them do; then
-the live ones move together and the rest are filled from the queue. That makes bookkeeping rare and wastes at most an eighth.
+A prompt is read once, up to its last token, and its keys and values are copied into a slot for each of its answers; each answer
+then starts by decoding from the prompt's last token. Slots of finished answers stay idle until an eighth of the slots are; then
+the live ones are compacted and the rest are refilled from the queue. Bookkeeping stays rare and at most an eighth is wasted.
 
 Shapes: B answers (slots in use), V vocabulary.
 """
@@ -25,7 +25,7 @@ from nft_megatron.rollout.model import CausalModel
 from nft_megatron.rollout.sampling import draw, stream_keys, uniforms
 from nft_megatron.rollout.stopping import StopRule
 
-_PROMPT_TOKENS = 8192  # read at once, padding included: bounds the memory of a prefill
+_PROMPT_TOKENS = 8192  # per prefill, padding included: bounds its memory
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class _Waiting:
 
 
 class Decoder:
-    """The engine of one process, for requests that ``EmbeddedEngine`` has checked.
+    """The engine inside one process, for requests that ``EmbeddedEngine`` has checked.
 
-    Nothing here watches the time: a worker process has its parent for that, and without workers there is no deadline.
+    It enforces no deadline: a worker's parent process does, and without workers there is none.
     """
 
     def __init__(self, model_folder: Path, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
@@ -58,15 +58,15 @@ class Decoder:
         return chain.from_iterable(self.steps(requests, sampling))
 
     def steps(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
-        """What :meth:`generate` yields, in lists of answers that the same decoding step finished."""
+        """Like :meth:`generate`, but yield the answers that each decoding step finished as one list."""
         return _Batch(self._model, self._folder, self._batch_size, self._version, requests, sampling).run()
 
     def close(self) -> None:
-        """Nothing to end: the memory goes with the object."""
+        """Nothing to close: memory is freed with the object."""
 
 
 class _Batch:
-    """One call of ``generate``. Rows 0 … ``_num_rows`` − 1 of every array and of the cache are in use, some of them idle."""
+    """One call of ``generate``. Rows 0 … ``_num_rows`` − 1 of every array and of the cache are in use; some may be idle."""
 
     def __init__(
         self, model: CausalModel, folder: Path, batch_size: int, version: int, requests: Sequence[Request], sampling: Sampling
@@ -83,9 +83,9 @@ class _Batch:
         self._started_B = np.zeros(size)  # by time.perf_counter()
         self._key_B = np.zeros(size, dtype=np.uint64)
         self._count_B = np.zeros(size, dtype=np.int64)  # tokens generated
-        self._position_B = np.zeros(size, dtype=np.int64)  # of the token that the next step feeds
+        self._position_B = np.zeros(size, dtype=np.int64)  # of the token fed to the next step
         self._last_B = np.zeros(size, dtype=np.int64)  # that token
-        # One column beyond the longest answer takes what idle rows keep writing.
+        # Idle rows keep writing into the one column beyond the longest answer.
         self._tokens_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.int32)
         self._logprobs_BT = np.zeros((size, sampling.max_tokens + 1), dtype=np.float32)
         self._arrays = (
@@ -100,7 +100,7 @@ class _Batch:
         )
 
     def run(self) -> Iterator[list[Completion]]:
-        """The answers that each step finished, for steps that finished any."""
+        """Yield the answers that each step finished; skip steps that finished none."""
         while True:
             num_idle = self._num_rows - int(self._live_B[: self._num_rows].sum())
             if 8 * num_idle >= self._num_rows:
@@ -112,7 +112,7 @@ class _Batch:
                 yield finished
 
     def _compact(self) -> None:
-        """Move the live rows together."""
+        """Move the live rows to the front."""
         live_B = self._live_B[: self._num_rows]
         num_live = int(live_B.sum())
         targets = np.flatnonzero(~live_B[:num_live])
@@ -128,7 +128,7 @@ class _Batch:
         self._num_rows = num_live
 
     def _refill(self) -> None:
-        """Start answers in all free rows, in the order of the requests, as long as there are any left."""
+        """Start answers in all free rows, in request order, until none are left."""
         while self._num_rows < len(self._live_B) and (self._waiting or self._unread):
             if not self._waiting:
                 self._read_prompts(len(self._live_B) - self._num_rows)
@@ -151,7 +151,7 @@ class _Batch:
     def _read_prompts(self, num_answers: int) -> None:
         """Read the next prompts, enough for ``num_answers`` answers if they fit into ``_PROMPT_TOKENS``; at least one."""
         batch: list[Request] = []
-        width = 1  # a prompt of one token is padding alone
+        width = 1  # a one-token prompt is only padding here
         while self._unread and sum(len(request.seeds) for request in batch) < num_answers:
             wider = max(width, len(self._unread[0].prompt_tokens) - 1)
             if batch and wider * (len(batch) + 1) > _PROMPT_TOKENS:
@@ -166,7 +166,7 @@ class _Batch:
             self._waiting.extend(_Waiting(request, index, key_values, row) for index in range(len(request.seeds)))
 
     def _step(self) -> list[Completion]:
-        """One token for every row; returns the answers that it finishes."""
+        """Decode one token per row and return the answers that this finishes."""
         rows = np.arange(self._num_rows)
         live_B, count_B, position_B = self._live_B[rows], self._count_B[rows], self._position_B[rows]
         num_tokens = int(position_B[live_B].max()) + 1

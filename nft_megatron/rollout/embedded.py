@@ -1,7 +1,7 @@
-"""The embedded engine: answers generated beside the trainer, on the CPU, by a transformers model.
+"""The embedded engine: a transformers model that generates answers on the CPU, next to the trainer.
 
-It needs no server and no GPU, which is what a laptop, a test and the quickstart want; a fleet of vLLM servers implements the
-same protocol for real sizes.
+It needs no server and no GPU, so it suits laptops, tests and the quickstart; a fleet of vLLM servers implements the same
+protocol for models of real size.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 class EmbeddedEngine:
-    """``Engine`` for the model of ``model_folder`` (its ``config.json``; the tokenizer only for stop texts; never its weights).
+    """``Engine`` for the model in ``model_folder``. Reads its ``config.json``, and its tokenizer for stop texts; no weights.
 
     ``shape`` bounds the requests.
 
     ``num_processes`` 0 generates in this process on torch's own threads; 1 or more start that many workers of ``threads``
-    threads each, in the background. Each decodes ``batch_size`` answers at a time in ``dtype``; log-probs are float32 always.
-    ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates;
-    with ``num_processes`` 0 there are no such bounds.
+    threads each, in the background. Each decodes ``batch_size`` answers at a time in ``dtype``; log-probs are always float32.
+    ``load_seconds`` limits how long a worker may take to start or to load weights, ``answer_seconds`` how long it may be silent
+    while it generates; neither applies with ``num_processes`` 0.
 
     The same requests give the same tokens for every ``num_processes`` and ``batch_size``, unless the rounding of logits, which
-    depends on a batch's shape, moves a draw across the boundary between two tokens. The same call repeats bit for bit.
-    So that it does, the answers of a request that is given up are generated all the same and thrown away.
+    depends on a batch's shape, moves a draw across the boundary between two tokens. The same call repeats bit for bit; to
+    guarantee this, the answers to an abandoned request are still generated, then discarded.
     """
 
     overlaps = False
@@ -70,7 +70,7 @@ class EmbeddedEngine:
             )
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        self._has_weights = False  # a load that fails midway leaves none to serve
+        self._has_weights = False  # after a load that fails midway there are none to serve
         fingerprint = self._engine.load(tensors, version)
         self._has_weights = True
         return fingerprint
@@ -89,7 +89,7 @@ class EmbeddedEngine:
 
 
 def _wanted(answers: Iterable[Completion], requests: Sequence[Request], given_up: Container[int]) -> Iterator[Completion]:
-    """Those of requests that are not given up, until all requests are."""
+    """Yield the answers to requests that are not given up; end once all are."""
     for completion in answers:
         if completion.request_id not in given_up:
             yield completion

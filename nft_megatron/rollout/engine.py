@@ -1,8 +1,8 @@
 """The protocol between the trainer and whatever generates the answers.
 
-Two rules hold for every engine. An answer depends on the weights, the prompt, the sampling settings and its own seed, never
-on what else is generated beside it. And an engine that is not sure of its weights does not serve: after a failed load or a
-fault it refuses until it holds the current ones again.
+Every engine follows two rules. An answer depends on the weights, the prompt, the sampling settings and its own seed, never on
+what else is generated alongside it. And an engine that is unsure of its weights does not serve: after a failed load or a fault
+it refuses requests until it holds the current weights again.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ if TYPE_CHECKING:
 
 
 class EngineFault(RuntimeError):
-    """An engine cannot serve: a worker raised, died again and again, or missed a deadline."""
+    """An engine cannot serve: a worker raised, kept dying, or missed a deadline."""
 
 
 class Engine(Protocol):
-    """What generates answers.
+    """Generates answers.
 
-    ``overlaps`` says what may run at once. False: nothing, one caller has one ``load`` or one ``generate`` at a time. True:
-    several ``generate`` run beside each other from different threads, and ``load`` may be called while they do; an answer in
-    progress is then finished first, or continued on the new weights: it carries the oldest version among its tokens.
+    ``overlaps`` says whether calls may overlap. False: only one ``load`` or ``generate`` runs at a time. True: several
+    ``generate`` calls may run concurrently from different threads, and ``load`` may be called while they do; an answer in
+    progress is then either finished first or continued on the new weights, and carries the oldest version among its tokens.
     """
 
     @property
     def overlaps(self) -> bool: ...
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """Take over the weights in ``tensors``, a stream under Hugging Face's names, and return their fingerprint.
+        """Load the weights in ``tensors``, a stream under Hugging Face's names, and return their fingerprint.
 
-        Waits for: every process of the engine to hold them. Unblocks: ``generate``, whose answers carry ``version`` from
-        here on. The fingerprint is that of :mod:`nft_megatron.weights.fingerprint`, of the stream, computed where the
-        weights arrived. Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape; the engine
-        is then without weights.
+        Waits for: every process of the engine to hold them. Unblocks: ``generate``, whose answers carry ``version`` from now
+        on. The fingerprint (:mod:`nft_megatron.weights.fingerprint`) covers the stream and is computed where the weights
+        arrive. Raises ``UserError`` for a missing, unexpected or repeated name or a wrong shape; the engine then holds no
+        weights.
         """
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
     ) -> Iterator[Completion]:
-        """Yield one completion for each seed of each request, as they finish, in any order.
+        """Yield one completion for each seed of each request, in the order they finish.
 
-        Waits for: weights (without them it raises). Unblocks: the verifier, with the first answer, while the others are
-        still being generated. Giving the iterator up early is allowed and ends the work on the rest. So is giving up single
-        requests: the caller may add ids to ``given_up`` at any time, and of such a request nothing more is yielded.
+        Waits for: weights (without them it raises). Unblocks: the verifier, from the first answer on, while the others are
+        still being generated. The caller may close the iterator early, which ends the remaining work, and may add request ids
+        to ``given_up`` at any time: nothing more is yielded for those requests.
 
-        An answer that faults cut off is asked again where there is another process to ask, and else yielded with the finish
-        reason ``abort``. Raises ``EngineFault`` where that does not help: without weights, when a process dies again and again,
-        and for an error inside the engine, such as logits that are not finite; it names the cause.
+        An answer cut off by a fault is requested again if there is another process to ask; otherwise it is yielded with the
+        finish reason ``abort``. Raises ``EngineFault``, naming the cause, if that cannot help: there are no weights, a process
+        keeps dying, or the engine itself fails, for example with logits that are not finite.
         """
 
     def close(self) -> None:
-        """End all processes of the engine; it cannot be used afterwards."""
+        """End all of the engine's processes. It cannot be used afterwards."""
 
 
 def check_requests(requests: Sequence[Request], sampling: Sampling, vocab_size: int, max_positions: int) -> None:
-    """Raise ``UserError`` where a request cannot be answered by a model of this vocabulary and context length.
+    """Raise ``UserError`` if a model with this vocabulary and context length cannot answer a request.
 
     >>> import numpy as np
     >>> request = Request(0, np.arange(10), seeds=(1,))

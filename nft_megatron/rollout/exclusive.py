@@ -1,7 +1,7 @@
-"""One thing at a time: lets several threads share an engine that allows no overlap.
+"""Lets several threads take turns at an engine that allows no overlap.
 
-Collecting ahead, evaluating and publishing come from different threads. A ``load`` goes before any ``generate`` that has not
-begun, so that new weights wait for the answers in progress and for nothing else.
+Collection, evaluation and weight sync call it from different threads. A ``load`` runs before any ``generate`` that has not
+started, so new weights wait only for the answers in progress.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ExclusiveEngine:
-    """``Engine`` over one without overlap. A call waits for its turn, at most ``deadline_seconds``."""
+    """Wraps an ``Engine`` that allows no overlap. A call waits at most ``deadline_seconds`` for its turn."""
 
     overlaps = True
 
@@ -51,7 +51,7 @@ class ExclusiveEngine:
             )
             self._num_loads_waiting -= is_load
             if not is_free:
-                raise EngineFault(f"the engine was busy for {self._deadline_seconds:.0f} s with other answers")
+                raise EngineFault(f"the engine was busy with other answers for {self._deadline_seconds:.0f} s")
             self._is_busy = True
         try:
             yield

@@ -1,7 +1,7 @@
-"""A transformers model that reads prompts and decodes one token a call, over the slots of ``slots.py``.
+"""A transformers model that reads prompts and decodes one token per call, with the cache of ``slots.py``.
 
-Any causal language model of transformers serves whose attention can be replaced and has no sliding window. The folder gives
-``config.json`` only; weights come through :meth:`CausalModel.load`.
+Any causal language model of transformers works if its attention can be replaced and has no sliding window. Only
+``config.json`` is read from the folder; weights arrive through :meth:`CausalModel.load`.
 
 Shapes: P prompts, B answers, S tokens of the longest prompt, V vocabulary.
 """
@@ -20,7 +20,7 @@ from nft_megatron.weights.fingerprint import combine_digests, tensor_digest
 
 
 class CausalModel:
-    """The model at ``folder`` in ``dtype`` on the CPU, with arbitrary weights until :meth:`load` has returned."""
+    """The model in ``folder``, in ``dtype`` on the CPU. Its weights are arbitrary until :meth:`load` returns."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -35,15 +35,15 @@ class CausalModel:
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         """Copy the stream into the model, cast to its dtype, and return the fingerprint of what arrived.
 
-        Raises ``UserError`` when a name is missing, unexpected or repeated, or a shape differs; the weights are then mixed.
+        Raises ``UserError`` if a name is missing, unexpected or repeated, or a shape differs; the weights are then a mixture.
         """
-        # named_parameters() gives a tied weight once, under its first name, as Hugging Face's files do.
+        # named_parameters() yields a tied weight once, under its first name, as Hugging Face's files do.
         wanted = {name: part for item in self._model.named_parameters() for name, part in _as_in_files(*item)}
         digests = []
         for name, tensor in tensors:
             target = wanted.pop(name, None)
             if target is None:
-                raise UserError("weights", name, "this tensor is repeated or the model has none of that name", _REMEDY)
+                raise UserError("weights", name, "this tensor is repeated or not in the model", _REMEDY)
             if target.shape != tensor.shape:
                 raise UserError("weights", name, f"has shape {tuple(tensor.shape)}, not {tuple(target.shape)}", _REMEDY)
             target.copy_(tensor)
@@ -61,7 +61,7 @@ class CausalModel:
 
     @torch.inference_mode()
     def read(self, tokens_PS: torch.Tensor) -> torch.Tensor:
-        """Keys and values ``[2, L, P, H, S, D]`` of prompts padded on the right."""
+        """Keys and values ``[2, L, P, H, S, D]`` of right-padded prompts."""
         state = PromptState(self._config.num_hidden_layers)
         positions_PS = torch.arange(tokens_PS.shape[1]).expand(tokens_PS.shape)
         self._model.base_model(tokens_PS, position_ids=positions_PS, attention_state=state, use_cache=False)
@@ -69,14 +69,14 @@ class CausalModel:
 
     @torch.inference_mode()
     def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, num_tokens: int, slots: SlotState) -> torch.Tensor:
-        """Feed each answer its last token, at ``positions_B`` < ``num_tokens``. Returns the next token's logits ``[B, V]``."""
+        """Feed each answer its last token, at ``positions_B`` < ``num_tokens``; return the next token's logits ``[B, V]``."""
         slots.prepare(positions_B, num_tokens)
         output = self._model(tokens_B[:, None], position_ids=positions_B[:, None], attention_state=slots, use_cache=False)
         return output.logits[:, 0]
 
 
 def _as_in_files(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter under its name in files. transformers 5 has the experts of a layer in two, of which files name every part.
+    """A parameter as files name it. transformers 5 stacks a layer's experts in two tensors; files name each expert's parts.
 
     >>> [(name, part.tolist()) for name, part in _as_in_files("mlp.experts.gate_up_proj", torch.arange(4).view(1, 4, 1))]
     [('mlp.experts.0.gate_proj.weight', [[0], [1]]), ('mlp.experts.0.up_proj.weight', [[2], [3]])]
@@ -91,4 +91,4 @@ def _as_in_files(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torc
             yield f"{prefix}.experts.{number}.{part}.weight", rows
 
 
-_REMEDY = "the trainer's model and the engine's config.json must be of one architecture"
+_REMEDY = "give the trainer's model and the engine's config.json the same architecture"

@@ -1,9 +1,9 @@
-"""The parent's side of the worker processes: split the work, collect the answers, replace what dies.
+"""The parent's side of the worker processes: split the work, collect the answers, replace workers that die.
 
-A worker's life: started → asked to load → *ready* once its fingerprint equals the parent's → generating → ready. One that
-exits or stays silent past the deadline is killed, its unfinished answers come back as ``abort``, and its successor is asked to
-load the current weights before anything else, so that no worker ever serves older ones. A slot whose workers die
-again and again, with no answer finished in between, is a fault of the engine.
+A worker's life: started → asked to load → *ready* once its fingerprint equals the parent's → generating → ready. A worker that
+exits or is silent past its deadline is killed and its unfinished answers come back as ``abort``. Its successor loads the
+current weights before anything else, so no worker ever serves older ones. If the workers of one index keep dying without
+finishing an answer, the engine is at fault.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from nft_megatron.rollout.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-_MAX_DEATHS = 3  # in one worker's place, since the last answer that was finished there
+_MAX_DEATHS = 3  # of workers with one index, since one of them last finished an answer
 _CLOSE_SECONDS = 5.0
 
-# A decoding step frees and takes the same few hundred KiB again. glibc gives such memory back to the kernel each time, and the
-# page faults cost 5 % of the tokens/s at toy sizes: let it keep what it has.
+# Every decoding step frees a few hundred KiB and allocates them again. By default glibc returns them to the kernel each time,
+# and the page faults cost 5 % of the tokens/s at toy sizes: make it keep them.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 def split_requests(requests: Sequence[Request], num_parts: int) -> list[list[tuple[Request, int]]]:
-    """Who answers what: for each part, requests with the index of their first seed.
+    """Split the requests into ``num_parts``: for each part, requests with the index of their first seed.
 
-    Whole requests in turn, since the answers to one prompt share its prefill; the seeds of the last few are divided. It
-    depends on the requests alone, never on which worker is faster.
+    Whole requests are dealt out in turn, since the answers to a prompt share its prefill; the seeds of the last few requests
+    are divided. The split depends only on the requests, never on which worker is faster.
 
     >>> requests = [Request(i, np.array([1]), seeds=(10 * i, 10 * i + 1)) for i in range(3)]
     >>> [[(request.request_id, first, request.seeds) for request, first in part] for part in split_requests(requests, 2)]
@@ -68,9 +68,9 @@ class _Worker:
         self.index, self.num_deaths = index, num_deaths
         self.ticket = 0
         self.ready = False
-        self.deadline = 0.0  # seconds of further silence before it counts as hung
+        self.deadline = 0.0  # seconds of further silence after which it counts as hung
         self.connection, child = Pipe()
-        # A stopped process would block a send for ever; with this the kernel ends it with an error.
+        # Sending to a stopped process would block forever; with this the kernel fails the send instead.
         with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(send_seconds) + 1, 0))
         own = WorkerSettings(**settings, parent=os.getpid(), connection=child.fileno(), weights=weights)
@@ -92,12 +92,12 @@ class _Worker:
         self.ticket, self.deadline = ticket, deadline
         try:
             self.connection.send((ticket, name, arguments))
-        except OSError as error:  # it has died or is stopped; half a message may be in the pipe
-            log.warning("engine worker %d took no command: %s", self.index, error)
+        except OSError as error:  # it died or is stopped; half a message may be in the pipe
+            log.warning("engine worker %d did not accept a command: %s", self.index, error)
             self.process.kill()  # so that the next receive finds the connection closed
 
     def end(self, seconds: float) -> None:
-        """Close the connection, which ends the process; kill it if that takes longer than ``seconds``."""
+        """Close the connection, which ends the process; kill the process if that takes longer than ``seconds``."""
         self.connection.close()
         try:
             self.process.wait(seconds)
@@ -107,9 +107,10 @@ class _Worker:
 
 
 class WorkerPool:
-    """``num_processes`` workers as one engine. They start in the background at once.
+    """``num_processes`` workers as one engine. They start at once, in the background.
 
-    ``load_seconds`` bounds a worker's start and its taking over of weights, ``answer_seconds`` its silence while it generates.
+    ``load_seconds`` limits how long a worker may take to start or to load weights, ``answer_seconds`` how long it may be silent
+    while it generates.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class WorkerPool:
                         unfinished[worker].remove((completion.request_id, index))
                         yield dataclasses.replace(completion, index=index)
                 elif kind == "done":
-                    assert not unfinished.pop(worker), "a worker ended with answers left"
+                    assert not unfinished.pop(worker), "a worker was done with answers left"
                 else:
                     self._replace(worker, payload)
                     for request_id, index in sorted(unfinished.pop(worker)):
@@ -206,7 +207,7 @@ class WorkerPool:
         worker.end(_CLOSE_SECONDS)
         if num_deaths == _MAX_DEATHS:
             raise EngineFault(f"engine worker {worker.index} {cause}, {num_deaths} times in a row without a finished answer")
-        log.warning("engine worker %d %s: its unfinished answers are aborted and it is started again", worker.index, cause)
+        log.warning("engine worker %d %s: aborting its unfinished answers and restarting it", worker.index, cause)
         successor = self._start(worker.index, num_deaths)
         self._workers[worker.index] = successor
         self._ask_to_load(successor)
@@ -214,8 +215,8 @@ class WorkerPool:
     def _receive(self, workers: list[_Worker], deadline: float) -> list[tuple[_Worker, str, Any]]:
         """Wait for replies to the workers' current commands: ``(worker, kind, payload)``.
 
-        A worker that exited, or kept silent for its ``deadline``, gives the kind ``died`` with the cause. Raises what a worker
-        refused, and ``EngineFault`` with its traceback when it failed.
+        A worker that exited, or was silent past its ``deadline``, gives the kind ``died`` with the cause. Raises a worker's
+        ``UserError``, or ``EngineFault`` with the worker's traceback if it failed.
         """
         started = time.monotonic()
         heard = wait([worker.connection for worker in workers], timeout=max(0.0, min(worker.deadline for worker in workers)))
@@ -225,13 +226,13 @@ class WorkerPool:
             if worker.connection not in heard:
                 worker.deadline -= waited
                 if worker.deadline <= 0:
-                    replies.append((worker, "died", f"gave no sign for {deadline:g} s"))
+                    replies.append((worker, "died", f"was silent for {deadline:g} s"))
                 continue
             worker.deadline = deadline
             try:
                 ticket, kind, payload = worker.connection.recv()
             except (EOFError, OSError):
-                replies.append((worker, "died", f"ended ({_exit_text(worker.process)})"))
+                replies.append((worker, "died", f"exited ({_exit_text(worker.process)})"))
                 continue
             if ticket == worker.ticket:
                 if kind == "refused":
@@ -251,6 +252,6 @@ def _exit_text(process: subprocess.Popen[bytes]) -> str:
 
 
 def aborted(request_id: int, index: int, version: int) -> Completion:
-    """The completion of an answer that an engine fault cut off: no tokens."""
+    """The completion, without tokens, of an answer cut off by an engine fault."""
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)
     return Completion(request_id, index, *nothing, finish_reason="abort", weight_version=version, seconds=0.0)

@@ -1,7 +1,7 @@
-"""Drawing tokens: one uniform number for (seed, token position), and the inverse of the cumulative distribution.
+"""Drawing tokens: one uniform number per (seed, token position), and the inverse of the cumulative distribution.
 
-An answer's random numbers come from its own seed and its own token count alone, so which answers share a batch, a process or
-an order changes nothing. Shapes: B answers, V vocabulary.
+An answer's random numbers depend only on its own seed and token count, so batches, processes and order change nothing.
+Shapes: B answers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream_keys(seeds: list[int]) -> np.ndarray:
-    """Where each seed's stream starts, uint64 ``[B]``. Scrambled, so that neighbouring seeds give unrelated streams."""
+    """The start of each seed's stream, uint64 ``[B]``. Scrambled, so that neighbouring seeds give unrelated streams."""
     return _mix(_mix(np.array([seed & _MASK for seed in seeds], dtype=np.uint64) + _GOLDEN))
 
 
@@ -37,9 +37,9 @@ def uniforms(keys_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
 
 
 def keep_top_p(logprobs_BV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Renormalise each row over its nucleus: the fewest most likely tokens whose probabilities reach ``top_p``.
+    """Renormalise each row over its nucleus: the fewest of its likeliest tokens whose probabilities sum to ``top_p``.
 
-    All others become −inf. Ties keep the lower token id. Holtzman et al., 2020.
+    All other tokens become −inf. Ties keep the lower token id. Holtzman et al., 2020.
     """
     sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = sorted_BV.double().exp()
@@ -52,11 +52,11 @@ def keep_top_p(logprobs_BV: torch.Tensor, top_p: float) -> torch.Tensor:
 def draw(
     logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row. Returns the tokens (int64 ``[B]``) and their log-probs (float32 ``[B]``, ≤ 0).
+    """Draw one token per row. Returns the tokens (int64 ``[B]``) and their log-probs (float32 ``[B]``, ≤ 0).
 
-    The log-probs are those of softmax(logits / temperature), over the nucleus where ``top_p`` < 1. Temperature 0 takes the
-    most likely token and gives its log-prob at temperature 1, since a certain choice has none to speak of. A row with a logit
-    that is NaN or +inf gives the log-prob NaN.
+    The log-probs are those of softmax(logits / temperature), over the nucleus if ``top_p`` < 1. Temperature 0 takes the
+    likeliest token and returns its log-prob at temperature 1, since that of a certain choice is always 0. A row with a NaN or
+    +inf logit gives the log-prob NaN.
     """
     if temperature == 0:
         logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
@@ -65,10 +65,10 @@ def draw(
         logprobs_BV = torch.log_softmax(logits_BV.float() / temperature, dim=-1)
         if top_p < 1:
             logprobs_BV = keep_top_p(logprobs_BV, top_p)
-        # In float64 a sum over 150,000 tokens is exact enough, and u·total < total strictly: u ≤ 1 − 2⁻⁵². Hence the first
-        # entry above u·total exists and is a token of positive probability.
+        # In float64 a sum over 150,000 tokens is exact enough, and u·total < total because u ≤ 1 − 2⁻⁵². So an entry above
+        # u·total exists, and the first one is a token of positive probability.
         cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
         threshold_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
         tokens_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
-        tokens_B.clamp_(max=logits_BV.shape[-1] - 1)  # of a row with NaN, whose log-probs are all NaN
+        tokens_B.clamp_(max=logits_BV.shape[-1] - 1)  # for rows with NaN, whose log-probs are all NaN
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0].clamp_(max=0)

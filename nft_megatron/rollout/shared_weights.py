@@ -1,7 +1,7 @@
 """The current weights in one anonymous file that parent and workers share: written once, read by every worker.
 
-It has no name, so nothing is left behind when all processes die. The parent keeps it between loads: a worker that replaces a
-crashed one starts from it.
+The file has no name, so nothing is left behind when all processes die. The parent keeps it between loads for workers that
+replace crashed ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in the file."""
+    """The place of one tensor in the file."""
 
     name: str
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class Entry:
 
 
 def open_anonymous() -> int:
-    """The descriptor of a new file without a name: in memory on Linux, else deleted at once from the temporary folder."""
+    """The descriptor of a new file without a name: in memory on Linux, elsewhere a temporary file that is deleted at once."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("nft-megatron-weights")
     with tempfile.TemporaryFile() as file:
@@ -38,7 +38,7 @@ def open_anonymous() -> int:
 
 
 def write_weights(descriptor: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[Entry], str]:
-    """Replace the file's contents by the stream; holds one tensor at a time. Returns its table and its fingerprint."""
+    """Replace the file's contents with the stream, one tensor in memory at a time. Returns its table and its fingerprint."""
     entries, digests, offset = [], [], 0
     for name, tensor in tensors:
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), offset))
@@ -52,7 +52,7 @@ def write_weights(descriptor: int, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
 
 def read_weights(descriptor: int, entries: list[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors again, as views of the file that share its memory until they are written to."""
+    """The file's tensors, as views that share its memory until they are written to."""
     memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     for entry in entries:
         count = torch.Size(entry.shape).numel()

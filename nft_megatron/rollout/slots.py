@@ -1,11 +1,11 @@
-"""Keys and values of a batch of answers, and attention over them, plugged into any transformers model.
+"""The key-value cache of a batch of answers, and attention over it, plugged into any transformers model.
 
-transformers lets a serving backend replace the attention function (``AttentionInterface``); a function it does not know gets
-no mask and no cache, and the keyword arguments of the model call are passed through to it. Here that argument is
-``attention_state``: :class:`PromptState` while prompts are read, :class:`SlotState` while answers are decoded. The projections,
-rotary embeddings and norms stay the model's own.
+transformers lets a serving backend replace the attention function (``AttentionInterface``). It passes an unknown function the
+keyword arguments of the model call, but neither mask nor cache. Here the argument is ``attention_state``: a
+:class:`PromptState` while prompts are read, a :class:`SlotState` while answers are decoded. Projections, rotary embeddings and
+norms remain the model's own.
 
-Shapes: L layers, B answers (P prompts), H key-value heads, G query heads for each of them, C capacity in tokens, T ≤ C tokens
+Shapes: L layers, B answers (P prompts), H key-value heads, G query heads per key-value head, C capacity in tokens, T ≤ C tokens
 in use, D head size.
 """
 
@@ -24,16 +24,16 @@ _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 class AttentionState(Protocol):
-    """Keeps the keys and values of one model call and attends over them."""
+    """Stores the keys and values of one model call and attends over them."""
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention output ``[B, H·G, tokens, D]`` for a query of that shape, key and value ``[B, H, tokens, D]``."""
 
 
 class PromptState:
-    """Reads prompts that all begin at position 0 and are padded on the right, so causality is all the mask they need.
+    """Reads right-padded prompts that all start at position 0, so a causal mask is all they need.
 
-    What the padding leaves behind in the cache is hidden by each answer's length and overwritten by its tokens.
+    Padding that ends up in the cache is hidden by each answer's length and overwritten by its tokens.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -49,9 +49,9 @@ class PromptState:
 
 
 class SlotState:
-    """A cache with one row an answer, of which the first are in use; its capacity grows with the longest answer.
+    """A cache with one row per answer, the first rows in use; its capacity grows with the longest answer.
 
-    Memory is zeroed, because a masked score still multiplies the value behind it, and 0 · NaN is NaN.
+    Memory is zeroed because even a masked score multiplies its value, and 0 · NaN is NaN.
     """
 
     def __init__(self, num_layers: int, num_slots: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -60,19 +60,19 @@ class SlotState:
 
     @torch.inference_mode()
     def fill(self, rows: slice, key_values: torch.Tensor, sources: torch.Tensor) -> None:
-        """Start the answers in ``rows`` from prompts ``sources`` of :meth:`PromptState.key_values`."""
+        """Start the answers in ``rows`` from the prompts ``sources`` of :meth:`PromptState.key_values`."""
         num_tokens = key_values.shape[4]
         self._reserve(num_tokens)
         self._kv_2LBHCD[:, :, rows, :, :num_tokens] = key_values[:, :, sources]
 
     @torch.inference_mode()
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy whole rows; ``sources`` and ``targets`` don't meet."""
+        """Copy whole rows; ``sources`` and ``targets`` are disjoint."""
         self._kv_2LBHCD[:, :, targets] = self._kv_2LBHCD[:, :, sources]
 
     @torch.inference_mode()
     def prepare(self, positions_B: torch.Tensor, num_tokens: int) -> None:
-        """Before each decoding step: answer b's new token stands at ``positions_B[b]``; ``num_tokens`` (T) are looked at."""
+        """Call before each decoding step. Answer b's new token is at ``positions_B[b]``; attention spans ``num_tokens`` (T)."""
         self._reserve(num_tokens)
         num_heads, capacity = self._kv_2LBHCD.shape[3:5]
         positions_N = positions_B.repeat_interleave(num_heads)
@@ -81,7 +81,7 @@ class SlotState:
         self._bias_N1T = torch.zeros(hidden_NT.shape, dtype=self._kv_2LBHCD.dtype).masked_fill_(hidden_NT, -torch.inf)[:, None]
 
     def _reserve(self, num_tokens: int) -> None:
-        """Make the capacity at least ``num_tokens``, growing by half so that copying stays a small share of the work."""
+        """Ensure a capacity of ``num_tokens``, growing by at least half so that copying stays a small share of the work."""
         *outer, capacity, head_dim = self._kv_2LBHCD.shape
         if num_tokens > capacity:
             grown_2LBHCD = self._kv_2LBHCD.new_zeros(*outer, max(num_tokens, capacity + capacity // 2), head_dim)
@@ -93,8 +93,8 @@ class SlotState:
         capacity, head_dim = keys_BHCD.shape[2:]
         keys_BHCD.view(-1, head_dim).index_copy_(0, self._write_N, key.reshape(-1, head_dim))
         values_BHCD.view(-1, head_dim).index_copy_(0, self._write_N, value.reshape(-1, head_dim))
-        # N = B·H rows of the flat cache. The G query heads of a key-value head are the rows of one small matrix product: no
-        # repeated keys (transformers' repeat_kv), and faster here than the fused kernel of torch 2.13 on a CPU.
+        # The flat cache has N = B·H rows. The G query heads of a key-value head are the rows of one small matrix product: keys
+        # are not repeated (as in transformers' repeat_kv), and on a CPU this is faster than torch 2.13's fused kernel.
         num_rows, _, num_tokens = self._bias_N1T.shape
         keys_NTD = keys_BHCD.view(-1, capacity, head_dim)[:num_rows, :num_tokens]
         values_NTD = values_BHCD.view(-1, capacity, head_dim)[:num_rows, :num_tokens]

@@ -1,4 +1,4 @@
-"""When an answer is finished: a stop token, or a text in what has been decoded so far."""
+"""What ends an answer: a stop token, or a stop text in what has been decoded so far."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 class StopRule:
-    """Finds the rows of a batch whose newest token ends the answer. The tokenizer in ``folder`` is read only for stop texts."""
+    """Finds the rows of a batch whose newest token ends the answer. Reads the tokenizer in ``folder`` only for stop texts."""
 
     def __init__(self, sampling: Sampling, vocab_size: int, folder: Path) -> None:
         self._is_stop_V = np.isin(np.arange(vocab_size), sampling.stop_token_ids)
         self._texts = sampling.stop
-        # Every token adds a byte of text or more, so a text that the newest token completes began within its length in tokens;
-        # four more, the most bytes of a character, keep a character cut in two at the window's edge out of it.
+        # Every token adds at least one byte, so a stop text that the newest token completes spans at most as many tokens as it
+        # has bytes. Four more tokens, the most bytes in a character, keep a character split at the window's edge out of it.
         self._window = max((len(text.encode()) for text in self._texts), default=0) + 4
         self._tokenizer = _tokenizer(folder) if self._texts else None
 
     def find(self, tokens_BT: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
-        """Bool ``[B]``: the answer ``tokens_BT[b, :counts_B[b]]``, not finished before its last token, is finished with it."""
+        """Bool ``[B]``: whether the last token of ``tokens_BT[b, :counts_B[b]]`` ends it. Earlier tokens must not have."""
         rows = np.arange(len(counts_B))
         found_B = self._is_stop_V[tokens_BT[rows, counts_B - 1]]
         if self._tokenizer is None:

@@ -1,13 +1,13 @@
 """A worker process of the embedded engine: takes commands, loads weights, generates.
 
-Started by ``pool.py`` as ``python -m nft_megatron.rollout.worker``, not by multiprocessing, so that the trainer's own main
-module is never imported a second time. Commands are ``(ticket, name, arguments)``; every reply carries its command's ticket:
+``pool.py`` starts it as ``python -m nft_megatron.rollout.worker`` rather than by multiprocessing, so that the trainer's main
+module is not imported a second time. Commands are ``(ticket, name, arguments)``; every reply carries its command's ticket:
 
     load (entries, version)         → loaded (fingerprint)
     generate (requests, sampling)   → answer (completion) …, done
     any                             → refused (a UserError's four fields) or fault (traceback)
 
-A new command ends a generation in progress: the parent has given it up.
+A new command ends a generation in progress, which the parent has then given up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is told on its command line."""
+    """A worker's settings, as one JSON argument on its command line."""
 
     model_folder: str
     batch_size: int
@@ -42,28 +42,28 @@ class WorkerSettings:
 
 
 def _read_commands(connection: Connection, parent: int, inbox: SimpleQueue[Any]) -> None:
-    """Waits for: commands. Ends the process with its parent, whether that closed the connection or was killed.
+    """Waits for: commands. Ends this process when the parent closes the connection or is killed.
 
-    The process id is looked at because another child of the parent may hold a copy of its end of the connection.
+    The parent's process id is checked too, because another child may hold a copy of the parent's end of the connection.
     """
     try:
         while os.getppid() == parent:
             if connection.poll(0.5):
                 inbox.put(connection.recv())
     except (EOFError, OSError):
-        pass  # the connection is closed: this is how a worker is told to end
+        pass  # the connection is closed, which asks a worker to exit
     os._exit(0)
 
 
 def main(settings: WorkerSettings) -> None:
     """Serve until the parent closes the connection or dies."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, whose end ends this process
+        signal.signal(number, signal.SIG_IGN)  # meant for the trainer; this process exits when the trainer does
     connection = Connection(settings.connection)
     inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_read_commands, args=(connection, settings.parent, inbox), daemon=True).start()
 
-    # These imports take seconds; workers make them side by side while the trainer sets itself up.
+    # These imports take seconds; workers run them in parallel while the trainer sets up.
     import torch
 
     from nft_megatron.base.errors import UserError

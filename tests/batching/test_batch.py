@@ -1,4 +1,4 @@
-"""What all ranks together read from a ledger is what the ledger's groups say, under any layout."""
+"""Under any layout, all ranks together read from a ledger exactly what its groups contain."""
 
 import dataclasses
 import itertools
@@ -26,11 +26,11 @@ ALGORITHMS = {
     "rft": build_algorithm(name="rft"),
     "dr_grpo": build_algorithm(name="dr_grpo"),
 }
-OMEGA = {"nft": lambda rate: 1 - rate, "rft": lambda rate: 1.0, "dr_grpo": lambda rate: 1.0}  # of a question's share of right
+OMEGA = {"nft": lambda rate: 1 - rate, "rft": lambda rate: 1.0, "dr_grpo": lambda rate: 1.0}  # of a question's right share
 
 
 def make_group(number, prompt_length, answers, fresh) -> Group:
-    """All tokens of all groups are different, so none can be mistaken for another; so are the engine's log-probs."""
+    """All tokens of all groups differ, so none can be mistaken for another; so do the engine's log-probs."""
 
     def answer(index, length, label, version) -> Answer:
         tokens = np.array([next(fresh) for _ in range(length)], dtype=np.int32)
@@ -52,7 +52,7 @@ def cases(draw):
     rules = BatchingRules(
         num_updates=draw(st.integers(1, 3)),
         num_ranks=draw(st.integers(1, 3)),
-        # with padding, a sequence has at most 24 tokens and the 5 of a group 120; packs are multiples of 16 at most
+        # with padding, a sequence has at most 24 tokens and the 5 of a group 120; packs are multiples of at most 16
         token_budget=16 * draw(st.integers(8 if keep_groups else 2, 10)),
         hidden_size=8,
         denominator=draw(st.sampled_from(["tokens", "sequences", 100.0])),
@@ -71,12 +71,12 @@ def cases(draw):
 
 
 def judged(group):
-    """The answers that count in D: judged, and not empty."""
+    """The answers that count in D: judged and not empty."""
     return [a for a in group.answers if a.verdict.label != "unknown" and len(a.completion.tokens)]
 
 
 def forwarded(groups, name):
-    """The answers that are trained on, each with its group: under RFT right ones, under Dr. GRPO those of mixed groups."""
+    """The answers trained on, each with its group: right ones under RFT, those of mixed groups under Dr. GRPO."""
     kept = {
         "nft": lambda group, answer: True,
         "rft": lambda group, answer: answer.verdict.label == "correct",
@@ -86,7 +86,7 @@ def forwarded(groups, name):
 
 
 def expected_tokens(groups, denominator, name):
-    """What every token of a mini-batch of ``groups`` must be trained with, from the records alone."""
+    """What every token of a mini-batch of ``groups`` must be trained with, derived only from the records."""
     kept = [answer for group in groups for answer in judged(group)]
     tokens = sum(len(answer.completion.tokens) for answer in kept)
     divisor = {"tokens": tokens, "sequences": len(kept)}.get(denominator, denominator)
@@ -104,7 +104,7 @@ def expected_tokens(groups, denominator, name):
                 "correct_rate": float(np.float32(rate)),
                 "engine_logprob": -sequence[t] / 1024,
                 "advantage": float(np.float32((answer.verdict.label == "correct") - rate)) if name == "dr_grpo" else None,
-                "is_stale": answer.completion.weight_version < STEP - 1,  # a step starts from the version before it
+                "is_stale": answer.completion.weight_version < STEP - 1,  # step k starts from version k − 1
             }
 
 
@@ -131,7 +131,7 @@ def count(tokens) -> Counter:
 
 
 def check_packs(packs, groups, rules, name):
-    """``packs``: of every micro-batch on every data-parallel rank, the parts of all context-parallel ranks."""
+    """``packs``: for every micro-batch on every data-parallel rank, the parts of all context-parallel ranks."""
     sequence_multiple = 2 * rules.context_size if rules.context_size > 1 else 1
     group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
     lengths, homes = Counter(), Counter()
@@ -145,13 +145,13 @@ def check_packs(packs, groups, rules, name):
         homes.update({group_of[token] for part in parts for token in part.targets_N.tolist()})
     real = [len(group.prompt.tokens) + len(answer.completion.tokens) for group, answer in forwarded(groups, name)]
     padded = Counter(-(-length // sequence_multiple) * sequence_multiple for length in real)
-    assert padded <= lengths and (lengths - padded).total() <= len(packs)  # besides, at most the padding of each pack
+    assert padded <= lengths and (lengths - padded).total() <= len(packs)  # plus at most the padding of each pack
     assert not rules.keep_groups or set(homes.values()) <= {1}
 
 
 @given(cases())
 @settings(deadline=None, max_examples=60)
-def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
+def test_all_ranks_together_read_every_token_once_with_its_values(case):
     groups, fates, rules, name = case
     trained = [group for group, fate in zip(groups, fates, strict=True) if fate == "train" and judged(group)]
     assume(trained)
@@ -181,7 +181,7 @@ def test_all_ranks_together_read_every_token_once_with_what_belongs_to_it(case):
         check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, rules, name)
 
 
-def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
+def test_a_group_too_long_for_a_micro_batch_is_reported(tmp_path):
     answers = [(40, "correct", 2), (40, "wrong", 2)]
     write_ledger(tmp_path / "ledger.parquet", [make_group(0, 10, answers, itertools.count(1))], fates=["train"], meta={})
     rules = BatchingRules(
@@ -201,8 +201,8 @@ def test_a_group_too_long_for_a_micro_batch_is_named(tmp_path):
         read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], rules, 0, 0, CPU)
 
 
-def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp_path):
-    """And says of every answer what its tokens say; answers of one question have one number, in every pack from 0."""
+def test_inputs_of_a_loss_over_whole_answers_are_equal_on_all_context_ranks(tmp_path):
+    """It agrees with each answer's tokens; answers to one question share a number, counted from 0 in every pack."""
     fresh = itertools.count(1)
     verdicts = ["correct", "wrong", "unknown", "wrong", "correct"]
     groups = [make_group(n, 3, [(2 + n + k, verdicts[(n + k) % 5], 2) for k in range(4)], fresh) for n in range(5)]
@@ -246,7 +246,7 @@ def test_what_a_loss_of_whole_answers_needs_is_the_same_on_all_context_ranks(tmp
 
 
 def test_length_and_truncation_reach_the_advantage(tmp_path):
-    """DAPO: one right, one wrong answer, and one that is wrong and cut. s = 1, −1 and −2."""
+    """DAPO: one right answer, one wrong answer, and one wrong and truncated. s = 1, −1 and −2."""
     group = make_group(0, 2, [(3, "correct", 2), (4, "wrong", 2), (5, "wrong", 2)], itertools.count(1))
     cut = dataclasses.replace(group.answers[2].completion, finish_reason="length")
     answers = (*group.answers[:2], dataclasses.replace(group.answers[2], completion=cut))

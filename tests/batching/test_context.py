@@ -1,4 +1,4 @@
-"""What each rank of any layout holds of the answers: together everything, once, in the right place."""
+"""What each rank of any layout holds of the answers: together everything, exactly once, in the right place."""
 
 import itertools
 from collections import Counter
@@ -15,7 +15,7 @@ from nft_megatron.batching.packing import pack, plan_micro_batches
 
 
 def tokens_of(prompt, answer) -> AnswerTokens:
-    """The record of these token ids; packing looks at nothing else."""
+    """A record with these token ids; packing reads nothing else."""
     return AnswerTokens(np.array(prompt, dtype=np.int32), np.array(answer, dtype=np.int32), np.zeros(len(answer), np.float32))
 
 
@@ -42,7 +42,7 @@ def test_one_rank_has_all_tokens_of_sequences_of_any_length():
     assert zigzag_index(torch.tensor([0, 3, 4, 9], dtype=torch.int32), 0, 1).tolist() == list(range(9))
 
 
-def test_a_sequence_that_cannot_be_cut_evenly_is_refused():
+def test_a_sequence_that_cannot_be_cut_evenly_is_rejected():
     with pytest.raises(AssertionError):
         zigzag_index(torch.tensor([0, 8, 14], dtype=torch.int32), 0, 2)
 
@@ -57,7 +57,7 @@ def test_shards_by_hand():
     assert first.position_ids_T.tolist() == [0, 1, 6, 7, 0, 3]
     assert second.position_ids_T.tolist() == [2, 3, 4, 5, 1, 2]
     assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 8, 12]
-    # 13 is predicted from 12 on the first rank, though it is itself on the second
+    # 13 is predicted from 12 on the first rank, although it is on the second itself
     assert (first.loss_positions_N.tolist(), first.targets_N.tolist()) == ([1, 4], [13, 22])
     assert (second.loss_positions_N.tolist(), second.targets_N.tolist()) == ([0, 1, 4, 5], [14, 15, 23, 24])
     assert (first.answer_N.tolist(), second.answer_N.tolist()) == ([0, 1], [0, 0, 1, 1])
@@ -71,7 +71,7 @@ def test_without_context_parallelism_the_shard_is_the_pack():
     assert kept_N.tolist() == [0, 1]
 
 
-def test_a_pack_of_nothing_has_shards_without_a_loss():
+def test_an_empty_pack_has_shards_without_loss_tokens():
     for rank in range(2):
         shard, kept_N = context_shard(pack([], multiple=8, sequence_multiple=4), rank, 2)
         assert shard.input_ids_T.tolist() == [0] * 4
@@ -80,7 +80,7 @@ def test_a_pack_of_nothing_has_shards_without_a_loss():
 
 @st.composite
 def layouts(draw):
-    """Rows (prompt tokens, answer tokens), all tokens different, none of them padding, and any layout that holds them."""
+    """Rows (prompt tokens, answer tokens) of distinct tokens, none of them padding, and any layout that holds them."""
     lengths = draw(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 20)), max_size=24))
     groups = draw(st.one_of(st.none(), st.just([i // 3 for i in range(len(lengths))])))
     context, tensor = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
@@ -103,7 +103,7 @@ def layouts(draw):
 
 
 def check_pack(shards, rows, case):
-    """The shards of all context ranks of one pack, put together again, are ``rows`` end to end, padded as they must be."""
+    """The shards of one pack on all context ranks, reassembled, are ``rows`` end to end, correctly padded."""
     context = case["context"]
     (cu_seqlens,) = {tuple(shard.cu_seqlens.tolist()) for shard in shards}
     lengths, total = np.diff(cu_seqlens), cu_seqlens[-1]
@@ -130,11 +130,11 @@ def check_pack(shards, rows, case):
 
 @given(layouts())
 @settings(deadline=None, max_examples=200)
-def test_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
+def test_the_ranks_of_any_layout_hold_every_loss_token_once_and_nothing_else(case):
     fresh = itertools.count(1)
     rows = [tuple([next(fresh) for _ in range(length)] for length in pair) for pair in case["lengths"]]
     weight_of = {(row, t): 0.5 + next(fresh) for row, (_, answer) in enumerate(rows) for t in range(len(answer))}
-    # (row, answer position, target, weight, the token before, its position), of the rows as they came
+    # (row, answer position, target, weight, the token before, its position), with rows in their original order
     expected = Counter(
         (row, t, answer[t], weight_of[row, t], (prompt + answer)[len(prompt) + t - 1], len(prompt) + t - 1)
         for row, (prompt, answer) in enumerate(rows)

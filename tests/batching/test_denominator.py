@@ -1,4 +1,4 @@
-"""D of the loss, and that a loss divided by it doesn't depend on how the mini-batch was cut."""
+"""D of the loss; a loss divided by it does not depend on how the mini-batch was split."""
 
 import numpy as np
 import pytest

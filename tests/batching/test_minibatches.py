@@ -1,4 +1,4 @@
-"""The split of a step into mini-batches, and what a layout derives from its sizes."""
+"""How a step is split into mini-batches, and what a layout derives from its sizes."""
 
 import dataclasses
 
@@ -28,14 +28,14 @@ def change(**fields) -> BatchingRules:
 
 
 def index_of(group_id, prompt_length, answer_length) -> LedgerIndex:
-    """Answers of which nothing else matters to the plan."""
+    """Answers with only what matters to the plan."""
     others = {name: np.zeros(len(group_id)) for name in LedgerIndex.__dataclass_fields__}
     return LedgerIndex(**others | {"group_id": group_id, "prompt_length": prompt_length, "answer_length": answer_length})
 
 
 @pytest.fixture
 def answers() -> LedgerIndex:
-    """8 groups of 4 answers in no order."""
+    """8 groups of 4 answers in random order."""
     rng = np.random.default_rng(0)
     group_id = rng.permutation(np.repeat(np.arange(100, 108), 4))
     answer_length = rng.integers(1, 12, 32)
@@ -50,7 +50,7 @@ IS_FORWARDED = np.random.default_rng(1).permutation(np.arange(32) % 4 > 0)
     ("context", "tensor", "sequence_multiple", "multiple"),
     [(1, 1, 1, 1), (1, 8, 1, 8), (2, 1, 4, 4), (2, 8, 4, 32), (4, 8, 8, 64)],
 )
-def test_what_sequences_and_packs_are_multiples_of(context, tensor, sequence_multiple, multiple):
+def test_the_multiples_of_sequences_and_packs(context, tensor, sequence_multiple, multiple):
     layout = change(context_size=context, tensor_size=tensor)
     assert (layout.sequence_multiple, layout.multiple) == (sequence_multiple, multiple)
 
@@ -58,7 +58,7 @@ def test_what_sequences_and_packs_are_multiples_of(context, tensor, sequence_mul
 def test_a_budget_that_no_pack_can_have_is_a_user_error():
     sizes = {"context_size": 2, "tensor_size": 8, "pad_to_budget": True}
     assert change(**sizes, token_budget=96).multiple == 32
-    with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 100: .* multiples of 32; use 96 or 128$"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 100: .* it must be a multiple of 32; use 96 or 128$"):
         change(**sizes, token_budget=100)
     with pytest.raises(UserError, match=r"use 32$"):
         change(**sizes, token_budget=31)
@@ -90,7 +90,7 @@ def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answe
         {"keep_groups": True},
     ],
 )
-def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
+def test_no_layout_changes_the_mini_batches(answers, fields):
     usual, other = (plan_minibatches(answers, IS_FORWARDED, 7, rules) for rules in (RULES, change(**fields)))
     assert [(members_of(p), p.denominator, p.num_tokens) for p in other] == [
         (members_of(p), p.denominator, p.num_tokens) for p in usual
@@ -98,7 +98,7 @@ def test_no_layout_changes_what_a_mini_batch_is(answers, fields):
 
 
 def test_an_empty_answer_counts_for_nothing(answers):
-    """Not even as a group, where all answers of one are empty."""
+    """Not even as a group if all of its answers are empty."""
     answers.answer_length[answers.group_id == 103] = 0
     answers.answer_length[0] = 0
     has_tokens = answers.answer_length > 0
@@ -108,16 +108,16 @@ def test_an_empty_answer_counts_for_nothing(answers):
     assert sum(plan.denominator for plan in plans) == has_tokens.sum()
 
 
-def test_padding_of_sequences_is_planned_for():
+def test_the_plan_allows_for_padding_of_sequences():
     two = index_of(np.array([1, 1]), np.array([1, 1]), np.array([4, 4]))
     for context, expected in ((1, [[0, 1]]), (2, [[0], [1]])):  # 5 + 5 tokens, or 8 + 8
         (plan,) = plan_minibatches(two, np.array([True, True]), 1, change(num_ranks=1, token_budget=12, context_size=context))
         assert [members.tolist() for members in plan.members_of[0]] == expected
 
 
-def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
+def test_groups_stay_whole_and_counts_are_multiples_if_required(answers):
     def homes(rules):
-        """In how many micro-batches each group is, and how many there are on each rank, of every mini-batch."""
+        """For every mini-batch: the number of micro-batches each group is in, and the number on each rank."""
         for plan in plan_minibatches(answers, IS_FORWARDED, 7, rules):
             places = [members for rank in plan.members_of for members in rank]
             groups = [set(answers.group_id[members].tolist()) for members in places]
@@ -125,4 +125,4 @@ def test_groups_are_kept_whole_and_counts_are_multiples_where_asked(answers):
 
     whole = list(homes(change(keep_groups=True, count_multiple=4)))
     assert all(set(counts.values()) == {1} and lengths == [4, 4] for counts, lengths in whole)
-    assert any(max(counts.values()) > 1 for counts, _ in homes(RULES))  # not by itself
+    assert any(max(counts.values()) > 1 for counts, _ in homes(RULES))  # without keep_groups, not all are

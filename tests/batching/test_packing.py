@@ -1,4 +1,4 @@
-"""Plans and packs under any lengths, ranks, budget and multiples. What ranks then hold of a pack: test_context.py."""
+"""Plans and packs under any lengths, ranks, budgets and multiples. What each rank then holds of a pack: test_context.py."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from nft_megatron.batching.packing import pack, plan_micro_batches, sequence_cos
 
 
 def tokens_of(prompt, answer) -> AnswerTokens:
-    """The record of these token ids; packing looks at nothing else."""
+    """A record with these token ids; packing reads nothing else."""
     return AnswerTokens(np.array(prompt, dtype=np.int32), np.array(answer, dtype=np.int32), np.zeros(len(answer), np.float32))
 
 
 def make_answers(lengths):
-    """Answers of given (prompt, answer) lengths."""
+    """Answers with the given (prompt, answer) lengths."""
     return [tokens_of(np.arange(1, 1 + prompt), np.arange(50, 50 + answer)) for prompt, answer in lengths]
 
 
@@ -27,7 +27,7 @@ def round_up(number, multiple):
 
 @st.composite
 def plans(draw):
-    """Lengths in groups, and a budget that the largest group or sequence just fits or not so tightly."""
+    """Lengths in groups, and a budget that the largest group or sequence fits, tightly or loosely."""
     groups = draw(st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=6), max_size=12))
     order = draw(st.permutations([(number, length) for number, group in enumerate(groups) for length in group]))
     sequence_multiple = draw(st.sampled_from([1, 2, 4, 8]))
@@ -74,7 +74,7 @@ def test_plan_keeps_budget_counts_groups_and_every_sequence(case):
 @given(plans())
 @settings(deadline=None, max_examples=60)
 def test_no_more_micro_batches_than_twice_the_tokens_need(case):
-    """Best fit leaves at most one pack of a rank half empty or emptier, so packs < 2 · tokens / budget + 1 on every rank."""
+    """Best fit leaves at most one pack per rank half empty or emptier, so packs < 2 · tokens / budget + 1 on every rank."""
     lengths, options = case
     plan = plan_micro_batches(lengths, **options)
     budget = options["token_budget"] // options["multiple"] * options["multiple"]
@@ -84,7 +84,7 @@ def test_no_more_micro_batches_than_twice_the_tokens_need(case):
 
 
 def test_plan_spreads_sequences_that_would_fit_in_one_micro_batch():
-    # 16 equal sequences, 2 ranks, room for all 16 in one pack: 8 each, not 16 and 0.
+    # 16 equal sequences, 2 ranks, room for all 16 in one pack: 8 on each rank, not 16 and 0.
     plan = plan_micro_batches([1000] * 16, token_budget=16384, num_ranks=2)
     assert [[len(members) for members in rank] for rank in plan] == [[8], [8]]
 
@@ -95,8 +95,8 @@ def test_plan_evens_out_the_micro_batches_of_a_rank():
     assert [len(members) for members in rank] == [9, 9, 7]
 
 
-def test_plan_evens_out_a_number_of_micro_batches_that_was_rounded_up():
-    # 3 would do, 4 are asked for: 7 + 7 + 7 + 4, not 9 + 9 + 7 + 0.
+def test_plan_evens_out_a_rounded_up_number_of_micro_batches():
+    # 3 would do, 4 are required: 7 + 7 + 7 + 4, not 9 + 9 + 7 + 0.
     (rank,) = plan_micro_batches([100] * 25, token_budget=1000, num_ranks=1, count_multiple=4)
     assert [len(members) for members in rank] == [7, 7, 7, 4]
 
@@ -107,8 +107,8 @@ def test_padding_of_sequences_counts_against_the_budget():
     assert [len(members) for members in rank] == [2, 2]
 
 
-def test_cost_decides_the_order_where_tokens_are_equal():
-    # With hidden size 1 attention is all that counts: one sequence of 16 costs more than 4 of 4.
+def test_cost_decides_the_order_if_tokens_are_equal():
+    # With hidden size 1 only attention counts: one sequence of 16 costs more than 4 of 4.
     (rank,) = plan_micro_batches([4, 4, 4, 4, 16], token_budget=16, num_ranks=1, hidden_size=1)
     assert [members.tolist() for members in rank] == [[4], [0, 1, 2, 3]]
 
@@ -119,7 +119,7 @@ def test_plan_gives_empty_micro_batches_to_ranks_without_work():
 
 
 def test_plan_quality_on_long_tailed_answers():
-    # What 32B training at 16K context needs: few padding tokens even if all packs get one total, and even ranks.
+    # What 32B training at 16K context needs: little padding even if all packs have the same length, and balanced ranks.
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(2900), 0.9, 8192), 50, 14336).astype(int)
     assert 3900 < lengths.mean() < 4300
     plan = plan_micro_batches(lengths, token_budget=16384, num_ranks=16, multiple=16, hidden_size=5120)
@@ -133,7 +133,7 @@ def test_a_sequence_over_the_budget_is_a_user_error():
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 30.*33 tokens.*at least 36.*rollout\.max_answer_tokens$"):
         plan_micro_batches([5, 33], token_budget=30, num_ranks=2, multiple=4)
     with pytest.raises(UserError, match="multiples of 4"):
-        plan_micro_batches([30], token_budget=30, num_ranks=1, multiple=4)  # 28 is all that fits in multiples of 4
+        plan_micro_batches([30], token_budget=30, num_ranks=1, multiple=4)  # the most that fits in multiples of 4 is 28
 
 
 def test_a_group_over_the_budget_is_a_user_error():
@@ -176,7 +176,7 @@ def test_pack_with_sequences_padded_by_hand():
 
 
 @pytest.mark.parametrize(("options", "total"), [({}, 9), ({"multiple": 6}, 12), ({"num_tokens": 20}, 20)])
-def test_padding_is_a_last_sequence_of_its_own(options, total):
+def test_padding_is_a_separate_last_sequence(options, total):
     batch = pack(make_answers([(3, 2), (1, 3)]), **options)
     assert len(batch.input_ids_T) == len(batch.position_ids_T) == total
     assert batch.cu_seqlens.tolist() == [0, 5, 9] + ([total] if total > 9 else [])
@@ -184,7 +184,7 @@ def test_padding_is_a_last_sequence_of_its_own(options, total):
 
 
 @pytest.mark.parametrize(("options", "total"), [({}, 1), ({"multiple": 8}, 8), ({"num_tokens": 16, "multiple": 8}, 16)])
-def test_a_pack_of_nothing_has_tokens_but_no_loss(options, total):
+def test_an_empty_pack_has_tokens_but_no_loss(options, total):
     batch = pack([], **options)
     assert batch.cu_seqlens.tolist() == [0, total]
     assert batch.input_ids_T.tolist() == [0] * total

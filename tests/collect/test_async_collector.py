@@ -1,4 +1,4 @@
-"""Collecting ahead of training, evaluating beside it, and the gate between engine and trainer."""
+"""Collecting ahead of training, evaluating alongside it, and the log-prob probe between engine and trainer."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def ledgers(run: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(("staleness", "num_steps"), [(1, 6), (2, 5)])
-def test_a_run_ahead_trains_on_answers_within_the_bound(run_config, command, metrics_of, tmp_path, staleness, num_steps):
+def test_collecting_ahead_trains_on_answers_within_the_bound(run_config, command, metrics_of, tmp_path, staleness, num_steps):
     config = run_config(
         rollout={"max_staleness": staleness, "questions_per_step": 2},
         train={"num_steps": num_steps},
@@ -52,7 +52,7 @@ def test_a_run_ahead_trains_on_answers_within_the_bound(run_config, command, met
         assert measured == pytest.approx(greedy_accuracy(tmp_path / "run" / "hf" / f"step_{step:06d}"))
 
 
-def test_a_killed_run_ahead_goes_on_with_nothing_lost_or_doubled(run_config, command, start, metrics_of, tmp_path):
+def test_a_killed_run_collecting_ahead_loses_and_doubles_nothing(run_config, command, start, metrics_of, tmp_path):
     config, run = run_config(rollout={"max_staleness": 1}, train={"num_steps": 8}), tmp_path / "run"
     for after in (2, 4):
         process = start("train", config)
@@ -67,7 +67,7 @@ def test_a_killed_run_ahead_goes_on_with_nothing_lost_or_doubled(run_config, com
     assert all(row["staleness_max"] <= 1 for row in metrics_of(run))
 
 
-def test_a_run_ahead_stops_with_everything_saved(run_config, start, command, metrics_of, tmp_path):
+def test_a_run_collecting_ahead_stops_with_everything_saved(run_config, start, command, metrics_of, tmp_path):
     config, run = (
         run_config(rollout={"max_staleness": 1}, train={"num_steps": 1_000_000}, checkpoint={"every": 1000}),
         tmp_path / "run",
@@ -91,7 +91,7 @@ class FakeAsker:
 
 @dataclass(frozen=True)
 class FakeCollector:
-    """Notes each step with the version that the engine held when its collecting began."""
+    """Records, for each step, the version that the engine held when its collection began."""
 
     settings: RolloutConfig
     began: list
@@ -114,12 +114,12 @@ def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
-def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
-    """Step k needs version k − 1 − s. Steps that may begin do so without being asked for."""
+def test_collection_never_starts_before_the_weights_are_recent_enough(staleness):
+    """Step k needs version k − 1 − s. A step that may begin does so without being requested."""
     collecting, began, versions = ahead(staleness, last_step=9)
     for step in range(1, 10):
         until(lambda step=step: len(began) >= min(step + staleness, 9))
-        until(lambda: collecting._changed._waiters or not collecting._thread.is_alive())  # it begins nothing more
+        until(lambda: collecting._changed._waiters or not collecting._thread.is_alive())  # it starts nothing more
         assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
         dataset, state = collecting.take(step, 120.0, lambda: None)
         assert (dataset.ledger, state.cursor) == (Path(f"{step}"), step)
@@ -129,25 +129,25 @@ def test_collecting_never_begins_before_the_weights_are_young_enough(staleness):
     collecting.close()
 
 
-def test_what_ends_the_collecting_ends_the_run():
+def test_what_ends_the_collection_ends_the_run():
     collecting, _, _ = ahead(1, last_step=5, fails_at=2)
     assert collecting.take(1, 120.0, lambda: None)[0].ledger == Path("1")
     with pytest.raises(ConnectionError, match="the network is away"):
         collecting.take(2, 120.0, lambda: None)
 
 
-def test_waiting_for_a_step_has_a_deadline_and_heeds_a_stop():
+def test_waiting_for_a_step_has_a_deadline_and_obeys_a_stop_request():
     collecting, _, _ = ahead(1, last_step=5)
     with pytest.raises(TimeoutError, match="step 3 was not collected within 0 s"):
         collecting.take(3, 0.1, lambda: None)
-    with pytest.raises(StoppedEarly, match="while step 3 was collected by a test"):
+    with pytest.raises(StoppedEarly, match="while collecting step 3 by a test"):
         collecting.take(3, 120.0, lambda: "a test")
     collecting.close()
     assert collecting._work.done()
 
 
 class SlowEngine:
-    """Takes its time, and fails when two things happen at once. While ``may_end`` is clear nothing ends."""
+    """Takes its time and fails if two calls overlap. While ``may_end`` is clear, no call ends."""
 
     overlaps = False
 
@@ -175,7 +175,7 @@ class SlowEngine:
         pass
 
 
-def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
+def test_threads_take_turns_with_an_engine_and_new_weights_go_first():
     slow = SlowEngine()
     engine = ExclusiveEngine(slow, deadline_seconds=120.0)
 
@@ -195,7 +195,7 @@ def test_threads_take_turns_at_an_engine_and_new_weights_go_first():
     for thread in threads:
         thread.join(120)
     assert fingerprints == ["fingerprint"]
-    assert slow.log[4] == "load 7", "it waits for the answers under way and for nothing else"
+    assert slow.log[4] == "load 7", "it must wait only for the answers in progress"
     calls = [line for line in slow.log if line != "load 7"]
     assert [calls[i : i + 4] for i in (0, 4, 8)] == [[f"answer {first + i}" for i in range(4)] for first in (0, 10, 20)] or [
         calls[i : i + 4] for i in (0, 4, 8)
@@ -206,13 +206,13 @@ def test_a_turn_that_does_not_come_is_a_fault():
     engine = ExclusiveEngine(SlowEngine(), deadline_seconds=0.05)
     under_way = engine.generate([Request(0, np.array([1]), (0,)), Request(1, np.array([1]), (0,))], Sampling())
     next(under_way)
-    with pytest.raises(EngineFault, match="busy for 0 s"):
+    with pytest.raises(EngineFault, match="busy with other answers for 0 s"):
         engine.load([], 1)
     under_way.close()
     assert engine.load([], 1) == "fingerprint"
 
 
-def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, command, metrics_of, tmp_path):
+def test_the_probe_compares_engine_and_trainer_after_every_sync(run_config, command, metrics_of, tmp_path):
     config = run_config(rollout={"probe_questions": 5, "probe_tokens": 2}, train={"num_steps": 2})
     assert command("train", config).returncode == 0
     rows = metrics_of(tmp_path / "run")
@@ -223,8 +223,8 @@ def test_the_gate_compares_engine_and_trainer_after_every_sync(run_config, comma
 
 
 @pytest.mark.parametrize("gate", [0, 4])
-def test_an_engine_unlike_the_trainer_is_refused_before_the_first_update(run_config, command, tmp_path, gate):
-    """Float32 noise is beyond a limit of 1e-12: found by the gate, or else in the step's own answers."""
+def test_an_engine_unlike_the_trainer_is_rejected_before_the_first_update(run_config, command, tmp_path, gate):
+    """Float32 noise exceeds a limit of 1e-12: the probe finds it, or else the step's own answers show it."""
     refused = command("train", run_config(rollout={"probe_questions": gate, "max_mismatch": 1e-12}))
     assert refused.returncode == 2
     what = "the probe's answers of version 0" if gate else "the answers of step 1"

@@ -1,4 +1,4 @@
-"""Collecting with the real engine and verifier; a wrapper around the engine counts, and fails when told to."""
+"""Collection with the real engine and verifier; a wrapper around the engine counts, and fails on demand."""
 
 import contextlib
 import re
@@ -30,9 +30,9 @@ from nft_megatron.weights.hf_reader import HFReader
 
 
 class Counting:
-    """The engine, the ids it was asked, and an optional failure in round ``fails_in`` (from 0).
+    """The engine, the ids requested of it, and an optional failure in round ``fails_in`` (from 0).
 
-    ``version`` is what its answers say of their weights.
+    ``version`` is the weight version of its answers.
     """
 
     def __init__(self, engine, fails_in=None) -> None:
@@ -50,7 +50,7 @@ class Counting:
 
 @pytest.fixture
 def collector(run_config, model_folder):
-    """Builds a collector on its own run folder; all share one engine."""
+    """Builds a collector with its own run folder; all share one engine."""
     with contextlib.ExitStack() as stack:
         config = load_config(run_config())
         tokenizer = load_tokenizer(model_folder)
@@ -62,7 +62,7 @@ def collector(run_config, model_folder):
 
         def build(folder, fails_in=None, **settings) -> Collector:
             folder.mkdir(exist_ok=True)
-            (folder / "lock").touch()  # as if it were open
+            (folder / "lock").touch()  # as if the run were open
             return Collector(
                 RunFolder(folder),
                 order,
@@ -105,7 +105,7 @@ def test_ledger_holds_the_first_mixed_groups_and_the_right_statistics(collector,
 
 @dataclass
 class Recording:
-    """The client, and every prompt with its answers."""
+    """The client and all prompts with their answers."""
 
     client: RolloutClient
     asked: list = field(default_factory=list)
@@ -119,8 +119,8 @@ class Recording:
             yield prompt_id, answers
 
 
-def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
-    """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos>, or at the limit."""
+def test_the_reasons_for_verdicts_are_in_the_metrics(collector, tmp_path):
+    """Counted from the texts by the rules of this tiny task: an answer ends with a box, with <eos> or at the limit."""
     built = collector(tmp_path / "run")
     recording = Recording(built.client)
     metrics = replace(built, client=recording).collect(1, CollectorState())[0].metrics
@@ -137,8 +137,8 @@ def test_how_verdicts_came_about_is_in_the_metrics(collector, tmp_path):
     assert metrics["verdict/truncated"] == pytest.approx(metrics["truncated_rate"])
 
 
-def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tmp_path):
-    settings = {"questions_per_step": 12}  # in rounds of those that are missing
+def test_finished_rounds_survive_a_failure_and_are_not_repeated(collector, tmp_path):
+    settings = {"questions_per_step": 12}  # each round asks for what is still missing
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     assert whole.metrics["rounds"] >= 3
     broken = collector(tmp_path / "broken", fails_in=2, **settings)
@@ -157,7 +157,7 @@ def test_finished_rounds_survive_a_failure_and_are_not_asked_again(collector, tm
     assert again.client.engine.rounds == []
 
 
-def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
+def test_surplus_is_kept_while_its_staleness_is_allowed(collector, tmp_path):
     built = collector(tmp_path / "run", questions_per_step=2, oversample=4.0, max_staleness=1)
     first, state = built.collect(1, CollectorState())
     surplus = state.surplus
@@ -178,7 +178,7 @@ def test_surplus_is_kept_as_long_as_it_may_be_stale(collector, tmp_path):
 
 
 def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path):
-    """Half of each group's answers began on weights that are too old: r̂ is over the other half."""
+    """Half of each group's answers began on weights that are too old: r̂ covers the other half."""
     built = collector(tmp_path / "run", max_staleness=1)
     recording = Recording(built.client)
     engine = built.client.engine
@@ -198,8 +198,8 @@ def test_answers_older_than_allowed_are_dropped_and_counted(collector, tmp_path)
 
 
 @pytest.mark.parametrize(("save_seconds", "num_parts"), [(1e-9, 4), (1e9, 1)])
-def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, tmp_path, monkeypatch, save_seconds, num_parts):
-    monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that nobody looks but after each group
+def test_finished_groups_of_an_unfinished_round_are_not_repeated(collector, tmp_path, monkeypatch, save_seconds, num_parts):
+    monkeypatch.setattr(ask, "_LOOK_SECONDS", 1e9)  # so that the request to stop is seen only after each group
     settings = {"save_seconds": save_seconds, "oversample": 4.0}
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", **settings)
@@ -217,7 +217,7 @@ def test_finished_groups_of_an_unfinished_round_are_not_asked_again(collector, t
     assert not RunFolder(tmp_path / "broken").rounds(1)
 
 
-def test_an_answer_is_written_as_part_of_its_round_and_with_its_step(collector, tmp_path, monkeypatch):
+def test_an_answer_is_written_in_a_part_of_its_round_and_in_its_steps_ledger(collector, tmp_path, monkeypatch):
     written = Counter()
 
     def counting(path, groups, **named):
@@ -233,7 +233,7 @@ def test_an_answer_is_written_as_part_of_its_round_and_with_its_step(collector, 
     assert len(written) == 8 * state.cursor
 
 
-def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(collector, tmp_path):
+def test_a_complete_round_in_the_single_file_of_earlier_versions_is_not_repeated(collector, tmp_path):
     settings = {"questions_per_step": 12}
     whole, _ = collector(tmp_path / "whole", **settings).collect(1, CollectorState())
     broken = collector(tmp_path / "broken", fails_in=1, **settings)
@@ -242,7 +242,7 @@ def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(co
     (part,) = RunFolder(tmp_path / "broken").rounds(1)
     groups = [group for group, _ in read_groups(part)]
     part.with_name("step_000001_round_00.parquet").write_bytes(part.read_bytes())
-    write_ledger(part, groups[:5], fates=["sampled"] * 5, meta={})  # which a kill kept from being deleted
+    write_ledger(part, groups[:5], fates=["sampled"] * 5, meta={})  # a kill prevented its deletion
     resumed = collector(tmp_path / "broken", **settings)
     collected, _ = resumed.collect(1, CollectorState())
     assert resumed.client.engine.rounds[0] == broken.client.engine.rounds[1]
@@ -252,7 +252,7 @@ def test_a_whole_round_in_the_one_file_of_earlier_versions_is_not_asked_again(co
 
 
 class Silent(Counting):
-    """After 20 answers it says nothing until nobody wants the rest, as servers may for minutes."""
+    """After 20 answers it is silent, as servers may be for minutes, until the rest is given up."""
 
     is_silent = False
 
@@ -268,7 +268,7 @@ class Silent(Counting):
             yield completion
 
 
-def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
+def test_a_stop_request_is_noticed_while_no_answer_arrives(collector, tmp_path):
     whole, _ = collector(tmp_path / "whole", oversample=4.0).collect(1, CollectorState())
     built = collector(tmp_path / "run", oversample=4.0)
     engine = Silent(built.client.engine)
@@ -283,7 +283,7 @@ def test_a_request_to_stop_is_seen_while_no_answer_comes(collector, tmp_path):
     assert content(collector(tmp_path / "run", oversample=4.0).collect(1, CollectorState())[0].ledger) == content(whole.ledger)
 
 
-def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
+def test_a_round_ends_at_the_quota_if_configured(collector, tmp_path):
     built = collector(tmp_path / "run", stop_at_quota=True, oversample=8.0)
     recording = Recording(built.client)
     collected, state = replace(built, client=recording).collect(1, CollectorState())
@@ -294,7 +294,7 @@ def test_a_round_ends_at_the_quota_where_that_is_wanted(collector, tmp_path):
     assert collected.metrics["groups_surplus"] == 0
 
 
-def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collector, tmp_path):
+def test_a_question_whose_verdicts_agree_is_abandoned_if_configured(collector, tmp_path):
     plain = collector(tmp_path / "plain", oversample=4.0)
     recording = Recording(plain.client)
     replace(plain, client=recording).collect(1, CollectorState())
@@ -309,7 +309,7 @@ def test_a_question_whose_verdicts_agree_is_given_up_where_that_is_wanted(collec
 
 
 class Reversed:
-    """The engine under another order of answers."""
+    """The engine, with its answers in another order."""
 
     def __init__(self, engine) -> None:
         self.engine, self.hints = engine, []
@@ -319,7 +319,7 @@ class Reversed:
         yield from reversed(list(self.engine.generate(requests, sampling)))
 
 
-def test_the_order_in_which_answers_come_changes_nothing(collector, tmp_path):
+def test_the_order_in_which_answers_arrive_changes_nothing(collector, tmp_path):
     whole, _ = collector(tmp_path / "whole").collect(1, CollectorState())
     built = collector(tmp_path / "reversed")
     other = replace(built, client=replace(built.client, engine=Reversed(built.client.engine)))
@@ -352,39 +352,39 @@ def test_too_few_mixed_groups_train_with_a_warning(collector, tmp_path, caplog):
     assert f"trains on {collected.metrics['groups_trained']} of 60 questions" in caplog.text
 
 
-def test_an_engine_that_breaks_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
+def test_an_engine_that_cuts_off_most_answers_is_a_fault_and_leaves_no_round(collector, tmp_path):
     built = collector(tmp_path / "run")
     built.client.engine.aborts = True
-    with pytest.raises(EngineFault, match="broke off 32 of 32 answers"):
+    with pytest.raises(EngineFault, match="cut off 32 of 32 answers"):
         built.collect(1, CollectorState())
     assert not RunFolder(tmp_path / "run").rounds(1)
     whole, _ = collector(tmp_path / "run").collect(1, CollectorState())
     assert whole.metrics["unknown_rate"] == 0
 
 
-def test_other_questions_than_the_run_began_with_are_refused(collector, tmp_path):
+def test_changed_questions_are_rejected(collector, tmp_path):
     built = collector(tmp_path / "run")
     _, state = built.collect(1, CollectorState())
     shorter = PromptOrder(built.order.prompts[1:], seed=0)
-    with pytest.raises(UserError, match="14 questions: are not those that this run began with"):
+    with pytest.raises(UserError, match="14 questions: are not the questions that this run started with"):
         replace(built, order=shorter).collect(2, state)
-    with pytest.raises(UserError, match="are not those that this run began with"):
-        replace(built, order=shorter).collect(1, CollectorState())  # its ledger is there, its checkpoint is not
+    with pytest.raises(UserError, match="are not the questions that this run started with"):
+        replace(built, order=shorter).collect(1, CollectorState())  # its ledger exists, its checkpoint does not
 
 
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
-    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \("):
+    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions got both right and wrong answers \("):
         built.collect(1, CollectorState())
 
 
 @pytest.mark.parametrize(("missing", "rate", "expected"), [(100, None, 300), (100, 0.5, 215), (100, 0.01, 300), (10, 1.0, 10)])
 def test_round_size(collector, tmp_path, missing, rate, expected):
-    """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never beyond 3 × 100; a rate of 1 asks no more than needed."""
+    """100 at rate 0.5: (100 + √50) / 0.5 = 214.1; never more than 3 × 100; at rate 1 no more than needed."""
     assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
 
 
-def test_a_run_folder_that_has_gone_away_is_not_made_again(collector, tmp_path):
+def test_a_run_folder_that_has_disappeared_is_not_recreated(collector, tmp_path):
     collect = collector(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(OSError, match="the run folder has disappeared"):

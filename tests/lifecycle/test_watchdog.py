@@ -1,4 +1,4 @@
-"""A rank that stands still ends within its deadline and says where."""
+"""A hung rank ends within its deadline and reports where it hung."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from nft_megatron.run.build import longest_silences
 
 
 class Recorder:
-    """Takes the place of progress display and of the process's end."""
+    """Replaces the progress display and the process's exit."""
 
     def __init__(self) -> None:
         self.codes, self.advanced = [], 0
@@ -29,7 +29,7 @@ class Recorder:
 
 
 class Clock:
-    """Stands still but for what a test adds to ``now``."""
+    """A clock that advances only when a test adds to ``now``."""
 
     def __init__(self) -> None:
         self.now, self._num_looks = 5000.0, 0
@@ -39,9 +39,9 @@ class Clock:
         return self.now
 
     def wait_for_a_look(self) -> None:
-        """Until the watchdog has looked at the present time."""
+        """Wait until the watchdog has read the current time."""
         before = self._num_looks
-        until(lambda: self._num_looks >= before + 2)  # the first of them may have begun before
+        until(lambda: self._num_looks >= before + 2)  # the first of them may have started earlier
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     assert ending.message == first
 
 
-def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
+def test_signs_of_life_and_phases_without_a_deadline_keep_the_watchdog_quiet(watch):
     dog, recorder, clock = watch(collect=1.0)
     shown = LifeSigns(recorder, dog)
     with dog.phase("collect"):
@@ -92,7 +92,7 @@ def test_signs_of_life_and_phases_without_a_deadline_keep_it_quiet(watch):
         with dog.phase("something else"):
             clock.now += 100
             clock.wait_for_a_look()
-        clock.now += 0.9  # the time inside the other phase does not count
+        clock.now += 0.9  # time inside the nested phase does not count
         clock.wait_for_a_look()
     clock.now += 100
     with dog.phase("collect"):
@@ -112,7 +112,7 @@ def test_a_wait_for_servers_ends_before_the_watchdog_does(run_config):
 
 
 def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, metrics_of, tmp_path):
-    """Rank 1 is stopped (SIGSTOP) in the middle of training: rank 0 waits for it in a collective and says so."""
+    """Rank 1 is stopped (SIGSTOP) during training: rank 0 waits for it in a collective and reports that."""
     config = run_config(
         train={"num_steps": 500},
         checkpoint={"every": 1000},

@@ -1,4 +1,4 @@
-"""The embedded engine in one process, against Hugging Face's own forward pass and ``generate``."""
+"""The embedded engine in one process, compared with Hugging Face's own forward pass and ``generate``."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ SIZES: dict = {
     "num_key_value_heads": 2,
     "vocab_size": VOCAB,
     "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # far from uniform, so that a wrong key or position shows
+    "initializer_range": 0.2,  # far from uniform, so that a wrong key or position is noticed
 }
 
 
@@ -70,7 +70,7 @@ def make_requests(num=12, answers=3, seed=0):
 
 
 def reference_logprobs(model, prompt, tokens, temperature, top_p):
-    """Of one answer, by one full forward pass without any cache, in float64 after the logits."""
+    """Log-probs of one answer from one full forward pass without a cache, in float64 after the logits."""
     row = torch.tensor([[*prompt.tolist(), *tokens.tolist()]])
     with torch.no_grad():
         logits = model(row).logits[0, len(prompt) - 1 : -1].double() / (temperature or 1.0)
@@ -121,7 +121,7 @@ def test_untied_models_of_several_families(config_class, model_class, tmp_path):
         assert np.abs(completion.logprobs - expected).max() < 1e-5
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(model, folder):
+def test_bfloat16_is_as_close_to_float32_as_transformers(model, folder):
     decoder = Decoder(folder, batch_size=16, dtype=torch.bfloat16)
     decoder.load(model.named_parameters(), version=1)
     rounded = Qwen2ForCausalLM(model.config).eval().bfloat16()
@@ -190,7 +190,7 @@ def test_first_tokens_follow_the_softmax(model, folder):
         return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
     assert p_value(probs) > 1e-3
-    # The test has power: a temperature off by a sixth is found out.
+    # The test has power: it detects a temperature that is off by a sixth.
     assert p_value(torch.softmax(logits / (temperature * 7 / 6), dim=-1).numpy()) < 1e-6
 
 
@@ -228,7 +228,7 @@ def test_stop_texts_end_the_answer_with_the_token_that_completes_them(model, fol
         assert completion.finish_reason == ("stop" if ends else "length")
 
 
-def test_answers_come_while_others_are_still_generated(model, folder):
+def test_answers_arrive_while_others_are_still_being_generated(model, folder):
     sampling = Sampling(max_tokens=60, stop_token_ids=tuple(range(8)))
     lengths = [len(c.tokens) for c in make_engine(folder, model, 32).generate(make_requests(8, 4), sampling)]
     assert lengths == sorted(lengths)  # all start together, so the shortest is yielded first
@@ -245,7 +245,7 @@ def test_the_fingerprint_is_that_of_the_stream_in_any_order(model, folder):
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "repeated", "shape"])
-def test_a_faulty_stream_is_refused_and_leaves_no_weights(model, folder, fault):
+def test_a_faulty_stream_is_rejected_and_leaves_no_weights(model, folder, fault):
     engine = make_engine(folder, model)
     stream = list(model.named_parameters())
     name, tensor = stream[4]
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_a_fault(model, folder):
         ([1], Sampling(max_tokens=0), "rollout.max_answer_tokens"),
     ],
 )
-def test_requests_that_cannot_be_answered_are_refused_at_once(model, folder, prompt, sampling, message):
+def test_requests_that_cannot_be_answered_are_rejected_at_once(model, folder, prompt, sampling, message):
     with pytest.raises(UserError, match=message):
         make_engine(folder, model).generate([Request(0, np.array(prompt, dtype=np.int32), (1,))], sampling)
 
@@ -292,7 +292,7 @@ def test_an_answer_may_fill_the_context(model, folder):
     assert [len(c.tokens) for c in make_engine(folder, model).generate([request], Sampling(max_tokens=28))] == [28, 28]
 
 
-def test_sliding_windows_are_refused(tmp_path):
+def test_sliding_windows_are_rejected(tmp_path):
     config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(tmp_path)

@@ -49,7 +49,7 @@ def test_top_p_keeps_the_smallest_nucleus_and_renormalises():
     assert torch.allclose(keep_top_p(probs.log(), top_p=1e-9).exp(), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
 
 
-def test_a_certain_token_has_log_prob_zero_and_none_is_positive():
+def test_a_certain_token_has_log_prob_zero_and_no_log_prob_is_positive():
     logits = torch.randn(1000, 50, generator=torch.Generator().manual_seed(0)) * 100
     uniform = torch.rand(1000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     _, logprobs = draw(logits, uniform, temperature=0.3, top_p=1.0)

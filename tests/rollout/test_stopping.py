@@ -10,7 +10,7 @@ from nft_megatron.rollout.stopping import StopRule
 
 @pytest.fixture
 def byte_tokenizer(tmp_path):
-    """One token a byte, as the rarest characters of Qwen's vocabulary are written."""
+    """One token per byte, as Qwen's vocabulary encodes the rarest characters."""
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)

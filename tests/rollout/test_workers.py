@@ -1,4 +1,4 @@
-"""The embedded engine in worker processes: same answers, and nothing lost, stale, hung or left behind when one dies."""
+"""The embedded engine in worker processes: same answers, and nothing lost, stale, hung or left behind if one dies."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def folder(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    """One engine of two workers for all tests that leave it usable."""
+    """One engine with two workers for all tests that leave it usable."""
     engine = EmbeddedEngine(folder, read_shape(folder), num_processes=2, batch_size=8, load_seconds=120, answer_seconds=60)
     yield engine
     engine.close()
@@ -69,7 +69,7 @@ def engine(folder):
 
 @pytest.fixture(scope="module")
 def expected(folder, models):
-    """The answers of each model, generated in this process."""
+    """Each model's answers, generated in this process."""
     local = EmbeddedEngine(folder, read_shape(folder), num_processes=0, batch_size=16)
     answers = []
     for model in models:
@@ -84,7 +84,7 @@ def as_table(completions):
 
 
 def worker_pids(parent):
-    """Process ids of the live engine workers that ``parent`` started."""
+    """Process ids of the live engine workers started by ``parent``."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -97,7 +97,7 @@ def worker_pids(parent):
     return sorted(found)
 
 
-def test_workers_answer_as_one_process_does(engine, models, expected):
+def test_workers_answer_like_one_process(engine, models, expected):
     assert engine.load(models[0].named_parameters(), version=4) == weights_fingerprint(models[0].named_parameters())
     completions = list(engine.generate(REQUESTS, SAMPLING))
     assert as_table(completions) == expected[0]
@@ -126,7 +126,7 @@ def test_bfloat16_weights_cross_unchanged(engine, models):
     assert engine.load(stream, version=7) == weights_fingerprint(stream)
 
 
-def test_a_refused_stream_leaves_the_workers_without_weights(engine, models, expected):
+def test_a_rejected_stream_leaves_the_workers_without_weights(engine, models, expected):
     with pytest.raises(UserError, match=r"model\.norm\.weight.*missing"):
         engine.load([(n, t) for n, t in models[0].named_parameters() if n != "model.norm.weight"], version=8)
     with pytest.raises(EngineFault, match="no weights"):
@@ -143,7 +143,7 @@ def test_a_fault_inside_a_worker_is_raised_with_its_cause(engine, models, expect
     assert as_table(engine.generate(REQUESTS, SAMPLING)) == expected[0]
 
 
-def test_a_generation_given_up_does_not_disturb_the_next(engine, models, expected):
+def test_an_abandoned_generation_does_not_disturb_the_next(engine, models, expected):
     engine.load(models[0].named_parameters(), version=12)
     given_up = engine.generate(REQUESTS, SAMPLING)
     next(given_up)
@@ -151,15 +151,15 @@ def test_a_generation_given_up_does_not_disturb_the_next(engine, models, expecte
     assert as_table(engine.generate(REQUESTS, SAMPLING)) == expected[0]
 
 
-def test_a_killed_worker_aborts_its_answers_and_returns_with_current_weights(engine, models, expected):
+def test_a_killed_worker_aborts_its_answers_and_is_replaced_with_current_weights(engine, models, expected):
     engine.load(models[0].named_parameters(), version=13)
     engine.load(models[1].named_parameters(), version=14)
     before = worker_pids(os.getpid())
     assert len(before) == 2
     long_requests = [Request(i, np.array([1, 2], dtype=np.int32), tuple(range(40))) for i in range(4)]
     completions = engine.generate(long_requests, Sampling(max_tokens=500))
-    first = next(completions)  # nobody reads on: a share of 320 KiB does not fit into a connection
-    for pid in before:  # signals for the trainer reach the whole process group; workers end with it, not before
+    first = next(completions)  # nothing is read meanwhile: a share of 320 KiB does not fit into the connection's buffer
+    for pid in before:  # signals to the trainer reach the whole process group; workers exit with it, not before
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGUSR1)
     os.kill(before[0], signal.SIGKILL)
@@ -178,7 +178,7 @@ def test_a_killed_worker_aborts_its_answers_and_returns_with_current_weights(eng
 
 
 def test_a_silent_worker_is_replaced_within_the_deadline(folder, models, expected, monkeypatch):
-    """A minute passes at once where only the stopped worker is waited for."""
+    """A minute passes at once when the engine waits only for the stopped worker."""
     engine = EmbeddedEngine(folder, read_shape(folder), num_processes=2, batch_size=8, load_seconds=120, answer_seconds=60)
     engine.load(models[0].named_parameters(), version=1)
     stopped = engine._engine._workers[1]
@@ -208,7 +208,7 @@ def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
     engine.close()
 
 
-def test_a_worker_that_dies_again_and_again_is_a_fault_unless_it_answers_in_between(folder, models, expected):
+def test_a_worker_that_keeps_dying_is_a_fault_unless_it_answers_in_between(folder, models, expected):
     others = worker_pids(os.getpid())
     engine = EmbeddedEngine(folder, read_shape(folder), num_processes=1, batch_size=8, load_seconds=120, answer_seconds=60)
 

@@ -173,7 +173,7 @@ def test_a_moved_run_resumes_and_other_questions_are_refused(run_config, command
     finally:
         question_file.write_bytes(original)
     assert other.returncode == 2
-    assert "data.train = 15 questions: are not those that this run began with" in other.stderr
+    assert "data.train = 15 questions: are not the questions that this run started with" in other.stderr
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}], ids=str)

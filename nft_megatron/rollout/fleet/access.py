@@ -1,6 +1,6 @@
-"""Every route of a server needs the key. vLLM's own check leaves out all that is not below ``/v1``: weights, pausing, RPC.
+"""Requires the key on every route of a server. vLLM's own check covers only ``/v1``, not weights, pausing or RPC.
 
-Loaded into the API process with ``--middleware``; standard library only.
+``--middleware`` loads it into the API process. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A process group of the trainer's rank 0 and the workers of servers, apart from any that the trainer has, and buckets for it.
+"""A process group of the trainer's rank 0 and the servers' workers, separate from the trainer's own groups, and its buckets.
 
-Used on both sides: by the trainer to send (``transfer.py``) and inside vLLM's workers to receive (``worker_extension.py``).
-gloo on CPUs, NCCL on GPUs. A bucket is one flat byte tensor, so that a broadcast never depends on how many tensors it holds.
+Both sides use it: the trainer to send (``transfer.py``), vLLM's workers to receive (``worker_extension.py``). gloo on CPUs,
+NCCL on GPUs. A bucket is one flat byte tensor, so a broadcast does not depend on the number of tensors in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SENDER = 0
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies in a bucket."""
+    """The place of one tensor in a bucket."""
 
     name: str
     dtype: str
@@ -35,9 +35,9 @@ class Slot:
 def fill_buckets(
     tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device: torch.device
 ) -> Iterator[tuple[list[Slot], torch.Tensor]]:
-    """Cut a stream into buckets of at most ``max_bytes`` on ``device``: ``(slots, bytes)``, the same buffer every time.
+    """Cut a stream into buckets of at most ``max_bytes`` on ``device``: ``(slots, bytes)``, reusing one buffer.
 
-    A larger tensor has a bucket of its own. Beside the stream's current tensor one bucket is held.
+    A larger tensor gets its own bucket. Only one bucket and the stream's current tensor are in memory at a time.
 
     >>> stream = [("a", torch.zeros(20)), ("b", torch.ones(30)), ("c", torch.ones(2))]
     >>> [[slot.name for slot in slots] for slots, _ in fill_buckets(stream, 256, torch.device("cpu"))]
@@ -65,16 +65,16 @@ def fill_buckets(
 
 
 def open_bucket(slots: Sequence[Slot], flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket, as views of it."""
+    """The tensors in a bucket, as views of it."""
     for slot in slots:
         part = flat[slot.offset : slot.offset + slot.num_bytes]
         yield slot.name, part.view(getattr(torch, slot.dtype)).view(slot.shape)
 
 
 class Group:
-    """One rank of the process group that meets at ``store``. ``seconds`` bounds the meeting and each broadcast.
+    """One rank of the process group that meets at ``store``. ``seconds`` limits the meeting and each broadcast.
 
-    NCCL has no such bound: torch's watchdog ends the whole process instead. It is given twice as long, and the sender watches.
+    NCCL has no such limit: torch's watchdog ends the whole process instead, after twice as long. The sender enforces the limit.
     """
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int, device: torch.device, seconds: float) -> None:
@@ -88,7 +88,7 @@ class Group:
             self._group = dist.ProcessGroupGloo(store, rank, num_ranks, datetime.timedelta(seconds=seconds))
 
     def broadcast(self, flat: torch.Tensor) -> None:
-        """Send ``flat`` from the sender to everybody, or receive it in place; returns when it is there."""
+        """Send ``flat`` to all ranks, or receive it in place; return once it has arrived."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = SENDER, 0
         self._group.broadcast([flat], options).wait()
@@ -96,7 +96,7 @@ class Group:
             torch.cuda.synchronize(flat.device)
 
     def close(self) -> None:
-        """Leave. With gloo, whose connections end when it is freed, others that wait in a broadcast fail at once."""
+        """Leave the group. With gloo, freeing it closes its connections, so ranks waiting in a broadcast fail at once."""
         if self._on_gpu:
             self._group.abort()
         self._group = None

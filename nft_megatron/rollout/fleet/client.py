@@ -1,18 +1,18 @@
-"""One HTTP request to a vLLM server: token ids out, token ids with exact log-probs in, as a stream.
+"""One HTTP request to a vLLM server: sends token ids, streams back token ids with exact log-probs.
 
 The route is ``/inference/v1/generate`` (``--enable-scale-out``), the only one that says which weights each token came from; the
-server runs with ``--logprobs-mode processed_logprobs``. Found by reading and running vLLM 0.32.0:
+server runs with ``--logprobs-mode processed_logprobs``. Learned from reading and running vLLM 0.32.0:
 
-* Answer i of a request with ``n`` answers and the seed s is, but for the rounding of logits, the answer of a request of its own
-  with the seed s + i: so answers with neighbouring seeds share one request, and every answer can be had again by itself.
-* ``stream_interval`` makes a stream cheap: the first token at once, then an event every so many tokens, then the end. What a
-  stream buys: signs of life, each answer as it ends, and the count of tokens that an abort wastes.
-* ``ignore_eos`` leaves the end to ``stop_token_ids``: otherwise the end-of-text tokens of the model folder would count too.
-* A stop text is looked for in the decoded answer after each token; the tokens that make it up are kept.
-* Aborting a request is closing its connection.
-* Most of a client's work is reading log-probs, 140 bytes a token. Typed decoding (msgspec) skips what it does not need, in less
-  than half the time of one regular expression over it. Most of the rest is HTTP: aiohttp takes half as long per token as httpx,
-  which the blocking calls use.
+* Answer i of a request with ``n`` answers and seed s is, up to the rounding of logits, the answer of a separate request with
+  seed s + i. So answers with neighbouring seeds share one request, and any answer can be requested again alone.
+* ``stream_interval`` makes a stream cheap: one event for the first token, one per interval, one for the end. The stream gives
+  signs of life, each answer as it ends, and the number of tokens that an abort wastes.
+* ``ignore_eos`` makes ``stop_token_ids`` alone end an answer; otherwise the model folder's end-of-text tokens would too.
+* After each token the decoded answer is searched for stop texts; the tokens of a stop text are kept.
+* Closing a request's connection aborts it.
+* Most of a client's work is reading log-probs, 140 bytes per token. Typed decoding (msgspec) skips what it does not need and
+  takes less than half the time of a single regular expression. Most of the rest is HTTP: aiohttp takes half as long per token
+  as httpx, which the blocking calls use.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ import numpy as np
 from nft_megatron.base.records import Completion, Sampling
 
 STREAM_INTERVAL = 256
-"""Most tokens of an answer between two signs of life. With fewer a client works more, and fewer are wasted uncounted."""
+"""Most tokens of an answer between two signs of life. Fewer mean more work for the client and fewer tokens wasted uncounted."""
 
 _ROUTE = "/inference/v1/generate"
 _CONNECT_SECONDS = 30.0
-_IDLE_SECONDS = 2.0  # a server closes connections that are idle for 5 s; one that it closes just then would look like a fault
-_NO_LOGPROB = -9999.0  # what vLLM sends for a log-prob that it does not have, or that is NaN or -inf
+_IDLE_SECONDS = 2.0  # servers close connections after 5 idle seconds; reusing one at that moment would look like a fault
+_NO_LOGPROB = -9999.0  # vLLM sends this for a log-prob that is missing, NaN or -inf
 
 
 class ServerFault(Exception):
-    """A server did not finish what it was asked. ``is_abort``: on somebody's order, not by a fault of its own."""
+    """A server did not finish a request. ``is_abort``: the request was aborted; the server is not at fault."""
 
     def __init__(self, reason: str, is_abort: bool = False) -> None:
         super().__init__(reason)
@@ -47,12 +47,12 @@ class ServerFault(Exception):
 
 
 class Refused(Exception):
-    """A server calls the request wrong: asking again, here or elsewhere, is useless."""
+    """A server rejects the request as invalid: retrying it, on any server, is useless."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Answer ``index`` has ``num_tokens`` more."""
+    """Answer ``index`` has grown by ``num_tokens``."""
 
     index: int
     num_tokens: int
@@ -60,16 +60,16 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A finished answer. ``versions``: of the weights of its tokens, in order.
+    """A finished answer. ``versions``: of the weights behind its tokens, in order.
 
-    Empty where the server does not say of each token where it comes from. The completion's own version is the oldest.
+    They are empty unless the server names the weights of every token. The completion's own version is the oldest of them.
     """
 
     completion: Completion
     versions: tuple[int, ...]
 
 
-# What is read of an event; the rest of it is skipped. No record here refers back: the garbage collector need not look at them.
+# The parts of an event that are read; the rest is skipped. gc=False: these records form no reference cycles.
 class _Token(msgspec.Struct, gc=False):
     logprob: float
 
@@ -105,7 +105,7 @@ def make_body(
 ) -> bytes:
     """The request for ``num_answers`` answers to one prompt, with the seeds ``seed``, ``seed`` + 1 …
 
-    Every parameter that changes the distribution is set, so that no default of a server can.
+    It sets every parameter that affects the distribution, so that no server default can.
     """
     parameters = {
         "n": num_answers,
@@ -131,7 +131,7 @@ def make_body(
 
 
 def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
-    """Indices of ``seeds`` as runs in which each seed is one more than the one before.
+    """The indices of ``seeds``, split into runs of consecutive seeds.
 
     >>> runs_of_seeds((7, 8, 9, 3, 4))
     [range(0, 3), range(3, 5)]
@@ -143,9 +143,9 @@ def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
 
 
 def open_session() -> aiohttp.ClientSession:
-    """Connections to a server, as many as there are requests: one session a server, opened in the event loop that uses it.
+    """A session for one server, with one connection per request. Open it in the event loop that uses it.
 
-    Only connecting has a deadline. Silence is watched for a server as a whole, as an answer may wait in its queue for long.
+    Only connecting has a deadline. Silence is judged per server, since one answer may wait long in a server's queue.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS),
@@ -157,11 +157,11 @@ def open_session() -> aiohttp.ClientSession:
 async def generate(
     session: aiohttp.ClientSession, url: str, headers: dict[str, str], body: bytes, request_id: int, indices: Sequence[int]
 ) -> AsyncGenerator[Progress | Finished, None]:
-    """Yield the answers to ``body`` as they finish, and what they have grown by in between.
+    """Yield the answers to ``body`` as they finish, and their progress in between.
 
-    The server's answer i is answer ``indices[i]`` of request ``request_id``. There is no deadline here: whoever iterates
-    watches the time and closes. Raises ``ServerFault`` where the server does not finish all of them, for whatever reason, and
-    ``Refused`` where it calls the request wrong.
+    The server's answer i is answer ``indices[i]`` of request ``request_id``. There is no deadline here: the caller watches the
+    time and closes the iterator. Raises ``ServerFault`` if the server does not finish all answers, for whatever reason, and
+    ``Refused`` if it rejects the request as invalid.
     """
     started = time.monotonic()
     unfinished: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in range(len(indices))}
@@ -174,9 +174,9 @@ async def generate(
             async for event in _events(response):
                 choice, tokens, logprobs = _parse(event)
                 if choice.index not in unfinished:
-                    raise ServerFault(f"sent answer {choice.index}, which was not asked for or had ended")
+                    raise ServerFault(f"sent answer {choice.index}, which was not requested or had ended")
                 if len(tokens) != len(logprobs) or not ((logprobs <= 0) & (logprobs > _NO_LOGPROB)).all():
-                    raise ServerFault("sent a token without a log-prob: its logits are not finite, or it is set up wrongly")
+                    raise ServerFault("sent a token without a log-prob: its logits are not finite, or it is misconfigured")
                 unfinished[choice.index].append((tokens, logprobs))
                 yield Progress(indices[choice.index], len(tokens))
                 if (reason := choice.finish_reason) is not None:
@@ -194,14 +194,14 @@ async def generate(
                         seconds=time.monotonic() - started,
                     )
                     yield Finished(completion, versions)
-    except (aiohttp.ClientError, RuntimeError) as error:  # RuntimeError: aiohttp, of a connection that ended unseen
+    except (aiohttp.ClientError, RuntimeError) as error:  # RuntimeError: from aiohttp, for a connection closed unnoticed
         raise ServerFault(f"{type(error).__name__}: {error}") from error
     if unfinished:
-        raise ServerFault(f"ended the connection with {len(unfinished)} of {len(indices)} answers unfinished")
+        raise ServerFault(f"closed the connection with {len(unfinished)} of {len(indices)} answers unfinished")
 
 
 def _versions(spans: Sequence[_Span], num_tokens: int) -> tuple[int, ...]:
-    """The versions of spans that together cover all tokens, else none. ``ServerFault`` for weights that we never published."""
+    """The versions of the spans if these cover all tokens, else none. ``ServerFault`` for weights that no step published."""
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != num_tokens:
         return ()
@@ -212,7 +212,7 @@ def _versions(spans: Sequence[_Span], num_tokens: int) -> tuple[int, ...]:
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The ``data`` of each server-sent event but the closing one."""
+    """The ``data`` of each server-sent event except the last, ``[DONE]``."""
     rest = b""
     async for received in response.content.iter_any():
         *lines, rest = (rest + received).split(b"\n\n")
@@ -222,7 +222,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
 
 
 def _parse(data: bytes) -> tuple[_Choice, np.ndarray, np.ndarray]:
-    """An event's choice, one answer's news; its tokens (int32) and their log-probs (float32)."""
+    """An event's choice (it has exactly one), its tokens (int32) and their log-probs (float32)."""
     try:
         event = _DECODER.decode(data)
         if event.error is not None:
@@ -231,4 +231,4 @@ def _parse(data: bytes) -> tuple[_Choice, np.ndarray, np.ndarray]:
         logprobs = np.array([token.logprob for token in choice.logprobs.content], dtype=np.float32)
         return choice, np.array(choice.token_ids, dtype=np.int32), logprobs
     except (msgspec.MsgspecError, ValueError, OverflowError) as error:
-        raise ServerFault(f"sent what is not an answer ({error}): {data[:200].decode(errors='replace')}") from error
+        raise ServerFault(f"sent something that is not an answer ({error}): {data[:200].decode(errors='replace')}") from error

@@ -1,15 +1,15 @@
-"""Which server answers what: bookkeeping alone, without a clock, a thread or a socket, so that it can be simulated.
+"""Which server answers what: pure bookkeeping, without clock, threads or sockets, so that it can be simulated.
 
-A *sub-request* is a run of answers to one request, neighbours by index, that one server generates together: they share the
+A *sub-request* is a run of answers to one request, consecutive by index, that one server generates together: they share the
 prompt's prefill and one HTTP request. The rules:
 
-1. The longest expected answers go first, since what begins last decides when all is done; before them what a fault cut off.
-2. A sub-request goes to the server with the fewest outstanding tokens, if its budget has room for it or it has nothing to do.
-3. A sub-request holds at most an equal share of all answers that wait, so that the last ones spread over all servers.
-4. What a server fails to answer goes to another one where there is another, and is lost after ``max_attempts``.
+1. Answers cut off by a fault go first, then those expected to be longest, since whatever starts last decides when all is done.
+2. A sub-request goes to the server with the fewest outstanding tokens, if that fits its budget or it is idle.
+3. A sub-request holds at most an equal share of all waiting answers, so that the last ones spread over all servers.
+4. What one server fails to answer goes to another, if there is one, and is lost after ``max_attempts``.
 
-Every answer is at any time in one place: waiting, in one sub-request, or settled (answered, lost or given up), and nothing
-leaves *settled*. So none is forgotten and none counts twice, whatever a slow server still sends.
+At any time every answer is either waiting, in exactly one sub-request, or settled (answered, lost or given up), and nothing
+leaves *settled*. So no answer is forgotten or counted twice, whatever a slow server may still send.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from collections import defaultdict
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 
-# The length of an answer of which nothing is known, as a share of the longest allowed: at first, and by how much each answer
-# moves it. Slowly, as the first to come are the short ones.
+# Expected length of an answer without a hint, as a share of the longest allowed: its initial value, and how far each answer
+# moves it. It moves slowly because short answers finish first.
 _FIRST_SHARE, _SHARE_RATE = 0.25, 1e-3
 
 
 @dataclass(frozen=True)
 class SubRequest:
-    """Answers ``indices``, neighbours, of request ``request`` in call ``call``, for ``server`` to generate.
+    """Answers ``indices`` (consecutive) of request ``request`` in call ``call``, for ``server`` to generate.
 
-    ``ticket`` is unique: an answer counts only under the ticket of the sub-request that it belongs to now. ``num_faults``: how
-    often these answers were requested in vain.
+    ``ticket`` is unique: an answer counts only under the ticket of its current sub-request. ``num_faults``: how many earlier
+    attempts at these answers failed.
     """
 
     ticket: int
@@ -44,7 +44,7 @@ class SubRequest:
 
 @dataclass(frozen=True)
 class _Work:
-    """Neighbouring answers of one request that wait together, and what is known of their cost."""
+    """Consecutive answers of one request that wait together, and what is known of their cost."""
 
     call: int
     request: int
@@ -58,7 +58,7 @@ class _Work:
 
 @dataclass
 class _Sent:
-    """A sub-request in progress. What was reserved for it is remembered, so that exactly this is given back."""
+    """A sub-request in progress, with the tokens reserved for it, so that exactly those are released."""
 
     work: _Work
     server: str
@@ -67,10 +67,10 @@ class _Sent:
 
 
 class Dispatcher:
-    """Waiting work, sub-requests in progress, and what is outstanding at each server.
+    """Waiting work, sub-requests in progress, and outstanding tokens per server.
 
-    ``budget_tokens``: tokens, of prompts and expected answers, that a server is given at most; it always gets one sub-request.
-    ``max_attempts``: how often an answer is asked before it is lost.
+    ``budget_tokens``: most outstanding tokens per server, counting prompts and expected answers; an idle server always gets one
+    sub-request. ``max_attempts``: how often an answer is requested before it is lost.
 
     >>> dispatcher = Dispatcher(budget_tokens=1000, max_attempts=2)
     >>> dispatcher.add(0, 7, range(4), prompt_tokens=10, hint=100, max_tokens=200)
@@ -80,7 +80,7 @@ class Dispatcher:
     210
     >>> dispatcher.answered(0, 0, num_tokens=90), dispatcher.answered(0, 0, num_tokens=90)
     (True, False)
-    >>> dispatcher.failed(0)  # answer 1 was not finished: it waits again
+    >>> dispatcher.failed(0)  # answer 1 is unfinished and waits again
     []
     >>> [(sub.ticket, sub.server, sub.indices) for sub in dispatcher.assign(["a", "b"])]
     [(2, 'b', range(1, 2))]
@@ -89,17 +89,17 @@ class Dispatcher:
     def __init__(self, *, budget_tokens: int, max_attempts: int) -> None:
         self._budget_tokens, self._max_attempts = budget_tokens, max_attempts
         self._tickets, self._order = itertools.count(), itertools.count()
-        self._waiting: dict[int, list[tuple[int, int, int, _Work]]] = {}  # for each call a heap, the first to go on top
+        self._waiting: dict[int, list[tuple[int, int, int, _Work]]] = {}  # per call a heap, next work on top
         self._num_waiting = 0
         self._sent: dict[int, _Sent] = {}
         self._outstanding: defaultdict[str, int] = defaultdict(int)
         self._share = _FIRST_SHARE
 
     def add(self, call: int, request: int, indices: range, *, prompt_tokens: int, hint: int | None, max_tokens: int) -> None:
-        """Ask for answers ``indices``, neighbours by index, of a request.
+        """Request the answers ``indices`` (consecutive) of a request.
 
-        ``hint``: expected tokens of one answer, None where nothing is known of it: then a quarter of ``max_tokens`` at first,
-        and as time goes by the share of it that answers have really used.
+        ``hint``: expected tokens of one answer. If None, a quarter of ``max_tokens`` at first, then gradually the share of it
+        that answers turn out to use.
         """
         self._wait(_Work(call, request, indices, prompt_tokens, hint, max_tokens))
 
@@ -109,7 +109,7 @@ class Dispatcher:
         if not servers:
             return sub_requests
         share = -(-self._num_waiting // len(servers))
-        held_back: list[_Work] = []  # for the servers that have not failed at it, which are full
+        held_back: list[_Work] = []  # for servers that have not failed at it but are full
         while heaps := [heap for call, heap in self._waiting.items() if call not in held]:
             heap = min(heaps, key=lambda heap: heap[0][:3])
             work = heap[0][-1]
@@ -135,7 +135,7 @@ class Dispatcher:
         return sub_requests
 
     def answered(self, ticket: int, index: int, num_tokens: int) -> bool:
-        """Settle an answer of ``num_tokens``. False where it no longer belongs to this sub-request: then it does not count."""
+        """Settle an answer of ``num_tokens``. False if it no longer belongs to this sub-request: it then does not count."""
         sent = self._sent.get(ticket)
         if sent is None or index not in sent.open:
             return False
@@ -147,7 +147,7 @@ class Dispatcher:
         return True
 
     def failed(self, ticket: int) -> list[int]:
-        """End a sub-request that its server did not finish. What is left waits again, or is lost: returns the lost indices."""
+        """End a sub-request that its server did not finish. The rest waits again or is lost; return the lost indices."""
         if ticket not in self._sent:
             return []
         sent = self._end(ticket)
@@ -159,7 +159,7 @@ class Dispatcher:
         return []
 
     def give_up(self, call: int, request: int | None = None) -> list[int]:
-        """Settle all answers of a request, or of a whole call, and return the tickets of their sub-requests, to be aborted."""
+        """Settle all answers of a request, or of a whole call; return the tickets of the sub-requests to abort."""
 
         def concerned(work: _Work) -> bool:
             return work.call == call and request in (None, work.request)
@@ -180,11 +180,11 @@ class Dispatcher:
 
     @property
     def num_waiting(self) -> int:
-        """Answers that no server has been given."""
+        """The number of answers not yet assigned to a server."""
         return self._num_waiting
 
     def outstanding(self, server: str) -> int:
-        """Tokens that ``server`` has been given and not yet answered, by expectation."""
+        """Expected tokens assigned to ``server`` and not yet answered."""
         return self._outstanding[server]
 
     def _expected(self, work: _Work) -> int:

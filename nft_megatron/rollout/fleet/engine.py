@@ -1,12 +1,11 @@
 """The fleet as one engine: many requests, several callers at once, servers that come and go.
 
-All HTTP and all bookkeeping happen in one event loop in a thread of its own (``request_loop.py``). ``generate`` hands its
-requests over and reads a queue; what a server fails to finish is requested elsewhere (``dispatch.py``): faults cost time, not
-answers.
+All HTTP and bookkeeping happen in one event loop on its own thread (``request_loop.py``). ``generate`` hands over its requests
+and reads a queue; what one server fails to finish is requested elsewhere (``dispatch.py``). Faults cost time, not answers.
 
-An answer counts only if the weights of all its tokens are known: published through this engine, and none older than those that
-the server was believed to hold when it was asked. Any other is thrown away and asked again, and the server is reported. While
-new weights are on their way, answers that carry them already wait until the publication has succeeded.
+An answer counts only if the weights behind all its tokens are known: published through this engine, and no older than what the
+server was believed to hold when it got the request. Any other answer is discarded and requested again, and the server is
+reported. While new weights are being published, answers that already carry them wait until publication succeeds.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LOOP_SECONDS = 30.0  # within which the event loop does what it is told
+_LOOP_SECONDS = 30.0  # deadline for an action in the event loop
 
 
 class FleetEngine:
-    """``Engine`` over the servers of ``fleet``, which it closes with itself. ``model_folder``: for the bounds of requests.
+    """``Engine`` over the servers of ``fleet``; closing it closes the fleet. ``model_folder`` gives the bounds of requests.
 
-    ``budget_tokens``: outstanding tokens, of prompts and expected answers, that a server is given at most. ``max_attempts``:
-    how often an answer is asked before it comes back as ``abort``. ``silence_seconds``: after so long a server that has work
-    and sends nothing has failed at it. ``servers_seconds``: longest wait for a fleet that can serve.
+    ``budget_tokens``: most outstanding tokens per server, counting prompts and expected answers. ``max_attempts``: how often an
+    answer is requested before it comes back as ``abort``. ``silence_seconds``: a server that has work and sends nothing for
+    this long has failed. ``servers_seconds``: longest wait for a fleet that can serve.
 
-    Answers with neighbouring seeds share one HTTP request. A seed gives the same answer on every server, alone or beside
-    others, unless the rounding of logits moves a draw across the boundary between two tokens.
+    Answers with consecutive seeds share one HTTP request. A seed gives the same answer on every server, alone or among others,
+    unless the rounding of logits moves a draw across the boundary between two tokens.
     """
 
     overlaps = True
@@ -96,11 +95,11 @@ class FleetEngine:
         return self._answers(GenerateCall(next(self._numbers), requests, sampling), given_up)
 
     def take_metrics(self) -> FleetUsage:
-        """What the servers did since the last time this was asked."""
+        """What the servers did since the last call."""
         return self._do(self._request_loop.take_usage)
 
     def metrics(self) -> dict[str, float | int | list[int]]:
-        """:func:`~nft_megatron.rollout.fleet.metrics.fleet_metrics` since this or ``take_metrics`` was last asked."""
+        """:func:`~nft_megatron.rollout.fleet.metrics.fleet_metrics` since the last call of this or of ``take_metrics``."""
         return fleet_metrics(self.take_metrics(), self._fleet.stats())
 
     def close(self) -> None:
@@ -158,12 +157,12 @@ class FleetEngine:
         self._tell(lambda: self._request_loop.give_up(call, request_id))
 
     def _tell(self, action: Callable[[], None]) -> None:
-        """Have the event loop do something soon."""
+        """Schedule ``action`` in the event loop; do not wait for it."""
         if not self._event_loop.is_closed():
             self._event_loop.call_soon_threadsafe(action)
 
     def _do(self, action: Callable[[], T]) -> T:
-        """Have the event loop do something now, and return what comes of it."""
+        """Run ``action`` in the event loop and return its result."""
 
         async def run() -> T:
             return action()
@@ -172,7 +171,7 @@ class FleetEngine:
 
 
 def _allow_many_connections() -> None:
-    """Every sub-request in progress is a connection; the usual limit of 1,024 open files is soon reached."""
+    """Raise the limit of open files: each sub-request in progress is a connection, and the usual 1,024 are soon used up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,8 +1,7 @@
-"""The fleet as a whole: which servers there are, what they are to hold, and how weights reach them.
+"""The fleet as a whole: which servers there are, which weights they should hold, and how the weights reach them.
 
-Each server has a thread of its own (``supervisor.py``); here is what concerns all of them. A version is published by naming it:
-from then on no server serves until it has proved that it holds it, whether it was there at the time, joined later, or was
-started again.
+Each server has its own thread (``supervisor.py``); what concerns all of them is here. Once a version is published, no server
+serves until it has proved that it holds that version, whether it was there at the time, joined later or was restarted.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ _NUM_KEPT = 2
 
 
 class Fleet:
-    """Servers and their weights. Every method may be called from any thread; ``start`` comes first, ``close`` last.
+    """Servers and their weights. Call ``start`` first and ``close`` last; any thread may call any method.
 
-    ``settings`` says how servers are started and ``settings.folder`` where they register; ``seed`` is the run's.
+    ``settings`` says how to start servers, and ``settings.folder`` is where they register; ``seed`` is the run's.
     """
 
     def __init__(self, config: FleetConfig, settings: ServerSettings, weights_dir: Path, seed: int = 0) -> None:
@@ -58,20 +57,20 @@ class Fleet:
         self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
 
     def start(self) -> None:
-        """Start the servers of ``fleet.servers``, take those of ``fleet.urls``, and begin to look for others. Returns at once.
+        """Start ``fleet.servers`` servers, add those at ``fleet.urls``, and start looking for others. Returns at once.
 
-        Raises ``UserError`` where ``devices`` or the key don't fit.
+        Raises ``UserError`` if ``fleet.devices`` does not match the servers, or the key file is missing or empty.
         """
         config = self._config
         if config.devices and len(config.devices) != config.servers:
             raise UserError(
                 "fleet.devices",
                 config.devices,
-                f"are those of {len(config.devices)} servers, not of fleet.servers = {config.servers}",
-                "name the GPUs of every server, or leave it empty",
+                f"lists GPUs for {len(config.devices)} servers, not for fleet.servers = {config.servers}",
+                "list the GPUs of every server, or leave it empty",
             )
         self._settings.folder.mkdir(parents=True, exist_ok=True)
-        remove_versions(self._weights_dir, keep=set())  # of an earlier process of this run
+        remove_versions(self._weights_dir, keep=set())  # left by an earlier process of this run
         remove_leftovers(self._weights_dir)
         for index in range(config.servers):
             self._add(f"local-{index}", self._settings.api_key, launch=self._launcher(index))
@@ -81,25 +80,25 @@ class Fleet:
         self._watcher.start()
 
     def serving(self) -> list[Member]:
-        """The servers that may be given work: healthy and on the version that was published last."""
+        """The servers that may get work: healthy and on the latest published version."""
         with self._target.changed:
             return [supervisor.member() for supervisor in self._supervisors.values() if supervisor.serves()]
 
     def report(self, member: Member, ok: bool, error: str | None = None) -> None:
-        """Tell how a request to ``member`` ended, ``error`` being what went wrong with the server."""
+        """Report how a request to ``member`` ended; ``error`` says what went wrong with the server."""
         with self._target.changed:
             supervisor = self._supervisors.get(member.name)
         if supervisor is not None:
             supervisor.report(member.incarnation, ok, error)
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """Give all servers the stream as ``version``, and return its fingerprint.
+        """Publish the stream to all servers as ``version``, and return its fingerprint.
 
-        Waits for: ``fleet.min_servers`` servers that proved to hold it; the others follow by themselves. Unblocks: requests to
-        them, whose answers carry ``version``.
+        Waits for: ``fleet.min_servers`` servers to prove that they hold it; the others follow on their own. Unblocks: requests
+        to them, whose answers carry ``version``.
 
-        Raises ``UserError`` for a missing, unexpected or repeated name and for a wrong shape (no server holds it then, those
-        that had begun are paused), ``StoppedEarly`` when too few servers have it after ``fleet.wait_seconds``.
+        Raises ``UserError`` for a missing, unexpected or repeated name or a wrong shape (then no server holds it, and those
+        that started loading it are paused), ``StoppedEarly`` if too few servers hold it after ``fleet.wait_seconds``.
         """
         with self._publishing:
             stream = CheckedStream(tensors, self._shapes)
@@ -113,29 +112,29 @@ class Fleet:
         return stream.fingerprint
 
     def wait_for_servers(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Return once ``fleet.min_servers`` serve, or nobody wants them any more.
+        """Return once ``fleet.min_servers`` servers are serving, or ``is_over`` returns True.
 
-        Raises ``StoppedEarly`` (exit code 75) when they don't within ``seconds``.
+        Raises ``StoppedEarly`` (exit code 75) after ``seconds``.
         """
         deadline = Deadline.of(seconds)
-        while not is_over():  # asked without the lock: it may look at files
+        while not is_over():  # called without the lock: it may access files
             with self._target.changed:
                 if len(self.serving()) >= self._config.min_servers:
                     return
                 if deadline.has_passed or self._target.closed:
                     text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
                     raise StoppedEarly(
-                        f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers serve after "
+                        f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers are serving after "
                         f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
                     )
                 self._target.changed.wait(min(deadline.left, _LOOK_SECONDS))
 
     def stats(self) -> list[ServerStats]:
-        """Of every server that the fleet knows."""
+        """Statistics of every known server."""
         return [supervisor.stats() for supervisor in self._all()]
 
     def close(self) -> None:
-        """End the servers that were started here and all threads; other servers stay as they are."""
+        """Stop the servers started here and all threads; leave other servers as they are."""
         with self._target.changed:
             self._target.closed = True
             self._target.changed.notify_all()
@@ -168,17 +167,17 @@ class Fleet:
             try:
                 self._look()
                 told.clear()
-            except Exception as error:  # a disk that is away for a while: what was known still holds
+            except Exception as error:  # a disk may be away for a while: what was known still holds
                 kind = type(error), getattr(error, "errno", None)
                 if kind not in told:
-                    log.warning("fleet: could not look for servers, which goes on: %s", error, exc_info=True)
+                    log.warning("fleet: could not look for servers; trying again: %s", error, exc_info=True)
                 told.add(kind)
             with self._target.changed:
                 if self._target.changed.wait_for(lambda: self._target.closed, _DISCOVER_SECONDS):
                     return
 
     def _look(self) -> None:
-        """Once. Raises ``OSError`` and ``UserError`` where the folder or the key cannot be read; the rest follows next time."""
+        """Look once. Raises ``OSError`` or ``UserError`` if folder or key cannot be read; the rest follows next time."""
         found = discover(self._settings.folder, self._registered)
         for name in self._registered.keys() - found.keys():
             del self._registered[name]
@@ -197,7 +196,7 @@ class Fleet:
     # --------------------------------------------------------------------------------------------------------- weights
 
     def _set(self, published: Published) -> None:
-        """From here on this is what servers are to hold."""
+        """Make this the version that servers must hold from now on."""
         with self._target.changed:
             self._target.published, self._target.canary = published, None
             for supervisor in self._supervisors.values():
@@ -208,7 +207,7 @@ class Fleet:
         return VersionWriter(self._weights_dir, version, min(self._config.bucket_bytes, _MAX_SHARD_BYTES))
 
     def _transfer(self, stream: CheckedStream, version: int) -> None:
-        """Broadcast to all servers that answer; whoever is not reached reads the files, if there are any."""
+        """Broadcast to all servers that answer; the others read the files, if there are any."""
         config = self._config
         started = time.monotonic()
         supervisors = self._claim_idle()
@@ -218,7 +217,7 @@ class Fleet:
         shard: list[tuple[str, torch.Tensor]] = []
 
         def copied() -> Iterator[tuple[str, torch.Tensor]]:
-            """The stream, of which the files are written on the way."""
+            """The stream; writes it to files along the way."""
             num_bytes = 0
             for name, tensor in stream:
                 if writer is not None:
@@ -234,7 +233,7 @@ class Fleet:
         rest = copied()
         try:
             reached = self._broadcast(supervisors, rest, version)
-            for _ in rest:  # a broadcast that failed leaves the stream half read
+            for _ in rest:  # a failed broadcast leaves the stream half-read
                 pass
             folder = writer.publish() if writer is not None else None
             published = Published(version, stream.fingerprint, stream.num_bytes, folder)
@@ -251,7 +250,7 @@ class Fleet:
     def _broadcast(
         self, supervisors: list[ServerSupervisor], tensors: Iterator[tuple[str, torch.Tensor]], version: int
     ) -> list[ServerSupervisor]:
-        """Send to all of them; returns those that have it: all, or none."""
+        """Send to all of them; return those that have it: all, or none."""
         if not supervisors:
             return []
         try:
@@ -269,7 +268,7 @@ class Fleet:
         return supervisors
 
     def _claim_idle(self) -> list[ServerSupervisor]:
-        """The servers that answer, each with its ``claim`` held."""
+        """The servers that answer, with the ``claim`` of each held."""
         claimed = []
 
         def claim(supervisor: ServerSupervisor) -> None:
@@ -280,13 +279,13 @@ class Fleet:
         return claimed
 
     def _remove_old(self, version: int) -> None:
-        """Keep the newest files, those that a server is reading, and those of the version before."""
+        """Keep the files of the newest version, of the one before it, and of any that a server is reading."""
         keep = {version - number for number in range(_NUM_KEPT)} | {supervisor.reading for supervisor in self._all()}
         remove_versions(self._weights_dir, {number for number in keep if number is not None})
 
 
 def server_seed(seed: int, name: str) -> int:
-    """A seed of its own for every server, whose default would be the same for all.
+    """A different seed for every server; vLLM's default is the same for all.
 
     >>> server_seed(0, "local-0") != server_seed(0, "local-1")
     True
@@ -295,7 +294,7 @@ def server_seed(seed: int, name: str) -> int:
 
 
 def _all_at_once(calls: list[Callable[[], object]]) -> None:
-    """Each on a thread of its own; all have deadlines."""
+    """Run each call on its own thread and wait for all; each has a deadline."""
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
@@ -304,4 +303,4 @@ def _all_at_once(calls: list[Callable[[], object]]) -> None:
 
 
 def _nothing(control: object, deadline: object) -> None:
-    """The weights are there already."""
+    """Nothing to load: the weights have already arrived."""

@@ -3,10 +3,10 @@
     STARTING --answered--> STALE --weights_loaded--> HEALTHY <------- answered ------- SUSPECT
         ^                    ^                          | --failed, silent, doubted-->    |
         |                    +------ weights_behind ----+---------------------------------+
-        +------ started ---- DEAD <--- exited, or too much of the others, from anywhere
+        +------ started ---- DEAD <--- exited, or too many failures, from anywhere
 
-A server is given work only while HEALTHY and on the current version. From DEAD nothing leads to HEALTHY but a weight refresh: a
-process that was started again has its *first* weights, and one that was merely unreachable may have missed some.
+A server gets work only while HEALTHY and on the current version. Only a weight refresh leads from DEAD to HEALTHY: a restarted
+process has its *first* weights, and one that was merely unreachable may have missed an update.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 
 class State(enum.Enum):
-    """STARTING: has not answered yet. STALE: answers, without the current weights. HEALTHY: may serve.
+    """STARTING: has not answered yet. STALE: answers, but lacks the current weights. HEALTHY: may serve.
 
-    SUSPECT: failed lately; gets no new work until it answers again. DEAD: gone, or written off.
+    SUSPECT: failed recently; gets no new work until it answers again. DEAD: gone, or written off.
     """
 
     STARTING = "starting"
@@ -30,11 +30,11 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Health:
-    """One server's state, the version of its weights with their fingerprint, and what went wrong in a row.
+    """One server's state, the version and fingerprint of its weights, and its consecutive failures.
 
-    ``num_failures`` counts checks that failed since it last answered one, ``num_refusals`` weights that failed to arrive, and
-    ``num_doubts`` how often requests failed although checks went well; with too many in a row of either it is DEAD, and started
-    again.
+    ``num_failures`` counts failed health checks since the last one that it answered, ``num_refusals`` failed weight loads, and
+    ``num_doubts`` requests that failed although checks succeeded. Too many of one kind in a row make it DEAD; it is then
+    restarted.
 
     >>> health = Health().answered(None).weights_loaded(3, "5a")
     >>> health.state, health.serves(3), health.serves(4)
@@ -57,17 +57,17 @@ class Health:
     max_doubts: int = 5
 
     def serves(self, version: int) -> bool:
-        """Whether it may be given work for the weights ``version``."""
+        """Whether it may get work for the weights ``version``."""
         return self.state is State.HEALTHY and self.version == version
 
     def started(self) -> Health:
-        """A new process is on its way; what the former one held is gone."""
+        """A new process is starting; what the old one held is gone."""
         return Health(max_failures=self.max_failures, max_refusals=self.max_refusals, max_doubts=self.max_doubts)
 
     def answered(self, version: int | None) -> Health:
-        """It answered a health check and says that it holds the weights ``version`` (None: not ours).
+        """It answered a health check and reports the weights ``version`` (None: not ours).
 
-        A version other than the one it was given shows that it was started again behind our back.
+        A version other than the one it was given shows that it was restarted behind our back.
         """
         if self.state in (State.STARTING, State.DEAD) or (self.state is not State.STALE and version != self.version):
             return replace(
@@ -78,7 +78,7 @@ class Health:
         return replace(self, num_failures=0)
 
     def failed(self, reason: str) -> Health:
-        """A health check failed. While it starts that is no news."""
+        """A health check failed. While it is starting, that is expected."""
         if self.state in (State.STARTING, State.DEAD):
             return self
         num_failures = self.num_failures + 1
@@ -88,11 +88,11 @@ class Health:
         return replace(self, state=state, num_failures=num_failures, reason=reason)
 
     def silent(self, seconds: float) -> Health:
-        """It gave no answer within ``seconds``."""
+        """It did not answer within ``seconds``."""
         return self.failed(f"no answer within {seconds:g} s")
 
     def doubted(self, reason: str) -> Health:
-        """A client's request failed. Many may at once, for one cause: only the first counts until a check went well again."""
+        """A client's request failed. One cause may fail many at once: only the first counts until a check succeeds again."""
         if self.state is not State.HEALTHY:
             return self
         num_doubts = self.num_doubts + 1
@@ -101,15 +101,15 @@ class Health:
         return replace(self, state=State.SUSPECT, num_doubts=num_doubts, reason=reason)
 
     def worked(self) -> Health:
-        """A client's request went well."""
+        """A client's request succeeded."""
         return replace(self, num_doubts=0)
 
     def exited(self, reason: str) -> Health:
-        """Its process is gone, its start took too long, or it left the fleet."""
+        """Its process is gone, it took too long to start, or it left the fleet."""
         return replace(self, state=State.DEAD, version=None, fingerprint=None, reason=reason)
 
     def weights_loaded(self, version: int, fingerprint: str) -> Health:
-        """It proved that it holds ``version``. A dead or starting server must be heard of first."""
+        """It proved that it holds ``version``. A dead or starting server must first answer a check."""
         if self.state in (State.STARTING, State.DEAD):
             return self
         return replace(
@@ -117,7 +117,7 @@ class Health:
         )
 
     def weights_refused(self, reason: str) -> Health:
-        """A load failed or left the wrong fingerprint: whatever it holds now, it is no published version."""
+        """A load failed or left the wrong fingerprint: whatever it holds now is not a published version."""
         if self.state in (State.STARTING, State.DEAD):
             return self
         num_refusals = self.num_refusals + 1
@@ -126,7 +126,7 @@ class Health:
         return replace(self, state=State.STALE, version=None, fingerprint=None, num_refusals=num_refusals, reason=reason)
 
     def weights_behind(self, version: int, fingerprint: str) -> Health:
-        """``version`` was published, perhaps anew with other weights, and this server does not hold it yet."""
+        """``version`` was published, perhaps again with other weights, and this server does not hold it yet."""
         if self.state in (State.HEALTHY, State.SUSPECT) and (self.version, self.fingerprint) != (version, fingerprint):
             return replace(self, state=State.STALE)
         return self

@@ -9,10 +9,10 @@ from nft_megatron.rollout.fleet.health import Health
 
 @dataclass(frozen=True)
 class Member:
-    """A server as it was when the fleet was asked: a snapshot, not a handle.
+    """A snapshot of a server, not a handle to it.
 
-    ``weight_version``: what it serves, -1 before its first weights. ``incarnation`` counts its starts; what is reported about
-    an earlier one does not count. Every request carries ``api_key`` as a bearer token.
+    ``weight_version``: what it serves, -1 before its first weights. ``incarnation`` counts its starts; reports about an earlier
+    one are ignored. Every request carries ``api_key`` as a bearer token.
 
     >>> member = Member("local-0", "http://127.0.0.1:8000", "secret", Health(), weight_version=-1, incarnation=1)
     >>> member.headers
@@ -28,7 +28,7 @@ class Member:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every HTTP request to it."""
+        """The headers of every HTTP request to it."""
         return {"Authorization": f"Bearer {self.api_key}"}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a step's row says of the fleet: totals under ``fleet/``, and each server's part under ``server/<name>/``."""
+"""The fleet's metrics in a step's row: totals under ``fleet/``, each server's share under ``server/<name>/``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nft_megatron.rollout.fleet.usage import FleetUsage
 
 
 def fleet_metrics(usage: FleetUsage, stats: Sequence[ServerStats]) -> dict[str, float | int | list[int]]:
-    """The metrics of the time that ``usage`` covers; ``stats`` are those of its end.
+    """The metrics of the time that ``usage`` covers; ``stats`` describe the end of it.
 
     >>> from nft_megatron.rollout.fleet.usage import ServerUsage
     >>> servers = {"a": ServerUsage(tokens=100, busy_seconds=10.0), "b": ServerUsage(tokens=50, busy_seconds=5.0)}

@@ -1,10 +1,10 @@
-"""RUN/fleet: how servers on other machines are found, and the key that all of a run's servers ask for.
+"""RUN/fleet: how servers on other machines are found, and the key that all of a run's servers require.
 
-    RUN/fleet/key            of this run, readable by its owner alone
-        <name>.json          a server that somebody runs for it: ``Registration``, written again and again while it lives
-        python/<hash>/       the package, for servers that run under another Python; one for each place that it is in
+    RUN/fleet/key            this run's key, readable only by its owner
+        <name>.json          a server that someone runs for it: a ``Registration``, renewed while the server is alive
+        python/<hash>/       the package, for servers that run under another Python; one per location of the package
 
-A server joins by writing its file and leaves by deleting it. One whose file has not been renewed for ten minutes is forgotten.
+A server joins by writing its file and leaves by deleting it. If a file is not renewed for ten minutes, its server is forgotten.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def withdraw(folder: Path, name: str) -> None:
 
 
 def discover(folder: Path, known: Mapping[str, Registration] = MappingProxyType({})) -> dict[str, Registration]:
-    """The registered servers by name. A file that is no registration is left alone; of one that is there and cannot be read,
-    as happens on a network disk while it is renamed over, what was ``known`` still holds.
+    """The registered servers by name. Files that are not registrations are ignored. For one that cannot be read, as happens on
+    a network disk while it is being replaced, the ``known`` registration still holds.
 
-    Raises ``OSError`` where the folder cannot be listed: that says nothing about the servers.
+    Raises ``OSError`` if the folder cannot be listed, which says nothing about the servers.
     """
     found = {}
     for path in (folder / name for name in sorted(os.listdir(folder)) if name.endswith(".json")):
-        with contextlib.suppress(ValueError, TypeError):  # it is something else
+        with contextlib.suppress(ValueError, TypeError):  # not a registration
             registration = _read(path, known)
             if registration is None or registration.name != path.stem:
                 continue
@@ -70,7 +70,7 @@ def discover(folder: Path, known: Mapping[str, Registration] = MappingProxyType(
 
 
 def _read(path: Path, known: Mapping[str, Registration]) -> Registration | None:
-    """None: it was deleted meanwhile."""
+    """The registration in a file; None if it has been deleted."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def _read(path: Path, known: Mapping[str, Registration]) -> Registration | None:
 
 
 def run_key(folder: Path) -> str:
-    """The run's key; whoever asks first makes it."""
+    """The run's key, created on first use."""
     path = folder / "key"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,13 @@ def run_key(folder: Path) -> str:
         with os.fdopen(descriptor, "w") as file:
             file.write(new_key())
         with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # of two that come at once one wins, and both read the same
+            os.link(temporary, path)  # if two processes race, one wins and both read the same key
         temporary.unlink()
     return read_key(path)
 
 
 def read_key(path: Path) -> str:
-    """The key in a file; raises ``UserError`` where there is none."""
+    """The key in a file. Raises ``UserError`` if there is none."""
     try:
         key = path.read_text().strip()
     except OSError as error:

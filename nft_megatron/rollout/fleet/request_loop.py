@@ -1,7 +1,7 @@
-"""What the event loop of the fleet's engine does: sends sub-requests, takes answers in, checks which weights they come from.
+"""The work in the event loop of the fleet's engine: send sub-requests, receive answers, check which weights they come from.
 
-All methods run in the event loop's thread, so nothing here is locked. A sub-request's life: assigned → sent → its
-answers are read one by one → ended. What its server does not finish, or falls silent over, goes back to the dispatcher.
+All methods run on the event loop's thread, so nothing needs a lock. A sub-request's life: assigned → sent → its answers are
+read one by one → ended. Whatever its server does not finish, or is silent about for too long, returns to the dispatcher.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-"""Between two looks at the fleet, and at what a caller has given up."""
+"""Between two looks at the fleet and at what callers have given up."""
 
 _SLOWEST = 5.0
-_LONGEST_QUEUE = 30.0  # silences that a sub-request may wait in the queue of a server that answers others
-_MAX_UNREAD = 4096  # answers that a caller may leave lying before nothing more is sent for it
+_LONGEST_QUEUE = 30.0  # times silence_seconds that a sub-request may wait in the queue of a server that answers others
+_MAX_UNREAD = 4096  # answers that a caller may leave unread before nothing more is sent for it
 
 
 class Fleet(Protocol):
-    """What is needed of the fleet; ``supervisor.Fleet`` is it."""
+    """What the engine needs of the fleet; implemented by :class:`nft_megatron.rollout.fleet.fleet.Fleet`."""
 
     def serving(self) -> list[Member]: ...
     def report(self, member: Member, ok: bool, error: str | None = None) -> None: ...
@@ -61,7 +61,7 @@ class Fleet(Protocol):
 
 
 class GenerateCall:
-    """One call of ``generate``: what is asked, and where the answers go, each with the name of its server."""
+    """One call of ``generate``: its requests, and the queue for its answers, each with the name of its server."""
 
     def __init__(self, number: int, requests: Sequence[Request], sampling: Sampling) -> None:
         self.number, self.sampling = number, sampling
@@ -72,7 +72,7 @@ class GenerateCall:
 
 @dataclass
 class _Stream:
-    """A sub-request in progress. ``left``: its answers that are not finished; ``partial``: their tokens so far."""
+    """A sub-request in progress. ``left``: its unfinished answers; ``partial``: their tokens so far."""
 
     sub_request: SubRequest
     member: Member
@@ -83,10 +83,10 @@ class _Stream:
 
 
 class RequestLoop:
-    """``silence_seconds``: a server that has work and sends nothing for so long has failed at it.
+    """Sends sub-requests and receives answers. A server that has work and is silent for ``silence_seconds`` has failed.
 
-    All answers of a server may be between two signs of life, so these come often enough for a server that makes
-    ``_SLOWEST`` tokens a second of each.
+    All answers of a server may be between two signs of life at once, so these are frequent enough for a server that generates
+    only ``_SLOWEST`` tokens per second and answer.
     """
 
     def __init__(self, fleet: Fleet, dispatcher: Dispatcher, silence_seconds: float) -> None:
@@ -95,8 +95,8 @@ class RequestLoop:
         self._calls: dict[int, GenerateCall] = {}
         self._streams: dict[asyncio.Task[None], _Stream] = {}
         self._queues: Counter[str] = Counter()  # answers in progress at each server
-        self._heard: dict[str, float] = {}  # of each server: its last sign of life, or when it got work after a pause
-        self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}  # of each server, with its URL
+        self._heard: dict[str, float] = {}  # per server: its last sign of life, or when it got work after being idle
+        self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}  # per server, with its URL
         self._closing: set[asyncio.Task[None]] = set()
         self._published: set[int] = set()
         self._loading: int | None = None
@@ -109,7 +109,7 @@ class RequestLoop:
     def begin(self, call: GenerateCall) -> None:
         self._calls[call.number] = call
         for request in call.requests.values():
-            # vLLM refuses to answer greedily more than once in a request.
+            # vLLM refuses more than one greedy answer per request.
             together = call.sampling.temperature > 0
             runs = runs_of_seeds(request.seeds) if together else [range(i, i + 1) for i in range(len(request.seeds))]
             for indices in runs:
@@ -124,7 +124,7 @@ class RequestLoop:
         self.send()
 
     def give_up(self, call: GenerateCall, request: int | None = None) -> None:
-        """Abort what is in progress for a request, or for the whole call, and send other work instead."""
+        """Abort the work in progress for a request, or for the whole call, and send other work instead."""
         tickets = set(self._dispatcher.give_up(call.number, request))
         for task, stream in self._streams.items():
             if stream.sub_request.ticket in tickets:
@@ -132,7 +132,7 @@ class RequestLoop:
         self.send()
 
     def end(self, call: GenerateCall) -> None:
-        """The caller takes no more answers."""
+        """The caller wants no more answers."""
         self._calls.pop(call.number, None)
         self.give_up(call)
         while not call.answers.empty():
@@ -141,7 +141,7 @@ class RequestLoop:
                 self.waste(*item)
 
     def waste(self, completion: Completion, server: str) -> None:
-        """An answer came that nobody wants any more."""
+        """Count an answer that nobody wants any more."""
         self.meter.tally(server).wasted_tokens += len(completion.tokens)
 
     def begin_load(self, version: int) -> None:
@@ -153,21 +153,21 @@ class RequestLoop:
             self._published.add(version)
         self._loading = None
         self._no_load.set()
-        now = time.monotonic()  # nobody had to speak while it took over weights
+        now = time.monotonic()  # servers may be silent while they load weights
         self._heard = dict.fromkeys(self._heard, now)
         for stream in self._streams.values():
             stream.heard_at = now
         self.send()
 
     def is_stranded(self) -> bool:
-        """Whether there is work, and no server to give it to or to wait for."""
+        """Whether there is work but no server to give it to or to wait for."""
         return bool(self._dispatcher.num_waiting) and not self._streams and not self._fleet.serving()
 
     def take_usage(self) -> FleetUsage:
         return self.meter.take(time.monotonic(), [member.name for member in self._fleet.serving()])
 
     async def watch(self) -> None:
-        """Send what can be sent, and abort what has gone silent; never returns."""
+        """Send what can be sent and abort what has gone silent. Never returns."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
@@ -179,7 +179,7 @@ class RequestLoop:
 
     async def close(self) -> None:
         self._fail(list(self._calls), EngineFault("the fleet's engine was closed"))
-        for task in self._streams:  # one whose answers have all come may still wait for its end
+        for task in self._streams:  # a stream may still be open although all its answers have arrived
             task.cancel()
         if self._streams:
             await asyncio.wait(self._streams)
@@ -188,7 +188,7 @@ class RequestLoop:
     # ------------------------------------------------------------------------------------------------------------- sending
 
     def send(self) -> None:
-        """Give servers what they have room for."""
+        """Give servers as much work as they have room for."""
         if not self._dispatcher.num_waiting:
             return
         members = {member.name: member for member in self._fleet.serving()}
@@ -203,10 +203,10 @@ class RequestLoop:
                 self.meter.tally(sub_request.server).num_retries += len(sub_request.indices)
             task = asyncio.get_running_loop().create_task(self._read(stream, self._calls[sub_request.call]))
             self._streams[task] = stream
-            task.add_done_callback(self._ended)  # not a `finally`: a task that is cancelled before it has begun has none
+            task.add_done_callback(self._ended)  # not `finally`: a task cancelled before it starts never reaches one
 
     async def _read(self, stream: _Stream, call: GenerateCall) -> None:
-        """Read the answers to a sub-request, until its end or a fault."""
+        """Read the answers to a sub-request until it ends or fails."""
         sub_request, member = stream.sub_request, stream.member
         request, tally = call.requests[sub_request.request], self.meter.tally
         indices = sub_request.indices
@@ -243,7 +243,7 @@ class RequestLoop:
             self._fail([call.number], error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """What a sub-request has left goes back to the dispatcher."""
+        """Return a sub-request's unfinished answers to the dispatcher."""
         stream = self._streams.pop(task)
         self._count(stream.member.name, -len(stream.left))
         self.meter.tally(stream.member.name).wasted_tokens += stream.partial.total()
@@ -254,18 +254,18 @@ class RequestLoop:
         self.send()
 
     async def _check_versions(self, versions: Sequence[int], member: Member) -> None:
-        """Raise ``ServerFault`` where an answer's weights, by its tokens' ``versions``, are not what they should be."""
+        """Raise ``ServerFault`` unless the ``versions`` of an answer's tokens are ones it may have."""
         if self._loading in versions:
-            await self._no_load.wait()  # whether that version counts is not decided yet
+            await self._no_load.wait()  # only then is it known whether that version counts
         if not versions or versions[0] < member.weight_version or not self._published.issuperset(versions):
             labels = ", ".join(map(str, versions)) or "unknown"
-            raise ServerFault(f"answered with weights of version {labels}; it was believed to have {member.weight_version}")
+            raise ServerFault(f"answered with weights of version {labels}, unpublished or older than {member.weight_version}")
 
     # ------------------------------------------------------------------------------------------------------------ servers
 
     def _failed(self, stream: _Stream, reason: str) -> None:
         member = stream.member
-        log.warning("server %s %s; %d answers are requested again", member.name, reason, len(stream.left))
+        log.warning("server %s %s; requesting %d answers again", member.name, reason, len(stream.left))
         self._fleet.report(member, False, reason)
 
     def _fail(self, calls: Iterable[int], error: Exception) -> None:
@@ -289,7 +289,7 @@ class RequestLoop:
     def _session(self, member: Member) -> aiohttp.ClientSession:
         url, session = self._sessions.get(member.name, ("", None))
         if session is None or url != member.url:
-            if session is not None:  # of a server that was started again
+            if session is not None:  # of a server that was restarted
                 task = asyncio.get_running_loop().create_task(session.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)

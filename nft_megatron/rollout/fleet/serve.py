@@ -1,9 +1,9 @@
-"""A rollout node's process: one vLLM server that registers with a run, and is started again when it dies.
+"""A rollout node's process: one vLLM server that registers with a run and is restarted when it dies.
 
     nft-megatron serve CONFIG [--name NAME] [--devices 0,1] [section.key=value …]
 
-The trainer finds it in RUN/fleet and gives it weights; it may join at any time. TERM makes it leave: it is withdrawn first, so
-that it gets no more work, then its server ends.
+The trainer finds it in RUN/fleet and sends it weights; it may join at any time. On TERM it leaves: it withdraws, so that it
+gets no more work, then stops its server.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ class Node:
         self._leaving = threading.Event()
 
     def leave(self) -> None:
-        """Withdraw, end the server, and let :meth:`run` return."""
+        """Withdraw, stop the server, and let :meth:`run` return."""
         self._leaving.set()
 
     def run(self) -> None:
-        """Keep a server going until told to leave."""
+        """Keep a server running until :meth:`leave` is called."""
         backoff = Backoff()
         while not self._leaving.is_set():
             try:
                 if self._serve():
                     backoff.reset()
-            except Exception:  # a disk that is full or away, an odd answer: the next turn may go well
-                log.exception("%s: a turn failed", self._name)
+            except Exception:  # the disk is full or away, the server sent something odd: the next attempt may succeed
+                log.exception("%s: this attempt failed", self._name)
             if self._leaving.wait(backoff.next_delay()):
                 return
-            log.warning("%s: starting its server again", self._name)
+            log.warning("%s: restarting its server", self._name)
 
     def _serve(self) -> bool:
-        """One server from its start to its end. True: it was up."""
+        """Run one server from start to end. Returns whether it was up."""
         server = Server(self._settings, self._name, server_seed(self._config.seed, self._name), self._devices)
         try:
             return self._watch(server)
@@ -75,9 +75,10 @@ class Node:
                 server.stop()
 
     def _watch(self, server: Server) -> bool:
-        """Register it once it is up; return when it is dead or is to leave. True: it was up.
+        """Register the server once it is up; return, when it dies or must leave, whether it was up.
 
-        vLLM answers nothing while it loads weights, so silence is a fault only when it outlasts that. It stays registered.
+        vLLM does not answer while it loads weights, so silence is a fault only if it lasts longer. Until then the server stays
+        registered.
         """
         control = Control(server.url, server.api_key, self._config.fleet.silence_seconds)
         settings, health = self._config.fleet, Health()
@@ -101,33 +102,33 @@ class Node:
             elif health.state is not State.DEAD and health.num_failures == 0:
                 try:
                     register(self._settings.folder, replace(registration, heartbeat=time.time()))
-                except OSError as error:  # tried again every time; a run forgets it after ten minutes
+                except OSError as error:  # retried at every check; a run forgets the server after ten minutes
                     log.warning("%s: could not renew its registration: %s", self._name, error)
             self._leaving.wait(_CHECK_SECONDS)
         if not self._leaving.is_set():
-            cause = health.reason or "its processes ended"
-            log.warning("%s: its server died (%s); the end of %s:\n%s", self._name, cause, server.log, server.log_tail())
+            cause = health.reason or "its processes exited"
+            log.warning("%s: its server died (%s); last lines of %s:\n%s", self._name, cause, server.log, server.log_tail())
         return health.state is not State.STARTING
 
 
 def find_config(path: Path, overrides: list[str], seconds: float) -> Config:
-    """The configuration in a file, or of the run in a folder, which the trainer may only be about to write."""
+    """The configuration in a file, or in a run folder; waits up to ``seconds`` for the trainer to write the latter."""
     deadline = Deadline.of(seconds)
     if path.suffix not in (".yaml", ".yml"):
         path = path / "config.yaml"
         while not path.is_file():
             if deadline.has_passed:
                 raise UserError(
-                    "CONFIG", path, f"has not appeared for {seconds:g} s", "start the trainer, or give its config file"
+                    "CONFIG", path, f"has not appeared for {seconds:g} s", "start the trainer, or pass its config file"
                 )
             time.sleep(_CHECK_SECONDS)
     return load_config(path, overrides)
 
 
 def task_devices(tensor_parallel: int) -> str | None:
-    """The GPUs of this task's server, where a node has a task for each; None without GPUs.
+    """The GPUs of this task's server on a node that runs one task per server; None without GPUs.
 
-    Those that Slurm gave to the node's step (CUDA_VISIBLE_DEVICES), else of all.
+    Chosen from those that Slurm gave the node's step (CUDA_VISIBLE_DEVICES), or else from all.
     """
     if not torch.cuda.is_available():
         return None
@@ -138,8 +139,8 @@ def task_devices(tensor_parallel: int) -> str | None:
         raise UserError(
             "--devices",
             "auto",
-            f"task {os.environ.get('SLURM_LOCALID')} has no {tensor_parallel} of {len(devices)} GPUs left",
-            "start as many tasks on a node as GPUs / fleet.tensor_parallel",
+            f"task {os.environ.get('SLURM_LOCALID')} needs {tensor_parallel} of {len(devices)} GPUs, but too few are left",
+            "start at most GPUs / fleet.tensor_parallel tasks per node",
         )
     return ",".join(devices[first : first + tensor_parallel])
 
@@ -152,5 +153,5 @@ def run(options: argparse.Namespace) -> None:
     node = Node(config, options.name, devices)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.leave())
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the trainers, when Slurm sends it to all steps of a job
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the trainers; Slurm sends it to all steps of a job
     node.run()

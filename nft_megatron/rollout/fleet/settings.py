@@ -1,4 +1,4 @@
-"""From the configuration of a run to its servers and its fleet."""
+"""Builds a run's server settings and its fleet from its configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nft_megatron.weights import read_shape
 
 
 def server_settings(config: Config) -> ServerSettings:
-    """How every server of the run is started, on this machine or another. Makes the run's key."""
+    """How to start every server of the run, on this machine or another. Creates the run's key."""
     fleet, folder = config.fleet, config.run_dir.resolve() / "fleet"
     return ServerSettings(
         model_folder=config.model.path.resolve(),
@@ -34,9 +34,9 @@ def server_settings(config: Config) -> ServerSettings:
 
 
 def open_fleet(config: Config) -> Fleet:
-    """The run's fleet, started: its own servers are on their way, others are looked for.
+    """The run's fleet, started: its own servers are coming up, and it looks for others.
 
-    Raises ``UserError`` where there is no vLLM for servers that are to be started, or the fleet's fields don't fit.
+    Raises ``UserError`` if servers are to be started without vLLM installed, or for a wrong field of ``fleet``.
     """
     if config.fleet.servers:
         check_installed(str(config.fleet.python or sys.executable))

@@ -1,7 +1,7 @@
-"""What keeps one server going: a thread that starts it, checks it, gives it the current weights, and starts it again.
+"""Keeps one server running: a thread that starts it, checks it, gives it the current weights, and restarts it.
 
-The thread alone changes the server; other threads read its health and report what they saw, under one lock. Every step of the
-thread has a deadline, so a server that hangs delays nobody but itself.
+Only this thread changes the server; other threads read its health and report what they saw, under one lock. Every action of the
+thread has a deadline, so a hung server delays only itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds: a start, the taking over of weights, and a health check."""
+    """Seconds for a start, for loading weights, and for a health check."""
 
     start: float
     sync: float
@@ -38,7 +38,7 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class ServerStats:
-    """One server in the metrics. ``sync_*`` are of the last version it took over; ``num_restarts`` since the fleet began."""
+    """One server in the metrics. ``sync_*``: of its last weight update; ``num_restarts``: since the fleet started."""
 
     name: str
     state: str
@@ -51,9 +51,9 @@ class ServerStats:
 
 @dataclass
 class Target:
-    """What all servers are to hold, shared by the supervisors of a fleet under ``changed``.
+    """The weights that all servers must hold; a fleet's supervisors share it under the lock ``changed``.
 
-    ``canary`` is the first one of the current version: the others must agree with it.
+    ``canary`` is the first one of the current version; the others must agree with it.
     """
 
     changed: threading.Condition = field(default_factory=lambda: threading.Condition(threading.RLock()))
@@ -63,9 +63,9 @@ class Target:
 
 
 class ServerSupervisor:
-    """``launch`` starts the server; None: somebody else runs it at ``url``.
+    """Supervises one server. ``launch`` starts it; None: someone else runs it at ``url``.
 
-    ``claim`` is held while its weights are worked on, by this thread or by a broadcast.
+    ``claim`` is held while its weights are being changed, by this thread or by a broadcast.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class ServerSupervisor:
     ) -> None:
         self.name, self.api_key, self.url = name, api_key, url
         self.claim = threading.Lock()
-        self.reading: int | None = None  # version whose files it reads
+        self.reading: int | None = None  # the version whose files it is reading
         self._target, self._deadlines, self._in_flight, self._vocab_size = target, deadlines, in_flight, vocab_size
         self._launch = launch
         self._server: Server | None = None
         self._start = Deadline.of(deadlines.start)
         self._health, self._incarnation = Health(), 0
-        self._vouched = False  # the model of this process was compared with what arrived
+        self._vouched = False  # whether this process's model was compared with what arrived
         self._backoff, self._next_attempt = Backoff(), Deadline.of(0.0)
         self._sync_seconds, self._sync_bytes = 0.0, 0
         self._left = False
@@ -97,7 +97,7 @@ class ServerSupervisor:
     # ------------------------------------------------------------------------------------------------- for other threads
 
     def member(self) -> Member:
-        """What others may know of it."""
+        """A snapshot for the rest of the program."""
         with self._target.changed:
             version = self._health.version
             return Member(
@@ -118,29 +118,29 @@ class ServerSupervisor:
             )
 
     def serves(self) -> bool:
-        """Whether it may be given work now."""
+        """Whether it may get work now."""
         with self._target.changed:
             published = self._target.published
             return published is not None and self._health.serves(published.version)
 
     def is_reachable(self) -> bool:
-        """Whether it answered when it was asked last."""
+        """Whether it answered the last check."""
         with self._target.changed:
             return self._health.state in (State.HEALTHY, State.STALE)
 
     def report(self, incarnation: int, ok: bool, error: str | None) -> None:
-        """A client's request ended. What concerns an earlier process of this server is no news."""
+        """A client's request ended. Reports about an earlier process of this server are ignored."""
         with self._target.changed:
             if incarnation != self._incarnation or self._health.state not in (State.HEALTHY, State.SUSPECT):
                 return
             self._become(self._health.worked() if ok else self._health.doubted(error or "a request failed"))
 
     def is_behind(self, version: int, fingerprint: str) -> None:
-        """``version`` was published; it gets no more work until it holds it."""
+        """``version`` was published; the server gets no more work until it holds it."""
         self._event(lambda health: health.weights_behind(version, fingerprint))
 
     def moved(self, url: str) -> None:
-        """Another process serves under this name now."""
+        """Another process now serves under this name."""
         with self._target.changed:
             if url != self.url:
                 self.url = url
@@ -155,7 +155,7 @@ class ServerSupervisor:
             self._become(self._health.exited("left the fleet"))
 
     def close(self, seconds: float) -> None:
-        """End the thread, and the server with it if it is ours."""
+        """End the thread, and the server if it was started here."""
         with self._target.changed:
             self._left = True
             self._target.changed.notify_all()
@@ -173,9 +173,9 @@ class ServerSupervisor:
         while not self._is_over():
             try:
                 self._attend()
-            except Exception:  # a supervisor that ends would silently leave its server unattended
+            except Exception:  # if the supervisor ended, its server would be left unattended without notice
                 log.exception("fleet: supervisor of %s", self.name)
-                self._event(lambda health: health.failed("fault of the fleet itself, see the log"))
+                self._event(lambda health: health.failed("the supervisor failed; see the log"))
             self._rest()
         if self._server is not None:
             self._server.stop(0)
@@ -185,7 +185,7 @@ class ServerSupervisor:
             return self._left or self._target.closed
 
     def _rest(self) -> None:
-        """Until the next check, or until there is something to do."""
+        """Wait until the next check or until there is something to do."""
         with self._target.changed:
             self._target.changed.wait_for(lambda: self._is_over() or self._wants_refresh(), _CHECK_SECONDS)
 
@@ -193,15 +193,15 @@ class ServerSupervisor:
         return self._health.state is State.STALE and self._source() is not None and self._next_attempt.has_passed
 
     def _source(self) -> Published | None:
-        """What it can take over by itself: a version with files."""
+        """What it can load on its own: a version with files."""
         published = self._target.published
         return published if published is not None and published.folder is not None else None
 
     def _attend(self) -> None:
-        """One round: see that it runs, see that it answers, see to its weights."""
+        """One round: make sure that it runs and answers, and update its weights."""
         if self._launch is not None and not self._is_running():
             return
-        if self.claim.acquire(timeout=_CHECK_SECONDS):  # else a broadcast has it: its own deadlines hold
+        if self.claim.acquire(timeout=_CHECK_SECONDS):  # else a broadcast has it, which has its own deadlines
             try:
                 self._check()
                 with self._target.changed:
@@ -212,13 +212,13 @@ class ServerSupervisor:
                 self.claim.release()
 
     def _is_running(self) -> bool:
-        """Start it, or start it again; False while it has to wait for that."""
+        """Start or restart it if necessary; False while a restart must still wait."""
         assert self._launch is not None
         if self._server is not None and not self._server.is_alive():
-            self._event(lambda health: health.exited("its processes ended"))
+            self._event(lambda health: health.exited("its processes exited"))
         if self._server is None or self._health.state is State.DEAD:
             if self._server is not None:
-                text = "fleet: %s is dead (%s) and is started again; the end of %s:\n%s"
+                text = "fleet: %s is dead (%s); restarting it; last lines of %s:\n%s"
                 log.warning(text, self.name, self._health.reason, self._server.log, self._server.log_tail())
                 self._server.stop(0)
                 self._server = None
@@ -234,7 +234,7 @@ class ServerSupervisor:
         return True
 
     def _check(self) -> None:
-        """Ask for its version: that its API and its engine both answer, and that it is the process we know."""
+        """Ask for its version, which shows that its API and its engine both answer and that it is the process we know."""
         try:
             version = self.control().version()
         except ControlError as error:
@@ -246,9 +246,9 @@ class ServerSupervisor:
         self._event(lambda health: health.answered(version))
 
     def refresh(self, load: Callable[[Control, Deadline], None], published: Published, started: float | None = None) -> bool:
-        """Give the server ``published`` by ``load``, and let it serve if it proves that it holds it. ``claim`` is held.
+        """Give the server ``published`` by ``load``; let it serve if it proves that it holds it. The caller holds ``claim``.
 
-        ``started``: when this began, where it was before now.
+        ``started``: when this began, if before now.
         """
         control, deadline = self.control(), Deadline.of(self._deadlines.sync)
         started = time.monotonic() if started is None else started
@@ -258,7 +258,7 @@ class ServerSupervisor:
             canary = verify_and_resume(control, published, self._vocab_size, not self._vouched, deadline)
             self._agree(published, canary)
         except (ControlError, WrongWeights) as error:
-            log.warning("fleet: %s did not take over version %d: %s", self.name, published.version, error)
+            log.warning("fleet: %s did not load version %d: %s", self.name, published.version, error)
             text = str(error)
             self._event(lambda health: health.weights_refused(text))
             self._next_attempt = Deadline.of(self._backoff.next_delay())
@@ -291,7 +291,7 @@ class ServerSupervisor:
             self._become(change(self._health))
 
     def _become(self, health: Health) -> None:
-        """Take the new health, and wake whoever waits for it. The lock is held."""
+        """Set the new health and wake whoever waits for it. The caller holds the lock."""
         if health.state is not self._health.state:
             log.info("fleet: %s is %s%s", self.name, health.state.value, f" ({health.reason})" if health.reason else "")
         if health != self._health:

@@ -1,8 +1,8 @@
-"""Weights by broadcast: from the trainer's stream into the workers of all servers at once, a bucket at a time.
+"""Weights by broadcast: from the trainer's stream to the workers of all servers at once, bucket by bucket.
 
-For every version a new process group is made of those servers that take part, so one that died since stands in nobody's way.
-Inside vLLM the buckets go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is
-broken and the broadcast fails for all of them: they are left paused, and take the version's files over instead.
+Every version gets a new process group of the servers that take part, so one that has died since is in nobody's way. Inside vLLM
+the buckets go through its weight-transfer routes (``worker_extension.py``). If any server fails, the group is broken and the
+broadcast fails for all of them: they stay paused and load the version's files instead.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nft_megatron.rollout.fleet.control import Control, ControlError, InFlight
 T = TypeVar("T")
 
 _CALL_SECONDS, _SLOWEST = 15.0, 50e6
-"""A bucket is hung when it takes more than these seconds plus its bytes at this rate (bytes/s)."""
+"""A bucket is hung if it takes longer than these seconds plus its transfer at this rate (bytes/s)."""
 
 
 class BroadcastFailed(RuntimeError):
-    """The broadcast ended before all servers had everything."""
+    """A broadcast ended before all servers had received everything."""
 
 
 def send(
@@ -43,10 +43,10 @@ def send(
     bucket_bytes: int,
     seconds: float,
 ) -> None:
-    """Broadcast the stream to all servers and give them its version number. They are paused before and afterwards.
+    """Broadcast the stream to all servers and tell them its version. It pauses them and leaves them paused.
 
-    Raises ``BroadcastFailed`` when a server or the network fails, or ``seconds`` are over; the stream may then be half read.
-    What the stream raises passes through.
+    Raises ``BroadcastFailed`` if a server or the network fails, or after ``seconds``; the stream may then be half-read.
+    Exceptions of the stream pass through.
     """
     deadline = Deadline.of(seconds)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -64,11 +64,11 @@ def send(
     except ControlError as error:
         raise BroadcastFailed(str(error)) from error
     finally:
-        group.close()  # whoever still waits for the rest learns that it does not come
+        group.close()  # so that workers still waiting for the rest fail at once
 
 
 def _send_bucket(controls: Sequence[Control], group: Group, slots: Sequence[Slot], flat: torch.Tensor, seconds: float) -> None:
-    """Broadcast one bucket, on a thread: one that hangs does not take the deadline of this thread with it."""
+    """Broadcast one bucket on another thread, so that this one can enforce the deadline if it hangs."""
     info = {"slots": [asdict(slot) for slot in slots], "num_bytes": flat.numel()}
     try:
         receiving = [in_background("fleet-transfer", partial(control.update, info, seconds)) for control in controls]
@@ -95,13 +95,13 @@ def _make_group(controls: Sequence[Control], device: torch.device, seconds: floa
 
 
 def _own_address(controls: Sequence[Control]) -> str:
-    """Where servers reach this process: on the loopback device if that is where they all are."""
+    """The address at which servers reach this process: loopback if all of them are local."""
     local = all("//127.0.0.1:" in control.url or "//localhost:" in control.url for control in controls)
     return "127.0.0.1" if local else socket.gethostname()
 
 
 def _on_all(controls: Sequence[Control], work: Callable[[Control], T], deadline: Deadline) -> list[Future[T]]:
-    """Do something with all servers at once; the first failure is raised when all have ended."""
+    """Call ``work`` for all servers at once; raise the first failure, or ``ControlError`` at the deadline."""
     futures = [in_background("fleet-transfer", partial(work, control)) for control in controls]
     _await(futures, deadline)
     return futures
@@ -114,7 +114,7 @@ def _await(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
         future.add_done_callback(lambda _: done.release())
     for _ in futures:
         if not done.acquire(timeout=deadline.left):
-            raise ControlError("the broadcast of the weights took too long", silent=True)
+            raise ControlError("the weight broadcast took too long", silent=True)
         for future in futures:
             if future.done() and (error := future.exception()) is not None:
                 raise error

@@ -1,4 +1,4 @@
-"""What the servers did between two moments: tokens, waste, how long they had work. Pure: the time is told."""
+"""What the servers did between two moments: tokens, waste, busy time. Pure: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class ServerUsage:
-    """One server's part. ``tokens``: all that it sent; ``wasted_tokens``: those of them that no caller got.
+    """One server's share. ``tokens``: all that it sent; ``wasted_tokens``: those that no caller received.
 
-    Wasted are the tokens of answers that were aborted or broke off, as far as they had been sent (a server sends every
-    ``client.STREAM_INTERVAL`` tokens), and of those that came when they were no longer wanted. ``num_retries``: answers that
-    had to be asked again. ``busy_seconds``: with at least one answer to generate; ``mean_queue``: answers it had to generate,
-    averaged over the time.
+    Wasted are the tokens, sent so far, of answers that were aborted or cut off (a server sends every
+    ``client.STREAM_INTERVAL`` tokens), and of answers that arrived when nobody wanted them any more. ``num_retries``: answers
+    that had to be requested again. ``busy_seconds``: time with at least one answer to generate; ``mean_queue``: number of
+    answers to generate, averaged over time.
     """
 
     tokens: int = 0
@@ -26,7 +26,7 @@ class ServerUsage:
 
 @dataclass(frozen=True)
 class FleetUsage:
-    """``seconds`` between the two moments, and what each server did in them.
+    """``seconds`` between the two moments, and what each server did in that time.
 
     >>> servers = {"a": ServerUsage(tokens=100, busy_seconds=10.0), "b": ServerUsage(tokens=50, busy_seconds=5.0)}
     >>> usage = FleetUsage(10.0, servers)
@@ -45,7 +45,7 @@ class FleetUsage:
 
     @property
     def idle_share(self) -> float:
-        """Of the servers' time, the share in which they had nothing to do. 0 without servers."""
+        """The share of the servers' time in which they had nothing to do. 0 without servers."""
         return _idle(self.total.busy_seconds, self.seconds * len(self.servers))
 
     def idle_share_of(self, server: str) -> float:
@@ -67,7 +67,7 @@ class _Tally:
 
 
 class Meter:
-    """Adds up what happens. ``now`` is in seconds of any clock that does not go back.
+    """Adds up what happens. ``now``: seconds of any monotonic clock.
 
     >>> meter = Meter(now=0.0)
     >>> meter.queue("a", 4, now=2.0)
@@ -80,14 +80,14 @@ class Meter:
     def __init__(self, now: float) -> None:
         self._since = now
         self._tallies: dict[str, _Tally] = {}
-        self._queues: dict[str, tuple[int, float]] = {}  # of each server: answers, since when
+        self._queues: dict[str, tuple[int, float]] = {}  # per server: answers, since when
 
     def tally(self, server: str) -> _Tally:
-        """The counts of a server, to add to."""
+        """The counters of a server, for the caller to increase."""
         return self._tallies.setdefault(server, _Tally())
 
     def queue(self, server: str, num_answers: int, now: float) -> None:
-        """From ``now`` on the server has ``num_answers`` to generate."""
+        """From ``now`` on, the server has ``num_answers`` answers to generate."""
         before, since = self._queues.get(server, (0, now))
         tally = self.tally(server)
         tally.busy_seconds += (now - since) * (before > 0)
@@ -95,7 +95,7 @@ class Meter:
         self._queues[server] = (num_answers, now)
 
     def take(self, now: float, idle: Iterable[str] = ()) -> FleetUsage:
-        """What happened since the last call. ``idle``: servers to name even if they had no work."""
+        """What happened since the last call. ``idle``: servers to include even if they had no work."""
         for server, (num_answers, _) in list(self._queues.items()):
             self.queue(server, num_answers, now)
         seconds = now - self._since

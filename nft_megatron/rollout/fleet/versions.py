@@ -1,6 +1,6 @@
-"""A version of the weights on its way to the servers: what must be in it, its fingerprint, and its files.
+"""A version of the weights on its way to the servers: the check of its tensors, its fingerprint, and its files.
 
-The files are safetensors with their index, ``WEIGHTS/version_000007/model-….safetensors``; they appear whole or not at all.
+The files are safetensors with an index, ``WEIGHTS/version_000007/model-….safetensors``; they appear complete or not at all.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nft_megatron.weights.hf_reader import DTYPES, INDEX
 from nft_megatron.weights.hf_writer import cut_into_shards, index_json
 
 _HASH_THREADS = 4
-_REMEDY = "the trainer's model and the servers' config.json must be of one architecture"
+_REMEDY = "give the trainer's model and the servers' config.json the same architecture"
 _FILE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _VERSION = re.compile(r"version_(\d+)")
 
 
 @dataclass(frozen=True)
 class Published:
-    """A version that servers can take over: its number, fingerprint and size, and its files (None: there are none)."""
+    """A version that servers can load: its number, fingerprint and size, and the folder of its files (None: no files)."""
 
     version: int
     fingerprint: str
@@ -39,10 +39,10 @@ class Published:
 
 
 class CheckedStream:
-    """The trainer's stream on its way: names and shapes are checked as they pass, digests computed on other threads.
+    """The trainer's stream, whose names and shapes are checked in passing; other threads compute the digests.
 
-    Iterating raises ``UserError`` for an unexpected or repeated name and a wrong shape, and at the end for a missing one: vLLM
-    itself would answer 200 and serve a mixture. Afterwards ``fingerprint`` and ``num_bytes`` hold.
+    Iterating raises ``UserError`` for an unexpected or repeated name or a wrong shape, and at the end for a missing name: vLLM
+    itself would answer 200 and serve a mixture. Afterwards ``fingerprint`` and ``num_bytes`` are valid.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -57,13 +57,13 @@ class CheckedStream:
             for name, tensor in self._tensors:
                 shape = self._missing.pop(name, None)
                 if shape is None:
-                    raise UserError("weights", name, "this tensor is repeated or the model has none of that name", _REMEDY)
+                    raise UserError("weights", name, "this tensor is repeated or not in the model", _REMEDY)
                 if shape != tuple(tensor.shape):
                     raise UserError("weights", name, f"has shape {tuple(tensor.shape)}, not {shape}", _REMEDY)
                 under_way.append(hashers.submit(tensor_digest, name, tensor))
                 self.num_bytes += tensor.nbytes
                 yield name, tensor
-                if len(under_way) > _HASH_THREADS:  # no tensor is kept long
+                if len(under_way) > _HASH_THREADS:  # so that no tensor is kept for long
                     self._digests.append(under_way.popleft())
                     self._digests[-1].result()
             self._digests += under_way
@@ -73,15 +73,16 @@ class CheckedStream:
 
     @property
     def fingerprint(self) -> str:
-        """Of the whole stream."""
-        assert self._is_whole, "a stream that broke off has no fingerprint"
+        """The fingerprint of the whole stream."""
+        assert self._is_whole, "an incomplete stream has no fingerprint"
         return combine_digests(digest.result() for digest in self._digests)
 
 
 class VersionWriter:
-    """Writes one version: ``add`` as tensors come, then ``publish``; ``discard`` leaves nothing behind.
+    """Writes one version: call ``add`` as tensors arrive, then ``publish``; ``discard`` leaves nothing behind.
 
-    Up to ``shard_bytes`` are held. A full shard is written and flushed on another thread while the next one fills.
+    :meth:`write` cuts shards of up to ``shard_bytes``. A full shard is written and flushed on another thread while the next
+    one fills.
 
     Raises:
         OSError: a file could not be written (disk full, no permission).
@@ -97,7 +98,7 @@ class VersionWriter:
         self._num_bytes = 0
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Path:
-        """Write the whole stream and make the folder appear."""
+        """Write the whole stream and publish the folder."""
         try:
             for shard in cut_into_shards(((item, item[1].nbytes) for item in tensors), self._shard_bytes):
                 self.add(shard)
@@ -107,7 +108,7 @@ class VersionWriter:
             raise
 
     def add(self, shard: list[tuple[str, torch.Tensor]]) -> None:
-        """Write one file. The caller leaves the tensors alone until the next call returns."""
+        """Write one file. The caller must not change the tensors until the next call returns."""
         if self._writing is not None:
             self._writing.result()
         name = f"model-{len(self._shards) + 1:05d}.safetensors"
@@ -117,7 +118,7 @@ class VersionWriter:
         shard.clear()
 
     def publish(self) -> Path:
-        """Wait until all is on the disk and rename the folder."""
+        """Wait until everything is on disk, then rename the folder to its final name."""
         if self._writing is not None:
             self._writing.result()
         self._writer.shutdown()
@@ -127,13 +128,13 @@ class VersionWriter:
         return self.folder
 
     def discard(self) -> None:
-        """Give the version up."""
+        """Abandon the version and delete its files."""
         self._writer.shutdown()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def remove_versions(root: Path, keep: set[int]) -> None:
-    """Delete the folders of all versions but ``keep``, and what a killed process left half-written."""
+    """Delete the folders of all versions except ``keep``."""
     for folder in root.glob("version_*"):
         found = _VERSION.fullmatch(folder.name)
         if found and int(found[1]) not in keep:
@@ -141,7 +142,7 @@ def remove_versions(root: Path, keep: set[int]) -> None:
 
 
 def _write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """One safetensors file, flushed, without a copy of the tensors in memory."""
+    """Write and flush one safetensors file without copying the tensors in memory."""
     header, end = {}, 0
     for name, tensor in tensors:
         header[name] = {

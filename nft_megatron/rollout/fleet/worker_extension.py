@@ -1,12 +1,12 @@
-"""What runs inside vLLM's workers: taking over weights, and saying which ones arrived.
+"""Runs inside vLLM's workers: loads weights and reports which ones arrived.
 
 ``--worker-extension-cls`` loads this module into every worker, which registers ``nft_broadcast`` as an engine of vLLM's weight
 transfer. The calls are vLLM's own: start, updates, finish. An update brings a folder of safetensors or a bucket of a broadcast.
-Every tensor is hashed as it is handed to the model, so that the fingerprint says what the model consumed.
+Every tensor is hashed as it is handed to the model, so the fingerprint covers what the model consumed.
 
-Works around vLLM 0.32.0: a failed update leaves layers half-loaded, and what they had collected would count for the next one;
-loaded tensors are kept until their layer is complete, so a bucket's memory is never used again; on a CPU a tied LM head keeps
-using the old weights, which its kernel object has packed.
+Works around vLLM 0.32.0: a failed update leaves layers half-loaded, and what they have collected would count towards the next
+update; vLLM keeps loaded tensors until their layer is complete, so a bucket's memory must not be reused; and on a CPU a tied LM
+head keeps using the old weights, which its kernel object has packed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _READ_AHEAD = 4  # tensors
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where the trainer's group meets; this server's workers have the ranks from ``first_rank`` on."""
+    """Where the trainer's group meets; this server's workers get consecutive ranks starting at ``first_rank``."""
 
     host: str
     port: int
@@ -54,7 +54,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """The receiving end, one in every worker."""
+    """The receiving end, one per worker."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -89,7 +89,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise
 
     def discard_update(self) -> None:
-        """After a failure: layers forget what they have collected. Their weights are undefined until the next update."""
+        """After a failure, make layers discard what they have collected. Their weights are undefined until the next update."""
         with contextlib.suppress(Exception):
             finalize_layerwise_reload(self.model, self.model_config)
 
@@ -98,13 +98,13 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._load(self._read(Path(update_info.folder)))
             return
         flat = torch.empty(update_info.num_bytes, dtype=torch.uint8, device=self.device)
-        assert self._group is not None, "a bucket before its group"
+        assert self._group is not None, "a bucket arrived before its group"
         self._group.broadcast(flat)
         slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in update_info.slots]
         self._load(open_bucket(slots, flat))
 
     def finish_weight_update(self) -> None:
-        self.shutdown()  # the next version has a group of its own
+        self.shutdown()  # the next version gets its own group
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and self.model.config.tie_word_embeddings and head is not None:
@@ -116,7 +116,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._group = None
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Hand tensors to the model; they are hashed on other threads meanwhile."""
+        """Hand tensors to the model while other threads hash them."""
         digests = {}
 
         def hashed() -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,7 +128,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.digests |= {name: digest.result() for name, digest in digests.items()}
 
     def _read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        """A folder's tensors in the order of the files, read a little ahead."""
+        """A folder's tensors in file order, read slightly ahead."""
         with HFReader(folder, "weights") as reader, ThreadPoolExecutor(1) as ahead:
             places = reader.places
             names = sorted(places, key=lambda name: (places[name].file, places[name].offset))
@@ -147,28 +147,28 @@ if "nft_broadcast" not in WeightTransferEngineFactory._registry:
 
 
 class WorkerExtension:
-    """Methods that ``/collective_rpc`` finds on every vLLM worker."""
+    """Methods that ``/collective_rpc`` can call on every vLLM worker."""
 
     weight_transfer_engine: WeightReceiver
     _weight_update_active: bool  # of vLLM's worker
 
     def nft_abort_update(self) -> dict[str, Any]:
-        """End an update that never finished: its sender died, or stopped waiting."""
+        """End an update that never finished because its sender died or stopped waiting."""
         if self._weight_update_active:
             self._weight_update_active = False
             self.weight_transfer_engine.discard_update()
         return {}
 
     def nft_fingerprint(self) -> dict[str, Any]:
-        """What the last update brought: ``{"fingerprint": …, "num_tensors": …}``."""
+        """What the last update loaded: ``{"fingerprint": …, "num_tensors": …}``."""
         digests = self.weight_transfer_engine.digests
         return {"fingerprint": combine_digests(digests.values()), "num_tensors": len(digests)}
 
     @torch.no_grad()
     def nft_compare_model(self) -> dict[str, Any]:
-        """Compare the model's parameters, taken apart into Hugging Face's tensors, with what the last update brought.
+        """Compare the model's parameters, split into Hugging Face's tensors, with what the last update loaded.
 
-        ``{"wrong": names, "num_compared": n}``. Shards of a tensor cannot be compared: on several GPUs nothing is proven.
+        Returns ``{"wrong": names, "num_compared": n}``. Shards of a tensor cannot be compared, so nothing is on several GPUs.
         """
         engine = self.weight_transfer_engine
         if engine.parallel_config.world_size > 1:
@@ -183,7 +183,7 @@ class WorkerExtension:
 
 
 def model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What an unsharded vLLM model computes with, under Hugging Face's names; a tied LM head under the embedding's."""
+    """The tensors an unsharded vLLM model computes with, under Hugging Face's names; a tied LM head under the embedding's."""
     parts_of = getattr(model, "packed_modules_mapping", {})
     tied = getattr(model.config, "tie_word_embeddings", False)
     for path, layer in model.named_modules():
@@ -202,7 +202,7 @@ def model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _in_use(layer: Any, field_name: str) -> torch.Tensor | None:
-    """A parameter of this layer itself. On a CPU a kernel object has packed it: multiplying by the identity unpacks it."""
+    """A parameter of this layer itself. On a CPU a kernel object holds it packed; multiplying by the identity unpacks it."""
     parameter = layer._parameters.get(field_name)
     if parameter is None or field_name != "weight" or not hasattr(layer, "cpu_linear"):
         return parameter

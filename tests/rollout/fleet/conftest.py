@@ -1,7 +1,7 @@
-"""Two real vLLM servers of a tiny Qwen2, started once for all tests of this folder.
+"""Two real vLLM servers of a tiny Qwen2, started once for all tests in this folder.
 
-Every test that needs them carries ``pytestmark = pytest.mark.xdist_group("vllm")`` or lies in one of few files: a start takes
-half a minute, and with ``pytest -n 2`` each worker process that asks for the servers starts its own.
+Every test that needs them has ``pytestmark = pytest.mark.xdist_group("vllm")`` or is in one of a few files: a start takes half
+a minute, and with ``pytest -n 2`` each worker process that requests the servers starts its own.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from conftest import WIDE, make_model
 
 from nft_megatron.rollout.fleet.server import Server, ServerSettings, new_key
 
-START_SECONDS = 1200.0  # against hanging alone: a machine may be busy
+START_SECONDS = 1200.0  # guards only against hanging: the machine may be busy
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +34,12 @@ def server_settings(fleet_model, tmp_path_factory) -> ServerSettings:
 
 @pytest.fixture(scope="session")
 def vllm_servers(server_settings):
-    """Two servers that answer, on the weights of ``fleet_model``: ``[Server, Server]`` with ``url`` and ``headers``.
+    """Two running servers with the weights of ``fleet_model``: ``[Server, Server]`` with ``url`` and ``headers``.
 
-    A test that stops or reloads them must leave them as they were; one that kills one puts its successor into the list.
+    A test that stops or reloads them must restore them; one that kills a server must put its successor into the list.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")  # 300 s are too few on a machine that is very busy
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")  # 300 s are too short on a very busy machine
     servers = [Server(server_settings, f"test-{index}", seed=11 + index) for index in range(2)]
     try:
         for server in servers:

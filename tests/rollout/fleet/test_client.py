@@ -1,4 +1,4 @@
-"""One request to a server: what is sent, what is read, and every way in which a server can fail at it."""
+"""One request to a server: what is sent, what is read, and every way in which a server can fail."""
 
 import asyncio
 import json
@@ -56,13 +56,13 @@ def test_answers_are_those_of_their_seeds(server, reordered):
     assert all(answer.tokens[-1] == STOP for answer in answers.values() if answer.finish_reason == "stop")
 
 
-def test_an_answer_is_there_when_it_ends_and_not_with_the_last(server):
+def test_an_answer_arrives_when_it_ends_not_with_the_last_one(server):
     events = ask(server, seed=11, num_answers=3, max_tokens=2000)
     finished_at = [number for number, event in enumerate(events) if isinstance(event, Finished)]
     assert finished_at[0] < len(events) - 3
 
 
-def test_nothing_is_left_to_a_servers_defaults():
+def test_no_setting_is_left_to_a_servers_defaults():
     sampling = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, stop_token_ids=(4, 6), stop=("\\boxed",))
     body = json.loads(make_body(PROMPT, 2**62, 3, sampling))
     assert body["token_ids"] == [1, 2, 3] and body["stream"] is True
@@ -100,7 +100,7 @@ def test_nothing_is_left_to_a_servers_defaults():
         ("repeat", "had ended"),
     ],
 )
-def test_a_server_that_fails(server, fault, message):
+def test_a_failing_server(server, fault, message):
     server.behave(fault=fault)
     with pytest.raises(ServerFault, match=message) as raised:
         ask(server)
@@ -114,13 +114,13 @@ def test_an_aborted_answer_is_nobodys_fault(server):
     assert raised.value.is_abort
 
 
-def test_a_request_that_is_wrong_is_refused(server):
+def test_an_invalid_request_is_rejected(server):
     server.behave(fault="refuse")
     with pytest.raises(Refused, match="too long"):
         ask(server)
 
 
-def test_nobody_is_there():
+def test_no_server_is_listening():
     class Nowhere:
         url, headers = "http://127.0.0.1:9", {}
 
@@ -128,7 +128,7 @@ def test_nobody_is_there():
         ask(Nowhere)
 
 
-def test_an_answer_whose_weights_are_not_named_has_no_versions(server):
+def test_an_answer_without_named_weights_has_no_versions(server):
     server.behave(fault="hide")
     found = [(event.versions, event.completion.weight_version) for event in ask(server) if isinstance(event, Finished)]
     assert found == [((), -1)] * 4
@@ -140,7 +140,7 @@ def test_an_answer_whose_weights_are_not_named_has_no_versions(server):
         ([("3", 0, 4), ("4", 4, 6)], (3, 4)),
         ([("3", 0, 4), ("default", 4, 6)], (3, -1)),  # a label of vLLM's own
         ([("-3", 0, 6)], (-1,)),
-        ([("3", 0, 4)], ()),  # the last two tokens are anybody's
+        ([("3", 0, 4)], ()),  # nobody vouches for the last two tokens
         ([("3", 0, 4), ("4", 5, 6)], ()),
         ([("3", 1, 6)], ()),
         ([], ()),
@@ -153,7 +153,7 @@ def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
 
 
 def event(**changes):
-    """One as vLLM sends it, with parts changed, or left out where they are None."""
+    """An event as vLLM sends it, with some parts changed, or left out if None."""
     choice = {
         "index": 0,
         "finish_reason": "stop",
@@ -187,7 +187,7 @@ def event(**changes):
         {"logprobs": {"content": [{"token_id": 3, "logprob": float("nan")}]}},
     ],
 )
-def test_what_has_another_form_is_the_servers_fault(changes):
+def test_a_malformed_event_is_the_servers_fault(changes):
     choice, tokens, logprobs = client._parse(event())
     assert (choice.index, tokens.tolist(), logprobs.tolist()) == (0, [3], [-0.5])
     with pytest.raises(ServerFault, match="not an answer"):
@@ -197,17 +197,17 @@ def test_what_has_another_form_is_the_servers_fault(changes):
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"{}", b'{"choices": []}', b'{"choices": [1]}', event()[:-1], event() + b"}", b"\xff"]
 )
-def test_what_is_no_event_is_the_servers_fault(data):
+def test_data_that_is_not_an_event_is_the_servers_fault(data):
     with pytest.raises(ServerFault, match="not an answer"):
         client._parse(data)
 
 
-def test_news_of_two_answers_at_once_is_the_servers_fault():
+def test_an_event_for_two_answers_is_the_servers_fault():
     both = json.loads(event())["choices"] * 2
     with pytest.raises(ServerFault, match="not an answer"):
         client._parse(json.dumps({"choices": both}).encode())
 
 
-def test_an_error_in_the_stream_is_told():
+def test_an_error_in_the_stream_is_reported():
     with pytest.raises(ServerFault, match=r"reports .*out of memory"):
         client._parse(b'{"error": {"message": "out of memory", "code": 500}}')

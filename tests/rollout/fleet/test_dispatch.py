@@ -1,4 +1,4 @@
-"""The scheduler, by random sequences of events against a plain count, and its rules one at a time."""
+"""The scheduler: random sequences of events checked against a plain count, then its rules one at a time."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ BUDGET, ATTEMPTS = 500, 3
 
 
 class Fleet(RuleBasedStateMachine):
-    """Servers that answer, fail, come late and repeat themselves. The reference is one count an answer: settled how often?"""
+    """Servers that answer, fail, are late and repeat themselves. The reference counts how often each answer was settled."""
 
     def __init__(self):
         super().__init__()
@@ -21,9 +21,9 @@ class Fleet(RuleBasedStateMachine):
         self.asked: dict[tuple[int, int], set[int]] = {}
         self.settled: Counter[tuple[int, int, int]] = Counter()
         self.given_up: set[tuple[int, int]] = set()
-        self.sent = {}  # all that were ever sent, by ticket: also those that have ended may still speak
-        self.costs = {}  # prompt tokens and tokens an answer, of requests with a hint
-        self.live: dict[int, set[int]] = {}  # by ticket, what a client would still wait for
+        self.sent = {}  # all that were ever sent, by ticket: even those that have ended may still send something
+        self.costs = {}  # prompt tokens and tokens per answer, for requests with a hint
+        self.live: dict[int, set[int]] = {}  # by ticket, what a client would still be waiting for
 
     @rule(call=st.integers(0, 1), num=st.integers(1, 6), prompt=st.integers(1, 50), hint=st.none() | st.integers(1, 200))
     def ask(self, call, num, prompt, hint):
@@ -41,7 +41,7 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(data=st.data(), num_tokens=st.integers(1, 300))
     def answer(self, data, num_tokens):
-        """Any server says anything, also twice and after its sub-request has ended."""
+        """Any server sends anything, even twice or after its sub-request has ended."""
         if not self.sent:
             return
         sub = self.sent[data.draw(st.sampled_from(sorted(self.sent)))]
@@ -85,7 +85,7 @@ class Fleet(RuleBasedStateMachine):
         assert self.dispatcher.num_waiting == waiting - gone
 
     def teardown(self):
-        """Whatever has happened: with servers that answer from now on, every answer comes exactly once."""
+        """Whatever has happened: if servers answer from now on, every answer arrives exactly once."""
         for ticket in list(self.live):
             self.fail_all(ticket)
         while subs := self.dispatcher.assign(SERVERS):
@@ -125,14 +125,14 @@ def test_longest_first_and_to_the_server_with_the_fewest_outstanding_tokens():
     assert (dispatcher.outstanding("a"), dispatcher.outstanding("b")) == (60, 60)
 
 
-def test_a_hint_beyond_the_longest_answer_counts_as_that():
+def test_a_hint_is_capped_at_the_longest_answer():
     dispatcher = make()
     add(dispatcher, 0, hint=1000, prompt=0)
     dispatcher.assign(["a"])
     assert dispatcher.outstanding("a") == 100
 
 
-def test_budget_is_kept_and_an_idle_server_always_gets_one_sub_request():
+def test_the_budget_holds_but_an_idle_server_always_gets_one_sub_request():
     dispatcher = make(budget=100)
     for request in range(5):
         add(dispatcher, request, hint=40, prompt=0)
@@ -145,7 +145,7 @@ def test_budget_is_kept_and_an_idle_server_always_gets_one_sub_request():
     assert [sub.request for sub in dispatcher.assign(["a"])] == [2]
 
 
-def test_without_a_hint_a_quarter_of_the_longest_and_then_what_answers_have_used():
+def test_without_a_hint_a_quarter_of_the_longest_then_the_observed_share():
     dispatcher = make(budget=10**9)
     add(dispatcher, 0, prompt=0, num=8000, max_tokens=1000)
     (sub,) = dispatcher.assign(["a"])
@@ -157,7 +157,7 @@ def test_without_a_hint_a_quarter_of_the_longest_and_then_what_answers_have_used
     assert 1195 <= dispatcher.outstanding("a") <= 1200
 
 
-def test_many_groups_stay_whole_and_the_last_one_is_spread():
+def test_many_groups_stay_whole_and_the_last_is_spread():
     dispatcher = make()
     for request in range(8):
         add(dispatcher, request, num=16)
@@ -170,7 +170,7 @@ def test_many_groups_stay_whole_and_the_last_one_is_spread():
     ]
 
 
-def test_what_failed_goes_first_and_elsewhere_in_runs_of_neighbours():
+def test_failed_answers_go_first_and_elsewhere_in_consecutive_runs():
     dispatcher = make()
     add(dispatcher, 0, num=6, hint=10)
     (sub,) = dispatcher.assign(["a"])
@@ -183,7 +183,7 @@ def test_what_failed_goes_first_and_elsewhere_in_runs_of_neighbours():
     assert sent[2][0] == 1
 
 
-def test_the_only_server_is_asked_again_until_the_attempts_are_used_up():
+def test_the_only_server_is_retried_until_attempts_run_out():
     dispatcher = make(attempts=3)
     add(dispatcher, 0, num=2)
     for attempt in range(3):
@@ -192,7 +192,7 @@ def test_the_only_server_is_asked_again_until_the_attempts_are_used_up():
     assert dispatcher.assign(["a"]) == [] and dispatcher.outstanding("a") == 0
 
 
-def test_a_held_call_does_not_hold_up_another():
+def test_a_held_call_does_not_delay_another():
     dispatcher = make()
     add(dispatcher, 0, hint=90, call=0)
     add(dispatcher, 0, hint=10, call=1)
@@ -200,7 +200,7 @@ def test_a_held_call_does_not_hold_up_another():
     assert [sub.call for sub in dispatcher.assign(["a"])] == [0]
 
 
-def test_a_server_that_is_back_gets_new_work_while_what_it_failed_at_waits_for_the_others():
+def test_a_recovered_server_gets_new_work_while_its_failures_wait_for_others():
     dispatcher = Dispatcher(budget_tokens=1000, max_attempts=3)
     for request in range(30):
         dispatcher.add(0, request, range(1), prompt_tokens=0, hint=100, max_tokens=100)

@@ -1,4 +1,4 @@
-"""The engine over servers without a model, which answer by seed and fail on demand: every answer once, and the right one."""
+"""The engine over servers without a model that answer by seed and fail on demand: every answer comes once and is right."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,7 @@ def servers(processes):
 
 @pytest.fixture
 def background():
-    """A thread to call from, whose result is a future."""
+    """Runs calls on a thread; the result is a future."""
     with ThreadPoolExecutor() as pool:
         yield pool
 
@@ -83,7 +83,7 @@ def opened(folder, servers, version=3, **options):
 
 
 def make_requests(num=20, answers=8, first=0):
-    """Half of them with neighbouring seeds, half with seeds that are not."""
+    """Half of them with consecutive seeds, half without."""
     prompt = np.array([1, 2, 3], dtype=np.int32)
     step = [1, 13]
     return [
@@ -92,7 +92,7 @@ def make_requests(num=20, answers=8, first=0):
 
 
 def check(completions, requests, max_tokens=MAX_TOKENS, version=3):
-    """Each answer of each request exactly once, and what its seed gives."""
+    """Each answer to each request comes exactly once and is the one its seed gives."""
     got = sorted((c.request_id, c.index) for c in completions)
     assert got == sorted((r.request_id, k) for r in requests for k in range(len(r.seeds)))
     seeds = {request.request_id: request.seeds for request in requests}
@@ -102,7 +102,7 @@ def check(completions, requests, max_tokens=MAX_TOKENS, version=3):
         np.testing.assert_array_equal(c.logprobs, np.array(logprobs, dtype=np.float32))
 
 
-def test_every_answer_once_and_from_both_servers(folder, servers):
+def test_every_answer_arrives_once_and_both_servers_contribute(folder, servers):
     requests = make_requests()
     with opened(folder, servers) as (engine, fleet):
         completions = list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
@@ -129,8 +129,8 @@ def test_two_calls_at_once(folder, servers, background):
         check(calls[1].result(), second, max_tokens=77)
 
 
-def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers, background):
-    """Half of the answers are short enough to be finished; the others are held until somebody has hung up."""
+def test_an_abandoned_request_yields_nothing_more_and_is_aborted(folder, servers, background):
+    """Half of the answers are short enough to finish; the others are held until a connection is closed."""
     behave(servers, hold=2000)
     requests = make_requests(num=6, answers=8)
     broken_off = seen(servers, "broken_off")
@@ -150,11 +150,11 @@ def test_a_request_given_up_yields_nothing_more_and_is_aborted(folder, servers, 
 
 
 def assert_idle(servers):
-    """Soon no server is generating anything."""
+    """Soon no server generates anything."""
     until(lambda: not seen(servers, "open"))
 
 
-def test_giving_up_early_aborts_the_rest(folder, servers):
+def test_closing_the_iterator_early_aborts_the_rest(folder, servers):
     behave(servers, hold=2000)
     requests = make_requests()
     with opened(folder, servers) as (engine, _):
@@ -170,7 +170,7 @@ def test_giving_up_early_aborts_the_rest(folder, servers):
 
 
 @pytest.mark.parametrize("fault", ["drop", "error", "garbage", "fail", "nan", "hide", "abort"])
-def test_what_one_server_fails_the_other_answers(folder, servers, fault):
+def test_one_server_answers_what_the_other_fails(folder, servers, fault):
     servers[0].behave(fault=fault)
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
@@ -181,7 +181,7 @@ def test_what_one_server_fails_the_other_answers(folder, servers, fault):
 
 
 def test_silence(folder, servers, background, monkeypatch):
-    """It counts once only the silent server has work left."""
+    """The clock advances only once the silent server alone has work left."""
     monkeypatch.setattr(request_loop, "time", clock := Clock())
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
@@ -195,11 +195,11 @@ def test_silence(folder, servers, background, monkeypatch):
 
 
 @pytest.mark.parametrize("label", ["2", "9", "default"], ids=["older", "never published", "not ours"])
-def test_an_answer_with_other_weights_is_thrown_away(folder, servers, label):
+def test_an_answer_from_other_weights_is_discarded(folder, servers, label):
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
         engine.load([], 2)
-        engine.load([], 3)  # so that 2 was published, and yet is not what the server is believed to hold
+        engine.load([], 3)  # so that 2 was published but is not what the server is believed to hold
         servers[1].behave(version=label)
         check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
         usage = engine.take_metrics()
@@ -221,8 +221,8 @@ def test_an_answer_continued_on_new_weights_has_the_older_version(folder, server
     assert {c.weight_version for c in new} == {4}
 
 
-def test_a_publication_that_fails_counts_for_nothing(folder, servers, background, monkeypatch):
-    """Answers that carry its version already wait for its end, and are then asked again."""
+def test_a_failed_publication_counts_for_nothing(folder, servers, background, monkeypatch):
+    """Answers that already carry its version wait until it has ended, and are then requested again."""
     requests = make_requests(num=4)
     begun, arrived, version_of = threading.Event(), [], RequestLoop._version
 
@@ -258,7 +258,7 @@ def test_a_publication_that_fails_counts_for_nothing(folder, servers, background
         engine.close()
 
 
-def test_an_answer_that_no_server_manages_comes_back_aborted(folder, servers):
+def test_an_answer_that_every_server_fails_comes_back_aborted(folder, servers):
     requests = [Request(i, np.array([1], dtype=np.int32), (100 * i,)) for i in range(5)]
     with opened(folder, servers, max_attempts=3) as (engine, fleet):
         behave(servers, fault="drop", only_seed=200)
@@ -270,7 +270,7 @@ def test_an_answer_that_no_server_manages_comes_back_aborted(folder, servers):
     assert len(fleet.reports) == 3
 
 
-def test_a_request_that_a_server_refuses_ends_the_call(folder, servers):
+def test_a_request_rejected_by_a_server_ends_the_call(folder, servers):
     with opened(folder, servers) as (engine, _):
         behave(servers, fault="refuse")
         with pytest.raises(EngineFault, match="too long"):
@@ -291,7 +291,7 @@ def test_waits_for_a_server(folder, servers, background):
         check(answers.result(), requests)
 
 
-def test_waits_for_a_server_not_for_ever(folder, servers):
+def test_waits_for_a_server_but_not_forever(folder, servers):
     with opened(folder, servers, servers_seconds=0.1) as (engine, fleet):
         answers = engine.generate(make_requests(num=2), Sampling(max_tokens=MAX_TOKENS))
         fleet.servers = {}
@@ -299,7 +299,7 @@ def test_waits_for_a_server_not_for_ever(folder, servers):
             next(answers)
 
 
-def test_who_waits_for_servers_hears_that_nobody_wants_them(folder, servers):
+def test_waiting_for_servers_ends_when_all_requests_are_abandoned(folder, servers):
     class GivenUp:
         looks = 0
 
@@ -336,7 +336,7 @@ def test_no_server_gets_more_than_its_budget(folder, background):
         server.kill()
 
 
-def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
+def test_a_caller_that_does_not_read_gets_no_more_answers(folder, servers, monkeypatch):
     monkeypatch.setattr(request_loop, "_MAX_UNREAD", 10)
     requests = make_requests(num=200, answers=4)
     begun = seen(servers, "answers")
@@ -348,12 +348,12 @@ def test_a_caller_that_does_not_read_gets_no_more(folder, servers, monkeypatch):
         engine._do(engine._request_loop.send)
         assert not engine._request_loop._streams and seen(servers, "answers") - begun < 100
         other = make_requests(num=2)
-        check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # nobody else is held up
+        check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # no other caller is held up
         check([first, *answers], requests)
 
 
-def test_a_broken_stream_is_seen_although_its_server_answers_others(folder, servers, background, monkeypatch):
-    """Hours pass in which the server is never silent for ten minutes: before each stretch another answer grows."""
+def test_a_broken_stream_is_noticed_although_its_server_answers_others(folder, servers, background, monkeypatch):
+    """Hours pass, but the server is never silent for ten minutes: another answer grows in between."""
     monkeypatch.setattr(request_loop, "time", clock := Clock())
     monkeypatch.setattr(request_loop, "_LONGEST_QUEUE", 2.0)
     server = servers[0]
@@ -388,7 +388,7 @@ def test_closing_does_not_wait_for_streams_that_never_end(folder, servers):
         assert fleet.servers == {}
 
 
-def test_closing_ends_a_call_under_way(folder, servers, background):
+def test_closing_ends_a_call_in_progress(folder, servers, background):
     behave(servers, hold=1)
     with opened(folder, servers) as (engine, _):
         answers = background.submit(list, engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS)))
@@ -398,7 +398,7 @@ def test_closing_ends_a_call_under_way(folder, servers, background):
             answers.result()
 
 
-def test_refuses_what_cannot_be_answered(folder, servers):
+def test_rejects_requests_that_cannot_be_answered(folder, servers):
     with opened(folder, servers, version=None) as (engine, _):
         with pytest.raises(EngineFault, match="no weights"):
             engine.generate(make_requests(), Sampling())

@@ -1,4 +1,4 @@
-"""The engine over two real vLLM servers, against transformers' forward pass on the same weights."""
+"""The engine over two real vLLM servers, compared with transformers' forward pass on the same weights."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(1800)]
 
 
 def labelled(server):
-    """A server whose weights get a label and stay what they are."""
+    """A server whose weights get a label but do not change."""
 
     def label(version):
         url = f"{server.url}/update_weight_version"
@@ -52,7 +52,7 @@ def model(fleet_model):
 
 
 def make_requests(num=6, answers=16, seed=0):
-    """Prompts of 1 to 12 tokens; seeds of 63 bits, as those of a run are."""
+    """Prompts of 1 to 12 tokens; 63-bit seeds, as in a run."""
     rng, first = np.random.default_rng(seed), 2**63 - 10**6
     return [
         Request(i, rng.integers(2, len(WORDS), length).astype(np.int32), tuple(first + 1000 * i + k for k in range(answers)))
@@ -61,7 +61,7 @@ def make_requests(num=6, answers=16, seed=0):
 
 
 def reference(model, prompt, tokens, temperature):
-    """Log-probs of ``tokens`` by one forward pass without a cache, the softmax in float64."""
+    """Log-probs of ``tokens`` from one forward pass without a cache, with the softmax in float64."""
     row = torch.tensor([[*prompt.tolist(), *tokens.tolist()]])
     with torch.no_grad():
         logits = model(row).logits[0, len(prompt) - 1 : -1].double()
@@ -81,16 +81,16 @@ def test_tokens_and_logprobs_are_those_of_the_forward_pass(engine, model, temper
         taken = expected[torch.arange(len(c.tokens)), torch.from_numpy(c.tokens).long()].numpy()
         worst = max(worst, float(np.abs(taken - c.logprobs).max()))
         is_stop = np.isin(c.tokens, stops)
-        assert not is_stop[:-1].any()  # it ends with the first stop token, which is kept
+        assert not is_stop[:-1].any()  # the first stop token ends it and is kept
         assert c.finish_reason == ("stop" if is_stop[-1] else "length") and (is_stop[-1] or len(c.tokens) == 24)
         assert c.weight_version == 5
     assert worst < 1e-3
     assert {c.finish_reason for c in completions} == {"stop", "length"}
-    assert len({(c.request_id, tuple(c.tokens.tolist())) for c in completions}) > 80  # answers to a prompt differ
+    assert len({(c.request_id, tuple(c.tokens.tolist())) for c in completions}) > 80  # the answers to a prompt differ
 
 
 def test_answers_are_drawn_from_the_model(engine, model):
-    """First tokens of 512 answers against the model's probabilities, by a chi-square bound that holds but once in 10,000."""
+    """First tokens of 512 answers against the model's probabilities, by a chi-square bound that fails once in 10,000."""
     prompt = np.array([2, 3, 6], dtype=np.int32)
     requests = [Request(i, prompt, tuple(range(100_000 * i, 100_000 * i + 16))) for i in range(32)]
     first = np.array([c.tokens[0] for c in engine.generate(requests, Sampling(max_tokens=1))])
@@ -100,10 +100,10 @@ def test_answers_are_drawn_from_the_model(engine, model):
     assert chi_square < 42.6  # 14 degrees of freedom
 
 
-def test_a_seed_is_an_answer_on_every_server_alone_and_in_company(engine, fleet, fleet_model):
+def test_a_seed_gives_one_answer_on_every_server_alone_or_among_others(engine, fleet, fleet_model):
     requests, sampling = make_requests(num=4), Sampling(max_tokens=20)
     together = {(c.request_id, c.index): c.tokens.tolist() for c in engine.generate(requests, sampling)}
-    shuffled = [Request(r.request_id, r.prompt_tokens, r.seeds[::-1]) for r in requests]  # no two neighbours: one by one
+    shuffled = [Request(r.request_id, r.prompt_tokens, r.seeds[::-1]) for r in requests]  # not consecutive: one by one
     for server in fleet.servers.values():
         alone = FleetEngine(StaticFleet([server]), fleet_model, silence_seconds=3600.0)
         try:
@@ -140,7 +140,7 @@ def test_a_stop_text_ends_an_answer_as_in_the_embedded_engine(engine, fleet_mode
     assert reasons == {"stop", "length"}
 
 
-def test_what_is_given_up_is_no_longer_generated(engine, fleet):
+def test_abandoned_requests_are_no_longer_generated(engine, fleet):
     given_up: set[int] = set()
     requests = make_requests()
     answers = engine.generate(requests, Sampling(max_tokens=240), given_up)
@@ -155,7 +155,7 @@ def test_what_is_given_up_is_no_longer_generated(engine, fleet):
 
 
 def num_running(server):
-    """By the server's own account."""
+    """As the server reports it."""
     text = httpx.get(f"{server.url}/metrics", headers=server.headers, timeout=60).text
     lines = [line for line in text.splitlines() if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))]
     assert lines

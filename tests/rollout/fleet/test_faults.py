@@ -1,4 +1,4 @@
-"""Servers that are killed, stopped or cut off while they generate: every answer comes, once, and with the right weights."""
+"""Servers that are killed, stopped or cut off while they generate: every answer arrives once, from the right weights."""
 
 import os
 import random
@@ -25,7 +25,7 @@ FAULTS = ("kill", "stop", "cut")
 
 
 class Place:
-    """A server behind a proxy. One that is killed has a successor at once, on its first weights until it is mended."""
+    """A server behind a proxy. A killed one is replaced at once, by a server with its first weights until it is repaired."""
 
     def __init__(self, name):
         self.name, self.version, self.to_strike, self.struck = name, 0, [], []
@@ -42,7 +42,7 @@ class Place:
         self.process.label(version)
 
     def _strike(self):
-        """In the middle of what it sends, if there is a fault in ``to_strike``, which places share."""
+        """Strike in the middle of what it sends if a fault is left in ``to_strike``, which all servers share."""
         try:
             fault = self.to_strike.pop()
         except IndexError:
@@ -58,7 +58,7 @@ class Place:
         self.struck.append(fault)
 
     def is_noticed(self, reports):
-        """Silence was reported, or a successor asked for answers, which it gives with weights that nobody published."""
+        """Silence was reported, or a successor got requests, which it answers with unpublished weights."""
         if self.struck[-1] == "kill":
             return self.process.seen["requests"] > 0
         return any(name == self.name for name, _ in reports)
@@ -105,9 +105,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_random_faults(places, folder, monkeypatch):
-    """Six, each when a random number of answers was read, in the middle of what some server sends next.
+    """Six faults, each after a random number of answers, in the middle of whatever a server sends next.
 
-    Nobody reads on while a silent server has work and is not reported: there is work left for every fault.
+    Reading waits while a silent server has work and is not yet reported, so that every fault finds work in progress.
     """
     monkeypatch.setattr(request_loop, "_MAX_UNREAD", 20)
     rng = random.Random(0)
@@ -155,7 +155,7 @@ def test_random_faults(places, folder, monkeypatch):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", [pytest.param("stop", marks=pytest.mark.slow), "cut"])
 def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, monkeypatch, fault):
-    """One has sent the first token of an answer of 300; it is silent for ten minutes while the other has nothing to do.
+    """One server has sent the first of an answer's 300 tokens; it is silent for ten minutes while the other is idle.
 
     A killed one would take half a minute to come back: benchmarks/fleet_faults.py does that, twenty times.
     """

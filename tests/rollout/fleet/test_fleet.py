@@ -28,7 +28,7 @@ PATIENCE = 120.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Supervisors look and try again often."""
+    """Supervisors check and retry often."""
     monkeypatch.setattr(supervisor_module, "_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(supervisor_module, "_FIRST_DELAY", 0.05)
     monkeypatch.setattr(supervisor_module, "_LONGEST_DELAY", 0.2)
@@ -45,7 +45,7 @@ def fakes():
 
 @pytest.fixture
 def open_fleet(tmp_path, model_folder):
-    """Opens a fleet over the given URLs; keyword arguments are fields of the section."""
+    """Opens a fleet over the given URLs; keyword arguments set fields of the section ``fleet``."""
     fleets = []
 
     def begin(urls=(), **fields):
@@ -105,7 +105,7 @@ def test_all_servers_get_a_version_in_the_order_that_works(fakes, open_fleet, te
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_a_stream_that_is_no_model_reaches_no_server(fakes, open_fleet, tensors, tmp_path, change):
+def test_a_stream_that_is_not_the_model_reaches_no_server(fakes, open_fleet, tensors, tmp_path, change):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     wrong = dict(tensors)
@@ -119,21 +119,21 @@ def test_a_stream_that_is_no_model_reaches_no_server(fakes, open_fleet, tensors,
 
 
 @pytest.mark.parametrize("fault", ["tampered", "misheld"])
-def test_wrong_weights_are_refused_and_retried(fakes, open_fleet, tensors, fault):
+def test_wrong_weights_are_rejected_and_retried(fakes, open_fleet, tensors, fault):
     setattr(fakes[0], fault, True)
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
-    until(lambda: fakes[0].calls.count("/update_weights") >= 2)  # the two refusals that write a server off
+    until(lambda: fakes[0].calls.count("/update_weights") >= 2)  # two refusals, after which the server is written off
     assert names(fleet) == {"url-1"}
     assert "/resume" not in fakes[0].calls and fakes[0].paused
     setattr(fakes[0], fault, False)
     until(lambda: names(fleet) == {"url-0", "url-1"})
 
 
-def test_a_server_whose_weights_work_otherwise_is_refused(fakes, open_fleet, tensors):
+def test_a_server_whose_weights_behave_differently_is_rejected(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url, fakes[1].url])
     fakes[1].logprob, fakes[1].silent = -3.0, {"/v1/completions"}
-    fleet.publish(tensors.items(), 1)  # the first one that has it sets the standard
+    fleet.publish(tensors.items(), 1)  # the first server that has it sets the standard
     assert names(fleet) == {"url-0"}
     fakes[1].speak()
     until(lambda: any("log-probs differ by 2.00 nats" in stats.reason for stats in fleet.stats()))
@@ -141,7 +141,7 @@ def test_a_server_whose_weights_work_otherwise_is_refused(fakes, open_fleet, ten
 
 
 @pytest.mark.parametrize("route", ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/v1/completions"])
-def test_a_sync_that_fails_half_way_is_done_again(fakes, open_fleet, tensors, route):
+def test_a_sync_that_fails_halfway_is_repeated(fakes, open_fleet, tensors, route):
     fakes[0].status[route] = 500
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
@@ -152,14 +152,14 @@ def test_a_sync_that_fails_half_way_is_done_again(fakes, open_fleet, tensors, ro
     assert fakes[0].label == "1" and not fakes[0].paused
 
 
-def test_one_that_is_silent_in_a_sync_delays_nobody_and_gets_no_work_until_refreshed(fakes, open_fleet, tensors):
+def test_a_server_silent_during_a_sync_delays_no_other_and_gets_no_work_until_refreshed(fakes, open_fleet, tensors):
     fleet = open_fleet([server.url for server in fakes], silence_seconds=0.5, sync_seconds=1.0)
     fleet.publish(tensors.items(), 1)
     until(lambda: names(fleet) == {"url-0", "url-1"})
     fakes[0].silent = {"/weight_info", "/pause"}
     fleet.publish(tensors.items(), 2)
     assert "url-0" not in names(fleet)
-    until(lambda: names(fleet) == {"url-1"})  # whose answers may have been late too
+    until(lambda: names(fleet) == {"url-1"})  # its replies may have been late too
     until(lambda: state(fleet, "url-0") == "dead")
     assert fakes[0].label == "1" and "url-0" not in names(fleet)
     fakes[0].speak()
@@ -167,7 +167,7 @@ def test_one_that_is_silent_in_a_sync_delays_nobody_and_gets_no_work_until_refre
     assert fakes[0].label == "2"
 
 
-def test_a_restarted_server_is_found_out_by_its_version(fakes, open_fleet, tensors):
+def test_a_restarted_server_is_detected_by_its_version(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     fakes[0].restart()
@@ -175,13 +175,13 @@ def test_a_restarted_server_is_found_out_by_its_version(fakes, open_fleet, tenso
     assert fakes[0].fingerprint == weights_fingerprint(tensors.items())
 
 
-def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes, open_fleet, tensors):
+def test_client_reports_suspend_a_server_and_a_check_reinstates_it(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     (member,) = fleet.serving()
     fakes[0].silent = {"/weight_info"}
-    until(lambda: fakes[0].num_waiting == 1)  # the check of before is answered after the reports
-    for _ in range(50):  # one cause breaks off many requests
+    until(lambda: fakes[0].num_waiting == 1)  # the earlier check is answered after the reports
+    for _ in range(50):  # one cause interrupts many requests
         fleet.report(member, ok=False, error="connection reset")
     assert fleet.serving() == [] and fleet.stats()[0].reason == "connection reset"
     fakes[0].speak()
@@ -189,7 +189,7 @@ def test_reports_of_a_client_take_a_server_out_and_a_check_brings_it_back(fakes,
     assert fakes[0].calls.count("/update_weights") == 1
 
 
-def test_one_written_off_comes_back_through_a_refresh_alone(fakes, open_fleet, tensors):
+def test_a_written_off_server_returns_only_through_a_refresh(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     (member,) = fleet.serving()
@@ -198,7 +198,7 @@ def test_one_written_off_comes_back_through_a_refresh_alone(fakes, open_fleet, t
     fakes[0].status["/update_weights"] = 500
     del fakes[0].status["/weight_info"]
     until(lambda: fakes[0].calls.count("/update_weights") >= 2)
-    fleet.report(member, ok=True)  # of a request that was under way: it proves nothing about the weights
+    fleet.report(member, ok=True)  # from a request that was in progress: it proves nothing about the weights
     assert fleet.serving() == []
     num_loads = fakes[0].calls.count("/update_weights")
     del fakes[0].status["/update_weights"]
@@ -210,19 +210,19 @@ def test_too_few_servers_stop_the_run_with_75(fakes, open_fleet, tensors):
     fakes[0].status["/weight_info"] = 503
     fleet = open_fleet([server.url for server in fakes], min_servers=2, wait_seconds=0.1)
     with pytest.raises(
-        StoppedEarly, match=r"[01] of fleet\.min_servers = 2 servers serve after 0\.1 s: url-0 starting"
+        StoppedEarly, match=r"[01] of fleet\.min_servers = 2 servers are serving after 0\.1 s: url-0 starting"
     ) as caught:
         fleet.publish(tensors.items(), 1)
     assert caught.value.exit_code == 75
     until(lambda: names(fleet) == {"url-1"})
-    with pytest.raises(StoppedEarly, match=r"1 of fleet\.min_servers = 2 servers serve after 0\.1 s: url-0 starting"):
+    with pytest.raises(StoppedEarly, match=r"1 of fleet\.min_servers = 2 servers are serving after 0\.1 s: url-0 starting"):
         fleet.wait_for_servers(0.1)
     del fakes[0].status["/weight_info"]
     fleet.wait_for_servers(PATIENCE)
     assert names(fleet) == {"url-0", "url-1"}
 
 
-def test_nobody_waits_for_servers_that_nobody_wants(open_fleet):
+def test_waiting_ends_when_servers_are_no_longer_wanted(open_fleet):
     fleet = open_fleet()
     looks = iter([False, True])
     fleet.wait_for_servers(3600.0, lambda: next(looks))
@@ -253,7 +253,7 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
 
 
 @pytest.mark.parametrize(("what", "number"), [("file", errno.ESTALE), ("folder", errno.EIO), ("folder gone", 0)])
-def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
+def test_registrations_unreadable_for_a_while_leave_the_servers_as_they_were(
     fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog, what, number
 ):
     monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
@@ -290,7 +290,7 @@ def test_what_cannot_be_read_for_a_while_leaves_the_servers_as_they_were(
     until(lambda: names(fleet) == {"node"})
 
 
-def test_a_key_that_cannot_be_read_yet_delays_a_joiner_alone(fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog):
+def test_a_key_that_cannot_be_read_yet_delays_only_the_joiner(fakes, open_fleet, tensors, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
     fleet = open_fleet([fakes[0].url])
     folder, now = tmp_path / "fleet", time.time()
@@ -303,17 +303,17 @@ def test_a_key_that_cannot_be_read_yet_delays_a_joiner_alone(fakes, open_fleet, 
     until(lambda: names(fleet) == {"url-0", "node"})
 
 
-def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_together(fakes, open_fleet, tensors):
+def test_busy_servers_together_delay_a_broadcast_by_silence_seconds_only(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url] * 5 + [fakes[1].url], silence_seconds=77.0)
     until(lambda: all(stats.state == "stale" for stats in fleet.stats()))
     *held, free = fleet._all()
     together = threading.Barrier(len(held))
 
     class Held:
-        """A claim that others keep: it is asked for as long as allowed, and at the same time as all such claims."""
+        """A claim held elsewhere: the broadcast waits for all such claims at once, each for the full time allowed."""
 
         def acquire(self, timeout):
-            if timeout == 77.0:  # silence_seconds; the supervisor's own thread asks too
+            if timeout == 77.0:  # silence_seconds; the supervisor's own thread also tries
                 together.wait(PATIENCE)
             else:
                 time.sleep(timeout)
@@ -326,7 +326,7 @@ def test_servers_that_are_at_work_hold_up_a_broadcast_for_silence_seconds_togeth
     free.claim.release()
 
 
-def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
+def test_malformed_replies_count_as_refusals(fakes, open_fleet, tensors):
     fakes[0].prompt_logprobs = False
     fleet = open_fleet([server.url for server in fakes])
     fleet.publish(tensors.items(), 1)
@@ -338,13 +338,13 @@ def test_answers_of_an_unexpected_form_are_refusals(fakes, open_fleet, tensors):
 
 
 @pytest.mark.parametrize("answer", [[1], None, "text", {}])
-def test_an_answer_that_is_no_json_object_is_told(fakes, monkeypatch, answer):
+def test_a_reply_that_is_not_a_json_object_is_reported(fakes, monkeypatch, answer):
     monkeypatch.setattr(fakes[0], "act", lambda *_: answer)
-    with pytest.raises(ControlError, match="/weight_info answered in an unknown form"):
+    with pytest.raises(ControlError, match="/weight_info sent an unexpected reply"):
         Control(fakes[0].url, "secret").version()
 
 
-def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path):
+def test_a_stream_that_spans_several_files(fakes, open_fleet, tensors, tmp_path):
     fleet = open_fleet([fakes[0].url], bucket_bytes=10_000)
     fleet.publish(tensors.items(), 1)
     paths = sorted((tmp_path / "weights" / "version_000001").glob("*.safetensors"))
@@ -354,7 +354,7 @@ def test_a_stream_as_long_as_several_files(fakes, open_fleet, tensors, tmp_path)
     assert fakes[0].fingerprint == weights_fingerprint(tensors.items())
 
 
-def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet, tensors):
+def test_different_weights_under_the_same_version_are_new_weights(fakes, open_fleet, tensors):
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -363,12 +363,12 @@ def test_other_weights_under_the_same_version_are_new_weights(fakes, open_fleet,
     assert fakes[0].fingerprint == fingerprint
 
 
-def test_devices_must_be_those_of_the_servers(open_fleet):
-    with pytest.raises(UserError, match=r"not of fleet\.servers = 0"):
+def test_devices_must_match_the_servers(open_fleet):
+    with pytest.raises(UserError, match=r"not for fleet\.servers = 0"):
         open_fleet(devices=("0",))
 
 
-def test_a_missing_key_file_is_told(tmp_path, model_folder):
+def test_a_missing_key_file_is_reported(tmp_path, model_folder):
     section = FleetConfig(urls=("http://127.0.0.1:1",), key_file=Path(tmp_path / "none"))
     with pytest.raises(UserError, match=r"fleet\.key_file"):
         Fleet(section, ServerSettings(model_folder, tmp_path / "f", tmp_path, "k"), tmp_path / "w").start()

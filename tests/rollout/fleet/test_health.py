@@ -1,4 +1,4 @@
-"""The state machine alone: every transition by table, and what no sequence of events can do."""
+"""The state machine alone: a table of every transition, and what no sequence of events can do."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_every_transition(event):
 
 
 def reachable() -> dict[Health, list[tuple[str, Health]]]:
-    """Every ``Health`` that events can lead to, with what each event makes of it. Reasons are left out: they decide nothing."""
+    """Every ``Health`` that events can reach, and the result of each event. Reasons are left out: they affect no transition."""
     graph, todo = {}, [Health()]
     while todo:
         health = todo.pop()
@@ -66,7 +66,7 @@ def reachable() -> dict[Health, list[tuple[str, Health]]]:
 
 
 def strip(health: Health) -> Health:
-    """Without its reason; of its failures only what still counts."""
+    """``health`` without its reason, and with only the failures that still count."""
     return Health(health.state, health.version, health.fingerprint, health.num_failures, health.num_refusals, health.num_doubts)
 
 
@@ -86,20 +86,20 @@ def test_no_path_from_dead_or_starting_to_healthy_without_a_refresh():
                 todo.append(after)
 
 
-def test_it_serves_exactly_while_healthy_on_the_version_that_it_proved():
+def test_it_serves_only_while_healthy_on_its_proven_version():
     assert len(GRAPH) > 20
     for health in GRAPH:
         for version in (1, 2):
             assert health.serves(version) == (health.state is State.HEALTHY and health.fingerprint == f"fingerprint {version}")
 
 
-def test_what_it_holds_is_forgotten_with_the_process():
+def test_its_weights_are_forgotten_with_the_process():
     for health in GRAPH:
         if health.state in (State.STARTING, State.DEAD):
             assert health.version is None and health.fingerprint is None
 
 
-def test_dead_after_three_failures_in_a_row_and_not_before():
+def test_dead_after_three_consecutive_failures_and_not_before():
     health = EXAMPLES[State.HEALTHY]
     for state in (State.SUSPECT, State.SUSPECT, State.DEAD):
         health = health.failed("reset")
@@ -108,7 +108,7 @@ def test_dead_after_three_failures_in_a_row_and_not_before():
     assert health.state is State.SUSPECT and health.reason == "d"
 
 
-def test_requests_that_fail_although_checks_go_well_end_it_and_many_at_once_count_once():
+def test_repeated_failed_requests_end_it_despite_good_checks_and_simultaneous_ones_count_once():
     health = EXAMPLES[State.HEALTHY]
     for _ in range(50):
         health = health.doubted("one cause")

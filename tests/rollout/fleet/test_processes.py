@@ -23,7 +23,7 @@ from nft_megatron.weights.fingerprint import weights_fingerprint
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(1800)]
 
-PATIENCE = 600.0  # a start, on a busy machine
+PATIENCE = 600.0  # for a start on a busy machine
 
 
 def living():
@@ -31,7 +31,7 @@ def living():
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             head, rest = path.read_text().rsplit(")", 1)
-        except OSError:  # it has just ended
+        except OSError:  # it has just exited
             continue
         state, parent, group = rest.split()[:3]
         if state != "Z":
@@ -39,7 +39,7 @@ def living():
 
 
 def processes(server):
-    """The living processes of a server by what they are; ``server`` is the id of their session."""
+    """A server's living processes by role; ``server`` is the id of their session."""
     kinds = {"VLLM::EngineCor": "engine", "VLLM::Worker": "worker"}
     return {
         "guard" if pid == group else kinds.get(name) or ("API" if parent == group else pid): pid
@@ -49,7 +49,7 @@ def processes(server):
 
 
 def servers_of(parent):
-    """The sessions that a process has started."""
+    """The sessions started by a process."""
     return {pid for pid, _, its_parent, group in living() if its_parent == parent and pid == group}
 
 
@@ -62,8 +62,8 @@ def weights(fleet_model):
     return load_file(fleet_model / "model.safetensors")
 
 
-def test_nothing_is_left_of_a_server_that_is_killed_in_any_way_or_loses_its_parent(server_settings):
-    """Three servers on their way up: the guard does its work from the first moment on."""
+def test_nothing_is_left_of_a_server_that_is_killed_or_loses_its_parent(server_settings):
+    """Three servers that are still starting: the guard works from the first moment."""
     code = (
         "import pickle, sys, time; from nft_megatron.rollout.fleet.server import Server;"
         "server = Server(pickle.load(sys.stdin.buffer), 'child', seed=0); print(server.process.pid, flush=True);"
@@ -82,13 +82,13 @@ def test_nothing_is_left_of_a_server_that_is_killed_in_any_way_or_loses_its_pare
     kill(groups["guard"], "guard")
     until(lambda: not servers["guard"].is_alive())
     for server in servers.values():
-        server.stop(0)  # what a supervisor does that sees it gone
+        server.stop(0)  # as a supervisor does when it finds it gone
     until(lambda: not processes(groups["guard"]))
     parent.wait()
 
 
 class Adopting(Fleet):
-    """Its first server is one that runs already."""
+    """Its first server is one that is already running."""
 
     def __init__(self, adopted, *arguments):
         super().__init__(*arguments)
@@ -124,7 +124,7 @@ def test_a_killed_server_comes_back_with_the_current_weights(vllm_servers, serve
         assert (successor.incarnation, successor.url) == (member.incarnation + 1, vllm_servers[0].url) != (None, member.url)
         assert successor.health.fingerprint == member.health.fingerprint == weights_fingerprint(weights.items())
     finally:
-        fleet.launched[-1].stop = lambda seconds=0.0: None  # it outlives this fleet
+        fleet.launched[-1].stop = lambda seconds=0.0: None  # it must outlive this fleet
         fleet.close()
         del fleet.launched[-1].stop
     label = {"new_version": "default"}

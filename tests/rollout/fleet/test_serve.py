@@ -1,4 +1,4 @@
-"""A rollout node's process: how it bears a busy server, a full disk and a server that does not start."""
+"""A rollout node's process: how it handles a busy server, a full disk and a server that does not start."""
 
 import errno
 import threading
@@ -17,7 +17,7 @@ PATIENCE = 120.0
 
 
 class Server:
-    """In place of the node's: it serves ``fake``, and lists what happens in ``events``."""
+    """Replaces the node's server: serves ``fake`` and lists what happens in ``events``."""
 
     fake, events, fails = None, [], 0
 
@@ -69,13 +69,13 @@ def start_node(run_config, server):
         assert not thread.is_alive()
 
 
-def test_a_server_that_is_silent_while_it_loads_weights_stays(server, start_node):
+def test_a_server_that_is_silent_while_loading_weights_stays(server, start_node):
     _, registered = start_node(silence_seconds=0.2, sync_seconds=PATIENCE)
     until(registered)
     server.fake.silent = {"/weight_info"}
     num_asked = server.fake.num_waiting
-    until(lambda: server.fake.num_waiting > num_asked + 3)  # it was asked again and again
-    heartbeat = registered()["node"].heartbeat  # it is not forgotten meanwhile
+    until(lambda: server.fake.num_waiting > num_asked + 3)  # it was checked repeatedly
+    heartbeat = registered()["node"].heartbeat  # it is not forgotten in the meantime
     until(lambda: registered()["node"].heartbeat > heartbeat)
     server.fake.speak()
     heartbeat = registered()["node"].heartbeat
@@ -84,7 +84,7 @@ def test_a_server_that_is_silent_while_it_loads_weights_stays(server, start_node
 
 
 @pytest.mark.parametrize("fault", ["silent", "refuses"])
-def test_a_server_that_is_silent_for_longer_or_refuses_is_started_again(server, start_node, fault):
+def test_a_server_that_is_silent_for_longer_or_refuses_is_restarted(server, start_node, fault):
     settings = {"silence_seconds": 0.2, "sync_seconds": 1.0} if fault == "silent" else {}
     _, registered = start_node(**settings)
     until(registered)
@@ -101,7 +101,7 @@ def test_a_server_that_is_silent_for_longer_or_refuses_is_started_again(server, 
     until(registered)
 
 
-def test_a_disk_that_fails_ends_no_healthy_server(server, start_node, monkeypatch, caplog):
+def test_a_failing_disk_ends_no_healthy_server(server, start_node, monkeypatch, caplog):
     node, registered = start_node()
     until(registered)
 
@@ -119,11 +119,11 @@ def test_a_disk_that_fails_ends_no_healthy_server(server, start_node, monkeypatc
     until(lambda: server.events == ["start", "stop"])
 
 
-def test_a_start_that_fails_and_an_odd_answer_are_told_and_tried_again(server, start_node, monkeypatch, caplog):
+def test_a_failed_start_and_an_odd_reply_are_logged_and_retried(server, start_node, monkeypatch, caplog):
     server.fails = 2
     _, registered = start_node()
     until(registered)
-    assert server.events == ["start"] * 3 and caplog.text.count("a turn failed") == 2 and "No space left" in caplog.text
+    assert server.events == ["start"] * 3 and caplog.text.count("this attempt failed") == 2 and "No space left" in caplog.text
     act = server.fake.act
     monkeypatch.setattr(server.fake, "act", lambda name, body: {})
     until(lambda: "KeyError" in caplog.text and not registered())
@@ -131,7 +131,7 @@ def test_a_start_that_fails_and_an_odd_answer_are_told_and_tried_again(server, s
     until(registered)
 
 
-def test_one_that_leaves_is_withdrawn_before_its_server_ends(server, start_node, monkeypatch):
+def test_a_leaving_node_withdraws_before_its_server_ends(server, start_node, monkeypatch):
     node, registered = start_node()
     until(registered)
     withdraw = serve.withdraw

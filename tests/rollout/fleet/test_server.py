@@ -1,4 +1,4 @@
-"""A server's command line, its key, and its end, with the real vLLM; its folders, log and guard without."""
+"""A server's command line, key and exit, with the real vLLM; its folders, log and guard without it."""
 
 import errno
 import fcntl
@@ -23,7 +23,7 @@ PATIENCE = 120.0
 
 
 @pytest.mark.timeout(1800)
-def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
+def test_two_servers_answer_and_require_the_key(vllm_servers):
     for server in vllm_servers:
         assert httpx.get(f"{server.url}/v1/models", headers=server.headers).json()["data"][0]["id"] == "policy"
         for path in ("/health", "/v1/models", "/weight_info", "/metrics"):
@@ -35,14 +35,14 @@ def test_two_servers_answer_and_ask_for_the_key(vllm_servers):
 
 @pytest.fixture
 def asleep(tmp_path):
-    """Settings of servers that only sleep."""
+    """Settings for servers that only sleep."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 600\n")
     python.chmod(0o755)
     return ServerSettings(tmp_path / "model", tmp_path / "fleet", tmp_path / "logs", "key", python=str(python))
 
 
-def test_each_place_of_the_package_has_a_folder_of_its_own(asleep, tmp_path, monkeypatch):
+def test_each_location_of_the_package_has_its_own_folder(asleep, tmp_path, monkeypatch):
     places = [Path(nft_megatron.__file__).resolve().parent, tmp_path / "moved" / "nft_megatron"]
     for _ in range(2):
         for place in places:
@@ -52,7 +52,7 @@ def test_each_place_of_the_package_has_a_folder_of_its_own(asleep, tmp_path, mon
     assert len(list((tmp_path / "fleet" / "python").iterdir())) == 2
 
 
-def test_a_server_whose_log_is_gone_is_started_again(asleep):
+def test_a_server_whose_log_is_gone_is_restarted(asleep):
     servers = []
 
     def launch():
@@ -72,7 +72,7 @@ def test_a_server_whose_log_is_gone_is_started_again(asleep):
     assert not servers[1].is_alive()
 
 
-def test_a_start_that_fails_leaves_no_descriptor(asleep, monkeypatch):
+def test_a_failed_start_leaves_no_open_descriptor(asleep, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -99,7 +99,7 @@ def test_a_guard_watches_a_descriptor_above_1023():
         os.close(high)
         until(lambda: any(Path(f"/proc/{child}/comm").read_text() == "sleep\n" for child in children(process.pid)))
         num_looks = pauses(process.pid)
-        until(lambda: process.poll() is not None or pauses(process.pid) > num_looks + 3)  # it looks at the pipe, and lives
+        until(lambda: process.poll() is not None or pauses(process.pid) > num_looks + 3)  # it polls the pipe and stays alive
     finally:
         os.close(alive)
         os.close(ours)
@@ -113,6 +113,6 @@ def children(pid):
 
 
 def pauses(pid):
-    """How often a process has waited for something."""
+    """How often a process has waited (voluntary context switches)."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("voluntary")]
     return int(line.split()[1])

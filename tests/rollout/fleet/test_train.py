@@ -12,7 +12,7 @@ from nft_megatron.weights.hf_reader import HFReader
 
 @pytest.fixture
 def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
-    """The section ``fleet`` for the two servers, which have their first weights again afterwards."""
+    """The section ``fleet`` for the two servers, which get their first weights back afterwards."""
     key = tmp_path / "key"
     key.write_text(server_settings.api_key)
     key.chmod(0o600)
@@ -65,7 +65,7 @@ def test_a_run_with_vllm(run_config, command, metrics_of, fleet_model, fleet_of,
 
 
 def read_all(run):
-    """The metrics with those of the clock."""
+    """The metrics, including those that depend on time."""
     from nft_megatron.observe.metrics import read_metrics
 
     return read_metrics(run)

@@ -28,7 +28,7 @@ def shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def test_files_are_read_by_safetensors_and_by_our_reader(tensors, tmp_path):
+def test_safetensors_and_our_reader_read_the_files(tensors, tmp_path):
     stream = CheckedStream(tensors.items(), shapes(tensors))
     folder = VersionWriter(tmp_path, 12, shard_bytes=1500).write(stream)
     assert folder == tmp_path / "version_000012"
@@ -52,18 +52,18 @@ def test_files_are_read_by_safetensors_and_by_our_reader(tensors, tmp_path):
     [
         (lambda items: items[:-1], "e: missing"),
         (lambda items: [*items, items[0]], "a: this tensor is repeated"),
-        (lambda items: [("x", items[0][1]), *items[1:]], "x: this tensor is repeated or the model has none"),
+        (lambda items: [("x", items[0][1]), *items[1:]], "x: this tensor is repeated or not in the model"),
         (lambda items: [("a", items[0][1].T), *items[1:]], r"a: has shape \(7, 40\), not \(40, 7\)"),
     ],
 )
-def test_a_stream_that_is_no_model_leaves_no_files(tensors, tmp_path, change, problem):
+def test_a_stream_that_is_not_the_model_leaves_no_files(tensors, tmp_path, change, problem):
     stream = CheckedStream(change(list(tensors.items())), shapes(tensors))
     with pytest.raises(UserError, match=f"weights = {problem}"):
         VersionWriter(tmp_path, 1, shard_bytes=100).write(stream)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_no_files_and_is_told(tensors, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_files_and_is_reported(tensors, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_no_files_and_is_told(tensors, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_versions_go_and_other_folders_stay(tmp_path):
+def test_old_versions_are_removed_and_other_folders_kept(tmp_path):
     for name in ("version_000001", "version_000002", "version_000003", "version_x", "mine"):
         (tmp_path / name).mkdir()
     remove_versions(tmp_path, keep={2, 3})

@@ -1,4 +1,4 @@
-"""Weights of real vLLM servers after a sync, against transformers' model with the same weights."""
+"""Weights of real vLLM servers after a sync, compared with transformers' model with the same weights."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def first_weights(fleet_model):
 
 @pytest.fixture(scope="module", autouse=True)
 def given_back(vllm_servers, fleet_model, first_weights):
-    """Tests of other files find the servers on the weights of ``fleet_model``."""
+    """Puts the servers back on the weights of ``fleet_model`` for the tests in other files."""
     yield
     published = Published(0, weights_fingerprint(first_weights.items()), 0, fleet_model)
     for server in vllm_servers:
@@ -53,14 +53,14 @@ def given_back(vllm_servers, fleet_model, first_weights):
 
 
 def other_weights(first_weights, seed):
-    """Far enough away that other tokens are the likeliest."""
+    """Different enough to make other tokens the likeliest."""
     generator = torch.Generator().manual_seed(seed)
     return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in first_weights.items()}
 
 
 @pytest.fixture
 def open_fleet(vllm_servers, server_settings, tmp_path):
-    """Opens a fleet over the two servers, which are known by their URLs."""
+    """Opens a fleet over the two servers, given by their URLs."""
     fleets = []
 
     def begin(**fields):
@@ -112,7 +112,7 @@ def greedy_answer(member):
 
 
 @pytest.mark.parametrize("way", ["folder", "transfer"])
-def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
+def test_after_a_sync_every_server_answers_like_transformers_with_the_new_weights(
     fleet_model, first_weights, open_fleet, tmp_path, way
 ):
     fleet = open_fleet(weights=way, bucket_bytes=100_000)
@@ -131,7 +131,7 @@ def test_after_a_sync_every_server_answers_as_transformers_with_the_new_weights(
 
 
 @pytest.mark.slow
-def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_fleet, tmp_path):
+def test_a_broadcast_works_without_files(fleet_model, first_weights, open_fleet, tmp_path):
     fleet = open_fleet(weights="transfer", keep_copy=False)
     wait_until_reachable(fleet)
     weights = other_weights(first_weights, seed=3)
@@ -142,7 +142,7 @@ def test_a_broadcast_without_files_serves_too(fleet_model, first_weights, open_f
 
 
 @pytest.mark.slow
-def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, first_weights, open_fleet, tmp_path):
+def test_a_trainer_fault_during_a_broadcast_is_raised_in_the_trainer(fleet_model, first_weights, open_fleet, tmp_path):
     fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
     wait_until_reachable(fleet)
     fleet.publish(first_weights.items(), 1)
@@ -160,7 +160,7 @@ def test_a_fault_of_the_trainer_in_a_broadcast_is_the_trainers_own(fleet_model, 
 
 
 @pytest.mark.parametrize("fault", [pytest.param("broken off", marks=pytest.mark.slow), "tampered"])
-def test_what_a_broadcast_fails_to_bring_comes_from_the_files(fleet_model, first_weights, open_fleet, monkeypatch, fault):
+def test_after_a_failed_broadcast_servers_read_the_files(fleet_model, first_weights, open_fleet, monkeypatch, fault):
     fleet = open_fleet(weights="transfer", bucket_bytes=100_000)
     wait_until_reachable(fleet)
     num_buckets, send_bucket = 0, broadcast.Group.broadcast
@@ -193,7 +193,7 @@ def wait_until_reachable(fleet):
 
 
 @pytest.mark.slow
-def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet, monkeypatch):
+def test_every_server_rejects_a_tampered_tensor(first_weights, open_fleet, monkeypatch):
     fleet = open_fleet(wait_seconds=0.1)
     publish = versions.VersionWriter.publish
 
@@ -210,15 +210,15 @@ def test_a_tampered_tensor_is_refused_by_every_server(first_weights, open_fleet,
     monkeypatch.setattr(versions.VersionWriter, "publish", tampered)
     with pytest.raises(StoppedEarly, match=r"0 of fleet\.min_servers = 2"):
         fleet.publish(first_weights.items(), 1)
-    until(lambda: all("took over weights" in stats.reason for stats in fleet.stats()), PATIENCE)
+    until(lambda: all("loaded weights" in stats.reason for stats in fleet.stats()), PATIENCE)
     assert fleet.serving() == []
     monkeypatch.undo()
-    with contextlib.suppress(StoppedEarly):  # they may have to leave what they have begun
+    with contextlib.suppress(StoppedEarly):  # they may have to abandon what they have started
         fleet.publish(first_weights.items(), 2)
     wait_for_both(fleet)
 
 
-def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_weights_come(
+def test_a_missing_tensor_or_truncated_file_leaves_a_server_paused_until_good_weights_arrive(
     vllm_servers, fleet_model, first_weights, tmp_path
 ):
     server = vllm_servers[0]
@@ -233,7 +233,7 @@ def test_a_missing_tensor_and_a_truncated_file_leave_a_server_paused_until_good_
 
     bad = Published(6, good.fingerprint, 0, tmp_path / "incomplete")
     load_folder(control, bad, "finish", Deadline.of(PATIENCE))  # vLLM finds nothing wrong with it
-    with pytest.raises(WrongWeights, match="took over weights"):
+    with pytest.raises(WrongWeights, match="loaded weights"):
         verify_and_resume(control, bad, 15, True, Deadline.of(PATIENCE))
     with pytest.raises(RuntimeError, match="500"):
         load_folder(control, Published(6, good.fingerprint, 0, tmp_path / "truncated"), "finish", Deadline.of(PATIENCE))
@@ -264,7 +264,7 @@ def test_a_stopped_server_gets_no_work_until_it_is_refreshed(vllm_servers, fleet
 
 
 def ask(member, num_held, pause):
-    """Tokens, log-probs and weight spans of ``NUM_ANSWERS`` answers. ``pause``: called once each has ``num_held`` tokens."""
+    """Tokens, log-probs and weight spans of ``NUM_ANSWERS`` answers. ``pause`` is called once each has ``num_held`` tokens."""
     parameters = {
         "n": NUM_ANSWERS,
         "max_tokens": ANSWER_TOKENS,
@@ -293,10 +293,10 @@ def ask(member, num_held, pause):
 
 
 def hold_answers(member, pool):
-    """Asks for answers and returns once all of them are begun and none is finished, the server being paused between two tokens.
+    """Requests answers and returns once all have started and none has finished, with the server paused between two tokens.
 
-    Where a server finished some of them before it heard of the pause, it is asked again. With its cache cleared, vLLM 0.32.0
-    would count them among the requests that have not begun, and a pause that lets answers finish would pass them over.
+    If a server finishes some of them before the pause reaches it, they are requested again. With its cache cleared, vLLM 0.32.0
+    would count them among the requests that have not started, and a pause that lets answers finish would skip them.
     """
     while True:
         paused = threading.Event()
@@ -315,7 +315,7 @@ def hold_answers(member, pool):
 
 
 def num_running(member):
-    """Answers that the server has begun and not finished, by its own account."""
+    """The number of answers that the server reports as started and unfinished."""
     text = httpx.get(f"{member.url}/metrics", headers=member.headers, timeout=PATIENCE).text
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running"))
 
@@ -324,7 +324,7 @@ def num_running(member):
 def test_answers_in_progress_during_a_sync_say_which_weights_each_token_came_from(
     fleet_model, first_weights, open_fleet, in_flight
 ):
-    """Log-probs of every span are those of that version's weights given all tokens before, whoever computed them first."""
+    """Log-probs of every span are those of its version's weights given all earlier tokens, whichever weights computed those."""
     fleet = open_fleet(in_flight=in_flight)
     weights = {version: other_weights(first_weights, seed=version) for version in (1, 2)}
     fleet.publish(weights[1].items(), 1)
