@@ -13,6 +13,7 @@ from fake_control import FakeServer
 from safetensors.torch import load_file
 from waiting import until
 
+from nft_megatron.base.backoff import Backoff
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet import fleet as fleet_module
@@ -30,8 +31,7 @@ PATIENCE = 120.0
 def quick(monkeypatch):
     """Supervisors check and retry often."""
     monkeypatch.setattr(supervisor_module, "_CHECK_SECONDS", 0.05)
-    monkeypatch.setattr(supervisor_module, "_FIRST_DELAY", 0.05)
-    monkeypatch.setattr(supervisor_module, "_LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(supervisor_module, "Backoff", lambda: Backoff(0.05, 0.2))
 
 
 @pytest.fixture
