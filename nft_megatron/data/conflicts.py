@@ -22,9 +22,7 @@ _PRIME = re.compile(r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime(?![A-Za-z])))|[â
 _APOSTROPHE = re.compile(r"(?<=[A-Za-z])'(?=(?:s|t|re|ve|ll|d|m)\b)|(?<![\w)\]}'])'")  # Ann's, don't, and an opening quote
 _IN_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 _RATIO = re.compile(r"(?<=[\w})\]]):(?=[\w\\({\[])")
-_FRACTION = re.compile(
-    r"(?<![\w})])\\frac\s*(?:\{([\w\\]+)\}|(\\[A-Za-z]+|\w))\s*(?:\{(\d+|[A-Za-z])\}|(\w))(?![\w\\{(^])"
-)
+_FRACTION = re.compile(r"(?<![\w})])\\frac\s*(?:\{([\w\\]+)\}|(\\[A-Za-z]+|\w))\s*(?:\{(\d+|[A-Za-z])\}|(\w))(?![\w\\{(^])")
 _MATH = re.compile(r"\\[()\[\]]|\$")
 _KEPT_COMMA, _KEPT_COLON = "\ue000", "\ue001"
 

@@ -26,10 +26,13 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
-def files_of(path: Path, field: str, splits: Sequence[str], config_name: str | None = None) -> list[Path]:
+def files_of(
+    path: Path, field: str, splits: Sequence[str], config_name: str | None = None, *, is_required: bool = True
+) -> list[Path]:
     """``path`` itself, or a data set folder's files of the first of ``splits`` that it has.
 
-    A folder with several configs (subsets) is refused with their names unless ``config_name`` is one of them.
+    A folder with several configs (subsets) is refused with their names unless ``config_name`` is one of them. Unless it
+    ``is_required``, a folder with a single config needs no such name.
     """
     if not path.exists():
         raise UserError(field, path, "no such file or folder", "check the path")
@@ -46,6 +49,8 @@ def files_of(path: Path, field: str, splits: Sequence[str], config_name: str | N
     if not configs:
         raise UserError(field, path, f"holds no {', '.join(READERS)} file", "name a file or a data set folder")
     names = ", ".join(sorted(configs))
+    if not is_required and len(configs) == 1:
+        config_name = None
     if config_name is None and len(configs) > 1:
         problem = f"has several configs, whose questions may overlap: {names}"
         raise UserError(field, path, problem, f"choose one: data.config_name={min(configs)}, or name the files themselves")

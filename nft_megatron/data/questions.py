@@ -60,7 +60,7 @@ def load_questions(
     paths: Sequence[Path | str],
     field: str = "data.train",
     splits: Sequence[str] = TRAIN_SPLIT,
-    columns: Columns = Columns(),  # noqa: B008 (frozen)
+    columns: Columns = Columns(),
 ) -> list[Question]:
     """The questions of :func:`read_data_set`."""
     return list(read_data_set(paths, field, splits, columns).questions)
@@ -70,7 +70,7 @@ def read_data_set(
     paths: Sequence[Path | str],
     field: str = "data.train",
     splits: Sequence[str] = TRAIN_SPLIT,
-    columns: Columns = Columns(),  # noqa: B008 (frozen)
+    columns: Columns = Columns(),
 ) -> DataSet:
     """All questions of ``paths``, in file order, each id once.
 
@@ -87,7 +87,7 @@ def read_data_set(
     files = [
         (i, path, file)
         for i, path in enumerate(map(Path, paths))
-        for file in files_of(path, field, splits, columns.config_name)
+        for file in files_of(path, field, splits, columns.config_name, is_required=columns.is_required)
     ]
     num_rows = 0
     for position, path, file in files:
@@ -114,7 +114,7 @@ def question_of_row(
     default_id: str,
     where: str,
     field: str,
-    columns: Columns = Columns(),  # noqa: B008 (frozen)
+    columns: Columns = Columns(),
 ) -> Question:
     r"""The question in one row, whatever its columns are called; ``where`` names the row in errors.
 
