@@ -51,7 +51,7 @@ class DataConfig(ConfigModel):
     """Prompt of template ``plain``; ``{question}`` is replaced by the question."""
     system_prompt: str | None = None
     """System message that replaces the template's own."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the tokenizer's chat template: ``data.chat_template_kwargs.enable_thinking=false`` switches Qwen3's thinking
     off."""
     instruction: Literal["boxed", "answer", "keep", "none"] = "boxed"
