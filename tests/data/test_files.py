@@ -88,7 +88,9 @@ def folder_of_configs(folder: Path) -> Path:
 
 def test_several_configs_are_refused_with_their_names(tmp_path: Path) -> None:
     folder = folder_of_configs(tmp_path / "gsm")
-    with pytest.raises(UserError, match=r"data\.train = .*gsm: has several configs, .*: main, socratic; choose one: data\.config"):
+    with pytest.raises(
+        UserError, match=r"data\.train = .*gsm: has several configs, .*: main, socratic; choose one: data\.config"
+    ):
         asked(folder)
     assert len(asked(folder, config_name="main")) == 2
     assert asked(folder, config_name="socratic") == [("1+1?", "2")]
@@ -150,7 +152,9 @@ def test_held_out_data_may_have_the_usual_columns_and_no_configs(tmp_path: Path)
         asked(held_out, **names)
     relaxed = load_questions([held_out], "evaluate.data", ("test",), Columns(**names, is_required=False))
     assert [(question.text, question.gold) for question in relaxed] == [("1+1?", "2")]
-    with pytest.raises(UserError, match=r"data\.question_field = quest: .*train\.jsonl, row 0 has no such column \(it has query,"):
+    with pytest.raises(
+        UserError, match=r"data\.question_field = quest: .*train\.jsonl, row 0 has no such column \(it has query,"
+    ):
         asked(train, question="quest")
     with pytest.raises(UserError, match=r"data\.answer_field = extra_info\.gold: .*row 0 has no such column"):
         asked(train, question="query", answer="extra_info.gold")

@@ -39,7 +39,10 @@ def user(text: str) -> dict[str, str]:
         ({"prompt": [user("1?"), {"role": "assistant", "content": "2"}]}, "ends with the message of role 'assistant'"),
         ({"prompt": json.dumps([user("1?"), {"role": "assistant", "content": "2"}])}, "ends with the message of role 'assist"),
         ({"prompt": [{"role": "system", "content": "1?"}]}, "ends with the message of role 'system'"),
-        ({"prompt": [{"role": "developer", "content": "x"}, user("1?")]}, "a message has the role 'developer'; use system, user"),
+        (
+            {"prompt": [{"role": "developer", "content": "x"}, user("1?")]},
+            "a message has the role 'developer'; use system, user",
+        ),
         ({"prompt": [{"role": "human", "content": "1?"}]}, "a message has the role 'human'"),
         ({"prompt": [user(" ")]}, "the user's message is empty"),
         ({"prompt": "\n "}, "has no question"),
