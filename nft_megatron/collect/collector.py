@@ -133,8 +133,7 @@ class Collector:
                 "data.train",
                 f"{len(self.order.prompts)} questions",
                 "are not those that this run began with",
-                "restore the files, or the model folder's tokenizer and template if those changed, or start a new run in another "
-                "run_dir",
+                "restore the files, the tokenizer and its template, or start a new run in another run_dir",
             )
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:

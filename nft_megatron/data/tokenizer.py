@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The end-of-text tokens, sorted: the tokenizer's, and those of generation_config.json or, if it names none, of config.json.
+    """The end-of-text tokens, sorted: the tokenizer's, and those of generation_config.json or, if it has none, of config.json.
 
     Raises :class:`UserError` with the file if it is not JSON, or names what is no token.
     """

@@ -93,7 +93,7 @@ def _answer_of(row: Row, where: str, answer_field: str, gold_field: str) -> tupl
     if not isinstance(text, str):
         problem = f"{answer_field!r} is not text but {type(text).__name__}"
         raise UserError("FILE", where, problem, "put the model's whole answer there")
-    if not isinstance(gold, (str, int, float, list, Decimal)) or not str(gold).strip():
+    if not isinstance(gold, (str, int, float, Decimal)) or not str(gold).strip():
         problem = f"{gold_field!r} is neither text nor a number: {gold!r}"
         raise UserError("FILE", where, problem, "put the correct answer there")
     try:

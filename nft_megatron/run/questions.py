@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from nft_megatron.data.start_table import start_table
 
 
 def read_questions(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
-    """The prompts to train on and the held-out ones. Prints the table of what was read.
+    """The prompts to train on and the held-out ones. Prints the table of what was read to stderr.
 
     A run that has begun keeps its prompts and the date in its templates as long as the data files have the same content. If
     they differ they are read anew, and the collector refuses prompts that are not those it began with. A run that an earlier
@@ -36,5 +37,5 @@ def read_questions(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[P
     held_out = read_prompts(config, tokenizer, "evaluate.data", now, checks_golds=checks_golds)
     if kept is None:
         KeptPrompts(questions, now, digest).write(folder.prompts)
-    print(start_table(questions, tokenizer, "data.train"), flush=True)
+    print(start_table(questions, tokenizer, "data.train"), file=sys.stderr, flush=True)
     return questions, held_out

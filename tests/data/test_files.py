@@ -135,7 +135,7 @@ def test_configs_as_the_readme_lists_them(tmp_path: Path) -> None:
     (tmp_path / "hard").mkdir()
     for name, row in (("easy_a", ROWS[0]), ("easy_b", ROWS[1]), ("hard/only", ROWS[1])):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match="several configs.*: easy, hard;"):
+    with pytest.raises(UserError, match=r"several configs.*: easy, hard;"):
         asked(tmp_path)
     assert asked(tmp_path, config_name="easy") == [("1+1?", "2")]
     assert asked(tmp_path, config_name="hard") == [("2+2?", "4")]

@@ -79,7 +79,7 @@ def test_a_run_keeps_its_prompts_and_its_date(config: Config, folder: RunFolder,
     assert again.num_rows == 2 and again.left_out == first.left_out
     _, held_out = read_questions(config, folder, tokenizer())
     assert texts(held_out) == [f"<{date}>3+3?"]
-    assert "rows read" in capsys.readouterr().out
+    assert "rows read" in capsys.readouterr().err
 
 
 def test_a_run_that_collected_nothing_reads_again(config: Config, folder: RunFolder) -> None:
