@@ -45,7 +45,8 @@ def files_of(
         state = json.loads((path / "state.json").read_text())
         return [path / entry["filename"] for entry in state["_data_files"]]
     listed = _listed_configs(path)
-    configs = listed or _configs_by_folder(path)
+    grouped = {} if listed else _configs_by_folder(path)
+    configs = set(listed or grouped)
     if not configs:
         raise UserError(field, path, f"holds no {', '.join(READERS)} file", "name a file or a data set folder")
     names = ", ".join(sorted(configs))
@@ -57,12 +58,12 @@ def files_of(
     if config_name is not None and config_name not in configs:
         problem = f"{field} = {path} has no such config; it has {names}"
         raise UserError("data.config_name", config_name, problem, "name one of those")
-    name = next(iter(configs)) if config_name is None else config_name
+    name = min(configs) if config_name is None else config_name
     if listed:
         return _of_listed(listed[name], path, field, splits)
     if any((path / name / file).exists() for file in ("dataset_dict.json", "state.json")):
         return files_of(path / name, field, splits)
-    return _of_split(configs[name], path, field, splits)
+    return _of_split(grouped[name], path, field, splits)
 
 
 def _configs_by_folder(path: Path) -> dict[str, list[Path]]:
