@@ -6,7 +6,7 @@ and makes each an ``Answer``; the K answers to one question are a ``Group``; the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ Label = Literal["correct", "wrong", "unknown"]
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a dataset, before any template.
+    """One row of a dataset, before any template. ``place`` names its file and row in messages.
 
     >>> Question("dapo/0", ({"role": "user", "content": "What is 2+2?"},), gold="4", source="math_dapo").text
     'What is 2+2?'
@@ -27,6 +27,7 @@ class Question:
     messages: tuple[dict[str, str], ...]
     gold: str
     source: str = ""
+    place: str = field(default="", compare=False, repr=False)
 
     @property
     def text(self) -> str:

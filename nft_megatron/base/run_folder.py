@@ -46,6 +46,16 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def prompts(self) -> Path:
+        """The prompts that the run began with."""
+        return self.root / "prompts.parquet"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether answers were collected or a checkpoint written: from then on, what the run computes may not change."""
+        return bool(self.config.exists() and (self.latest_step() or any(self.ledgers.rglob("*.parquet"))))
+
+    @property
     def stop(self) -> Path:
         """Written by a person or the scheduler: save and exit."""
         return self.root / "stop"

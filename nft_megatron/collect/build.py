@@ -5,27 +5,35 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.records import Sampling
+from nft_megatron.base.records import Question, Sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
-from nft_megatron.config.schema import Config
+from nft_megatron.config.schema import Config, VerifyConfig
+from nft_megatron.data.golds import unmatched_golds
 from nft_megatron.data.prompts import PromptSet, make_prompts
-from nft_megatron.data.questions import HELD_OUT_SPLIT, TRAIN_SPLIT, load_questions
+from nft_megatron.data.questions import HELD_OUT_SPLIT, TRAIN_SPLIT, Columns, read_data_set
 from nft_megatron.data.tokenizer import stop_token_ids
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.exclusive import ExclusiveEngine
+from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier
 from nft_megatron.weights import ModelShape
 
 log = logging.getLogger(__name__)
+MAX_UNMATCHED = 0.01
+"""Share of questions that may be left out because no answer can match their gold."""
 
 
 def num_cores() -> int:
@@ -33,14 +41,33 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
-    """The prompts of the datasets listed in ``field`` (``data.train`` or ``evaluate.data``); empty if it lists none."""
+def columns_of(config: Config, field: str) -> Columns:
+    """Where questions and golds are. Held-out data may have other columns than the training data, under their usual names."""
+    data = config.data
+    return Columns(data.question_field, data.answer_field, data.config_name, is_required=field == "data.train")
+
+
+def read_prompts(
+    config: Config, tokenizer: Any, field: str, now: datetime | None = None, *, checks_golds: bool = True
+) -> PromptSet:
+    """The prompts of the data sets that ``field`` (``data.train`` or ``evaluate.data``) lists; empty when it lists none.
+
+    Questions whose gold no answer can match are left out; :class:`UserError` if they are more than 1 %. ``now`` is the date for
+    templates that print it.
+    """
     is_train = field == "data.train"
     paths = config.data.train if is_train else config.evaluate.data
     if not paths:
         return PromptSet()
-    questions = load_questions(paths, field, TRAIN_SPLIT if is_train else HELD_OUT_SPLIT)
-    prompts = make_prompts(questions, tokenizer, config.data, field)
+    data = read_data_set(paths, field, TRAIN_SPLIT if is_train else HELD_OUT_SPLIT, columns_of(config, field))
+    unmatched = unmatched_questions(data.questions, config.verify, field) if checks_golds else {}
+    questions = [question for question in data.questions if question.gold not in unmatched]
+    reasons = Counter(unmatched[question.gold] for question in data.questions if question.gold in unmatched)
+    prompts = make_prompts(questions, tokenizer, config.data, field, now)
+    prompts = replace(prompts, unmatched=dict(reasons), num_rows=data.num_rows)
+    if reasons:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        log.warning("%s: %d golds that no answer can match are left out (%s)", field, reasons.total(), counts)
     if prompts.num_conflicting or prompts.num_overlong:
         log.warning(
             "%s: of %d questions, %d are left out because they also occur with another gold answer, %d because they are longer "
@@ -52,6 +79,35 @@ def read_prompts(config: Config, tokenizer: Any, field: str) -> PromptSet:
             config.data.max_prompt_tokens,
         )
     return prompts
+
+
+def unmatched_questions(questions: Sequence[Question], settings: VerifyConfig, field: str) -> dict[str, str]:
+    """The golds of ``questions`` that the verifier does not match with themselves, each with the reason.
+
+    A comparison that takes too long says nothing about the gold. Raises :class:`UserError` if more than 1 % of the questions
+    have such a gold, with the first one.
+    """
+
+    def verify(answers: Iterable[tuple[str, str]]) -> Iterator[str]:
+        for verdict in verifier.verify_many((text, gold, "stop") for text, gold in answers):
+            reason = reason_of(verdict)
+            yield reason if verdict.label == "wrong" or reason in ("unreadable gold", "crash") else ""
+
+    with Verifier(settings) as verifier:
+        unmatched = unmatched_golds([question.gold for question in questions], verify)
+    concerned = [question for question in questions if question.gold in unmatched]
+    if len(concerned) > MAX_UNMATCHED * len(questions):
+        first, counts = concerned[0], Counter(unmatched[question.gold] for question in concerned)
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+        gold = first.gold if len(first.gold) <= 200 else f"{first.gold[:200]}…"
+        raise UserError(
+            field,
+            f"{len(concerned)} of {len(questions)} questions",
+            f"have a gold that no answer can match under verify.mode={settings.mode} ({reasons}); the first is {gold!r} in "
+            f"{first.place or first.question_id}",
+            "name the column of the final answers with data.answer_field, correct them, or choose another verify.mode",
+        )
+    return unmatched
 
 
 def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sampling:

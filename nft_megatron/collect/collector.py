@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.observe.collected import sampled_metrics, trained_metrics
 from nft_megatron.observe.metrics import MetricsRow
+from nft_megatron.verify.reasons import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,26 @@ class Collector:
                 "data.train",
                 f"{len(self.order.prompts)} questions",
                 "are not the questions that this run started with",
-                "restore the files, or start a new run in another run_dir",
+                "restore the files, the tokenizer and its template, or start a new run in another run_dir",
             )
+
+    def _nothing_to_train_on(self, sampled: Sequence[Group]) -> UserError:
+        """Every question has answers of one kind only: how they were judged, and one of them."""
+        answers = [(group, answer) for group in sampled for answer in group.answers]
+        labels = Counter(answer.verdict.label for _, answer in answers)
+        reasons = ", ".join(
+            f"{reason}: {count}" for reason, count in Counter(reason_of(answer.verdict) for _, answer in answers).most_common()
+        )
+        problem = (
+            f"none of {len(sampled)} questions had both right and wrong answers "
+            f"({labels['correct']} right, {labels['wrong']} wrong, {labels['unknown']} unknown; {reasons or 'no answers'})"
+        )
+        if answers:
+            group, answer = next((pair for pair in answers if pair[1].verdict.label != "correct"), answers[0])
+            shown = answer.text if len(answer.text) <= 300 else f"…{answer.text[-300:]}"
+            problem += f"; for example {group.prompt.question[:300]!r}, gold {group.prompt.gold!r}, was answered {shown!r}"
+        remedy = "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers"
+        return UserError("rollout.max_rounds", self.settings.max_rounds, problem, remedy)
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         quota = self.settings.questions_per_step
@@ -152,15 +171,7 @@ class Collector:
             mixed += self._trainable(asked.groups, oldest)
             mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled) if sampled else mixed_rate
         if not mixed:
-            answers = [answer for group in sampled for answer in group.answers]
-            count = Counter(answer.verdict.label for answer in answers)
-            raise UserError(
-                "rollout.max_rounds",
-                self.settings.max_rounds,
-                f"none of {len(sampled)} questions got both right and wrong answers "
-                f"({count['correct']} right, {count['wrong']} wrong, {count['unknown']} unknown)",
-                "raise it to ask more questions, or start a new run_dir with easier or harder questions or longer answers",
-            )
+            raise self._nothing_to_train_on(sampled)
         if len(mixed) < quota:
             log.warning("step %d trains on %d of %d questions: %d rounds found no more", step, len(mixed), quota, num_rounds)
         with self.client.timer.phase("ledger"):

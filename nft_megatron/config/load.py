@@ -148,6 +148,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is dict:
+        return "a section of names and values"
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
     return {type(None): "null", Path: "path", str: "text", int: "integer", float: "number", bool: "true | false"}[annotation]

@@ -6,7 +6,7 @@ files and overrides and turns a failed check into one readable message.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
@@ -34,7 +34,16 @@ class DataConfig(ConfigModel):
     """The questions to train on."""
 
     train: Annotated[PathList, Field(min_length=1)]
-    """One or more of: Parquet with DAPO-Math-17k's schema, JSONL, a local Hugging Face dataset folder."""
+    """One or more of: Parquet (DAPO-Math-17k's schema, or columns of any name), JSONL, JSON, CSV, a local Hugging Face dataset
+    folder."""
+    question_field: str | None = None
+    """Column of the question: a text, or a list of {role, content}. A dot leads into a nested row, as in
+    ``extra_info.question``. null: the first of prompt, question, problem."""
+    answer_field: str | None = None
+    """Column of the gold. null: reward_model.ground_truth, or the first of answer, gold, ground_truth, final_answer. GSM8K's
+    "… #### 72" is read as 72, a solution that ends in \\boxed{72} too."""
+    config_name: str | None = None
+    """Config (subset) of a Hugging Face dataset folder that has several."""
     template: Literal["chat", "qwen2.5-math", "plain"] = "chat"
     """``chat``: the tokenizer's chat template. ``qwen2.5-math``: the same with Qwen2.5-Math's system message, which asks for
     steps and a \\boxed{} answer. ``plain``: ``plain_format`` only, for base models without a chat template."""
@@ -42,6 +51,9 @@ class DataConfig(ConfigModel):
     """Prompt of template ``plain``; ``{question}`` is replaced by the question."""
     system_prompt: str | None = None
     """System message that replaces the template's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the tokenizer's chat template: ``data.chat_template_kwargs.enable_thinking=false`` switches Qwen3's thinking
+    off."""
     instruction: Literal["boxed", "answer", "keep", "none"] = "boxed"
     """For questions in DAPO's wording: ask for \\boxed{} as NFT does, ask for a line ``Answer: $Answer`` as published, keep the
     wording as it is, or strip it."""
@@ -395,6 +407,13 @@ class Config(ConfigModel):
                 repr(self.data.system_prompt),
                 "has no effect with data.template = plain",
                 "write it into data.plain_format, or set data.template=chat",
+            )
+        if self.data.template == "plain" and self.data.chat_template_kwargs:
+            raise UserError(
+                "data.chat_template_kwargs",
+                self.data.chat_template_kwargs,
+                "has no effect with data.template = plain",
+                "remove it, or set data.template=chat",
             )
         if self.verify.hard_seconds < self.verify.soft_seconds:
             raise UserError(

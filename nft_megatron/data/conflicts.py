@@ -1,9 +1,9 @@
 r"""Questions that a data set answers in two ways: whatever a model says, one of the two golds calls it wrong.
 
 Two questions are the same when their texts differ only in what never changes the meaning: the wording around them, whitespace,
-LaTeX's math delimiters and spacing commands, and full stops, commas and the like not followed by a digit. Letters, digits,
-brackets and operators all count: ``x-1`` and ``x+1`` are two questions. Two golds are the same when they are equal as text or
-as numbers.
+LaTeX's math delimiters and spacing commands, and sentence punctuation. Letters, digits, brackets, operators and primes all
+count: ``x-1`` and ``x+1`` are two questions, ``f(2)`` and ``f'(2)``, ``(a,b)`` and ``(ab)``, ``a:b`` and ``ab`` too. Two golds
+are the same when they are equal as numbers or as LaTeX, however it is spelled: ``\dfrac{\pi}{2}`` and ``\pi/2``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from fractions import Fraction
 
 from nft_megatron.base.records import Question
 from nft_megatron.data.wording import bare
-from nft_megatron.verify.numbers import read_bare_number
+from nft_megatron.verify.numbers import read_bare_number, tight
 
-_MEANINGLESS = re.compile(r"\\[()\[\],;:! ]|[\s$~]|[.,;:?'\"](?!\d)")
+_MEANINGLESS = re.compile(r"\\[()\[\],;:! ]|[\s$~\"]|[.,;:?](?!\d)")
+_PRIME = re.compile(r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime(?![A-Za-z])))|[’′]")
+_APOSTROPHE = re.compile(r"(?<=[A-Za-z])'(?=(?:s|t|re|ve|ll|d|m)\b)|(?<![\w)\]}'])'")  # Ann's, don't, and an opening quote
+_IN_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
+_RATIO = re.compile(r"(?<=[\w})\]]):(?=[\w\\({\[])")
+_FRACTION = re.compile(r"(?<![\w})])\\frac\s*(?:\{([\w\\]+)\}|(\\[A-Za-z]+|\w))\s*(?:\{(\d+|[A-Za-z])\}|(\w))(?![\w\\{(^])")
+_MATH = re.compile(r"\\[()\[\]]|\$")
+_KEPT_COMMA, _KEPT_COLON = "\ue000", "\ue001"
 
 
 def text_key(question: Question) -> str:
@@ -28,14 +35,16 @@ def text_key(question: Question) -> str:
     >>> text_key(one) == text_key(two)
     True
     """
-    return _MEANINGLESS.sub("", bare(question.text))
+    text = _PRIME.sub(lambda match: "'" * max(1, match.group().count("prime")), bare(question.text))
+    text = _IN_BRACKETS.sub(lambda match: match.group().replace(",", _KEPT_COMMA), _APOSTROPHE.sub("", text))
+    return _MEANINGLESS.sub("", _RATIO.sub(_KEPT_COLON, text))
 
 
 def same_gold(one: str, other: str) -> bool:
-    """Whether two golds are the same text or the same number.
+    r"""Whether two golds are the same number or the same LaTeX.
 
-    >>> same_gold("025", "25.0"), same_gold("1/2", "2")
-    (True, False)
+    >>> same_gold("025", "25.0"), same_gold("1/2", "2"), same_gold(r"$\dfrac{\pi}{2}$", "π/2")
+    (True, False, True)
     """
     return _gold_key(one) == _gold_key(other)
 
@@ -50,4 +59,7 @@ def find_conflicts(questions: Sequence[Question]) -> list[list[Question]]:
 
 def _gold_key(gold: str) -> Fraction | str:
     number = read_bare_number(gold)
-    return gold.strip() if number is None else number
+    if number is not None:
+        return number
+    text = tight(_MATH.sub("", gold).replace("π", r"\pi ").replace("·", r"\cdot ").replace("−", "-")).strip()
+    return _FRACTION.sub(lambda match: f"{match[1] or match[2]}/{match[3] or match[4]}", text)

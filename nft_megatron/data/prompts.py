@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt, Question
 from nft_megatron.config.schema import DataConfig
 from nft_megatron.data.conflicts import find_conflicts
-from nft_megatron.data.templates import TEMPLATES
+from nft_megatron.data.rendering import token_ids_of
 from nft_megatron.data.wording import reword
 
 
@@ -28,23 +29,35 @@ class PromptSet:
     prompts: tuple[Prompt, ...] = ()
     num_conflicting: int = 0
     num_overlong: int = 0
+    unmatched: Mapping[str, int] = field(default_factory=dict)
+    """Questions whose gold no answer can match, by reason."""
+    num_rows: int = 0
+    """Rows read, repeated ones included."""
 
     @property
     def num_questions(self) -> int:
         """Of the whole data set."""
-        return len(self.prompts) + self.num_conflicting + self.num_overlong
+        return len(self.prompts) + self.num_conflicting + self.num_overlong + sum(self.unmatched.values())
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Both counts, under their names in the metrics."""
-        return {"questions_conflicting": self.num_conflicting, "questions_overlong": self.num_overlong}
+        """The counts, under their names in the metrics."""
+        unmatched = {"questions_unmatched": sum(self.unmatched.values())} if self.unmatched else {}
+        return {"questions_conflicting": self.num_conflicting, "questions_overlong": self.num_overlong} | unmatched
 
 
-def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str = "data.train") -> PromptSet:
+def make_prompts(
+    questions: Sequence[Question],
+    tokenizer: Any,
+    settings: DataConfig,
+    field: str = "data.train",
+    now: datetime | None = None,
+) -> PromptSet:
     """The prompts of ``questions``, in the same order, without the conflicting and overlong ones that ``settings`` drops.
 
-    ``tokenizer`` is a Hugging Face tokenizer. Raises :class:`UserError` for a question longer than
-    ``settings.max_prompt_tokens`` under ``overlong: error``, if no question is left, and if a chat template is missing.
+    ``tokenizer`` is a Hugging Face tokenizer; ``now`` is for templates that print the date. Raises :class:`UserError` for a
+    question longer than ``settings.max_prompt_tokens`` under ``overlong: error``, if no question is left, and if a chat
+    template is missing or refuses a question.
     """
     conflicts = find_conflicts(questions) if settings.conflicting == "drop" else []
     conflicting = {question.question_id for group in conflicts for question in group}
@@ -57,7 +70,7 @@ def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataCo
             f"all conflict, like {first[0].question_id!r} and {first[1].question_id!r}",
             "correct their golds, or set data.conflicting=keep",
         )
-    prompts = tokenize(clear, tokenizer, settings)
+    prompts = tokenize(clear, tokenizer, settings, field, now)
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= settings.max_prompt_tokens]
     dropped = len(prompts) - len(kept)
     if dropped and (settings.overlong == "error" or not kept):
@@ -72,38 +85,23 @@ def make_prompts(questions: Sequence[Question], tokenizer: Any, settings: DataCo
     return PromptSet(tuple(kept), len(questions) - len(clear), dropped)
 
 
-def tokenize(questions: Sequence[Question], tokenizer: Any, settings: DataConfig) -> list[Prompt]:
+def tokenize(
+    questions: Sequence[Question],
+    tokenizer: Any,
+    settings: DataConfig,
+    field: str = "data.train",
+    now: datetime | None = None,
+) -> list[Prompt]:
     """The prompts of all ``questions`` under the instruction and the template of ``settings``, however long.
 
-    Raises :class:`UserError` if the template needs a chat template and the tokenizer has none.
+    Raises :class:`UserError` as :func:`~nft_megatron.data.rendering.token_ids_of` does.
     """
     asked = [reword(question, settings.instruction) for question in questions]
+    token_ids = token_ids_of(asked, tokenizer, settings, field, now or datetime.now())
     return [
-        Prompt(question.question_id, question.text, question.gold, np.array(token_ids, dtype=np.int32))
-        for question, token_ids in zip(asked, _token_ids(asked, tokenizer, settings), strict=True)
+        Prompt(question.question_id, question.text, question.gold, np.array(ids, dtype=np.int32))
+        for question, ids in zip(asked, token_ids, strict=True)
     ]
-
-
-def _token_ids(questions: Sequence[Question], tokenizer: Any, settings: DataConfig) -> list[list[int]]:
-    template = TEMPLATES[settings.template]
-    if not template.uses_chat:
-        # Not str.format: a question or a format with LaTeX is full of braces.
-        texts = [settings.plain_format.replace("{question}", question.text) for question in questions]
-        return tokenizer(texts)["input_ids"] if texts else []
-    if not tokenizer.chat_template:
-        raise UserError("data.template", settings.template, "the tokenizer has no chat template", "set data.template=plain")
-    system_prompt = template.system_prompt if settings.system_prompt is None else settings.system_prompt
-    conversations = [_with_system(question.messages, system_prompt) for question in questions]
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in conversations]
-    # The template writes the special tokens itself.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-
-def _with_system(messages: Sequence[dict[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
-    """``messages`` after ``system_prompt``, which replaces the data set's system message; None leaves them unchanged."""
-    if system_prompt is None:
-        return list(messages)
-    return [{"role": "system", "content": system_prompt}, *(message for message in messages if message["role"] != "system")]
 
 
 @functools.lru_cache(maxsize=4)

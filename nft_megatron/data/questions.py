@@ -1,36 +1,77 @@
-"""Reads questions: Parquet in the schema of DAPO-Math-17k, JSONL, or a local Hugging Face data set folder.
-
-One rule serves all formats: a row is a dictionary, and :func:`question_of_row` finds the question, the gold answer and the
-id in it. Arrow files from ``datasets.save_to_disk`` are Arrow IPC streams, which pyarrow reads by itself.
+"""Reads questions: one rule serves all formats. A row is a dictionary, and :func:`question_of_row` finds the question, the gold
+answer and the id in it; :mod:`nft_megatron.data.files` knows the files.
 """
 
 from __future__ import annotations
 
+import ast
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
+from nft_megatron.data.files import Row, files_of, rows_of
+from nft_megatron.data.golds import GoldError, read_gold
 
 QUESTION_KEYS = ("prompt", "question", "problem")
 GOLD_KEYS = ("answer", "gold", "ground_truth", "final_answer")
 ID_KEYS = ("question_id", "id")
+ROLES = ("system", "user", "assistant")
 _COLUMNS = (*QUESTION_KEYS, *GOLD_KEYS, *ID_KEYS, "reward_model", "extra_info", "data_source", "source")
 TRAIN_SPLIT = ("train",)
 HELD_OUT_SPLIT = ("test", "validation", "train")
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a data set has its questions and golds, if not where most have them, and which config of a folder is read.
+
+    A dot leads into a nested row: ``extra_info.answer``. ``is_required``: a row without them is an error; otherwise the usual
+    names are tried too, for held-out data whose columns are others.
+
+    >>> Columns(answer="extra_info.answer").names
+    ('extra_info',)
+    """
+
+    question: str | None = None
+    answer: str | None = None
+    config_name: str | None = None
+    is_required: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns of the file that hold them, in lower case."""
+        return tuple(name.partition(".")[0].lower() for name in (self.question, self.answer) if name)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What was read: the questions, the files they are from, and how many rows these have."""
+
+    questions: tuple[Question, ...]
+    files: tuple[Path, ...]
+    num_rows: int
 
 
 def load_questions(
-    paths: Sequence[Path | str], field: str = "data.train", splits: Sequence[str] = TRAIN_SPLIT
+    paths: Sequence[Path | str],
+    field: str = "data.train",
+    splits: Sequence[str] = TRAIN_SPLIT,
+    columns: Columns = Columns(),
 ) -> list[Question]:
+    """The questions of :func:`read_data_set`."""
+    return list(read_data_set(paths, field, splits, columns).questions)
+
+
+def read_data_set(
+    paths: Sequence[Path | str],
+    field: str = "data.train",
+    splits: Sequence[str] = TRAIN_SPLIT,
+    columns: Columns = Columns(),
+) -> DataSet:
     """All questions of ``paths``, in file order, each id once.
 
     From a data set folder with several splits, the first of ``splits`` that it has is read.
@@ -43,28 +84,38 @@ def load_questions(
     different questions share an id.
     """
     questions: dict[str, Question] = {}
-    for position, path in enumerate(map(Path, paths)):
-        if not path.exists():
-            raise UserError(field, path, "no such file or folder", "check the path")
-        for file in _files_of(path, field, splits):
-            name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
-            place = f"{position}/{name}" if len(paths) > 1 else name
-            for number, row in enumerate(_rows_of(file, field)):
-                question = question_of_row(row, f"{place}/{number}", f"{file}, row {number}", field)
-                known = questions.setdefault(question.question_id, question)
-                if known != question:
-                    raise UserError(
-                        field,
-                        f"{file}, row {number}",
-                        f"id {question.question_id!r} also belongs to another question or gold",
-                        "give every question its own id, or remove the ids",
-                    )
+    files = [
+        (i, path, file)
+        for i, path in enumerate(map(Path, paths))
+        for file in files_of(path, field, splits, columns.config_name, is_required=columns.is_required)
+    ]
+    num_rows = 0
+    for position, path, file in files:
+        name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
+        place = f"{position}/{name}" if len(paths) > 1 else name
+        for number, row in enumerate(rows_of(file, field, (*_COLUMNS, *columns.names))):
+            question = question_of_row(row, f"{place}/{number}", f"{file}, row {number}", field, columns)
+            known = questions.setdefault(question.question_id, question)
+            num_rows += 1
+            if known != question:
+                raise UserError(
+                    field,
+                    f"{file}, row {number}",
+                    f"id {question.question_id!r} also belongs to another question or gold ({known.place})",
+                    "give every question its own id, or remove the ids",
+                )
     if not questions:
         raise UserError(field, ", ".join(map(str, paths)), "holds no questions", "name a file with at least one row")
-    return list(questions.values())
+    return DataSet(tuple(questions.values()), tuple(file for *_, file in files), num_rows)
 
 
-def question_of_row(row: Row, default_id: str, where: str, field: str) -> Question:
+def question_of_row(
+    row: Row,
+    default_id: str,
+    where: str,
+    field: str,
+    columns: Columns = Columns(),
+) -> Question:
     r"""The question in one row, whatever its columns are called; ``where`` names the row in errors.
 
     >>> row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
@@ -74,122 +125,121 @@ def question_of_row(row: Row, default_id: str, where: str, field: str) -> Questi
     'a'
     """
     row = {key.lower(): value for key, value in row.items()}
-    asked = _first(row, QUESTION_KEYS)
-    if not asked:
-        raise _missing(row, "question", QUESTION_KEYS, where, field)
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    if not _are_messages(messages):
-        raise UserError(field, where, "the question is neither text nor a list of {role, content}", "make it one of the two")
-    gold = _first(_section(row, "reward_model"), ("ground_truth",))
-    gold = _as_text(_first(row, GOLD_KEYS) if gold is None else gold)
-    if not gold.strip():
-        raise _missing(row, "gold answer", (*GOLD_KEYS, "reward_model.ground_truth"), where, field)
+    asked = _named(row, columns.question, "data.question_field", where, columns)
+    asked = _first(row, QUESTION_KEYS) if asked is None else asked
+    if not asked or (isinstance(asked, str) and not asked.strip()):
+        raise _missing(row, "question", QUESTION_KEYS, where, field, "data.question_field")
+    messages = _messages(asked, where, field)
+    gold = _gold(row, where, field, columns)
     source = str(_first(row, ("data_source", "source")) or "")
     index = _first(_section(row, "extra_info"), ("index",))
     given_id = _first(row, ID_KEYS) if index is None else index
     # A number only counts rows within a file; a string is taken to be unique.
     question_id = given_id if isinstance(given_id, str) and given_id else default_id
-    return Question(
-        question_id, tuple({key: message[key] for key in ("role", "content")} for message in messages), gold, source
-    )
+    question = Question(question_id, messages, gold, source, where)
+    _check_characters(question, where, field)
+    return question
+
+
+def _named(row: Row, name: str | None, option: str, where: str, columns: Columns) -> Any:
+    """The value of the column that ``option`` names; None when it names none."""
+    value: Any = row
+    parts = name.lower().split(".") if name else []
+    for depth, part in enumerate(parts):
+        inner = _section(value, parts[depth - 1]) if depth else value
+        value = {key.lower(): item for key, item in inner.items()}
+        if part not in value:
+            if columns.is_required:
+                raise UserError(option, name, f"{where} has no such column (it has {_present(row)})", "name one of those")
+            return None
+        if depth == len(parts) - 1:
+            return value[part]
+    return None
+
+
+def _gold(row: Row, where: str, field: str, columns: Columns) -> str:
+    value = _named(row, columns.answer, "data.answer_field", where, columns)
+    if value is None and (columns.answer is None or not columns.is_required):
+        value = _first(_section(row, "reward_model"), ("ground_truth",))
+        value = _first(row, GOLD_KEYS) if value is None else value
+    try:
+        gold = read_gold(value)
+    except GoldError as error:
+        raise UserError(field, where, f"the gold {error}", "write the answer there, or remove the row") from error
+    if not gold:
+        raise _missing(row, "gold answer", (*GOLD_KEYS, "reward_model.ground_truth"), where, field, "data.answer_field")
+    return gold
+
+
+def _messages(asked: Any, where: str, field: str) -> tuple[dict[str, str], ...]:
+    """The conversation: a text is the user's, unless it is a list of messages written as text."""
+    messages = (_written_list(asked) or [{"role": "user", "content": asked}]) if isinstance(asked, str) else asked
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise UserError(field, where, "the question is neither text nor a list of {role, content}", "make it one of the two")
+    roles = [message["role"] for message in messages]
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise UserError(field, where, f"a message has the role {unknown[0]!r}", f"use {', '.join(ROLES)}")
+    if roles[-1] != "user":
+        problem = f"the question ends with the message of role {roles[-1]!r}, which would be part of the prompt"
+        raise UserError(field, where, problem, "end it with the user's message; the answer belongs into the gold's column")
+    if any(message["role"] == "user" and not message["content"].strip() for message in messages):
+        raise UserError(field, where, "the user's message is empty", "write the question there, or remove the row")
+    return tuple({key: message[key] for key in ("role", "content")} for message in messages)
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The list of messages that a program wrote as JSON, or as Python, into a column of text; None for any other text.
+
+    >>> _written_list('[{"role": "user", "content": "1?"}]') == _written_list("[{'role': 'user', 'content': '1?'}]")
+    True
+    """
+    value = _written(text, "[{") or _written(text, "{")
+    value = [value] if isinstance(value, dict) else value
+    is_chat = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return value if is_chat and any("role" in item or "content" in item for item in value) else None
+
+
+def _written(text: str, opening: str) -> Any:
+    if not "".join(text[:20].split()).startswith(opening):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
+
+
+def _check_characters(question: Question, where: str, field: str) -> None:
+    texts = {"question": question.text, "gold": question.gold, "id": question.question_id, "source": question.source}
+    texts |= {f"{message['role']} message": message["content"] for message in question.messages if message["role"] != "user"}
+    for what, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            character = f"\\u{ord(text[error.start]):04x}"
+            problem = f"the {what} has half a character, {character} at position {error.start}, which is no text"
+            raise UserError(field, where, problem, "write the whole character, or remove the row") from error
 
 
 def _first(row: Row, keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def _as_text(gold: Any) -> str:
-    """A gold answer as text, empty if there is none: 27.0 becomes 27, several answers become one list."""
-    if isinstance(gold, float) and gold.is_integer():
-        gold = int(gold)
-    if isinstance(gold, list):
-        return ", ".join(map(_as_text, gold))
-    return str(gold) if isinstance(gold, (str, int, float)) else ""
-
-
 def _section(row: Row, key: str) -> Row:
-    """The nested row under ``key``; some data sets have a string there, which gives neither gold nor id."""
-    return row[key] if isinstance(row.get(key), dict) else {}
+    """The nested row under ``key``, also where it is written as text; another text has neither gold nor id."""
+    value = row.get(key)
+    value = _written(value, "{") if isinstance(value, str) else value
+    return value if isinstance(value, dict) else {}
 
 
-def _are_messages(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
+def _present(row: Row) -> str:
+    return ", ".join(key for key in row if row[key] is not None) or "nothing"
 
 
-def _missing(row: Row, what: str, looked_for: Sequence[str], where: str, field: str) -> UserError:
-    present = ", ".join(key for key in row if row[key] is not None) or "nothing"
-    return UserError(field, where, f"has no {what} (it has {present})", f"name the column one of {', '.join(looked_for)}")
-
-
-def _files_of(path: Path, field: str, splits: Sequence[str]) -> list[Path]:
-    """``path`` itself, or a data set folder's files of the first of ``splits`` that it has."""
-    if path.is_file():
-        return [path]
-    if (path / "dataset_dict.json").exists():
-        folders = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
-        return _files_of(_of_split(folders, path, field, splits)[0], field, splits)
-    if (path / "state.json").exists():
-        state = json.loads((path / "state.json").read_text())
-        return [path / entry["filename"] for entry in state["_data_files"]]
-    files = sorted(file for suffix in _READERS for file in path.rglob(f"*{suffix}"))
-    if not files:
-        raise UserError(field, path, f"holds no {', '.join(_READERS)} file", "name a file or a data set folder")
-    return _of_split(files, path, field, splits)
-
-
-def _of_split(candidates: list[Path], path: Path, field: str, splits: Sequence[str]) -> list[Path]:
-    """Those named after the first split that occurs, else the only candidate. Taking all would train on a test split."""
-    for split in splits:
-        named = re.compile(f"(?<![a-z]){split}(?![a-z])")
-        if found := [candidate for candidate in candidates if named.search(str(candidate.relative_to(path)))]:
-            return found
-    if len(candidates) != 1:
-        names = ", ".join(candidate.name for candidate in candidates[:5])
-        problem = f"has several parts but none named {' or '.join(splits)}: {names}"
-        raise UserError(field, path, problem, "name the files themselves")
-    return candidates
-
-
-def _rows_of(file: Path, field: str) -> Iterator[Row]:
-    reader = _READERS.get(file.suffix)
-    if reader is None:
-        raise UserError(field, file, f"unknown kind of file {file.suffix!r}", f"use one of {', '.join(_READERS)}")
-    number = 0
-    try:
-        for row in reader(file):
-            yield row
-            number += 1
-    except (pa.ArrowException, ValueError, OSError) as error:
-        problem = f"unreadable at row {number}: {str(error).splitlines()[0]}"
-        raise UserError(field, file, problem, "check that the file is complete, or download it again") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    with pq.ParquetFile(file) as parquet:
-        columns = [name for name in parquet.schema_arrow.names if name.lower() in _COLUMNS]
-        for batch in parquet.iter_batches(batch_size=4096, columns=columns or None):
-            yield from batch.to_pylist()
-
-
-def _arrow_rows(file: Path) -> Iterator[Row]:
-    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-        for batch in stream:
-            yield from batch.select(
-                [name for name in batch.schema.names if name.lower() in _COLUMNS] or batch.schema.names
-            ).to_pylist()
-
-
-def _jsonl_rows(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"not a JSON object: {line[:40]!r}")
-                yield row
-
-
-_READERS = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".arrow": _arrow_rows}
+def _missing(row: Row, what: str, looked_for: Sequence[str], where: str, field: str, option: str) -> UserError:
+    remedy = f"name the column one of {', '.join(looked_for)}, or set {option}"
+    return UserError(field, where, f"has no {what} (it has {_present(row)})", remedy)

@@ -18,14 +18,58 @@ def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
         raise UserError(field, folder, "has no tokenizer", "copy tokenizer.json and tokenizer_config.json there")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        problem = str(error).strip().splitlines()[0]
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken tokenizer.json
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(field, folder, f"has no usable tokenizer: {problem}", "copy the tokenizer's files there") from error
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The end-of-text tokens from generation_config.json and the tokenizer, sorted."""
-    path = folder / "generation_config.json"
-    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
-    return tuple(sorted(ids - {None}))
+    """The end-of-text tokens, sorted: the tokenizer's, and those of generation_config.json or, if it has none, of config.json.
+
+    Raises :class:`UserError` with the file if it is not JSON, or names what is no token.
+    """
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        ids = {_token_id(value, tokenizer, folder / name) for value in _as_list(_eos_of(folder / name))}
+        if ids:
+            break
+    own = [token_id for token_id in _as_list(tokenizer.eos_token_id) if not _is_unknown(token_id, tokenizer)]
+    return tuple(sorted(ids | set(own)))
+
+
+def _eos_of(path: Path) -> Any:
+    """What the file calls ``eos_token_id``, for a model with vision that of its text part; None without a file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problem = f"is not JSON: {error}"
+        raise UserError(
+            "model.path", path, problem, "download it again, or delete it if config.json has eos_token_id"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError("model.path", path, "is not a JSON object", "download it again")
+    text_part = content.get("text_config")
+    inner = text_part.get("eos_token_id") if isinstance(text_part, dict) else None
+    return content.get("eos_token_id") if content.get("eos_token_id") is not None else inner
+
+
+def _token_id(value: Any, tokenizer: Any, path: Path) -> int:
+    """The id of an end-of-text token that is given as an id, or as text: a number or a token."""
+    token_id = value
+    if isinstance(value, str):
+        token_id = int(value) if value.isdecimal() else tokenizer.get_vocab().get(value)
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+        problem = f"its eos_token_id {value!r} is neither a token's id nor a token of the tokenizer"
+        raise UserError("model.path", path, problem, "write the id there")
+    return token_id
+
+
+def _is_unknown(token_id: int, tokenizer: Any) -> bool:
+    """Whether the id stands for all unknown words, because the tokenizer does not know its own end-of-text token."""
+    return token_id == tokenizer.unk_token_id and tokenizer.eos_token != tokenizer.unk_token
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [item for item in value if item is not None] if isinstance(value, list) else [] if value is None else [value]

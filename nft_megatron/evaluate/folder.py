@@ -14,7 +14,7 @@ from typing import Any, get_args
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Sampling
-from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
+from nft_megatron.collect.build import columns_of, open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import config_from
 from nft_megatron.config.schema import Config, VerifyConfig
@@ -169,13 +169,13 @@ def _sampling(config: Config, model_folder: Path, shape: ModelShape, tokenizer: 
 
 
 def _read_task(benchmark: Benchmark, path: Path, config: Config, tokenizer: Any, samples: int | None) -> Task:
-    questions = load_questions([path], "--benchmarks", HELD_OUT_SPLIT)
+    questions = load_questions([path], "--benchmarks", HELD_OUT_SPLIT, columns_of(config, "--benchmarks"))
     if len(questions) != benchmark.num_questions:
         log.warning("%s: %s has %d questions, not %d", path, benchmark.title, len(questions), benchmark.num_questions)
     instruction = config.data.instruction
     if benchmark.training_wording and (instruction == "boxed" or instruction == "answer"):
         questions = [instruct(question, instruction) for question in questions]
-    return Task(benchmark, tuple(tokenize(questions, tokenizer, config.data)), samples or benchmark.samples)
+    return Task(benchmark, tuple(tokenize(questions, tokenizer, config.data, "--benchmarks")), samples or benchmark.samples)
 
 
 def _answer(

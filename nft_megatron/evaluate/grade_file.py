@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,7 @@ from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason
 from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.data.golds import GoldError, read_gold
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import REASONS, reason_of
@@ -91,11 +93,15 @@ def _answer_of(row: Row, where: str, answer_field: str, gold_field: str) -> tupl
     if not isinstance(text, str):
         problem = f"{answer_field!r} is not text but {type(text).__name__}"
         raise UserError("FILE", where, problem, "put the model's whole answer there")
-    if not isinstance(gold, (str, int, float)) or not str(gold).strip():
+    if not isinstance(gold, (str, int, float, Decimal)) or not str(gold).strip():
         problem = f"{gold_field!r} is neither text nor a number: {gold!r}"
         raise UserError("FILE", where, problem, "put the correct answer there")
+    try:
+        gold = read_gold(gold)
+    except GoldError as error:
+        raise UserError("FILE", where, f"the gold in {gold_field!r} {error}", "put the correct answer there") from error
     reason = row.get("finish_reason")
-    return text, str(gold), reason if reason in ("length", "abort") else "stop"
+    return text, gold, reason if reason in ("length", "abort") else "stop"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.records import Prompt, Sampling
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.batching.minibatches import BatchingRules
-from nft_megatron.collect.build import open_rollout_client, read_prompts, training_sampling
+from nft_megatron.collect.build import open_rollout_client, training_sampling
 from nft_megatron.collect.collector import Collector
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.logprob_probe import LogprobProbe
@@ -41,6 +41,7 @@ from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.run.checkpoints import Checkpoints
 from nft_megatron.run.join import init_distributed
+from nft_megatron.run.questions import read_questions
 from nft_megatron.run.rank0 import Rank0Services
 from nft_megatron.run.run import Run
 from nft_megatron.run.weight_sync import WeightSync
@@ -209,8 +210,7 @@ def _open_rank0_services(
     _check_same_run(config, folder)
     _check_steps(config, folder)
     tokenizer = load_tokenizer(config.model.path)
-    questions = read_prompts(config, tokenizer, "data.train")
-    held_out = read_prompts(config, tokenizer, "evaluate.data")
+    questions, held_out = read_questions(config, folder, tokenizer)
     progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
     client = open_rollout_client(config, config.model.path, shape, tokenizer, stack, timer, progress)
     metrics = MetricsLog(
@@ -262,7 +262,7 @@ def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:
     """Refuse to resume a run whose meaning has changed since it first collected answers."""
-    if not folder.config.exists() or not (folder.latest_step() or list(folder.ledgers.rglob("*.parquet"))):
+    if not folder.has_begun:
         return
     before, now = _meaning(load_config(folder.config)), _meaning(config)
     for key in sorted(before.keys() | now.keys()):

@@ -25,6 +25,7 @@ from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.observe.metrics import METRICS, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.verify.reasons import REASONS
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 
@@ -374,8 +375,17 @@ def test_changed_questions_are_rejected(collector, tmp_path):
 
 def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     built = replace(collector(tmp_path / "run", max_rounds=2), sampling=replace(collector(tmp_path).sampling, temperature=0.0))
-    with pytest.raises(UserError, match=r"rollout\.max_rounds = 2: none of 8 questions got both right and wrong answers \("):
+    with pytest.raises(
+        UserError, match=r"rollout\.max_rounds = 2: none of 8 questions had both right and wrong answers \("
+    ) as caught:
         built.collect(1, CollectorState())
+    told = re.search(
+        r"(\d+) right, (\d+) wrong, 0 unknown; (.*?)\); for example 'What is \d \+ \d', gold '\d', ", str(caught.value)
+    )
+    assert told
+    assert sum(map(int, told.group(1, 2))) == 64
+    reasons = dict(reason.split(": ") for reason in told[3].split(", "))
+    assert sum(map(int, reasons.values())) == 64 and set(reasons) <= set(REASONS)
 
 
 @pytest.mark.parametrize(("missing", "rate", "expected"), [(100, None, 300), (100, 0.5, 215), (100, 0.01, 300), (10, 1.0, 10)])

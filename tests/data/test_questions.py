@@ -163,7 +163,7 @@ def broken(path: Path) -> Path:
     [
         (lambda folder: folder / "missing.parquet", "no such file"),
         (lambda folder: broken(folder / "cut.parquet"), "unreadable"),
-        (lambda folder: write_jsonl(folder / "a.csv", {}), r"unknown kind of file '\.csv'"),
+        (lambda folder: write_jsonl(folder / "a.txt", {}), r"unknown kind of file '\.txt'"),
         (lambda folder: write_dapo(folder / "empty.parquet"), "holds no questions"),
         (lambda folder: write_jsonl(folder / "empty.jsonl"), "holds no questions"),
         (lambda folder: folder, "holds no"),

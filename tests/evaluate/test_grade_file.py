@@ -61,6 +61,14 @@ def test_more_rows_than_are_read_ahead(tmp_path):
     assert [row["verdict"] == "correct" for row in read_jsonl(tmp_path / "out.jsonl")] == [i % 2 == 0 for i in range(3000)]
 
 
+def test_golds_are_read_as_those_of_training(tmp_path):
+    golds = ["2+3=<<2+3=5>>5\n#### 5", r"So it is \boxed{5}.", 5.0, "5"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": r"\boxed{5}", "gold": gold} for gold in golds])
+    verify_file(path, out=tmp_path / "out.jsonl", **FIELDS)
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [(row["verdict"], row["gold"]) for row in rows] == [("correct", gold) for gold in golds]
+
+
 def test_the_command_line(tmp_path, command):
     path = write_jsonl(tmp_path / "answers.jsonl", [{"pred_text": "Answer: 34", "gold": "34"}])
     outcome = command("verify", path, "--answer-field", "pred_text", "--mode", "dapo", "--out", tmp_path / "out.jsonl")
@@ -85,6 +93,8 @@ BAD = [
     ('{"text": null, "gold": "1"}\n', ("line 1", "'text' is not text but NoneType")),
     ('{"text": "a", "gold": [1]}\n', ("line 1", "'gold'", "[1]")),
     ('{"text": "a", "gold": " "}\n', ("line 1", "'gold'")),
+    ('{"text": "a", "gold": NaN}\n', ("line 1", "the gold in 'gold' is not a number", "put the correct answer there")),
+    ('{"text": "a", "gold": "nan"}\n', ("line 1", "'gold' is a missing value")),
     ("\udcff\n", ("line 1", "not JSON")),
 ]
 

@@ -1,0 +1,218 @@
+"""Rows of data files: Parquet, JSONL, JSON, CSV and Arrow, alone or in a Hugging Face data set folder.
+
+Arrow files from ``datasets.save_to_disk`` are Arrow IPC streams, which pyarrow reads by itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.config.yaml import parse_yaml
+
+Row = dict[str, Any]
+_SPLIT = re.compile(r"(?<![a-z])(?:train|test|validation|valid|val|dev|eval)(?![a-z])")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+def files_of(
+    path: Path, field: str, splits: Sequence[str], config_name: str | None = None, *, is_required: bool = True
+) -> list[Path]:
+    """``path`` itself, or a data set folder's files of the first of ``splits`` that it has.
+
+    A folder with several configs (subsets) is refused with their names unless ``config_name`` is one of them. Unless it
+    ``is_required``, a folder with a single config needs no such name.
+    """
+    if not path.exists():
+        raise UserError(field, path, "no such file or folder", "check the path")
+    if path.is_file():
+        return [path]
+    if (path / "dataset_dict.json").exists():
+        folders = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
+        return files_of(_of_split(folders, path, field, splits)[0], field, splits)
+    if (path / "state.json").exists():
+        state = json.loads((path / "state.json").read_text())
+        return [path / entry["filename"] for entry in state["_data_files"]]
+    listed = _listed_configs(path)
+    grouped = {} if listed else _configs_by_folder(path)
+    configs = set(listed or grouped)
+    if not configs:
+        raise UserError(field, path, f"holds no {', '.join(READERS)} file", "name a file or a data set folder")
+    names = ", ".join(sorted(configs))
+    if not is_required and len(configs) == 1:
+        config_name = None
+    if config_name is None and len(configs) > 1:
+        problem = f"has several configs, whose questions may overlap: {names}"
+        raise UserError(field, path, problem, f"choose one: data.config_name={min(configs)}, or name the files themselves")
+    if config_name is not None and config_name not in configs:
+        problem = f"{field} = {path} has no such config; it has {names}"
+        raise UserError("data.config_name", config_name, problem, "name one of those")
+    name = min(configs) if config_name is None else config_name
+    if listed:
+        return _of_listed(listed[name], path, field, splits)
+    if any((path / name / file).exists() for file in ("dataset_dict.json", "state.json")):
+        return files_of(path / name, field, splits)
+    return _of_split(grouped[name], path, field, splits)
+
+
+def _configs_by_folder(path: Path) -> dict[str, list[Path]]:
+    """The files of each config, which is named after the folders they are in, apart from ``data`` and splits."""
+    files = [file for suffix in _FIRST for file in path.rglob(f"*{suffix}")]
+    files = files or [file for suffix in READERS for file in path.rglob(f"*{suffix}") if file.name not in _NOT_ROWS]
+    configs: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(files):
+        parts = [part for part in file.relative_to(path).parts[:-1] if part != "data" and not _SPLIT.search(part)]
+        configs["/".join(parts) or "default"].append(file)
+    return dict(configs)
+
+
+def _listed_configs(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
+    """The configs in the header of README.md, as on the Hugging Face Hub: the files here that each names, by split."""
+    readme = path / "README.md"
+    header = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    try:
+        tree = parse_yaml(header[1]) if header else None
+    except ValueError:
+        return {}  # a page for people: a mistake in it does not concern the data
+    listed = tree.get("configs") if isinstance(tree, dict) else None
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    found = {str(entry.get("config_name", "default")): _matching(path, entry.get("data_files")) for entry in entries}
+    return {name: files for name, files in found.items() if files}
+
+
+def _matching(path: Path, data_files: Any) -> list[tuple[str, list[Path]]]:
+    """The readable files that ``data_files`` matches, with the split if it is given: a pattern, or a list of patterns or of
+    {split, path}."""
+    found = []
+    for entry in data_files if isinstance(data_files, list) else [data_files]:
+        split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("", entry)
+        texts = [text for text in (patterns if isinstance(patterns, list) else [patterns]) if isinstance(text, str) and text]
+        inside = [text for text in texts if not text.startswith("/") and ".." not in text and "://" not in text]
+        files = {file for text in inside for file in path.glob(text) if file.is_file() and file.suffix in READERS}
+        if files:
+            found.append((str(split or ""), sorted(files)))
+    return found
+
+
+def _of_listed(files: list[tuple[str, list[Path]]], path: Path, field: str, splits: Sequence[str]) -> list[Path]:
+    for split in splits:
+        if found := [file for name, group in files if name == split for file in group]:
+            return sorted(set(found))
+    return _of_split(sorted({file for _, group in files for file in group}), path, field, splits)
+
+
+def _of_split(candidates: list[Path], path: Path, field: str, splits: Sequence[str]) -> list[Path]:
+    """Those named after the first split that occurs, else the only candidate. Taking all would train on a test split."""
+    for split in splits:
+        named = re.compile(f"(?<![a-z]){split}(?![a-z])")
+        if found := [candidate for candidate in candidates if named.search(str(candidate.relative_to(path)))]:
+            return found
+    if len(candidates) != 1:
+        names = ", ".join(candidate.name for candidate in candidates[:5])
+        problem = f"has several parts but none named {' or '.join(splits)}: {names}"
+        raise UserError(field, path, problem, "name the files themselves")
+    return candidates
+
+
+def rows_of(file: Path, field: str, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of ``file``; from a columnar file only ``columns`` (any case), or everything when it has none of them."""
+    reader = READERS.get(file.suffix)
+    if reader is None:
+        raise UserError(field, file, f"unknown kind of file {file.suffix!r}", f"use one of {', '.join(READERS)}")
+    number = 0
+    try:
+        for row in reader(file, columns):
+            yield row
+            number += 1
+    except (pa.ArrowException, ValueError, OSError, csv.Error) as error:
+        problem = f"unreadable at row {number}: {str(error).splitlines()[0]}"
+        raise UserError(field, file, problem, "check that the file is complete, or download it again") from error
+
+
+def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower() in columns]
+
+
+def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with pq.ParquetFile(file) as parquet:
+        chosen = _chosen(parquet.schema_arrow.names, columns)
+        for batch in parquet.iter_batches(batch_size=4096, columns=chosen or None):
+            yield from _python_rows(batch)
+
+
+def _arrow_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+        for batch in stream:
+            yield from _python_rows(batch.select(_chosen(batch.schema.names, columns) or batch.schema.names))
+
+
+def _python_rows(batch: pa.RecordBatch) -> Iterator[Row]:
+    """Rows whose float32 values have the digits that were written: 0.1, not 0.10000000149."""
+    short = [entry.name for entry in batch.schema if pa.types.is_float32(entry.type) or pa.types.is_float16(entry.type)]
+    for row in batch.to_pylist():
+        yield row | {name: float(str(np.float32(row[name]))) for name in short if row[name] is not None}
+
+
+def _jsonl_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                yield _object(json.loads(line), line)
+
+
+def _json_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """An array of objects, alone or as the only array of an object; or one object per line."""
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        yield from _jsonl_rows(file, columns)
+        return
+    arrays = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
+    if len(arrays) != 1 or not isinstance(arrays[0], list):
+        if not isinstance(content, dict) or arrays:
+            raise ValueError("not an array of JSON objects")
+        arrays = [[content]]
+    for row in arrays[0]:
+        yield _object(row, json.dumps(row))
+
+
+def _object(row: Any, text: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object: {text[:40]!r}")
+    return row
+
+
+def _csv_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for row in csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True):
+            if None in row:
+                raise ValueError(f"more values than the {len(row) - 1} columns of the header")
+            yield row
+
+
+_FIRST = (".parquet", ".jsonl", ".arrow")
+"""In a folder, the others are looked for only if it has none of these: they are often copies or descriptions."""
+READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
+    ".parquet": _parquet_rows,
+    ".jsonl": _jsonl_rows,
+    ".arrow": _arrow_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+}
+"""How each kind of file is read."""

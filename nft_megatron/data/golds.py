@@ -1,0 +1,107 @@
+r"""Reads a gold, whatever a data set has in its place: text, a number, a list, or a whole solution that ends in the answer.
+
+| in the data set | gold |
+|---|---|
+| ``Add: 1+1=<<1+1=2>>2\n#### 2`` (GSM8K) | what follows the last ``####`` on its line |
+| ``Adding gives \boxed{2}.`` | the content of the last box; several boxes side by side become a list |
+| ``27.0`` and ``1e-07``, as numbers | ``27`` and ``0.0000001`` |
+| ``["1", "2"]`` | ``1, 2`` |
+
+NaN, infinity, null (also inside a list), and anything else are refused. Other text is the gold as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from nft_megatron.verify.boxes import last_boxes
+from nft_megatron.verify.numbers import read_bare_number
+
+_NOT_A_VALUE = ("nan", "NaN", "NAN", "<NA>", "NaT", "null", "NULL")
+"""What is left of a missing value once a program has written it as text."""
+_HASHES = re.compile(r"####[^\S\n]*([^\n]*)")
+_ONE_EXPRESSION = re.compile(r"\\begin\{|^\s*(?:\$\$|\\\[).*(?:\$\$|\\\])\s*$", re.DOTALL)
+_MANY_WORDS = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}\b\W*){16}")
+
+
+class GoldError(ValueError):
+    """The value is no gold. The message continues "the gold …"."""
+
+
+def read_gold(value: Any) -> str:
+    r"""The gold as text without surrounding whitespace; empty when there is none. Raises :class:`GoldError`.
+
+    >>> read_gold("Add: 1+1=<<1+1=2>>2\n#### 2"), read_gold(r"Adding gives $\boxed{2}$."), read_gold(27.0), read_gold(1e-07)
+    ('2', '2', '27', '0.0000001')
+    >>> read_gold(float("nan"))
+    Traceback (most recent call last):
+    nft_megatron.data.golds.GoldError: is not a number (nan)
+    """
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        if any(item is None for item in value):
+            raise GoldError(f"has a null in its list: {list(value)!r}"[:200])
+        items = [read_gold(item) for item in value]
+        if not all(items) and items:
+            raise GoldError(f"has an empty text in its list: {list(value)!r}"[:200])
+        return ", ".join(items)
+    if isinstance(value, (float, Decimal)):
+        return _decimal(value)
+    if isinstance(value, (str, int)):
+        return _from_text(str(value))
+    raise GoldError(f"is neither text nor a number but {type(value).__name__}: {value!r}"[:200])
+
+
+def _decimal(value: float | Decimal) -> str:
+    """All digits, without an exponent and without a fraction of zeros."""
+    if not math.isfinite(value):
+        raise GoldError(f"is {'not a number' if math.isnan(value) else 'infinite'} ({value})")
+    text = format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+    if "." in text:
+        whole, _, digits = text.partition(".")
+        text = whole if not digits.strip("0") else text
+    return "0" if text == "-0" else text
+
+
+def _from_text(text: str) -> str:
+    text = text.strip()
+    if text in _NOT_A_VALUE:
+        raise GoldError(f"is a missing value, written as the text {text!r}")
+    if marks := _HASHES.findall(text):
+        if not marks[-1].strip():
+            raise GoldError("has no answer after its last '####'")
+        text = marks[-1].strip()
+    if "box" in text and (boxes := last_boxes(text)):
+        inside = [box.content.strip() for box in boxes]
+        if not all(inside):
+            raise GoldError("has an empty box")
+        text = ", ".join(inside)
+    return text
+
+
+def is_whole_text(gold: str) -> str:
+    r"""Why no answer would be the same as ``gold``, although the verifier accepts it beside itself; empty when one may.
+
+    >>> is_whole_text("Add one.\nThe answer is 2."), is_whole_text("\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}")
+    ('several lines', '')
+    """
+    if len([line for line in gold.splitlines() if line.strip()]) > 1 and not _ONE_EXPRESSION.search(gold):
+        return "several lines"
+    return "a whole text" if _MANY_WORDS.search(gold) else ""
+
+
+def unmatched_golds(golds: Sequence[str], verify: Callable[[Iterable[tuple[str, str]]], Iterable[str]]) -> dict[str, str]:
+    """The golds that no answer can match, each with the reason.
+
+    ``verify`` takes (answer, gold) pairs and gives for each the reason it is wrong, or an empty text. It is not asked about
+    plain numbers, which every mode reads: math-verify takes about a second for twenty golds.
+    """
+    different = [gold for gold in dict.fromkeys(golds) if read_bare_number(gold) is None]
+    reasons = verify((rf"\boxed{{{gold}}}", gold) for gold in different)
+    found = {gold: is_whole_text(gold) or reason for gold, reason in zip(different, reasons, strict=True)}
+    return {gold: reason for gold, reason in found.items() if reason}

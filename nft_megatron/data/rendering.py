@@ -1,0 +1,135 @@
+"""Conversations to token ids, by a tokenizer's chat template or by ``data.plain_format``.
+
+A template may print the date. It gets the one given here, so that a resumed run asks what its first start asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.meta
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Question
+from nft_megatron.config.schema import DataConfig
+from nft_megatron.data.templates import TEMPLATES
+
+_Chat = list[dict[str, str]]
+
+
+def token_ids_of(
+    questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str, now: datetime
+) -> list[list[int]]:
+    """The prompt of each question, special tokens included. An end-of-text token after a plain prompt is removed.
+
+    Raises :class:`UserError` if the tokenizer has no chat template but needs one, if the template refuses a question, does not
+    use an argument of ``data.chat_template_kwargs``, or if a prompt has no tokens.
+    """
+    if not questions:
+        return []
+    if TEMPLATES[settings.template].uses_chat:
+        texts = _rendered(questions, tokenizer, settings, field, now)
+        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes them itself
+    else:
+        # Not str.format: a question or a format with LaTeX is full of braces.
+        texts = [settings.plain_format.replace("{question}", question.text) for question in questions]
+        without = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        token_ids = [_open_ended(*pair) for pair in zip(tokenizer(texts)["input_ids"], without, strict=True)]
+    for question, text, ids in zip(questions, texts, token_ids, strict=True):
+        if not ids:
+            problem = f"the prompt {text[:60]!r} has no tokens for this tokenizer"
+            raise UserError(field, _name(question), problem, "remove the row, or use the model's own tokenizer")
+    return token_ids
+
+
+def _open_ended(token_ids: list[int], without: list[int]) -> list[int]:
+    """``token_ids`` without special tokens added at the end: a prompt is to be continued. ``without`` has none at all."""
+    for start in range(len(token_ids) - len(without) + 1):
+        if token_ids[start : start + len(without)] == without:
+            return token_ids[: start + len(without)]
+    return token_ids
+
+
+def _rendered(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str, now: datetime) -> list[str]:
+    if not tokenizer.chat_template:
+        raise UserError("data.template", settings.template, "the tokenizer has no chat template", "set data.template=plain")
+    _check_arguments(tokenizer, settings)
+    family_prompt = TEMPLATES[settings.template].system_prompt
+    system_prompt = family_prompt if settings.system_prompt is None else settings.system_prompt
+
+    def render(chat: _Chat) -> str:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, strftime_now=now.strftime, **settings.chat_template_kwargs
+        )
+
+    texts = []
+    for question in questions:
+        chat = _with_system(question.messages, system_prompt)
+        try:
+            texts.append(render(chat))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if _accepts(render, [message for message in chat if message["role"] != "system"], chat):
+                raise _system_refused(question, settings, field, said) from error
+            roles = ", ".join(message["role"] for message in chat)
+            problem = f"the tokenizer's chat template fails on {_name(question)} with messages of {roles}: {said}"
+            remedy = "correct that row or the template, or set data.template=plain"
+            raise UserError("data.template", settings.template, problem, remedy) from error
+    return texts
+
+
+def _accepts(render: Any, chat: _Chat, refused: _Chat) -> bool:
+    if chat == refused:
+        return False
+    try:
+        render(chat)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError):
+        return False
+    return True
+
+
+def _system_refused(question: Question, settings: DataConfig, field: str, said: str) -> UserError:
+    problem = f"the tokenizer's chat template takes no system message; it fails on {_name(question)}: {said}"
+    if settings.system_prompt is not None:
+        return UserError(
+            "data.system_prompt", repr(settings.system_prompt), problem, "leave it out, or set data.template=plain"
+        )
+    if TEMPLATES[settings.template].system_prompt is not None:
+        return UserError("data.template", settings.template, problem, "set data.template=chat or plain")
+    return UserError(field, _name(question), problem, "move the system message of that row into its question")
+
+
+def _check_arguments(tokenizer: Any, settings: DataConfig) -> None:
+    field = "data.chat_template_kwargs"
+    if not settings.chat_template_kwargs:
+        return
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "strftime_now"} - {"kwargs"}
+    if taken := sorted(own & settings.chat_template_kwargs.keys()):
+        raise UserError(field, taken[0], "is set by the program itself", "remove it")
+    templates = tokenizer.chat_template
+    text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    extensions = ["jinja2.ext.loopcontrols"]
+    try:
+        used = jinja2.meta.find_undeclared_variables(jinja2.Environment(extensions=extensions).parse(text))
+    except jinja2.TemplateSyntaxError:  # an extension of transformers, or a mistake that rendering will name
+        return
+    if unused := sorted(settings.chat_template_kwargs.keys() - used):
+        known = ", ".join(sorted(used - own - {"raise_exception", *tokenizer.special_tokens_map})) or "none"
+        raise UserError(
+            field, unused[0], f"the tokenizer's chat template does not use it (it uses {known})", "correct the name"
+        )
+
+
+def _name(question: Question) -> str:
+    return question.place or f"question {question.question_id!r}"
+
+
+def _with_system(messages: Sequence[dict[str, str]], system_prompt: str | None) -> _Chat:
+    """``messages`` after ``system_prompt``, which replaces the data set's system message; None leaves them unchanged."""
+    if system_prompt is None:
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *(message for message in messages if message["role"] != "system")]

@@ -1,0 +1,160 @@
+"""Kinds of files, and the configs of a Hugging Face data set folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.data.questions import Columns, load_questions
+
+ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "4"}]
+
+
+def asked(path: Path, **columns: Any) -> list[tuple[str, str]]:
+    return [(question.text, question.gold) for question in load_questions([path], columns=Columns(**columns))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.json", json.dumps({"version": "1.0", "data": ROWS})),
+        ("a.json", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", "\ufeff" + json.dumps(ROWS)),
+        ("a.jsonl", "\ufeff" + "\n".join(map(json.dumps, ROWS))),
+        ("a.csv", "question,answer\n1+1?,2\n2+2?,4\n"),
+        ("a.csv", '\ufeffQuestion,Answer\r\n"1+1?","2"\r\n"2+2?","4"\r\n'),
+        ("a.tsv", "question\tanswer\n1+1?\t2\n2+2?\t4\n"),
+    ],
+)
+def test_kinds_of_files(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert asked(path) == [("1+1?", "2"), ("2+2?", "4")]
+
+
+def test_csv_with_lines_commas_and_nested_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    chat = json.dumps([{"role": "user", "content": "1,1\nor 2?"}]).replace('"', '""')
+    path.write_text(f'prompt,reward_model\n"{chat}","{{""ground_truth"": ""2""}}"\n')
+    assert asked(path) == [("1,1\nor 2?", "2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", "question,answer\n1,2,3\n", "unreadable at row 0: more values than the 2 columns"),
+        ("a.csv", 'question,answer\n1+1?,2\n"2+2?,4\n', "unreadable at row 1"),
+        ("a.csv", "question,answer\n1+1?\n", "has no gold answer"),
+        ("a.json", '{"question": {"a": 1}, "x": [1], "y": [2]}', "not an array of JSON objects"),
+        ("a.json", '[{"question": "1?"', "unreadable at row 0"),
+        ("a.json", "[1, 2]", "not a JSON object: '1'"),
+        ("a.json", "7", "not an array"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=problem) as caught:
+        asked(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_single_precision_keeps_the_digits_that_were_written(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["1?"], "answer": np.array([0.1], dtype=np.float32)}), tmp_path / "a.parquet")
+    assert asked(tmp_path / "a.parquet") == [("1?", "0.1")]
+
+
+def test_in_a_folder_json_counts_only_where_there_is_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(ROWS))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert len(asked(tmp_path)) == 2
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
+    assert asked(tmp_path) == [("1+1?", "2")]
+
+
+def folder_of_configs(folder: Path) -> Path:
+    for name, rows in (("main", ROWS), ("socratic", ROWS[:1])):
+        for split in ("train", "test"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            content = "\n".join(json.dumps(row | {"id": f"{split}-{row['question']}"}) for row in rows)
+            (folder / name / f"{split}-00000-of-00001.jsonl").write_text(content)
+    return folder
+
+
+def test_several_configs_are_refused_with_their_names(tmp_path: Path) -> None:
+    folder = folder_of_configs(tmp_path / "gsm")
+    with pytest.raises(
+        UserError, match=r"data\.train = .*gsm: has several configs, .*: main, socratic; choose one: data\.config"
+    ):
+        asked(folder)
+    assert len(asked(folder, config_name="main")) == 2
+    assert asked(folder, config_name="socratic") == [("1+1?", "2")]
+    with pytest.raises(UserError, match=r"data\.config_name = easy: data\.train = .* no such config; it has main, socratic"):
+        asked(folder, config_name="easy")
+
+
+def test_configs_inside_data_and_beside_files(tmp_path: Path) -> None:
+    folder_of_configs(tmp_path / "data")
+    assert len(asked(tmp_path, config_name="main")) == 2
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[1]))
+    assert asked(tmp_path, config_name="default") == [("2+2?", "4")]
+
+
+def test_folders_that_are_splits_are_no_configs(tmp_path: Path) -> None:
+    for split, row in zip(("train", "test"), ROWS, strict=True):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "0000.jsonl").write_text(json.dumps(row))
+    assert asked(tmp_path) == [("1+1?", "2")]
+
+
+README = """---
+license: mit
+configs:
+- config_name: easy
+  data_files:
+  - split: train
+    path: easy_a.jsonl
+  - split: test
+    path: easy_b.jsonl
+- config_name: hard
+  data_files: hard/*.jsonl
+- config_name: elsewhere
+  data_files: ../*.jsonl
+---
+# Questions
+"""
+
+
+def test_configs_as_the_readme_lists_them(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "hard").mkdir()
+    for name, row in (("easy_a", ROWS[0]), ("easy_b", ROWS[1]), ("hard/only", ROWS[1])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"several configs.*: easy, hard;"):
+        asked(tmp_path)
+    assert asked(tmp_path, config_name="easy") == [("1+1?", "2")]
+    assert asked(tmp_path, config_name="hard") == [("2+2?", "4")]
+
+
+def test_held_out_data_may_have_the_usual_columns_and_no_configs(tmp_path: Path) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held"
+    train.write_text(json.dumps({"Query": "1+1?", "extra_info": {"Solution": "Add.\n#### 2"}, "answer": "-"}))
+    held_out.mkdir()
+    (held_out / "test.jsonl").write_text(json.dumps(ROWS[0]))
+    names = {"question": "query", "answer": "extra_info.solution", "config_name": "main"}
+    assert asked(train, **names) == [("1+1?", "2")]
+    with pytest.raises(UserError, match=r"data\.config_name = main"):
+        asked(held_out, **names)
+    relaxed = load_questions([held_out], "evaluate.data", ("test",), Columns(**names, is_required=False))
+    assert [(question.text, question.gold) for question in relaxed] == [("1+1?", "2")]
+    with pytest.raises(
+        UserError, match=r"data\.question_field = quest: .*train\.jsonl, row 0 has no such column \(it has query,"
+    ):
+        asked(train, question="quest")
+    with pytest.raises(UserError, match=r"data\.answer_field = extra_info\.gold: .*row 0 has no such column"):
+        asked(train, question="query", answer="extra_info.gold")

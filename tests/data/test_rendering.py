@@ -1,0 +1,129 @@
+"""Chat templates that print the date, refuse messages or take arguments; tokenizers that add tokens of their own."""
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Question
+from nft_megatron.config.schema import DataConfig
+from nft_megatron.data.prompts import make_prompts
+
+BODY = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+DATE = "{% set day = strftime_now('%d %b %Y') if strftime_now is defined else 'never' %}<{{ day }}>" + BODY
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}{% endfor %}"
+)
+ALTERNATES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
+THINKING = BODY + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+OTHER_DAY = datetime(2024, 2, 29, 23, 59)
+
+
+def tokenizer(template: str | None, *, post: TemplateProcessing | None = None) -> PreTrainedTokenizerFast:
+    """One token a character, whose id is its code point; ids 1 and 2 begin and end a text where ``post`` adds them."""
+    characters = Tokenizer(WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    characters.pre_tokenizer = Split("", "isolated")
+    if post:
+        characters.post_processor = post
+    return PreTrainedTokenizerFast(tokenizer_object=characters, chat_template=template)
+
+
+def asked(*roles_and_texts: tuple[str, str], place: str = "train.jsonl, row 7") -> Question:
+    return Question("q", tuple({"role": role, "content": text} for role, text in roles_and_texts), "2", place=place)
+
+
+def prompt_of(question: Question, tokenizer: Any, now: datetime | None = None, **settings: Any) -> str:
+    chosen = DataConfig(train=("unused",), max_prompt_tokens=1000, **settings)
+    (prompt,) = make_prompts([question], tokenizer, chosen, now=now).prompts
+    return "".join(map(chr, prompt.tokens))
+
+
+ONE = asked(("user", "1+1?"))
+
+
+def test_the_date_in_a_template_is_the_one_given() -> None:
+    assert prompt_of(ONE, tokenizer(DATE), OTHER_DAY) == "<29 Feb 2024><user>1+1?<assistant>"
+    assert prompt_of(ONE, tokenizer(DATE)) == f"<{datetime.now():%d %b %Y}><user>1+1?<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("question", "settings", "message"),
+    [
+        (
+            ONE,
+            {"system_prompt": "Box it."},
+            "data.system_prompt = 'Box it.': the tokenizer's chat template takes no system mess",
+        ),
+        (
+            ONE,
+            {"template": "qwen2.5-math"},
+            "data.template = qwen2.5-math: the tokenizer's chat template takes no system message",
+        ),
+        (
+            asked(("system", "Be brief."), ("user", "1?")),
+            {},
+            "data.train = train.jsonl, row 7: the tokenizer's chat template takes",
+        ),
+    ],
+)
+def test_a_template_without_system_messages(question: Question, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prompt_of(question, tokenizer(NO_SYSTEM + BODY), **settings)
+    assert str(caught.value).startswith(message)
+    assert "train.jsonl, row 7: no system message; " in str(caught.value)
+    assert prompt_of(ONE, tokenizer(NO_SYSTEM + BODY)) == "<user>1+1?<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ALTERNATES + BODY, "roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[5].content.x }}", "has no element 5"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_template_that_fails_names_the_row(template: str, said: str) -> None:
+    twice = asked(("user", "1?"), ("user", "2?"))
+    with pytest.raises(UserError, match=said) as caught:
+        prompt_of(twice, tokenizer(template))
+    start = "data.template = chat: the tokenizer's chat template fails on train.jsonl, row 7 with messages of user, user: "
+    assert str(caught.value).startswith(start)
+
+
+def test_arguments_of_a_template() -> None:
+    assert prompt_of(ONE, tokenizer(THINKING)) == "<user>1+1?<assistant>"
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert prompt_of(ONE, tokenizer(THINKING), **off) == "<user>1+1?<assistant><think></think>"
+    with pytest.raises(UserError, match=r"data\.chat_template_kwargs = enable_thinking: .* does not use it \(it uses none\)"):
+        prompt_of(ONE, tokenizer(BODY), **off)
+    with pytest.raises(UserError, match=r"= enable_thinkng: .* does not use it \(it uses enable_thinking\); correct the name"):
+        prompt_of(ONE, tokenizer(THINKING), chat_template_kwargs={"enable_thinkng": False})
+    with pytest.raises(UserError, match=r"= tokenize: is set by the program itself"):
+        prompt_of(ONE, tokenizer(THINKING), chat_template_kwargs={"tokenize": True})
+
+
+@pytest.mark.parametrize(("single", "begins"), [("$A \x02", ""), ("\x01 $A \x02", "\x01"), ("\x01 $A", "\x01"), ("$A", "")])
+def test_a_plain_prompt_is_never_closed(single: str, begins: str) -> None:
+    post = TemplateProcessing(single=single, special_tokens=[("\x01", 1), ("\x02", 2)])
+    adds = tokenizer(None, post=post)
+    assert adds("1?")["input_ids"] == [ord(c) for c in single.replace("$A", "1?").replace(" ", "")]
+    assert prompt_of(asked(("user", "1?")), adds, template="plain", plain_format="{question}:") == f"{begins}1?:"
+    assert prompt_of(asked(("user", "1\x02")), adds, template="plain", plain_format="{question}") == f"{begins}1\x02"
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    bare = Tokenizer(BPE({"a": 0}, []))
+    bare.pre_tokenizer = Split("", "isolated")
+    knows_little = PreTrainedTokenizerFast(tokenizer_object=bare)
+    with pytest.raises(UserError, match=r"data\.train = train\.jsonl, row 7: the prompt '1\+1\?' has no tokens"):
+        prompt_of(ONE, knows_little, template="plain", plain_format="{question}")
