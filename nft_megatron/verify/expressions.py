@@ -13,6 +13,8 @@ import decimal
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
+from math import comb, factorial, isqrt
 
 from nft_megatron.verify.numbers import tight
 
@@ -26,7 +28,10 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459"
 _LETTERS = "abcfghjklmnopqrstuvwxyz"
 _POINT = {letter: (Decimal(index + 2).sqrt(_CONTEXT) % 1) + 1 for index, letter in enumerate(_LETTERS)}  # all within 1 and 2
 
-_TOKEN = re.compile(r"([0-9]+)|([A-Za-z])|\\([A-Za-z]+)\s*|([-+*/^(){}])")
+_MAX_BITS = 50_000  # of an exact number: enough for 2000! and 3^{10000}
+
+_TOKEN = re.compile(r"([0-9]+)|([A-Za-z])|\\([A-Za-z]+)\s*|([-+*/^(){}!])")
+_NOT_RATIONAL = re.compile(r"[A-Za-z]|\\(?!(?:frac|d?binom|cdot|times)(?![A-Za-z]))")
 _SHORT_FRACTION = [
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*\{"), r"\\frac{\1}{"),

@@ -28,7 +28,7 @@ _WRAPPERS = [
     re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]"),
     re.compile(_FONTS + _GROUP),
     re.compile(_GROUP),
-    re.compile(r"\(([^()]*)\)"),
+    re.compile(r"\(([^(),]*)\)"),  # "(2,251)" is a pair
     re.compile(r"(.*[^.])\."),
     re.compile(r"(?:\\\$|[£€])(.*)"),
 ]
@@ -48,12 +48,15 @@ _NOT_UNIT = re.compile(
 _MAX_DIGITS = 4000  # Python does not parse integers of more than 4300
 _DIGITS = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+)"
 _DECIMAL = re.compile(rf"([+-]?)\s*({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)")
+_SCIENTIFIC = re.compile(
+    r"([+-]?)\s*+(?:([0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)"
+    r"(?:[eE]([+-]?[0-9]{1,4}+)|\s*+(?:\\times|\\cdot|\*)\s*+10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
+    r"|10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
+)
+_RECURRING = re.compile(r"([+-]?)\s*+([0-9]*+)\.([0-9]*+)(?:\\(?:overline|bar|dot)\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|\(([0-9]++)\))")
+_MIXED = re.compile(r"([+-]?)\s*+([0-9]++)\s*+(?:\\frac\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|(?<=\s)([0-9]++)/([0-9]++))")
 _FRACTION = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 
-# An "=" after one of these does not assign a value to what precedes it.
-_NOT_IN_NAMES = re.compile(
-    r"[,;:<>!≤≥≈≠±]|\\(?:n?[lg]eq?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pm|mp|in|quad|qquad|to|rightarrow)(?![A-Za-z])"
-)
 _ARITHMETIC = re.compile(r"(?:[0-9.+*/^!(){} -]|\\(?:frac|sqrt(?:\s*\[[0-9]+\])?|cdot|times|div|[dt]?binom)(?![A-Za-z]))+")
 
 
@@ -66,8 +69,9 @@ def read_bare_number(text: str) -> Fraction | None:
     if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS:  # nearly all of them
         return Fraction(int(text))
     text = _peel(_respell(text))
-    if (value := _decimal(text)) is not None:
-        return value
+    for read in (_decimal, _mixed, _scientific, _recurring):
+        if (value := read(text)) is not None:
+            return value
     if match := _FRACTION.fullmatch(text):
         sign, above, below = match[1], match[2] or match[3], match[4] or match[5]
     else:
@@ -92,24 +96,6 @@ def read_number(text: str) -> Fraction | None:
         if match and not (unit is _TEXT_UNIT and _NOT_UNIT.search(match[1])):
             text = text[: match.start()]
     return read_bare_number(text)
-
-
-def stated_part(text: str) -> str:
-    r"""The value in ``name = value`` or ``name = arithmetic = value``; any other text unchanged.
-
-    >>> stated_part("n = 75"), stated_part("m+n = 30+4 = 34"), stated_part("1 = 34"), stated_part(r"x = 2 \text{ or } x = 3")
-    ('75', '34', '1 = 34', 'x = 2 \\text{ or } x = 3')
-    """
-    if "=" not in text:
-        return text
-    name, *values = (side.strip() for side in _peel(_respell(text)).split("="))
-    if not values or not _is_name(name):
-        return text
-    numbers = [read_number(value) for value in values]
-    if any(number is None and not is_arithmetic(value) for number, value in zip(numbers, values, strict=True)):
-        return text
-    known = {number for number in numbers if number is not None}
-    return values[-1] if len(known) <= 1 else text
 
 
 def is_arithmetic(text: str) -> bool:
@@ -141,6 +127,36 @@ def _decimal(text: str) -> Fraction | None:
     return Fraction(match[1] + re.sub("[ ,]", "", match[2])) if match else None
 
 
+def _mixed(text: str) -> Fraction | None:
+    r"""``3\frac14`` and ``3 1/4``, but not ``3\frac54``."""
+    match = _MIXED.fullmatch(text) if len(text) < _MAX_DIGITS else None
+    if match is None:
+        return None
+    whole, above, below = int(match[2]), int(match[3] or match[4] or match[7]), int(match[5] or match[6] or match[8])
+    if not 0 < above < below:
+        return None
+    return (-1 if match[1] == "-" else 1) * (whole + Fraction(above, below))
+
+
+def _scientific(text: str) -> Fraction | None:
+    r"""``1.5e3``, ``1.5 \times 10^{3}`` and ``10^{-7}``, exactly."""
+    match = _SCIENTIFIC.fullmatch(text) if len(text) < _MAX_DIGITS else None
+    if match is None:
+        return None
+    exponent = next(digits for digits in match.groups()[2:] if digits is not None)
+    return Fraction(match[1] + (match[2] or "1")) * Fraction(10) ** int("".join(exponent.split()))
+
+
+def _recurring(text: str) -> Fraction | None:
+    r"""``0.1\overline{6}``, ``0.1\bar6`` and ``0.1(6)``."""
+    match = _RECURRING.fullmatch(text) if len(text) < _MAX_DIGITS else None
+    if match is None:
+        return None
+    period, before = match[4] or match[5] or match[6], match[3]
+    value = Fraction(int(match[2] + before + period or 0) - int(match[2] + before or 0), 10 ** len(before) * (10 ** len(period) - 1))
+    return -value if match[1] == "-" else value
+
+
 def _respell(text: str) -> str:
     for pattern, spelling in _RESPELL:
         text = pattern.sub(spelling, text)
@@ -152,9 +168,3 @@ def _peel(text: str) -> str:
     while match := next(filter(None, (wrapper.fullmatch(text) for wrapper in _WRAPPERS)), None):
         text = next(inside for inside in match.groups() if inside is not None).strip()
     return text
-
-
-def _is_name(text: str) -> bool:
-    r"""Whether ``text`` may name a quantity: ``x``, ``m+n``, ``f(1,2)``, ``\angle ABC``, ``\text{Total}``."""
-    outside_brackets = re.sub(r"\([^()]*\)", "", text)
-    return bool(re.search("[A-Za-z]", text)) and not is_arithmetic(text) and not _NOT_IN_NAMES.search(outside_brackets)
