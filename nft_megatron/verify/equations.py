@@ -19,7 +19,7 @@ _NAME = re.compile(
     rf"|(?:{_FUNCTIONS}){_INDEX}'*+\([^()=<>]*+\)"
     r"|[a-zA-Z]\([xnt0-9]\)|E\[[A-Z]\]"
     r"|(?:\\angle|\\triangle|\\overline|\\overrightarrow|\\widehat|\\measuredangle|m\\angle)[\s{]*+[A-Z][A-Z0-9]*+\}?"
-    r"|[A-Z]{2,4}"
+    r"|[A-Z]{2,4}|\((?:[A-Za-z],)++[A-Za-z]\)"
     r"|\|[A-Za-z]++\||\[[A-Z]++\]"
     r"|\\(?:text|mathrm|textbf|mbox)\{[^{}]*+\}"
     rf"|[A-Za-z](?:\+[A-Za-z])++)"
@@ -47,7 +47,7 @@ def is_name(text: str) -> bool:
     text = tight(text)
     if _COMMAND_OF_A_VALUE.match(text):
         return False
-    letters = text.split("+")
+    letters = re.split("[+,]", text.strip("()"))
     return len(set(letters)) == len(letters) and _NAME.fullmatch(text) is not None
 
 

@@ -63,6 +63,14 @@ def read_listing(text: str) -> Listing | None:
     return Listing(bracket, closing, items)
 
 
+def is_named(text: str) -> bool:
+    r"""Whether ``text`` lists values of names: ``x = 1 \text{ or } x = 2``."""
+    if text.count("=") < 2:
+        return False
+    listing = read_listing(text)
+    return listing is not None and bool(_named(listing))
+
+
 def compare_listings(answer: Listing, gold: Listing) -> bool | tuple[str, str]:
     """Whether they are the same; where only algebra can tell, the two texts that it is to compare."""
     brackets = {answer.bracket, gold.bracket}

@@ -45,7 +45,7 @@ _NOT_UNIT = re.compile(
     r"quarters?|tenths|hundredths|thousandths|point|i+|iv)\b)|\b[^ACFJKLNVWghlms\W]\b"
 )
 
-_MAX_DIGITS = 4000  # Python does not parse integers of more than 4300
+MAX_DIGITS = 4000  # Python does not parse integers of more than 4300
 _DIGITS = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+)"
 _DECIMAL = re.compile(rf"([+-]?)\s*({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)")
 _SCIENTIFIC = re.compile(
@@ -66,7 +66,7 @@ def read_bare_number(text: str) -> Fraction | None:
     >>> read_bare_number(r"\textbf{(12\,345) }"), read_bare_number(r"-\frac{6}{4}"), read_bare_number("1,22")
     (Fraction(12345, 1), Fraction(-3, 2), None)
     """
-    if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS:  # nearly all of them
+    if text.isascii() and text.isdigit() and len(text) < MAX_DIGITS:  # nearly all of them
         return Fraction(int(text))
     text = _peel(_respell(text))
     for read in (_decimal, _mixed, _scientific, _recurring):
@@ -98,6 +98,16 @@ def read_number(text: str) -> Fraction | None:
     return read_bare_number(text)
 
 
+def is_decimal(text: str) -> bool:
+    """Whether ``text`` has a decimal point, but no recurring digits."""
+    return "." in text.rstrip(".") and _RECURRING.fullmatch(_peel(_respell(text))) is None
+
+
+def nearly_equal(number: Fraction, other: Fraction) -> bool:
+    """Whether a decimal may be the rounded form of a fraction: the same to six places and to a relative 2e-6."""
+    return round(number, 6) == round(other, 6) and abs(number - other) <= abs(other) * Fraction(2, 10**6)
+
+
 def is_arithmetic(text: str) -> bool:
     r"""Whether ``text`` consists only of numbers, + − · / ^ !, fractions, roots and binomials.
 
@@ -123,13 +133,13 @@ def tight(text: str) -> str:
 
 
 def _decimal(text: str) -> Fraction | None:
-    match = _DECIMAL.fullmatch(text.strip()) if len(text) < _MAX_DIGITS else None
+    match = _DECIMAL.fullmatch(text.strip()) if len(text) < MAX_DIGITS else None
     return Fraction(match[1] + re.sub("[ ,]", "", match[2])) if match else None
 
 
 def _mixed(text: str) -> Fraction | None:
     r"""``3\frac14`` and ``3 1/4``, but not ``3\frac54``."""
-    match = _MIXED.fullmatch(text) if len(text) < _MAX_DIGITS else None
+    match = _MIXED.fullmatch(text) if len(text) < MAX_DIGITS else None
     if match is None:
         return None
     whole, above, below = int(match[2]), int(match[3] or match[4] or match[7]), int(match[5] or match[6] or match[8])
@@ -140,7 +150,7 @@ def _mixed(text: str) -> Fraction | None:
 
 def _scientific(text: str) -> Fraction | None:
     r"""``1.5e3``, ``1.5 \times 10^{3}`` and ``10^{-7}``, exactly."""
-    match = _SCIENTIFIC.fullmatch(text) if len(text) < _MAX_DIGITS else None
+    match = _SCIENTIFIC.fullmatch(text) if len(text) < MAX_DIGITS else None
     if match is None:
         return None
     exponent = next(digits for digits in match.groups()[2:] if digits is not None)
@@ -149,7 +159,7 @@ def _scientific(text: str) -> Fraction | None:
 
 def _recurring(text: str) -> Fraction | None:
     r"""``0.1\overline{6}``, ``0.1\bar6`` and ``0.1(6)``."""
-    match = _RECURRING.fullmatch(text) if len(text) < _MAX_DIGITS else None
+    match = _RECURRING.fullmatch(text) if len(text) < MAX_DIGITS else None
     if match is None:
         return None
     period, before = match[4] or match[5] or match[6], match[3]

@@ -49,6 +49,19 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read, or
     anything that makes it crash, is unknown, never wrong.
     """
+    return _compare(gold, text, lambda expected, given: True)
+
+
+def judge_strict(gold: str, text: str) -> tuple[str, str]:
+    """Like :func:`judge_math_verify` on a box alone, but equations are compared as such, and equality is confirmed."""
+    from nft_megatron.verify.algebra import compare_equations, is_confirmed
+
+    if (same := compare_equations(gold, text)) is not None:
+        return ("equal" if same else "not equal"), ""
+    return _compare(gold, text, is_confirmed)
+
+
+def _compare(gold: str, text: str, is_confirmed: Callable[[Any, Any], bool]) -> tuple[str, str]:
     from math_verify.grader import verify
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, parse
 
@@ -61,7 +74,7 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     error = ""
     for expected, given in itertools.product(golds, answers):
         try:
-            if verify(expected, given, timeout_seconds=None, raise_on_error=True):
+            if verify(expected, given, timeout_seconds=None, raise_on_error=True) and is_confirmed(expected, given):
                 return "equal", ""
         except Exception as raised:  # another pair may still be equal
             error = type(raised).__name__
@@ -82,7 +95,11 @@ def judge_simplerl(gold: str, text: str) -> tuple[str, str]:
     return grade(text, gold).reason, ""
 
 
-JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {"math-verify": judge_math_verify, "simplerl": judge_simplerl}
+JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {
+    "strict": judge_strict,
+    "math-verify": judge_math_verify,
+    "simplerl": judge_simplerl,
+}
 
 
 @contextmanager
