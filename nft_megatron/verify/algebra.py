@@ -24,9 +24,9 @@ def compare_equations(gold: str, text: str) -> bool | None:
 
 def is_confirmed(expected: Any, given: Any) -> bool:
     """False if two expressions that were found equal have different values at a point."""
-    from sympy import Expr, Float
+    from sympy import Expr, Float, UnevaluatedExpr
 
-    if not (isinstance(expected, Expr) and isinstance(given, Expr)) or expected.has(Float) or given.has(Float):
+    if not (isinstance(expected, Expr) and isinstance(given, Expr)) or expected.has(Float, UnevaluatedExpr) or given.has(Float):
         return True
     symbols = sorted(expected.free_symbols | given.free_symbols, key=str)
     if {str(symbol).lower() for symbol in expected.free_symbols} != {str(symbol).lower() for symbol in given.free_symbols}:
@@ -34,6 +34,16 @@ def is_confirmed(expected: Any, given: Any) -> bool:
     point = {symbol: 2 + (sum(map(ord, str(symbol).lower())) % 97) for symbol in symbols}
     try:
         one, other = (complex(side.doit().subs(point).evalf(_DIGITS)) for side in (expected, given))
-        return abs(one - other) <= _RELATIVE_ERROR * max(abs(one), abs(other))
+        return not abs(one - other) > _RELATIVE_ERROR * max(abs(one), abs(other))  # nor if it is not a number
     except Exception:  # no value there: a set, infinity, an unknown function
         return True
+
+
+def are_equal_complex(expected: Any, given: Any) -> bool:
+    """Whether two expressions are equal if the letter i is the imaginary unit; False if neither has it."""
+    from sympy import Expr, I, simplify
+
+    if not (isinstance(expected, Expr) and isinstance(given, Expr)):
+        return False
+    units = {symbol: I for side in (expected, given) for symbol in side.free_symbols if str(symbol) == "i"}
+    return bool(units) and bool(simplify((expected - given).doit().subs(units)) == 0)

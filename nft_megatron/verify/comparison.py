@@ -112,6 +112,8 @@ def _compare_number(answer: str, gold_number: Fraction, gold: str) -> Verdict | 
     if number is not None:
         if number == gold_number:
             return verdict("exact", STRICT)
+        if _is_percentage(number, answer, gold_number, gold):
+            return verdict("equal", STRICT)
         may_be_rounded = not is_integer and is_decimal(answer) != is_decimal(gold)
         return verdict("equal" if may_be_rounded and nearly_equal(number, gold_number) else "another number", STRICT)
     if is_integer and not is_arithmetic(answer):
@@ -121,6 +123,13 @@ def _compare_number(answer: str, gold_number: Fraction, gold: str) -> Verdict | 
     if ":" in answer:
         return _settled(compare_forms(gold, answer) is True)
     return _by_value(answer, gold)
+
+
+def _is_percentage(number: Fraction, answer: str, gold_number: Fraction, gold: str) -> bool:
+    r"""``0.25`` for ``25\%`` and the reverse; a whole number is never taken for a hundred times as much."""
+    if "%" in gold:
+        return number.denominator > 1 and "%" not in answer and number * 100 == gold_number
+    return gold_number.denominator > 1 and "%" in answer and number == gold_number * 100
 
 
 def _as_intervals(answer: str, gold: str) -> tuple[str, str]:

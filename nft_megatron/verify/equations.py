@@ -15,7 +15,7 @@ _INDEX = r"(?:_(?:[0-9A-Za-z]|\{[^{}]*+\}|\\[a-z]++))?+"
 _LETTER = rf"(?:[A-Za-z]|\\(?!angle|frac|text|math)[A-Za-z]++){_INDEX}'*+"
 _FUNCTIONS = r"\\(?:gcd|max|min|det|deg|Pr)|\\(?:operatorname|text|mathrm)\{[A-Za-z ]++\}|[fghFGHPETSN]"
 _NAME = re.compile(
-    rf"(?:{_LETTER}"
+    rf"(?:{_LETTER}(?::{_LETTER})?+"
     rf"|(?:{_FUNCTIONS}){_INDEX}'*+\([^()=<>]*+\)"
     r"|[a-zA-Z]\([xnt0-9]\)|E\[[A-Z]\]"
     r"|(?:\\angle|\\triangle|\\overline|\\overrightarrow|\\widehat|\\measuredangle|m\\angle)[\s{]*+[A-Z][A-Z0-9]*+\}?"
@@ -47,7 +47,7 @@ def is_name(text: str) -> bool:
     text = tight(text)
     if _COMMAND_OF_A_VALUE.match(text):
         return False
-    letters = re.split("[+,]", text.strip("()"))
+    letters = re.split("[+,:]", text.strip("()"))
     return len(set(letters)) == len(letters) and _NAME.fullmatch(text) is not None
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from nft_megatron.verify.numbers import read_bare_number, same_spelling, tight
 
-_BASE = re.compile(r"\(?([0-9A-Z]++)\)?_\{?\s*+(?:\\(?:text|mathrm)\{)?([0-9]++|[a-z]++)\}?\}?")
+_BASE = re.compile(r"\(?([0-9A-Z]++)\)?_\{?([0-9]++|[a-z]++)\}?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|textnormal)\s*+\{([^{}]*+)\}")
 _CLOCK = re.compile(r"([0-9]{1,2}+):([0-5][0-9])(?::([0-5][0-9]))?+\s*+([ap])?+(?:\.?m\.?)?+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '.-]*+")
@@ -30,7 +30,7 @@ def compare_forms(answer: str, gold: str) -> bool | None:
 
 def _compare_bases(answer: str, gold: str) -> bool | None:
     """The base belongs to the number: 20_3 is not 110_2. An answer without a base is left to the digits."""
-    base, gold_base = _BASE.fullmatch(tight(answer)), _BASE.fullmatch(tight(gold))
+    base, gold_base = _BASE.fullmatch(_untext(answer)), _BASE.fullmatch(_untext(gold))
     if base is None or gold_base is None or not _is_base(base[2]) or not _is_base(gold_base[2]):
         return None
     return base[1].lstrip("0") == gold_base[1].lstrip("0") and _number_of(base[2]) == _number_of(gold_base[2])

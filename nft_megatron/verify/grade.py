@@ -92,7 +92,7 @@ def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
 @functools.lru_cache(_SMALL_CACHE)
 def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     """Compare the boxes that together form the answer with the gold."""
-    contents, gold = tuple(map(plain, contents)), plain(gold)
+    contents, gold = tuple(map(plain, contents)), plain(unboxed(gold))
     number = read_number(stated_part(contents[-1]))
     if all(content == contents[-1] or _is_number(content, number) for content in contents):
         return compare(contents[-1], gold)

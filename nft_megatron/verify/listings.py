@@ -15,7 +15,10 @@ from nft_megatron.verify.equations import assigned
 from nft_megatron.verify.expressions import differ
 from nft_megatron.verify.numbers import read_number, same_spelling, tight
 
-_AND = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s*+\{\s*+,?\s*+(?:and|or)\s*+,?\s*+\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|;|\\qquad|\\quad")
+_AND = re.compile(
+    r"(?:,\s*+)?+(?:\\(?:text|mbox|mathrm|textrm)\s*+\{[\s,]*+(?:and|or)[\s,]*+\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|;|\\qquad|\\quad"
+    r")(?:\s*+,)?+"
+)
 _DOTS = re.compile(r"\\(?:[lcvd]dots|dots[cb]?)(?![A-Za-z])|\.\.\.")
 _BRACES = ("\\{", "\\}")
 
@@ -90,10 +93,10 @@ def compare_listings(answer: Listing, gold: Listing) -> bool | tuple[str, str]:
             named, gold_named, is_ordered = sorted(named), sorted(gold_named), True
     elif named or gold_named:
         names = [name for name, _ in named or gold_named]
-        if len(set(names)) > 1 and is_ordered and names != sorted(set(names)):
-            return False
-        if len(set(names)) > 1 and not is_ordered:  # which value belongs to which name?
-            return False
+        if len(set(names)) > 1:  # read in the order in which they are written, as far as that is the tuple's
+            if is_ordered and names != sorted(set(names)):
+                return False
+            is_ordered = True
     values = [value for _, value in named] if named else answer.items
     gold_values = [value for _, value in gold_named] if gold_named else gold.items
     return _compare_values(values, gold_values, is_ordered, is_set=brackets == {"{"})
@@ -101,6 +104,9 @@ def compare_listings(answer: Listing, gold: Listing) -> bool | tuple[str, str]:
 
 def _compare_values(values: list[str], golds: list[str], is_ordered: bool, is_set: bool) -> bool | tuple[str, str]:
     answer, gold = Listing("(" if is_ordered else "", ")", values), Listing("(" if is_ordered else "", ")", golds)
+    if not is_ordered and all(value.startswith("(") for value in values + golds):  # solutions, each once
+        values, golds = list(dict.fromkeys(values)), list(dict.fromkeys(golds))
+        answer, gold = Listing("", "", values), Listing("", "", golds)
     if is_set:
         answer, gold = Listing("{", "}", values), Listing("{", "}", golds)
     elif answer.num_values != gold.num_values:

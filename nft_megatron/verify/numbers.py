@@ -1,7 +1,7 @@
 r"""Reads exact numbers from LaTeX and rejects whatever could mean something else.
 
-``12\,345``, ``\text{34}``, ``n = 75``, ``\frac{160}{2}``, ``30^\circ`` and ``\$78`` are numbers. ``34\%`` (is it 0.34?),
-``40_9`` (a base), ``1, 234`` (a list), ``\pm 3``, ``5 \text{ million}`` and ``1 = 34`` are not.
+``12\,345``, ``\text{34}``, ``\frac{160}{2}``, ``3\frac14``, ``1.5e3``, ``0.\overline{3}`` and ``5 \text{ million}`` are numbers, and so are
+``30^\circ``, ``\$78`` and ``34\%`` with their units. ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3`` and ``1 = 34`` are not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RESPELL = [
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|\\thinspace(?![A-Za-z])|[~\s\u2009\u202f\u00a0]"), " "),
 ]
-_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s++|\s++(?![0-9A-Za-z])|(?<=[0-9])\s++(?=[A-Za-z])")
 # What may surround a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
 _WRAPPERS = [
     re.compile(r"\$+([^$]*)\$+"),
@@ -33,14 +33,17 @@ _WRAPPERS = [
     re.compile(r"(?:\\\$|[£€])(.*)"),
 ]
 _DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
+_PERCENT = re.compile(r"\s*\\?%$")
 _TEXT_UNIT = re.compile(r"\s*" + _FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
 _BARE_UNIT = re.compile(
-    r"\s*(?:[ckm]m|kg|degrees?|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
+    r"\s*(?:[ckm]m|kg|degrees?|percent(?:age)?|pct|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
     r"(?:\s*\^\s*\{?[23]\}?)?$"
 )
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(r"(?<=[0-9])\s*+(?:" + _FONTS + r"\{)?\s*+(" + "|".join(_ZEROS) + r")\s*+\}?$")
 # Words that make "5 \text{ …}" something other than the number 5, and single letters that are not units.
 _NOT_UNIT = re.compile(
-    r"(?i:\b(?:percent|pct|hundred|thousand|million|billion|trillion|dozen|or|and|not|mod|modulo|base|at|most|least|more|less|"
+    r"(?i:\b(?:hundred|thousand|million|billion|trillion|dozen|or|and|not|mod|modulo|base|at|most|least|more|less|"
     r"fewer|about|approx|approximately|around|factorial|squared|cubed|times|over|to|plus|minus|pi|half|halves|thirds?|"
     r"quarters?|tenths|hundredths|thousandths|point|i+|iv)\b)|\b[^ACFJKLNVWghlms\W]\b"
 )
@@ -83,15 +86,18 @@ def read_bare_number(text: str) -> Fraction | None:
 
 
 def read_number(text: str) -> Fraction | None:
-    r"""Like :func:`read_bare_number`, but a degree sign or a unit may follow.
+    r"""Like :func:`read_bare_number`, but a degree sign, a percent sign or a unit may follow.
 
-    >>> read_number(r"15\mbox{ cm}^2"), read_number(r"120^\circ"), read_number(r"5 \text{ million}"), read_number(r"7\%")
-    (Fraction(15, 1), Fraction(120, 1), None, None)
+    >>> read_number(r"15\mbox{ cm}^2"), read_number(r"120^\circ"), read_number(r"5 \text{ million}"), read_number(r"5 \text{ or more}")
+    (Fraction(15, 1), Fraction(120, 1), Fraction(5000000, 1), None)
     """
     if text.isdigit():
         return read_bare_number(text)
     text = _peel(_respell(text))
-    for unit in (_TEXT_UNIT, _BARE_UNIT, _DEGREE):
+    if scale := _SCALE.search(text):
+        number = read_bare_number(text[: scale.start()])
+        return number * 10 ** _ZEROS[scale[1]] if number is not None else None
+    for unit in (_DEGREE, _PERCENT, _TEXT_UNIT, _BARE_UNIT):
         match = unit.search(text)
         if match and not (unit is _TEXT_UNIT and _NOT_UNIT.search(match[1])):
             text = text[: match.start()]

@@ -65,6 +65,7 @@ _SUBSCRIPT_RUN = re.compile(f"[{''.join(_SUBSCRIPTS)}]++")
 _ROOT = re.compile(r"([√∛∜])\s*+(?:([0-9]++(?:\.[0-9]++)?+|[A-Za-z])|\(([^()]*+)\)|(?=[{\\]))")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 _NOT_PLAIN = re.compile(r"[^\x00-\x7f]|[*_`\"']|\\(?:text)?color|\\phantom|\{,\}")
+_FORMULA = re.compile(r"\$\$([^$]++)\$\$|\$([^$]++)\$|\\\(((?:[^\\]|\\[^()])*+)\\\)|\\\[((?:[^\\]|\\[^\[\]])*+)\\\]")
 _COLOUR = re.compile(r"\\(?:textcolor|colorbox|color)(?![A-Za-z])\s*+(?:\[[^\[\]{}]*+\])?+\s*+\{[^{}]*+\}")
 _THOUSANDS = re.compile(r"(?<![0-9.,}])([1-9][0-9]{0,2}+)((?:\{,\}[0-9]{3})++)(?![0-9])")
 _QUOTES = [("**", "**"), ("__", "__"), ("*", "*"), ("``", "''"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("«", "»")]
@@ -76,7 +77,9 @@ def plain(text: str) -> str:
     >>> plain("**91**"), plain("２√３"), plain("x²+1"), plain(r"\textcolor{blue}{12}"), plain("3½"), plain(r"12{,}345")
     ('91', '2\\sqrt{3}', 'x^{2}+1', '{12}', '3\\frac{1}{2}', '12345')
     """
-    text = text.strip()
+    text = text.strip().removeprefix("+")
+    if text[:1] in ("$", "\\") and (formula := _FORMULA.fullmatch(text)):
+        text = next(inside for inside in formula.groups() if inside is not None).strip()
     if not _NOT_PLAIN.search(text):
         return text
     text = _unquoted(_COLOUR.sub("", text))

@@ -37,7 +37,7 @@ _MAX_TAIL = 60  # characters
 _DEGREE = re.compile(r"\^\s*+\{?\s*+\\circ\s*+\}?|\\degree(?![A-Za-z])|°")
 _PERCENT = re.compile(r"\\?%$")
 _FONT = re.compile(r"\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z])|\\,")
-_WORD = re.compile(r"([A-Za-z]++)\s*+(?:\^\s*+\{?\s*+(-?[1-9])\s*+\}?)?+|(/)|([.~\s{}]++)")
+_WORD = re.compile(r"([A-Za-z]++)\s*+(?:\^\s*+(-?[1-9]))?+|(/)")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -68,7 +68,7 @@ def unit_of(text: str) -> dict[str, int]:
         scale = re.sub(r"\\[a-z]++|[^A-Za-z]", "", text[signs[-1].end() :])
         return {f"degree{scale}": 1} if scale in ("", "C", "F") else {}
     tail = _TAIL.search(text[-_MAX_TAIL:])
-    return _read(_FONT.sub(" ", tail[1])) if tail else {}
+    return _read(re.sub("[{}]", "", _FONT.sub(" ", tail[1]))) if tail else {}
 
 
 def _read(words: str) -> dict[str, int]:
@@ -76,10 +76,8 @@ def _read(words: str) -> dict[str, int]:
     sign, power = 1, 1
     for found in _WORD.finditer(words):
         word = found[1]
-        if found[3] or word == "per":
+        if word is None or word == "per":
             sign = -1
-            continue
-        if word is None:
             continue
         if word in _POWERS:
             power = _POWERS[word]

@@ -49,20 +49,28 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read, or
     anything that makes it crash, is unknown, never wrong.
     """
-    return _compare(gold, text, lambda expected, given: True)
+    from math_verify.grader import verify
+
+    return _compare(gold, text, lambda expected, given: verify(expected, given, timeout_seconds=None, raise_on_error=True))
 
 
 def judge_strict(gold: str, text: str) -> tuple[str, str]:
     """Like :func:`judge_math_verify` on a box alone, but equations are compared as such, and equality is confirmed."""
-    from nft_megatron.verify.algebra import compare_equations, is_confirmed
+    from math_verify.grader import verify
+
+    from nft_megatron.verify.algebra import are_equal_complex, compare_equations, is_confirmed
+
+    def are_equal(expected: Any, given: Any) -> bool:
+        if verify(expected, given, timeout_seconds=None, raise_on_error=True):
+            return is_confirmed(expected, given)
+        return are_equal_complex(expected, given)
 
     if (same := compare_equations(gold, text)) is not None:
         return ("equal" if same else "not equal"), ""
-    return _compare(gold, text, is_confirmed)
+    return _compare(gold, text, are_equal)
 
 
-def _compare(gold: str, text: str, is_confirmed: Callable[[Any, Any], bool]) -> tuple[str, str]:
-    from math_verify.grader import verify
+def _compare(gold: str, text: str, are_equal: Callable[[Any, Any], bool]) -> tuple[str, str]:
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, parse
 
     golds = _read_gold(gold)
@@ -74,7 +82,7 @@ def _compare(gold: str, text: str, is_confirmed: Callable[[Any, Any], bool]) -> 
     error = ""
     for expected, given in itertools.product(golds, answers):
         try:
-            if verify(expected, given, timeout_seconds=None, raise_on_error=True) and is_confirmed(expected, given):
+            if are_equal(expected, given):
                 return "equal", ""
         except Exception as raised:  # another pair may still be equal
             error = type(raised).__name__
