@@ -15,7 +15,7 @@ from nft_megatron.verify.expressions import same_value
 from nft_megatron.verify.forms import compare_forms
 from nft_megatron.verify.intervals import as_interval, is_interval, without_member
 from nft_megatron.verify.listings import compare_listings, is_named, read_listing
-from nft_megatron.verify.numbers import MAX_DIGITS, is_arithmetic, is_decimal, nearly_equal, read_number, same_spelling
+from nft_megatron.verify.numbers import MAX_DIGITS, is_arithmetic, is_decimal, nearly_equal, read_number, same_spelling, tight
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.units import units_clash
 
@@ -88,7 +88,7 @@ def _compare_values(answer: str, gold: str) -> Verdict | Undecided:
     """Neither is an equation with a name any more, nor the gold any equation."""
     if units_clash(answer, gold):
         return verdict("not equal", STRICT)
-    gold_number = read_number(gold)
+    gold_number = read_gold_number(gold)
     if gold_number is not None:
         return _compare_number(answer, gold_number, gold)
     if same_spelling(answer, gold):
@@ -123,6 +123,11 @@ def _compare_number(answer: str, gold_number: Fraction, gold: str) -> Verdict | 
     if ":" in answer:
         return _settled(compare_forms(gold, answer) is True)
     return _by_value(answer, gold)
+
+
+def read_gold_number(gold: str) -> Fraction | None:
+    """The number that ``gold`` states; ``(2,251,252)`` states three."""
+    return None if "," in gold and tight(gold).startswith("(") else read_number(gold)
 
 
 def _is_percentage(number: Fraction, answer: str, gold_number: Fraction, gold: str) -> bool:

@@ -28,7 +28,7 @@ _WRAPPERS = [
     re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]"),
     re.compile(_FONTS + _GROUP),
     re.compile(_GROUP),
-    re.compile(r"\(([^(),]*)\)"),  # "(2,251)" is a pair
+    re.compile(r"\(([^()]*)\)"),
     re.compile(r"(.*[^.])\."),
     re.compile(r"(?:\\\$|[£€])(.*)"),
 ]

@@ -193,7 +193,7 @@ CASES: dict[str, list[tuple[str, str, bool]]] = {
         ("2,5", "(2,5)", True),
         ("5,2", "(2,5)", False),
         ("2251252", "(2,251,252)", False),
-        ("(2,251,252)", "2251252", False),
+        ("(2,251,252)", "2251252", True),  # the gold decides between three numbers and one
         ("(2, 251, 252)", "(2,251,252)", True),
         ("(251,2,252)", "(2,251,252)", False),
         ("(2,251,252)", "(2,251,253)", False),
