@@ -43,9 +43,10 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d{3},)*\d{3}(?!\d))")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
 
 # A number and a power of ten, or the power alone, and nothing but a unit behind it; 1.5e3 may have a unit too.
+_PLAIN_NUMBER = r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++))"
 _SCIENTIFIC = re.compile(
-    r"(?:([+-]?[0-9]*+\.?[0-9]++)\s*+(?:\\times|\\cdot|\*|×|·)\s*+)?+10\s*+\^\s*+(?:\{\s*+([+-]?[0-9]{1,4}+)\s*+\}|(-?[0-9]++))"
-    r"|([+-]?[0-9]*+\.?[0-9]++)[eE]([+-]?[0-9]{1,4}+)(?![0-9])"
+    rf"(?:{_PLAIN_NUMBER}\s*+(?:\\times|\\cdot|\*|×|·)\s*+)?+10\s*+\^\s*+(?:\{{\s*+([+-]?[0-9]{{1,4}}+)\s*+\}}|(-?[0-9]++))"
+    rf"|{_PLAIN_NUMBER}[eE]([+-]?[0-9]{{1,4}}+)(?![0-9])"
 )
 _UNIT_BEHIND = re.compile(
     r"(?:[\s~/{}.]|\\[,;: !]|\\cdot(?![A-Za-z])|\^\s*+\{?-?[0-9]\}?|\^\{?\\circ\}?|\\(?:text|mathrm|mbox|textrm|rm|operatorname)(?![A-Za-z])"

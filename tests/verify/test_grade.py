@@ -168,7 +168,7 @@ UNDECIDED = [
     (r"\boxed{a b}", "ab", "a b"),
     (r"\boxed{1\frac52}", r"\frac72", r"1\frac52"),
     (r"\fbox{1+x^2}", "x^2+1", "1+x^2"),
-    (r"$\boxed{x}$, $\boxed{2x}$ and $\boxed{3}$", r"\{x,x+x,3\}", "x, 2x, 3"),
+    (r"$\boxed{x}$, $\boxed{2x}$ and $\boxed{3}$", "x, x+x, 3", "x, 2x, 3"),
 ]
 
 
