@@ -17,7 +17,8 @@ _WITHOUT_BRACES = re.compile(
 # What may stand between two boxes that together form one answer: "$\boxed{3}$ and $\boxed{4}$", "$x=\boxed{3}$, $y=\boxed{4}$".
 _NAME = r"([A-Za-z](?:_(?:[0-9A-Za-z]|\{[0-9A-Za-z]*+\}))?+|\\[a-z]++)\s*+=\s*+"
 _JOINT = re.compile(
-    r"(?:[\s$,;&*.]|\\[()\[\],;! ]|\\q?quad|and|or|\\(?:text|mbox|mathrm)\s*+\{[\s,]*+(?:(?:and|or)[\s,]*+)?+\})*+" + f"(?:{_NAME})?+"
+    r"(?:[\s$,;&*.]|\\[()\[\],;! ]|\\q?quad|and|or|\\(?:text|mbox|mathrm)\s*+\{[\s,]*+(?:(?:and|or)[\s,]*+)?+\})*+"
+    + f"(?:{_NAME})?+"
 )
 _NAMED = re.compile(rf"(?<![A-Za-z0-9\\+*/^_(){{}}=-]){_NAME}$")
 _NAME_CHARS = 30
@@ -73,7 +74,7 @@ def last_boxes(text: str) -> list[Box]:
         text = text[:thinking]
     boxes = _last_group(text)
     for _ in range(_MAX_QUOTES):
-        if not boxes or unboxed(boxes[-1].content) not in _PLACEHOLDERS:
+        if not boxes or boxes[-1].content.strip() not in _PLACEHOLDERS:
             break
         start = boxes[-1].start
         if not _QUOTING.search(text, max(start - _NAME_CHARS, 0), start):
@@ -115,7 +116,7 @@ def unboxed(content: str) -> str:
     ('34', '\\boxed{3} or 4')
     """
     content = content.strip()
-    while (inner := closed_boxes(content)) and (inner[0].start, inner[0].end) == (0, len(content)):
+    while "box" in content and (inner := closed_boxes(content)) and (inner[0].start, inner[0].end) == (0, len(content)):
         content = inner[0].content.strip()
     return content
 

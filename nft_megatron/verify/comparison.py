@@ -142,7 +142,10 @@ def _as_intervals(answer: str, gold: str) -> tuple[str, str]:
     interval, gold_interval = as_interval(answer), as_interval(gold)
     if (interval is None) == (gold_interval is None):
         return answer, gold
-    texts = [text.replace(r"+\infty", r"\infty") for text in (interval or without_member(answer), gold_interval or without_member(gold))]
+    texts = [
+        text.replace(r"+\infty", r"\infty")
+        for text in (interval or without_member(answer), gold_interval or without_member(gold))
+    ]
     return (texts[0], texts[1]) if all(map(is_interval, texts)) else (answer, gold)
 
 

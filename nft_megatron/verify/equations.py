@@ -24,8 +24,12 @@ _NAME = re.compile(
     r"|\\(?:text|mathrm|textbf|mbox)\{[^{}]*+\}"
     rf"|[A-Za-z](?:\+[A-Za-z])++)"
 )
-_COMMAND_OF_A_VALUE = re.compile(r"\\(?:pi|infty|sqrt|frac|cdot|times|pm|mp|log|ln|sin|cos|tan|cot|sec|csc|exp|circ|emptyset|sum|int|lim)(?![A-Za-z])")
-_RELATION = re.compile(r"<|>|\\(?:n?[lg]eq?(?:slant)?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pmod|bmod|iff|in|notin|implies|Rightarrow|quad)(?![A-Za-z])")
+_COMMAND_OF_A_VALUE = re.compile(
+    r"\\(?:pi|infty|sqrt|frac|cdot|times|pm|mp|log|ln|sin|cos|tan|cot|sec|csc|exp|circ|emptyset|sum|int|lim)(?![A-Za-z])"
+)
+_RELATION = re.compile(
+    r"<|>|\\(?:n?[lg]eq?(?:slant)?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pmod|bmod|iff|in|notin|implies|Rightarrow|quad)(?![A-Za-z])"
+)
 _NOT_EQUAL_SIGN = re.compile(r"[<>!:]=|\\(?:not|begin)|\|\||\\mid")
 _LETTERS = re.compile(r"\\[A-Za-z]++|[A-Za-z]")
 
@@ -66,7 +70,9 @@ def assigned(text: str) -> tuple[str, str] | None:
 
 
 def _occurs(name: str, value: str) -> bool:
-    return "(" not in name and bool(set(_LETTERS.findall(name)) & set(_LETTERS.findall(value))) and not name.startswith("\\text")
+    return (
+        "(" not in name and bool(set(_LETTERS.findall(name)) & set(_LETTERS.findall(value))) and not name.startswith("\\text")
+    )
 
 
 def same_equation(answer: str, gold: str) -> bool:

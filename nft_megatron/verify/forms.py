@@ -11,7 +11,12 @@ _BASE = re.compile(r"\(?([0-9A-Z]++)\)?_\{?([0-9]++|[a-z]++)\}?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|textnormal)\s*+\{([^{}]*+)\}")
 _CLOCK = re.compile(r"([0-9]{1,2}+):([0-5][0-9])(?::([0-5][0-9]))?+\s*+([ap])?+(?:\.?m\.?)?+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '.-]*+")
-_DIGIT_NAMES = {name: str(number) for number, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)}
+_DIGIT_NAMES = {
+    name: str(number)
+    for number, name in enumerate(
+        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], start=2
+    )
+}
 
 
 def compare_forms(answer: str, gold: str) -> bool | None:
@@ -46,7 +51,11 @@ def _number_of(index: str) -> str:
 
 def _compare_clocks(answer: str, gold: str) -> bool | None:
     """As written, so that 2:40 is not 1:20; a.m. and p.m. count where both say them."""
-    if ":" not in gold or (gold_clock := _CLOCK.fullmatch(_untext(gold))) is None or (clock := _CLOCK.fullmatch(_untext(answer))) is None:
+    if (
+        ":" not in gold
+        or (gold_clock := _CLOCK.fullmatch(_untext(gold))) is None
+        or (clock := _CLOCK.fullmatch(_untext(answer))) is None
+    ):
         return None
     (*time, half), (*gold_time, gold_half) = clock.groups(), gold_clock.groups()
     is_same_half = not half or not gold_half or half.lower() == gold_half.lower()
@@ -65,10 +74,18 @@ def _compare_ratios(answer: str, gold: str) -> bool | None:
         numbers = [read_bare_number(part) for part in parts]
     gold_numbers = [read_bare_number(part) for part in gold_parts]
     if None in numbers + gold_numbers:
-        return len(parts) == len(gold_parts) and all(map(same_spelling, parts, gold_parts)) if len(parts) == len(gold_parts) > 1 else None
+        return (
+            len(parts) == len(gold_parts) and all(map(same_spelling, parts, gold_parts))
+            if len(parts) == len(gold_parts) > 1
+            else None
+        )
     if len(numbers) != len(gold_numbers):
         return False
-    pairs = [(number, gold_number) for number, gold_number in zip(numbers, gold_numbers, strict=True) if number is not None and gold_number is not None]
+    pairs = [
+        (number, gold_number)
+        for number, gold_number in zip(numbers, gold_numbers, strict=True)
+        if number is not None and gold_number is not None
+    ]
     (first, gold_first), *rest = pairs
     if not first or not gold_first:
         return pairs[0][0] == pairs[0][1] and numbers == gold_numbers

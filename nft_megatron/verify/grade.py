@@ -62,7 +62,7 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
         return verdict("empty box", STRICT)
     if boxes[-1].end - boxes[0].start > MAX_BOX_CHARS:
         return verdict("box too long", STRICT)
-    return _compare(contents, gold.rpartition("####")[2].strip())
+    return _compare(contents, gold.strip())
 
 
 def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
@@ -88,7 +88,11 @@ def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
 @functools.lru_cache(_SMALL_CACHE)
 def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     """Compare the boxes that together form the answer with the gold."""
-    contents, gold = tuple(map(plain, contents)), plain(unboxed(gold))
+    if not gold.isdigit():
+        gold = plain(unboxed(gold.rpartition("####")[2]))
+    contents = tuple(map(plain, contents))
+    if len(contents) == 1:
+        return compare(contents[0], gold)
     number = read_number(stated_part(contents[-1]))
     if all(content == contents[-1] or _is_number(content, number) for content in contents):
         return compare(contents[-1], gold)

@@ -7,7 +7,9 @@ import re
 from nft_megatron.verify.numbers import tight
 
 _SIGN = re.compile(r"<=|>=|<|>|\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt)(?![A-Za-z])")
-_OR = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s*+\{\s*+or\s*+\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])|\\cup(?![A-Za-z])")
+_OR = re.compile(
+    r"\\(?:text|mbox|mathrm|textrm)\s*+\{\s*+or\s*+\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])|\\cup(?![A-Za-z])"
+)
 _NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]++)(?:_(?:[0-9A-Za-z]|\{[0-9A-Za-z]*+\}))?+")
 _MEMBER = re.compile(r"\s*+(?:[A-Za-z]|\\[a-z]++)\s*+\\in(?![A-Za-z])\s*+(?=[\[(\\])")
 _INTERVAL = re.compile(r"[\[(][^\[\]=<>,]++,[^\[\]=<>,]++")
@@ -45,7 +47,7 @@ def _interval(text: str) -> tuple[str, str] | None:
     signs, parts = _SIGN.findall(text), [part.strip() for part in _SIGN.split(text)]
     if not all(parts) or any("," in part or "=" in part for part in parts):
         return None
-    is_less = ["<" in sign or sign.startswith((r"\l")) for sign in signs]
+    is_less = ["<" in sign or sign.startswith(r"\l") for sign in signs]
     is_closed = [sign[-1] == "=" or "e" in sign for sign in signs]
     match parts:
         case [name, bound] if _NAME.fullmatch(name) and _is_free_of(bound, name):
@@ -53,9 +55,9 @@ def _interval(text: str) -> tuple[str, str] | None:
         case [bound, name] if _NAME.fullmatch(name) and _is_free_of(bound, name):
             less, closed = not is_less[0], is_closed[0]
         case [low, name, high] if is_less[0] == is_less[1] and _NAME.fullmatch(name) and _is_free_of(low + high, name):
-            left, right = "([" [is_closed[0]], ")]"[is_closed[1]]
+            left, right = "(["[is_closed[0]], ")]"[is_closed[1]]
             if not is_less[0]:
-                low, high, left, right = high, low, "([" [is_closed[1]], ")]"[is_closed[0]]
+                low, high, left, right = high, low, "(["[is_closed[1]], ")]"[is_closed[0]]
             return name, f"{left}{low},{high}{right}"
         case _:
             return None

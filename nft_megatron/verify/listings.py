@@ -113,7 +113,13 @@ def _compare_values(values: list[str], golds: list[str], is_ordered: bool, is_se
         return False
     numbers, gold_numbers = [read_number(value) for value in values], [read_number(value) for value in golds]
     if None not in numbers + gold_numbers:
-        same = numbers == gold_numbers if is_ordered else set(numbers) == set(gold_numbers) if is_set else Counter(numbers) == Counter(gold_numbers)
+        same = (
+            numbers == gold_numbers
+            if is_ordered
+            else set(numbers) == set(gold_numbers)
+            if is_set
+            else Counter(numbers) == Counter(gold_numbers)
+        )
         if same or "." not in "".join(values + golds):
             return same
     elif is_ordered and all(map(same_spelling, values, golds)):

@@ -21,6 +21,7 @@ _RESPELL = [
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|\\thinspace(?![A-Za-z])|[~\s\u2009\u202f\u00a0]"), " "),
 ]
+_SPELLED_OTHERWISE = re.compile(r"[\\\s~{−–]")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s++|\s++(?![0-9A-Za-z])|(?<=[0-9])\s++(?=[A-Za-z])")
 # What may surround a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
 _WRAPPERS = [
@@ -56,8 +57,12 @@ _SCIENTIFIC = re.compile(
     r"(?:[eE]([+-]?[0-9]{1,4}+)|\s*+(?:\\times|\\cdot|\*)\s*+10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
     r"|10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
 )
-_RECURRING = re.compile(r"([+-]?)\s*+([0-9]*+)\.([0-9]*+)(?:\\(?:overline|bar|dot)\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|\(([0-9]++)\))")
-_MIXED = re.compile(r"([+-]?)\s*+([0-9]++)\s*+(?:\\frac\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|(?<=\s)([0-9]++)/([0-9]++))")
+_RECURRING = re.compile(
+    r"([+-]?)\s*+([0-9]*+)\.([0-9]*+)(?:\\(?:overline|bar|dot)\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|\(([0-9]++)\))"
+)
+_MIXED = re.compile(
+    r"([+-]?)\s*+([0-9]++)\s*+(?:\\frac\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|(?<=\s)([0-9]++)/([0-9]++))"
+)
 _FRACTION = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 
 _ARITHMETIC = re.compile(r"(?:[0-9.+*/^!(){} -]|\\(?:frac|sqrt(?:\s*\[[0-9]+\])?|cdot|times|div|[dt]?binom)(?![A-Za-z]))+")
@@ -169,11 +174,15 @@ def _recurring(text: str) -> Fraction | None:
     if match is None:
         return None
     period, before = match[4] or match[5] or match[6], match[3]
-    value = Fraction(int(match[2] + before + period or 0) - int(match[2] + before or 0), 10 ** len(before) * (10 ** len(period) - 1))
+    value = Fraction(
+        int(match[2] + before + period or 0) - int(match[2] + before or 0), 10 ** len(before) * (10 ** len(period) - 1)
+    )
     return -value if match[1] == "-" else value
 
 
 def _respell(text: str) -> str:
+    if not _SPELLED_OTHERWISE.search(text):
+        return text
     for pattern, spelling in _RESPELL:
         text = pattern.sub(spelling, text)
     return text.strip()

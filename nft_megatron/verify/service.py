@@ -154,7 +154,9 @@ class Verifier:
         self._settings = settings = settings or VerifyConfig()
         self._mode = MODES[settings.mode]
         self._memory_bytes, self._tasks_per_worker = memory_bytes, tasks_per_worker
-        math_verify = f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge in ("strict", "math-verify") else ""
+        math_verify = (
+            f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge in ("strict", "math-verify") else ""
+        )
         self._name = f"{self._mode.version} {math_verify}".strip()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []

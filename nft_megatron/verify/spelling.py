@@ -52,8 +52,41 @@ _SYMBOLS = {
 _GREEK = dict(
     zip(
         "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega "
-        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        [
+            "alpha",
+            "beta",
+            "gamma",
+            "delta",
+            "epsilon",
+            "zeta",
+            "eta",
+            "theta",
+            "iota",
+            "kappa",
+            "lambda",
+            "mu",
+            "nu",
+            "xi",
+            "pi",
+            "rho",
+            "sigma",
+            "tau",
+            "upsilon",
+            "phi",
+            "chi",
+            "psi",
+            "omega",
+            "Gamma",
+            "Delta",
+            "Theta",
+            "Lambda",
+            "Xi",
+            "Pi",
+            "Sigma",
+            "Phi",
+            "Psi",
+            "Omega",
+        ],
         strict=True,
     )
 )
@@ -68,7 +101,18 @@ _NOT_PLAIN = re.compile(r"[^\x00-\x7f]|[*_`\"']|\\(?:text)?color|\\phantom|\{,\}
 _FORMULA = re.compile(r"\$\$([^$]++)\$\$|\$([^$]++)\$|\\\(((?:[^\\]|\\[^()])*+)\\\)|\\\[((?:[^\\]|\\[^\[\]])*+)\\\]")
 _COLOUR = re.compile(r"\\(?:textcolor|colorbox|color)(?![A-Za-z])\s*+(?:\[[^\[\]{}]*+\])?+\s*+\{[^{}]*+\}")
 _THOUSANDS = re.compile(r"(?<![0-9.,}])([1-9][0-9]{0,2}+)((?:\{,\}[0-9]{3})++)(?![0-9])")
-_QUOTES = [("**", "**"), ("__", "__"), ("*", "*"), ("``", "''"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("«", "»")]
+_QUOTES = [
+    ("**", "**"),
+    ("__", "__"),
+    ("*", "*"),
+    ("``", "''"),
+    ("`", "`"),
+    ('"', '"'),
+    ("'", "'"),
+    ("“", "”"),
+    ("‘", "’"),
+    ("«", "»"),
+]
 
 
 def plain(text: str) -> str:
@@ -93,7 +137,13 @@ def _unquoted(text: str) -> str:
     while True:
         for opening, closing in _QUOTES:
             inside = text[len(opening) : len(text) - len(closing)]
-            if inside and text.startswith(opening) and text.endswith(closing) and opening not in inside and closing not in inside:
+            if (
+                inside
+                and text.startswith(opening)
+                and text.endswith(closing)
+                and opening not in inside
+                and closing not in inside
+            ):
                 text = inside.strip()
                 break
         else:
