@@ -1,7 +1,7 @@
 """The comparison of strict mode that needs computer algebra; runs in a worker process.
 
-Two equations are compared as equations; everything else by math-verify, whose agreement is confirmed at one point: it rounds to 15
-digits after the point, where tiny numbers are all the same.
+Two equations are compared as equations; everything else by math-verify, whose agreement is confirmed at one point: it rounds to
+15 digits after the point, where tiny numbers are all the same.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def closed_boxes(text: str, start: int = 0) -> list[Box]:
 def last_boxes(text: str) -> list[Box]:
     r"""The last box of ``text`` and those directly before it, joined only by punctuation, names, "and" or "or".
 
-    Long answers are read from the end: a box that opens more than ``2 * MAX_BOX_CHARS`` before the last one plays no part. Nothing
-    counts after a ``<think>`` that is never closed, nor an empty box that quotes the task after the answer's own.
+    Long answers are read from the end: a box that opens more than ``2 * MAX_BOX_CHARS`` before the last one plays no part.
+    Nothing counts after a ``<think>`` that is never closed, nor an empty box that quotes the task after the answer's own.
 
     >>> [box.content for box in last_boxes(r"so $x=\boxed{3}$ and $y=\boxed{5}$, as asked in \boxed{}.")]
     ['x=3', 'y=5']

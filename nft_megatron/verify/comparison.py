@@ -1,7 +1,7 @@
 r"""Compares the content of a box with the gold, as far as exact rules can. Pure functions.
 
-Whole spellings come first. Then names go (``x = 5`` for 5), and what is left is compared as what the gold is: an equation, a number,
-a ratio or the like (:mod:`~nft_megatron.verify.forms`), a listing, an interval or an expression.
+Whole spellings come first. Then names go (``x = 5`` for 5), and what is left is compared as what the gold is: an equation, a
+number, a ratio or the like (:mod:`~nft_megatron.verify.forms`), a listing, an interval or an expression.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def compare(answer: str, gold: str) -> Verdict | Undecided:
 def stated_part(text: str) -> str:
     r"""The value in ``name = value`` or in true arithmetic, ``name = arithmetic = value``; any other text unchanged.
 
-    >>> stated_part("n = 75"), stated_part("m+n = 30+4 = 34"), stated_part("1 = 34"), stated_part("5+7 = 12"), stated_part("x^2 = 9")
-    ('75', '34', '1 = 34', '12', 'x^2 = 9')
+    >>> [stated_part(text) for text in ("n = 75", "m+n = 30+4 = 34", "1 = 34", "5+7 = 12", "x^2 = 9")]
+    ['75', '34', '1 = 34', '12', 'x^2 = 9']
     """
     parts = sides(text)
     if len(parts) == 1:

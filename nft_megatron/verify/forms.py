@@ -22,10 +22,10 @@ _DIGIT_NAMES = {
 def compare_forms(answer: str, gold: str) -> bool | None:
     r"""Whether answer and gold are the same, if the gold has one of these forms; None if it has none.
 
-    >>> compare_forms("110_2", "110_3"), compare_forms("08:00", "8:00"), compare_forms("2:4:6", "1:2:3"), compare_forms("listen", "silent")
-    (False, True, True, False)
-    >>> compare_forms(r"\text{Yes}", "yes."), compare_forms("yx", "xy"), compare_forms(r"\frac{3}{4}", "3:4"), compare_forms("110", "110_2")
-    (True, None, True, None)
+    >>> compare_forms("110_2", "110_3"), compare_forms("08:00", "8:00"), compare_forms("2:4:6", "1:2:3")
+    (False, True, True)
+    >>> compare_forms("listen", "silent"), compare_forms(r"\text{Yes}", "yes."), compare_forms("yx", "xy")
+    (False, True, None)
     """
     for compare in (_compare_bases, _compare_clocks, _compare_ratios, _compare_words):
         if (same := compare(answer, gold)) is not None:

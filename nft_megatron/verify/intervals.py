@@ -30,8 +30,10 @@ def without_member(text: str) -> str:
 def as_interval(text: str) -> str | None:
     r"""The interval of an inequality, or the union of those joined by "or"; None for any other text.
 
-    >>> as_interval(r"m \ge \sqrt{3}"), as_interval(r"2 \le x < 5"), as_interval(r"x < -1 \text{ or } 1 < x"), as_interval("x^2 < 4")
-    ('[\\sqrt{3},\\infty)', '[2,5)', '(-\\infty,-1)\\cup(1,\\infty)', None)
+    >>> as_interval(r"m \ge \sqrt{3}"), as_interval(r"2 \le x < 5"), as_interval("x^2 < 4")
+    ('[\\sqrt{3},\\infty)', '[2,5)', None)
+    >>> as_interval(r"x < -1 \text{ or } 1 < x")
+    '(-\\infty,-1)\\cup(1,\\infty)'
     """
     if not _SIGN.search(text):
         return None

@@ -1,7 +1,7 @@
 r"""Reads exact numbers from LaTeX and rejects whatever could mean something else.
 
-``12\,345``, ``\text{34}``, ``\frac{160}{2}``, ``3\frac14``, ``1.5e3``, ``0.\overline{3}`` and ``5 \text{ million}`` are numbers, and so are
-``30^\circ``, ``\$78`` and ``34\%`` with their units. ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3`` and ``1 = 34`` are not.
+``12\,345``, ``\text{34}``, ``\frac{160}{2}``, ``3\frac14``, ``1.5e3``, ``0.\overline{3}`` and ``5 \text{ million}`` are numbers, and
+so are ``30^\circ``, ``\$78`` and ``34\%`` with their units. ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3`` and ``1 = 34`` are not.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _WRAPPERS = [
     re.compile(r"(.*[^.])\."),
     re.compile(r"(?:\\\$|[£€])(.*)"),
 ]
-_DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
-_PERCENT = re.compile(r"\s*\\?%$")
-_TEXT_UNIT = re.compile(r"\s*" + _FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
+_DEGREE = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
+_PERCENT = re.compile(r"\\?%$")
+_TEXT_UNIT = re.compile(_FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
 _BARE_UNIT = re.compile(
-    r"\s*(?:[ckm]m|kg|degrees?|percent(?:age)?|pct|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
+    r"(?<![A-Za-z])(?:[ckm]m|kg|degrees?|percent(?:age)?|pct|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
     r"(?:\s*\^\s*\{?[23]\}?)?$"
 )
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -93,8 +93,8 @@ def read_bare_number(text: str) -> Fraction | None:
 def read_number(text: str) -> Fraction | None:
     r"""Like :func:`read_bare_number`, but a degree sign, a percent sign or a unit may follow.
 
-    >>> read_number(r"15\mbox{ cm}^2"), read_number(r"120^\circ"), read_number(r"5 \text{ million}"), read_number(r"5 \text{ or more}")
-    (Fraction(15, 1), Fraction(120, 1), Fraction(5000000, 1), None)
+    >>> [read_number(text) for text in (r"15\mbox{ cm}^2", r"120^\circ", r"5 \text{ million}", r"5 \text{ or more}")]
+    [Fraction(15, 1), Fraction(120, 1), Fraction(5000000, 1), None]
     """
     if text.isdigit():
         return read_bare_number(text)

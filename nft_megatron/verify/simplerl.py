@@ -143,8 +143,8 @@ def respell(answer: str) -> str:
 def _decimal_power(answer: str) -> str:
     r"""``4.5 \times 10^{33}\text{ erg/s}`` as ``4.5e33``; anything but a number with a power of ten and a unit unchanged.
 
-    >>> _decimal_power(r"4.5\cdot 10^{33} \mathrm{~erg}"), _decimal_power("10^{-8}"), _decimal_power("10^{11}x+1"), _decimal_power("L = 3e8 m")
-    ('4.5e33', '1e-8', '10^{11}x+1', 'L=3e8')
+    >>> [_decimal_power(text) for text in (r"4.5\cdot 10^{33} \mathrm{~erg}", "10^{-8}", "10^{11}x+1", "L = 3e8 m")]
+    ['4.5e33', '1e-8', '10^{11}x+1', 'L=3e8']
     """
     text = re.sub(r"\\[,;:! ]|\$|\\left|\\right|~", " ", answer).replace("{,}", "").replace("−", "-").strip()
     name, equals, value = text.rpartition("=")

@@ -1,7 +1,7 @@
 r"""One plain LaTeX spelling for what models type: unicode, markdown, quotes, colours. Pure functions, linear in the text.
 
-``**91**``, ``"12"``, ``２√３``, ``x²``, ``½``, ``\textcolor{blue}{12}`` become what LaTeX without decoration would say. Nothing here
-changes a value; text that is plain already is returned as it is.
+``**91**``, ``"12"``, ``２√３``, ``x²``, ``½``, ``\textcolor{blue}{12}`` become what LaTeX without decoration would say. Nothing
+here changes a value; text that is plain already is returned as it is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 r"""Units of measurement: whether answer and gold name different ones.
 
-An answer without the gold's unit is right, and so is one that adds a unit: the question has it. Two units that are not the same are
-wrong even where one converts into the other: ``3000\text{ m}`` for ``3\text{ km}`` is refused, as no factor is ever applied.
-A word that is not in the table (ways, people) is no unit.
+An answer without the gold's unit is right, and so is one that adds a unit: the question has it. Two units that are not the same
+are wrong even where one converts into the other: ``3000\text{ m}`` for ``3\text{ km}`` is refused, as no factor is ever applied. A
+word that is not in the table (ways, people) is no unit.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import re
 
 _NAMES = """
-mm: millimeter millimeters millimetre millimetres · cm: centimeter centimeters centimetre centimetres · m: meter meters metre metres
-km: kilometer kilometers kilometre kilometres · in: inch inches · ft: foot feet · yd: yard yards · mi: mile miles
+mm: millimeter millimeters millimetre millimetres · cm: centimeter centimeters centimetre centimetres
+m: meter meters metre metres · km: kilometer kilometers kilometre kilometres · in: inch inches · ft: foot feet · yd: yard yards · mi: mile miles
 mg: milligram milligrams · g: gram grams · kg: kilogram kilograms · lb: lbs · oz: ounce ounces · t: ton tons tonne tonnes
 ms: millisecond milliseconds · s: sec secs second seconds · min: mins minute minutes · h: hr hrs hour hours
 day: days · week: weeks · month: months · year: yr yrs years
 l: L liter liters litre litres · ml: mL milliliter milliliters millilitre millilitres · gal: gallon gallons
 dollar: dollars USD · cent: cents · euro: euros EUR · pound: pounds · rupee: rupees
 degree: degrees deg · rad: radian radians · percent: pct
-n: N newton newtons · j: J joule joules · kj: kJ · w: W watt watts · kw: kW · hz: Hz hertz · v: V volt volts · a: amp amps · k: K kelvin
+n: N newton newtons · j: J joule joules · kj: kJ · w: W watt watts · kw: kW · hz: Hz hertz · v: V volt volts
+a: amp amps · k: K kelvin
 pa: Pa pascal pascals · ev: eV · mol: mole moles · acre: acres · mph · kph: kmh
 """
 _CANONICAL = {
@@ -44,9 +45,9 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 def units_clash(answer: str, gold: str) -> bool:
     r"""Whether both name a unit, and not the same.
 
-    >>> units_clash(r"3\text{ km}", r"3\text{ m}"), units_clash(r"5 \text{ cents}", r"\$5"), units_clash("9 cm^2", r"9\text{ sq. cm}")
+    >>> units_clash(r"3\text{ km}", r"3\text{ m}"), units_clash(r"5 \text{ cents}", r"\$5"), units_clash("3", r"3\text{ m}")
     (True, True, False)
-    >>> units_clash("3", r"3\text{ m}"), units_clash(r"4\text{ ways}", r"4\text{ cm}"), units_clash("60 km/h", r"60\text{ miles per hour}")
+    >>> units_clash("9 cm^2", r"9\text{ sq. cm}"), units_clash(r"4\text{ ways}", r"4\text{ cm}"), units_clash("5 mph", "5 km/h")
     (False, False, True)
     """
     gold_unit = unit_of(gold)
