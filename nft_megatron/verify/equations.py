@@ -1,8 +1,8 @@
 r"""Equations: whose left side is only a name, and when two of them are the same.
 
-``x = 5`` states the number 5 under a name, ``2x = 8`` and ``x^2 = 9`` state an equation. A name is a letter, possibly with an index,
-prime or argument (``m_{\max}``, ``f(3)``), a figure (``\angle ABC``, ``AB``, ``|S|``), words, or a sum of different letters
-(``m+n``).
+``x = 5`` states the number 5 under a name, ``2x = 8`` and ``x^2 = 9`` state an equation. A name is a letter, possibly with an
+index, prime or argument (``m_{\max}``, ``f(3)``), a figure (``\angle ABC``, ``AB``, ``|S|``), words, or a sum of different
+letters (``m+n``).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 r"""Tells expressions apart by their values, so that most wrong answers need no computer algebra.
 
-Two expressions that differ at one point are different; numbers without roots are compared exactly. Both are evaluated at a point
-where every variable has its own number; a difference larger than rounding could cause settles the matter, and agreement leaves it to
-computer algebra. Reads integers,
-letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^ and brackets; points such as ``(1, \frac{\pi}{2})`` coordinate by
-coordinate; ``y = 2x`` by its right-hand side. Does not read whatever math-verify may read differently than LaTeX means it or
-than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m`` (a unit?), the letters d, e, i.
+Two expressions that differ at one point are different; numbers without roots are compared exactly. Both are evaluated at a
+point where every variable has its own number; a difference larger than rounding could cause settles the matter, and agreement
+leaves it to computer algebra. Reads integers, letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^ and brackets; points such as
+``(1, \frac{\pi}{2})`` coordinate by coordinate; ``y = 2x`` by its right-hand side. Does not read whatever math-verify may
+read differently than LaTeX means it or than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m``
+(a unit?), the letters d, e, i.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 r"""Lists, tuples and sets: which of their differences count. Pure functions.
 
-``(a,b)`` and ``[a,b]`` are ordered, ``\{a,b\}`` and ``a, b`` are not; beside a tuple a list without brackets is read in its order. A
-set is no tuple. Elements count as often as they are written, except between two sets in braces. ``x=3, y=5`` is the tuple ``(3,5)``
-if its names are in the order of the alphabet, and two lists of named values are compared name by name.
+``(a,b)`` and ``[a,b]`` are ordered, ``\{a,b\}`` and ``a, b`` are not; beside a tuple a list without brackets is read in its
+order. A set is no tuple. Elements count as often as they are written, except between two sets in braces. ``x=3, y=5`` is the
+tuple ``(3,5)`` if its names are in the order of the alphabet, and two lists of named values are compared name by name.
 """
 
 from __future__ import annotations

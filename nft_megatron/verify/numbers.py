@@ -1,7 +1,8 @@
 r"""Reads exact numbers from LaTeX and rejects whatever could mean something else.
 
-``12\,345``, ``\text{34}``, ``\frac{160}{2}``, ``3\frac14``, ``1.5e3``, ``0.\overline{3}`` and ``5 \text{ million}`` are numbers, and
-so are ``30^\circ``, ``\$78`` and ``34\%`` with their units. ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3`` and ``1 = 34`` are not.
+``12\,345``, ``\text{34}``, ``\frac{160}{2}``, ``3\frac14``, ``1.5e3``, ``0.\overline{3}`` and ``5 \text{ million}`` are
+numbers, and so are ``30^\circ``, ``\$78`` and ``34\%`` with their units. ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3``
+and ``1 = 34`` are not.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ _SCIENTIFIC = re.compile(
     rf"|{_PLAIN_NUMBER}[eE]([+-]?[0-9]{{1,4}}+)(?![0-9])"
 )
 _UNIT_BEHIND = re.compile(
-    r"(?:[\s~/{}.]|\\[,;: !]|\\cdot(?![A-Za-z])|\^\s*+\{?-?[0-9]\}?|\^\{?\\circ\}?|\\(?:text|mathrm|mbox|textrm|rm|operatorname)(?![A-Za-z])"
-    r"|\\(?:mu|Omega|AA|degree|odot)(?![A-Za-z])|_\{?\\odot\}?|(?<![0-9])[A-Za-z]++)*+"
+    r"(?:[\s~/{}.]|\\[,;: !]|\\cdot(?![A-Za-z])|\^\s*+\{?-?[0-9]\}?|\^\{?\\circ\}?"
+    r"|\\(?:text|mathrm|mbox|textrm|rm|operatorname)(?![A-Za-z])|\\(?:mu|Omega|AA|degree|odot)(?![A-Za-z])|_\{?\\odot\}?|(?<![0-9])[A-Za-z]++)*+"
 )
 
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [

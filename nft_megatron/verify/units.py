@@ -1,8 +1,8 @@
 r"""Units of measurement: whether answer and gold name different ones.
 
-An answer without the gold's unit is right, and so is one that adds a unit: the question has it. Two units that are not the same
-are wrong even where one converts into the other: ``3000\text{ m}`` for ``3\text{ km}`` is refused, as no factor is ever applied. A
-word that is not in the table (ways, people) is no unit.
+An answer without the gold's unit is right, and so is one that adds a unit: the question has it. Two units that are not the
+same are wrong even where one converts into the other: ``3000\text{ m}`` for ``3\text{ km}`` is refused, as no factor is ever
+applied. A word that is not in the table (ways, people) is no unit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 
 _NAMES = """
 mm: millimeter millimeters millimetre millimetres · cm: centimeter centimeters centimetre centimetres
-m: meter meters metre metres · km: kilometer kilometers kilometre kilometres · in: inch inches · ft: foot feet · yd: yard yards · mi: mile miles
+m: meter meters metre metres · km: kilometer kilometers kilometre kilometres
+in: inch inches · ft: foot feet · yd: yard yards · mi: mile miles
 mg: milligram milligrams · g: gram grams · kg: kilogram kilograms · lb: lbs · oz: ounce ounces · t: ton tons tonne tonnes
 ms: millisecond milliseconds · s: sec secs second seconds · min: mins minute minutes · h: hr hrs hour hours
 day: days · week: weeks · month: months · year: yr yrs years

@@ -61,6 +61,7 @@ CASES: dict[str, list[tuple[str, str, bool]]] = {
         (r"\sqrt{x}=3", "3", False),
         ("2^x=8", "8", False),
         ("xy=6", "6", False),
+        (r"\tan x=6", "6", False),
         ("x-y=6", "6", False),
         ("-x=6", "6", False),
         ("x!=6", "6", False),
