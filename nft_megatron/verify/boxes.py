@@ -70,7 +70,7 @@ def last_boxes(text: str) -> list[Box]:
     >>> [box.content for box in last_boxes(r"so $x=\boxed{3}$ and $y=\boxed{5}$, as asked in \boxed{}.")]
     ['x=3', 'y=5']
     """
-    if (thinking := text.rfind("<think>")) > text.rfind("</think>"):
+    if (thinking := text.rfind("<think>")) >= 0 and text.find("</think>", thinking) < 0:
         text = text[:thinking]
     boxes = _last_group(text)
     for _ in range(_MAX_QUOTES):
@@ -88,7 +88,8 @@ def _last_group(text: str) -> list[Box]:
     opening = _last_opening(text)
     boxes = (closed_boxes(text, max(opening - 2 * MAX_BOX_CHARS, 0)) or closed_boxes(text)) if opening >= 0 else []
     end = boxes[-1].end if boxes else 0
-    for bare in _WITHOUT_BRACES.finditer(text, max(end, len(text) - 2 * MAX_BOX_CHARS)):
+    tail = max(end, len(text) - 2 * MAX_BOX_CHARS)
+    for bare in _WITHOUT_BRACES.finditer(text, tail) if text.find("box", tail) >= 0 else ():
         boxes = [Box(bare[1], bare.start(), bare.end())]
     first = len(boxes) - 1
     names: list[str] = []

@@ -35,7 +35,7 @@ def compare(answer: str, gold: str) -> Verdict | Undecided:
     if answer == gold:
         return verdict("exact", STRICT)
     if gold.isdigit() and len(gold) < MAX_DIGITS:
-        return _compare_number(stated_part(answer), Fraction(gold), gold)
+        return _compare_number(stated_part(answer) if "=" in answer else answer, Fraction(gold), gold)
     if same_spelling(answer, gold):
         return verdict("exact", STRICT)
     if "=" in gold and not is_named(gold) and len(sides(gold)) > 1:

@@ -122,7 +122,7 @@ def plain(text: str) -> str:
     ('91', '2\\sqrt{3}', 'x^{2}+1', '{12}', '3\\frac{1}{2}', '12345')
     """
     text = text.strip().removeprefix("+")
-    if text[:1] in ("$", "\\") and (formula := _FORMULA.fullmatch(text)):
+    if text.startswith(("$", r"\(", r"\[")) and (formula := _FORMULA.fullmatch(text)):
         text = next(inside for inside in formula.groups() if inside is not None).strip()
     if not _NOT_PLAIN.search(text):
         return text
