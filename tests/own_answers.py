@@ -18,6 +18,7 @@ class Case(NamedTuple):
 
 # <n> is the gold answer, <n+1> and so on are close to it, <n,> has a thousands separator.
 _INTEGER_RIGHT = {
+    "percent": r"\boxed{<n>\%}",
     "box": "... so the total is $<n>$.\n\n\\boxed{<n>}",
     "answer line": r"Answer: \boxed{<n>}",
     "sentence": r"Therefore $m+n = \boxed{<n>}$.",
@@ -65,7 +66,6 @@ _INTEGER_WRONG = {
     "unclosed": r"I will now write \boxed{<n>",
     "cut in an equation": r"so that $a_{k+1} = <n>$ and then we continue with",
     "cut at a number": r"We compute the terms step by step. Next, the value of $x$ is <n>",
-    "percent": r"\boxed{<n>\%}",
     "one equals": r"\boxed{1 = <n>}",
     "about": r"\boxed{n \approx <n>}",
 }
@@ -73,7 +73,7 @@ _MATH_VERIFY_DIFFERS = {
     **dict.fromkeys(("fbox", "framebox", "space before brace", "bold label"), "spelling"),
     "corrected at once": "nearby boxes",
     **dict.fromkeys(("empty", "cut in an equation", "cut at a number"), "no box"),
-    **dict.fromkeys(("percent", "one equals", "about"), "percent or relation"),
+    **dict.fromkeys(("one equals", "about"), "relation"),
 }
 INTEGER_GOLDS = (7, 34, 204, 1000, 12345, 105717501)
 

@@ -10,8 +10,22 @@ MAX_BOX_CHARS = 1000
 # A box, an escaped backslash or brace, or a brace. Models write "\\boxed" when they quote code.
 _TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)\s*\{|\\[\\{}]|[{}]")
 _OPENING = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
-# What may stand between two boxes that together form one answer: "$\boxed{3}$ and $\boxed{4}$".
-_JOINT = re.compile(r"(?:[\s$,;&*.]|\\[()\[\],;! ]|\\q?quad|and|or|\\(?:text|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)?\s*,?\s*\})*")
+# "\boxed 5": a number or a letter without braces, at the end of a formula or of a sentence.
+_WITHOUT_BRACES = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*+([-+]?+(?:[0-9]++(?:[.,][0-9]++)*+|\.[0-9]++|[A-Za-z](?![A-Za-z])))(?=\s*+(?:$|[$\n]|\\[)\]])|[.,;)])"
+)
+# What may stand between two boxes that together form one answer: "$\boxed{3}$ and $\boxed{4}$", "$x=\boxed{3}$, $y=\boxed{4}$".
+_NAME = r"([A-Za-z](?:_(?:[0-9A-Za-z]|\{[0-9A-Za-z]*+\}))?+|\\[a-z]++)\s*+=\s*+"
+_JOINT = re.compile(
+    r"(?:[\s$,;&*.]|\\[()\[\],;! ]|\\q?quad|and|or|\\(?:text|mbox|mathrm)\s*+\{[\s,]*+(?:(?:and|or)[\s,]*+)?+\})*+"
+    + f"(?:{_NAME})?+"
+)
+_NAMED = re.compile(rf"(?<![A-Za-z0-9\\+*/^_(){{}}=-]){_NAME}$")
+_NAME_CHARS = 30
+# A box that only quotes the task: "(boxed as asked, in \boxed{})".
+_PLACEHOLDERS = ("", "...", "…", r"\ldots", r"\dots", r"\cdots", r"\cdot")
+_QUOTING = re.compile(r"(?<![A-Za-z])(?:in|into|inside|within|using|with|via)(?:\s++(?:an?|the))?+[\s`$\"'(]*+$", re.IGNORECASE)
+_MAX_QUOTES = 8
 
 
 @dataclass(frozen=True)
@@ -48,18 +62,52 @@ def closed_boxes(text: str, start: int = 0) -> list[Box]:
 
 
 def last_boxes(text: str) -> list[Box]:
-    """The last closed box of ``text`` and those directly before it, joined only by punctuation, "and" or "or".
+    r"""The last box of ``text`` and those directly before it, joined only by punctuation, names, "and" or "or".
 
     Long answers are read from the end: a box that opens more than ``2 * MAX_BOX_CHARS`` before the last one plays no part.
+    Nothing counts after a ``<think>`` that is never closed, nor an empty box that quotes the task after the answer's own.
+
+    >>> [box.content for box in last_boxes(r"so $x=\boxed{3}$ and $y=\boxed{5}$, as asked in \boxed{}.")]
+    ['x=3', 'y=5']
     """
+    if (thinking := text.rfind("<think>")) >= 0 and text.find("</think>", thinking) < 0:
+        text = text[:thinking]
+    boxes = _last_group(text)
+    for _ in range(_MAX_QUOTES):
+        if not boxes or boxes[-1].content.strip() not in _PLACEHOLDERS:
+            break
+        start = boxes[-1].start
+        if not _QUOTING.search(text, max(start - _NAME_CHARS, 0), start):
+            break
+        text = text[:start]
+        boxes = _last_group(text) or boxes
+    return boxes
+
+
+def _last_group(text: str) -> list[Box]:
     opening = _last_opening(text)
-    if opening < 0:
-        return []
-    boxes = closed_boxes(text, max(opening - 2 * MAX_BOX_CHARS, 0)) or closed_boxes(text)
+    boxes = (closed_boxes(text, max(opening - 2 * MAX_BOX_CHARS, 0)) or closed_boxes(text)) if opening >= 0 else []
+    end = boxes[-1].end if boxes else 0
+    tail = max(end, len(text) - 2 * MAX_BOX_CHARS)
+    for bare in _WITHOUT_BRACES.finditer(text, tail) if text.find("box", tail) >= 0 else ():
+        boxes = [Box(bare[1], bare.start(), bare.end())]
     first = len(boxes) - 1
-    while first > 0 and _JOINT.fullmatch(text, boxes[first - 1].end, boxes[first].start):
+    names: list[str] = []
+    while first > 0 and (joint := _JOINT.fullmatch(text, boxes[first - 1].end, boxes[first].start)):
+        if joint[1]:
+            names.insert(0, joint[1])
+        elif names:
+            break
         first -= 1
-    return boxes[max(first, 0) :]
+    group = boxes[max(first, 0) :]
+    if not names:
+        return group
+    opening_name = _NAMED.search(text, max(group[0].start - _NAME_CHARS, 0), group[0].start)
+    if opening_name is None or len(names) != len(group) - 1:
+        return group[-1:]
+    return [
+        Box(f"{name}={box.content}", box.start, box.end) for name, box in zip([opening_name[1], *names], group, strict=True)
+    ]
 
 
 def unboxed(content: str) -> str:
@@ -69,7 +117,7 @@ def unboxed(content: str) -> str:
     ('34', '\\boxed{3} or 4')
     """
     content = content.strip()
-    while (inner := closed_boxes(content)) and (inner[0].start, inner[0].end) == (0, len(content)):
+    while "box" in content and (inner := closed_boxes(content)) and (inner[0].start, inner[0].end) == (0, len(content)):
         content = inner[0].content.strip()
     return content
 

@@ -1,32 +1,41 @@
 r"""Tells expressions apart by their values, so that most wrong answers need no computer algebra.
 
-Two expressions that differ at one point are different. Both are evaluated at a point where every variable has its own number;
-a difference larger than rounding could cause settles the matter, and agreement leaves it to computer algebra. Reads integers,
-letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^ and brackets; points such as ``(1, \frac{\pi}{2})`` coordinate by
-coordinate; ``y = 2x`` by its right-hand side. Does not read whatever math-verify may read differently than LaTeX means it or
-than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m`` (a unit?), the letters d, e, i.
+Two expressions that differ at one point are different; numbers without roots are compared exactly. Both are evaluated at a
+point where every variable has its own number; a difference larger than rounding could cause settles the matter, and agreement
+leaves it to computer algebra. Reads integers, letters, ``\pi``, ``\frac``, ``\sqrt``, + − · / ^ and brackets; points such as
+``(1, \frac{\pi}{2})`` coordinate by coordinate; ``y = 2x`` by its right-hand side. Does not read whatever math-verify may
+read differently than LaTeX means it or than other readers do: ``1/2x``, ``3(4)``, ``2^3^4``, ``2\frac13``, ``f(x)``, ``5m``
+(a unit?), the letters d, e, i.
 """
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
+from math import comb, factorial
+from typing import Any
 
 from nft_megatron.verify.numbers import tight
 
 _MAX_CHARS = 200
-_CONTEXT = decimal.Context(prec=60, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow])
+_CONTEXT = decimal.Context(prec=80, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow])
 # Nothing is decided beyond these limits; within them rounding stays far below _DIFFERENCE.
-_LARGEST, _SMALLEST_DIVISOR, _LARGEST_EXPONENT = Decimal("1e12"), Decimal("1e-6"), Decimal(32)
-_DIFFERENCE = Decimal("1e-9")
+_LARGEST, _SMALLEST_DIVISOR, _LARGEST_EXPONENT = Decimal("1e20"), Decimal("1e-6"), Decimal(32)
+_DIFFERENCE, _RELATIVE_DIFFERENCE = Decimal("1e-20"), Decimal("1e-9")
 
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 _LETTERS = "abcfghjklmnopqrstuvwxyz"
 _POINT = {letter: (Decimal(index + 2).sqrt(_CONTEXT) % 1) + 1 for index, letter in enumerate(_LETTERS)}  # all within 1 and 2
 
-_TOKEN = re.compile(r"([0-9]+)|([A-Za-z])|\\([A-Za-z]+)\s*|([-+*/^(){}])")
+_LARGEST_FACTORIAL = 3000
+_MAX_BITS = 50_000  # of an exact number: enough for 2000! and 3^{10000}
+
+_TOKEN = re.compile(r"([0-9]+)|([A-Za-z])|\\([A-Za-z]+)\s*|([-+*/^(){}!])")
+_RATIONAL = re.compile(r"[0-9]+|[-+*/^(){}!]|\\(?:frac|binom|cdot|times)")
 _SHORT_FRACTION = [
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*\{"), r"\\frac{\1}{"),
@@ -35,11 +44,15 @@ _SHORT_FRACTION = [
 _UNIT = re.compile(r"[0-9}\s](?!(?:[abruvw]|[knpqxyz]+)$)[A-Za-z]+$")
 _PRODUCT = {"*", r"\cdot", r"\times"}
 # Neighbours that need not be a product: f(x), \pi^f(x), \frac{1}{2}(x), 2\frac13.
-_AMBIGUOUS = {("letter", "("), ("fraction", "("), ("root", "("), ("number", r"\frac")}
+_AMBIGUOUS = {("letter", "("), ("fraction", "("), ("root", "("), ("number", r"\frac"), ("number", r"\binom")}
 
 
 class _Unreadable(Exception):
     """The expression has no value here."""
+
+
+Value = Decimal | Fraction
+"""A fraction where the expression is a rational number: exact, however large or small."""
 
 
 def differ(answer: str, gold: str) -> bool:
@@ -50,21 +63,29 @@ def differ(answer: str, gold: str) -> bool:
     >>> differ(r"(1, \pi)", r"(1, \frac{\pi}{2})"), differ("y=2x", "y=3x"), differ("(1, 2)", "[1, 2]"), differ("0.3", "1/3")
     (True, True, False, False)
     """
+    return same_value(answer, gold) is False
+
+
+def same_value(answer: str, gold: str) -> bool | None:
+    r"""Whether the values are the same; None if that is not certain, as agreement of anything but two rational numbers.
+
+    >>> same_value("2^{10}", "1024"), same_value(r"\frac{1}{31!}", r"\frac{1}{33!}"), same_value(r"\sqrt{4}", "2")
+    (True, False, None)
+    """
     if _letters(answer) != _letters(gold):
-        return False
+        return None
     (form, parts), (gold_form, gold_parts) = _parts(tight(answer)), _parts(tight(gold))
-    return (
-        form == gold_form
-        and len(parts) == len(gold_parts)
-        and any(_values_differ(part, gold_part) for part, gold_part in zip(parts, gold_parts, strict=True))
-    )
+    if form != gold_form or len(parts) != len(gold_parts):
+        return None
+    comparisons = [_compare_values(part, gold_part) for part, gold_part in zip(parts, gold_parts, strict=True)]
+    return False if False in comparisons else None if None in comparisons else True
 
 
-def value_of(text: str) -> Decimal | None:
+def value_of(text: str) -> Value | None:
     r"""The value of an expression in which each variable has its own number; None if it cannot be read unambiguously.
 
     >>> value_of(r"\frac{3}{4}-2^{-2}"), value_of("1/2x"), value_of("3(4)"), value_of("5m")
-    (Decimal('0.50'), None, None, None)
+    (Fraction(1, 2), None, None, None)
     """
     text = tight(text)
     if len(text) > _MAX_CHARS or _UNIT.search(text) or not re.search("[^A-Za-z]", text):
@@ -78,18 +99,36 @@ def value_of(text: str) -> Decimal | None:
             return None
         tokens.append(token.group().strip())
         end = token.end()
+    kinds: list[type[Value]] = [Fraction, Decimal] if all(map(_RATIONAL.fullmatch, tokens)) else [Decimal]
+    with decimal.localcontext(_CONTEXT):
+        for kind in kinds:
+            with contextlib.suppress(_Unreadable, decimal.DecimalException):
+                reader = _Reader(tokens, kind)
+                value = reader.sum()
+                if reader.is_at_end:
+                    return value
+    return None
+
+
+def _compare_values(answer: str, gold: str) -> bool | None:
+    value, gold_value = value_of(answer), value_of(gold)
+    if isinstance(value, Fraction) and isinstance(gold_value, Fraction):
+        return value == gold_value
+    if value is None or gold_value is None:
+        return None
     with decimal.localcontext(_CONTEXT):
         try:
-            reader = _Reader(tokens)
-            value = reader.sum()
-            return value if reader.is_at_end else None
+            first, second = _decimal(value), _decimal(gold_value)
         except (_Unreadable, decimal.DecimalException):
             return None
+        difference = abs(first - second)
+        return False if difference > max(_DIFFERENCE, _RELATIVE_DIFFERENCE * max(abs(first), abs(second))) else None
 
 
-def _values_differ(answer: str, gold: str) -> bool:
-    value, gold_value = value_of(answer), value_of(gold)
-    return value is not None and gold_value is not None and abs(value - gold_value) > _DIFFERENCE
+def _decimal(value: Value) -> Decimal:
+    if isinstance(value, Decimal):
+        return value
+    return _quotient(_bounded(Decimal(value.numerator)), _bounded(Decimal(value.denominator)))
 
 
 def _letters(text: str) -> set[str]:
@@ -121,21 +160,21 @@ def _parts(text: str) -> tuple[str, list[str]]:
 class _Reader:
     """Reads and evaluates tokens from left to right, with one method per level of precedence."""
 
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self._tokens, self._position = tokens, 0
+    def __init__(self, tokens: Sequence[str], kind: type[Value]) -> None:
+        self._tokens, self._kind, self._position = tokens, kind, 0
 
     @property
     def is_at_end(self) -> bool:
         return self._position == len(self._tokens)
 
-    def sum(self) -> Decimal:
+    def sum(self) -> Any:
         sign = self._take() if self._next in ("+", "-") else "+"
         value = self._product() if sign == "+" else -self._product()
         while self._next in ("+", "-"):
             value = value + self._product() if self._take() == "+" else value - self._product()
         return _bounded(value)
 
-    def _product(self) -> Decimal:
+    def _product(self) -> Any:
         value, kind = self._power()
         while True:
             if self._next in _PRODUCT:
@@ -157,23 +196,30 @@ class _Reader:
             else:
                 return value
 
-    def _power(self) -> tuple[Decimal, str]:
+    def _power(self) -> tuple[Any, str]:
         """A value and its kind: number (also one in brackets), letter, group (in brackets), fraction or root."""
         base, kind = self._atom()
+        if self._next == "!":
+            self._take()
+            base = self._kind(factorial(_count(base)))
         if self._next != "^":
             return base, kind
         self._take()
         exponent = self._short_argument()
-        if self._next == "^" or abs(exponent) > _LARGEST_EXPONENT or (base <= 0 and exponent != exponent.to_integral_value()):
+        if self._next in ("^", "!"):
+            raise _Unreadable
+        if isinstance(base, Fraction):
+            return _exact_power(base, exponent), kind
+        if abs(exponent) > _LARGEST_EXPONENT or (base <= 0 and exponent != exponent.to_integral_value()):
             raise _Unreadable
         if exponent < 0:
             return _quotient(Decimal(1), _bounded(base**-exponent)), kind
         return _bounded(base**exponent), kind
 
-    def _atom(self) -> tuple[Decimal, str]:
+    def _atom(self) -> tuple[Any, str]:
         token = self._take()
         if token.isdigit():
-            return _bounded(Decimal(token)), "number"
+            return _bounded(self._kind(token)), "number"
         if token.lower() in _POINT:
             return _POINT[token.lower()], "letter"
         if token == "(":
@@ -187,11 +233,14 @@ class _Reader:
         if token == r"\frac":
             above = self._braces()
             return _quotient(above, self._braces()), "fraction"
+        if token == r"\binom":
+            above, below = _count(self._braces()), _count(self._braces())
+            return self._kind(comb(above, below)), "fraction"
         if token == r"\sqrt":
             return self._short_argument().sqrt(), "root"
         raise _Unreadable(token)
 
-    def _short_argument(self) -> Decimal:
+    def _short_argument(self) -> Any:
         r"""Of ``^`` or ``\sqrt``: one digit, one letter, or what is in braces; not the 23 of ``x^23``."""
         if self._next == "{":
             return self._braces()
@@ -199,7 +248,7 @@ class _Reader:
             raise _Unreadable(self._next)
         return self._atom()[0]
 
-    def _braces(self) -> Decimal:
+    def _braces(self) -> Any:
         self._expect("{")
         value = self.sum()
         self._expect("}")
@@ -224,13 +273,30 @@ class _Reader:
             raise _Unreadable(f"no {token}")
 
 
-def _bounded(value: Decimal) -> Decimal:
-    if abs(value) > _LARGEST:
+def _bounded(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        is_small = max(value.numerator.bit_length(), value.denominator.bit_length()) <= _MAX_BITS
+    else:
+        is_small = abs(value) <= _LARGEST
+    if not is_small:
         raise _Unreadable("too large")
     return value
 
 
-def _quotient(above: Decimal, below: Decimal) -> Decimal:
-    if abs(below) < _SMALLEST_DIVISOR:
+def _quotient(above: Any, below: Any) -> Any:
+    if abs(below) < (_SMALLEST_DIVISOR if isinstance(below, Decimal) else Fraction(1, 2**_MAX_BITS)):
         raise _Unreadable("almost 0 below")
     return _bounded(above / below)
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator != 1 or abs(exponent) * bits > _MAX_BITS or (base == 0 and exponent <= 0):
+        raise _Unreadable("no rational power, or a huge one")
+    return base ** int(exponent)
+
+
+def _count(value: Any) -> int:
+    if value != int(value) or not 0 <= value <= _LARGEST_FACTORIAL:
+        raise _Unreadable("no factorial")
+    return int(value)

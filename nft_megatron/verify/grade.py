@@ -5,12 +5,8 @@ The strict route; the first rule that applies decides:
 1. the engine aborted the answer: unknown. Cut at the token limit: wrong, as in the paper.
 2. no closed box, an empty one, or one of more than ``MAX_BOX_CHARS`` characters: wrong.
 3. several different boxes side by side when the gold is one number: wrong.
-4. box and gold are the same text apart from spacing, or the same number: correct.
-5. the gold is an integer, and the box another number or anything but plain arithmetic: wrong. Two different fractions: wrong.
-6. box and gold are expressions that have different values at one point: wrong.
-7. otherwise math-verify must compare the box (not the text around it) with the gold: :class:`Undecided`.
-
-Rules 3 and 5 are stricter than math-verify, which accepts ``34\%``, ``1=34`` and ``n \approx 34`` for 34.
+4. what exact rules can tell of box and gold in plain spelling (:mod:`~nft_megatron.verify.comparison`): correct or wrong.
+5. otherwise computer algebra must compare the box (not the text around it) with the gold: :class:`Undecided`.
 
 The DAPO route never needs math-verify: the last "Answer:" line of the last ``DAPO_WINDOW`` characters, or if there is none the
 last box there, must be the gold's text or number.
@@ -20,29 +16,20 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
-from nft_megatron.verify.expressions import differ
-from nft_megatron.verify.numbers import is_arithmetic, read_bare_number, read_number, same_spelling, stated_part
+from nft_megatron.verify.comparison import STRICT, Undecided, compare, read_gold_number, stated_part
+from nft_megatron.verify.numbers import read_bare_number, read_number
 from nft_megatron.verify.reasons import verdict
+from nft_megatron.verify.spelling import plain
 
-STRICT = "strict/2"
-DAPO = "dapo/1"
+DAPO = "dapo/2"
 DAPO_WINDOW = 300
 
 _ANSWER_LINE = re.compile(r"answer\W*?:\**(.*)", re.IGNORECASE)
 _SMALL_CACHE = 4096  # enough for the answers of a few groups
-
-
-@dataclass(frozen=True)
-class Undecided:
-    """Only computer algebra can tell whether ``text`` gives ``gold`` as its answer."""
-
-    text: str
-    gold: str
 
 
 def cut_off(finish_reason: FinishReason, verifier: str) -> Verdict | None:
@@ -59,8 +46,8 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
 
     >>> grade(r"so the total is \boxed{1{,}234}.", "1234", "stop").label
     'correct'
-    >>> grade(r"\boxed{34\%}", "34", "stop")
-    Verdict(label='wrong', reason='not a number', verifier='strict/2', seconds=0.0)
+    >>> grade(r"\boxed{2x = 34}", "34", "stop")
+    Verdict(label='wrong', reason='not a number', verifier='strict/3', seconds=0.0)
     >>> grade(r"hence \boxed{\sqrt{2}/2}", r"\frac{1}{\sqrt{2}}", "stop")
     Undecided(text='\\boxed{\\sqrt{2}/2}', gold='\\frac{1}{\\sqrt{2}}')
     """
@@ -101,24 +88,22 @@ def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
 @functools.lru_cache(_SMALL_CACHE)
 def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     """Compare the boxes that together form the answer with the gold."""
-    answer, gold_number = stated_part(contents[-1]), read_bare_number(gold)
-    number = read_number(answer)
-    if not all(content == contents[-1] or _is_number(content, number) for content in contents):
-        return verdict("several answers", STRICT) if gold_number is not None else _to_compare(", ".join(contents), gold)
-    if contents[-1] == gold or (number is not None and number == gold_number):
-        return verdict("exact", STRICT)
-    if gold_number is None:
-        return verdict("exact", STRICT) if same_spelling(answer, gold) else _by_value(answer, gold)
-    is_integer = gold_number.denominator == 1
-    if number is not None and (is_integer or "." not in answer + gold):  # decimals may be rounded
-        return verdict("another number", STRICT)
-    if is_integer and not is_arithmetic(answer):
-        return verdict("not a number", STRICT)
-    return _by_value(answer, gold)
+    if not gold.isdigit():
+        gold = plain(unboxed(gold.rpartition("####")[2]))
+    contents = tuple(map(plain, contents))
+    if len(contents) == 1:
+        return compare(contents[0], gold)
+    number = read_number(stated_part(contents[-1]))
+    if all(content == contents[-1] or _is_number(content, number) for content in contents):
+        return compare(contents[-1], gold)
+    if read_gold_number(gold) is not None:
+        return verdict("several answers", STRICT)
+    return compare(", ".join(contents), gold)
 
 
 @functools.lru_cache(_SMALL_CACHE)
 def _compare_exactly(answer: str, gold: str) -> Verdict:
+    answer, gold = plain(answer), plain(gold)
     number, gold_number = read_number(stated_part(answer)), read_bare_number(gold)
     if "".join(answer.split()) == "".join(gold.split()) or (number is not None and number == gold_number):
         return verdict("exact", DAPO)
@@ -127,11 +112,3 @@ def _compare_exactly(answer: str, gold: str) -> Verdict:
 
 def _is_number(content: str, number: Fraction | None) -> bool:
     return number is not None and read_number(stated_part(content)) == number
-
-
-def _by_value(answer: str, gold: str) -> Verdict | Undecided:
-    return verdict("not equal", STRICT) if differ(answer, gold) else _to_compare(answer, gold)
-
-
-def _to_compare(answer: str, gold: str) -> Undecided:
-    return Undecided(rf"\boxed{{{answer}}}", gold)

@@ -8,11 +8,12 @@ from typing import Literal
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason, Verdict
-from nft_megatron.verify.grade import DAPO, STRICT, Undecided, cut_off, grade, grade_dapo
+from nft_megatron.verify.comparison import STRICT, Undecided
+from nft_megatron.verify.grade import DAPO, cut_off, grade, grade_dapo
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.simplerl import SIMPLERL
 
-JudgeName = Literal["math-verify", "simplerl"]
+JudgeName = Literal["strict", "math-verify", "simplerl"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def _whole_text_even_cut(text: str, gold: str, finish_reason: FinishReason) -> V
 
 
 MODES: dict[str, Mode] = {
-    "strict": Mode(grade, judge="math-verify", version=STRICT),
+    "strict": Mode(grade, judge="strict", version=STRICT),
     "math-verify": Mode(_whole_text, judge="math-verify", version=""),
     "dapo": Mode(grade_dapo, judge=None, version=DAPO),
     "simplerl": Mode(

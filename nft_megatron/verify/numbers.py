@@ -1,7 +1,8 @@
 r"""Reads exact numbers from LaTeX and rejects whatever could mean something else.
 
-``12\,345``, ``\text{34}``, ``n = 75``, ``\frac{160}{2}``, ``30^\circ`` and ``\$78`` are numbers. ``34\%`` (is it 0.34?),
-``40_9`` (a base), ``1, 234`` (a list), ``\pm 3``, ``5 \text{ million}`` and ``1 = 34`` are not.
+``12\,345``, ``\text{34}``, ``\frac{160}{2}``, ``3\frac14``, ``1.5e3``, ``0.\overline{3}`` and ``5 \text{ million}`` are
+numbers, and so are ``30^\circ``, ``\$78`` and ``34\%`` with their units. ``40_9`` (a base), ``1, 234`` (a list), ``\pm 3``
+and ``1 = 34`` are not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _RESPELL = [
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|\\thinspace(?![A-Za-z])|[~\s\u2009\u202f\u00a0]"), " "),
 ]
-_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+_SPELLED_OTHERWISE = re.compile(r"[\\\s~{−–]")
+_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s++|\s++(?![0-9A-Za-z])|(?<=[0-9])\s++(?=[A-Za-z])")
 # What may surround a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
 _WRAPPERS = [
     re.compile(r"\$+([^$]*)\$+"),
@@ -32,28 +34,38 @@ _WRAPPERS = [
     re.compile(r"(.*[^.])\."),
     re.compile(r"(?:\\\$|[£€])(.*)"),
 ]
-_DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
-_TEXT_UNIT = re.compile(r"\s*" + _FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
+_DEGREE = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
+_PERCENT = re.compile(r"\\?%$")
+_TEXT_UNIT = re.compile(_FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
 _BARE_UNIT = re.compile(
-    r"\s*(?:[ckm]m|kg|degrees?|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
+    r"(?<![A-Za-z])(?:[ckm]m|kg|degrees?|percent(?:age)?|pct|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
     r"(?:\s*\^\s*\{?[23]\}?)?$"
 )
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(r"(?<=[0-9])\s*+(?:" + _FONTS + r"\{)?\s*+(" + "|".join(_ZEROS) + r")\s*+\}?$")
 # Words that make "5 \text{ …}" something other than the number 5, and single letters that are not units.
 _NOT_UNIT = re.compile(
-    r"(?i:\b(?:percent|pct|hundred|thousand|million|billion|trillion|dozen|or|and|not|mod|modulo|base|at|most|least|more|less|"
+    r"(?i:\b(?:hundred|thousand|million|billion|trillion|dozen|or|and|not|mod|modulo|base|at|most|least|more|less|"
     r"fewer|about|approx|approximately|around|factorial|squared|cubed|times|over|to|plus|minus|pi|half|halves|thirds?|"
     r"quarters?|tenths|hundredths|thousandths|point|i+|iv)\b)|\b[^ACFJKLNVWghlms\W]\b"
 )
 
-_MAX_DIGITS = 4000  # Python does not parse integers of more than 4300
+MAX_DIGITS = 4000  # Python does not parse integers of more than 4300
 _DIGITS = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+)"
 _DECIMAL = re.compile(rf"([+-]?)\s*({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)")
+_SCIENTIFIC = re.compile(
+    r"([+-]?)\s*+(?:([0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)"
+    r"(?:[eE]([+-]?[0-9]{1,4}+)|\s*+(?:\\times|\\cdot|\*)\s*+10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
+    r"|10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
+)
+_RECURRING = re.compile(
+    r"([+-]?)\s*+([0-9]*+)\.([0-9]*+)(?:\\(?:overline|bar|dot)\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|\(([0-9]++)\))"
+)
+_MIXED = re.compile(
+    r"([+-]?)\s*+([0-9]++)\s*+(?:\\frac\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|(?<=\s)([0-9]++)/([0-9]++))"
+)
 _FRACTION = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 
-# An "=" after one of these does not assign a value to what precedes it.
-_NOT_IN_NAMES = re.compile(
-    r"[,;:<>!≤≥≈≠±]|\\(?:n?[lg]eq?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pm|mp|in|quad|qquad|to|rightarrow)(?![A-Za-z])"
-)
 _ARITHMETIC = re.compile(r"(?:[0-9.+*/^!(){} -]|\\(?:frac|sqrt(?:\s*\[[0-9]+\])?|cdot|times|div|[dt]?binom)(?![A-Za-z]))+")
 
 
@@ -63,11 +75,12 @@ def read_bare_number(text: str) -> Fraction | None:
     >>> read_bare_number(r"\textbf{(12\,345) }"), read_bare_number(r"-\frac{6}{4}"), read_bare_number("1,22")
     (Fraction(12345, 1), Fraction(-3, 2), None)
     """
-    if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS:  # nearly all of them
+    if text.isascii() and text.isdigit() and len(text) < MAX_DIGITS:  # nearly all of them
         return Fraction(int(text))
     text = _peel(_respell(text))
-    if (value := _decimal(text)) is not None:
-        return value
+    for read in (_decimal, _mixed, _scientific, _recurring):
+        if (value := read(text)) is not None:
+            return value
     if match := _FRACTION.fullmatch(text):
         sign, above, below = match[1], match[2] or match[3], match[4] or match[5]
     else:
@@ -79,37 +92,32 @@ def read_bare_number(text: str) -> Fraction | None:
 
 
 def read_number(text: str) -> Fraction | None:
-    r"""Like :func:`read_bare_number`, but a degree sign or a unit may follow.
+    r"""Like :func:`read_bare_number`, but a degree sign, a percent sign or a unit may follow.
 
-    >>> read_number(r"15\mbox{ cm}^2"), read_number(r"120^\circ"), read_number(r"5 \text{ million}"), read_number(r"7\%")
-    (Fraction(15, 1), Fraction(120, 1), None, None)
+    >>> [read_number(text) for text in (r"15\mbox{ cm}^2", r"120^\circ", r"5 \text{ million}", r"5 \text{ or more}")]
+    [Fraction(15, 1), Fraction(120, 1), Fraction(5000000, 1), None]
     """
     if text.isdigit():
         return read_bare_number(text)
     text = _peel(_respell(text))
-    for unit in (_TEXT_UNIT, _BARE_UNIT, _DEGREE):
+    if scale := _SCALE.search(text):
+        number = read_bare_number(text[: scale.start()])
+        return number * 10 ** _ZEROS[scale[1]] if number is not None else None
+    for unit in (_DEGREE, _PERCENT, _TEXT_UNIT, _BARE_UNIT):
         match = unit.search(text)
         if match and not (unit is _TEXT_UNIT and _NOT_UNIT.search(match[1])):
             text = text[: match.start()]
     return read_bare_number(text)
 
 
-def stated_part(text: str) -> str:
-    r"""The value in ``name = value`` or ``name = arithmetic = value``; any other text unchanged.
+def is_decimal(text: str) -> bool:
+    """Whether ``text`` has a decimal point, but no recurring digits."""
+    return "." in text.rstrip(".") and _RECURRING.fullmatch(_peel(_respell(text))) is None
 
-    >>> stated_part("n = 75"), stated_part("m+n = 30+4 = 34"), stated_part("1 = 34"), stated_part(r"x = 2 \text{ or } x = 3")
-    ('75', '34', '1 = 34', 'x = 2 \\text{ or } x = 3')
-    """
-    if "=" not in text:
-        return text
-    name, *values = (side.strip() for side in _peel(_respell(text)).split("="))
-    if not values or not _is_name(name):
-        return text
-    numbers = [read_number(value) for value in values]
-    if any(number is None and not is_arithmetic(value) for number, value in zip(numbers, values, strict=True)):
-        return text
-    known = {number for number in numbers if number is not None}
-    return values[-1] if len(known) <= 1 else text
+
+def nearly_equal(number: Fraction, other: Fraction) -> bool:
+    """Whether a decimal may be the rounded form of a fraction: the same to six places and to a relative 2e-6."""
+    return round(number, 6) == round(other, 6) and abs(number - other) <= abs(other) * Fraction(2, 10**6)
 
 
 def is_arithmetic(text: str) -> bool:
@@ -137,11 +145,45 @@ def tight(text: str) -> str:
 
 
 def _decimal(text: str) -> Fraction | None:
-    match = _DECIMAL.fullmatch(text.strip()) if len(text) < _MAX_DIGITS else None
+    match = _DECIMAL.fullmatch(text.strip()) if len(text) < MAX_DIGITS else None
     return Fraction(match[1] + re.sub("[ ,]", "", match[2])) if match else None
 
 
+def _mixed(text: str) -> Fraction | None:
+    r"""``3\frac14`` and ``3 1/4``, but not ``3\frac54``."""
+    match = _MIXED.fullmatch(text) if len(text) < MAX_DIGITS else None
+    if match is None:
+        return None
+    whole, above, below = int(match[2]), int(match[3] or match[4] or match[7]), int(match[5] or match[6] or match[8])
+    if not 0 < above < below:
+        return None
+    return (-1 if match[1] == "-" else 1) * (whole + Fraction(above, below))
+
+
+def _scientific(text: str) -> Fraction | None:
+    r"""``1.5e3``, ``1.5 \times 10^{3}`` and ``10^{-7}``, exactly."""
+    match = _SCIENTIFIC.fullmatch(text) if len(text) < MAX_DIGITS else None
+    if match is None:
+        return None
+    exponent = next(digits for digits in match.groups()[2:] if digits is not None)
+    return Fraction(match[1] + (match[2] or "1")) * Fraction(10) ** int("".join(exponent.split()))
+
+
+def _recurring(text: str) -> Fraction | None:
+    r"""``0.1\overline{6}``, ``0.1\bar6`` and ``0.1(6)``."""
+    match = _RECURRING.fullmatch(text) if len(text) < MAX_DIGITS else None
+    if match is None:
+        return None
+    period, before = match[4] or match[5] or match[6], match[3]
+    value = Fraction(
+        int(match[2] + before + period or 0) - int(match[2] + before or 0), 10 ** len(before) * (10 ** len(period) - 1)
+    )
+    return -value if match[1] == "-" else value
+
+
 def _respell(text: str) -> str:
+    if not _SPELLED_OTHERWISE.search(text):
+        return text
     for pattern, spelling in _RESPELL:
         text = pattern.sub(spelling, text)
     return text.strip()
@@ -152,9 +194,3 @@ def _peel(text: str) -> str:
     while match := next(filter(None, (wrapper.fullmatch(text) for wrapper in _WRAPPERS)), None):
         text = next(inside for inside in match.groups() if inside is not None).strip()
     return text
-
-
-def _is_name(text: str) -> bool:
-    r"""Whether ``text`` may name a quantity: ``x``, ``m+n``, ``f(1,2)``, ``\angle ABC``, ``\text{Total}``."""
-    outside_brackets = re.sub(r"\([^()]*\)", "", text)
-    return bool(re.search("[A-Za-z]", text)) and not is_arithmetic(text) and not _NOT_IN_NAMES.search(outside_brackets)

@@ -34,7 +34,7 @@ from types import TracebackType
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.config.schema import VerifyConfig
-from nft_megatron.verify.grade import Undecided
+from nft_megatron.verify.comparison import Undecided
 from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
 
@@ -154,7 +154,9 @@ class Verifier:
         self._settings = settings = settings or VerifyConfig()
         self._mode = MODES[settings.mode]
         self._memory_bytes, self._tasks_per_worker = memory_bytes, tasks_per_worker
-        math_verify = f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge == "math-verify" else ""
+        math_verify = (
+            f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge in ("strict", "math-verify") else ""
+        )
         self._name = f"{self._mode.version} {math_verify}".strip()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []

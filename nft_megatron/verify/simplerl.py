@@ -28,7 +28,7 @@ from typing import Any
 from nft_megatron.base.records import Verdict
 from nft_megatron.verify.reasons import verdict
 
-SIMPLERL = "simplerl/1"
+SIMPLERL = "simplerl/2"
 MAX_ALGEBRA_CHARS = 1000
 
 _RELATIVE_ERROR = 1e-4
@@ -41,6 +41,17 @@ _UNIT = (
 )
 _THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d{3},)*\d{3}(?!\d))")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
+
+# A number and a power of ten, or the power alone, and nothing but a unit behind it; 1.5e3 may have a unit too.
+_PLAIN_NUMBER = r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++))"
+_SCIENTIFIC = re.compile(
+    rf"(?:{_PLAIN_NUMBER}\s*+(?:\\times|\\cdot|\*|×|·)\s*+)?+10\s*+\^\s*+(?:\{{\s*+([+-]?[0-9]{{1,4}}+)\s*+\}}|(-?[0-9]++))"
+    rf"|{_PLAIN_NUMBER}[eE]([+-]?[0-9]{{1,4}}+)(?![0-9])"
+)
+_UNIT_BEHIND = re.compile(
+    r"(?:[\s~/{}.]|\\[,;: !]|\\cdot(?![A-Za-z])|\^\s*+\{?-?[0-9]\}?|\^\{?\\circ\}?"
+    r"|\\(?:text|mathrm|mbox|textrm|rm|operatorname)(?![A-Za-z])|\\(?:mu|Omega|AA|degree|odot)(?![A-Za-z])|_\{?\\odot\}?|(?<![0-9])[A-Za-z]++)*+"
+)
 
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), spelling)
@@ -75,7 +86,7 @@ def grade(answer_text: str, gold: str) -> Verdict:
     r"""The verdict on a whole answer; ``gold`` is spelled as in its data set.
 
     >>> grade(r"... so the answer is $\boxed{\frac12}$.", "0.5")
-    Verdict(label='correct', reason='equal', verifier='simplerl/1', seconds=0.0)
+    Verdict(label='correct', reason='equal', verifier='simplerl/2', seconds=0.0)
     >>> grade("First 17, then 34", "34").label, grade(r"\boxed{50\%}", "0.5").label, grade(r"\boxed{(1, 3)}", "(1,2)").label
     ('correct', 'correct', 'wrong')
     """
@@ -122,11 +133,31 @@ def respell(answer: str) -> str:
     >>> respell(r" \left( 3, \dfrac12 \right) "), respell(r"x = 5.00\text{ cm}"), respell(r"3 \pm 2\sqrt3"), respell("12/7")
     ('(3,\\frac{1}{2})', '5', '3\\pm2\\sqrt{3}', '\\frac{12}{7}')
     """
-    answer = answer.strip().rstrip(".")
+    answer = _decimal_power(answer.strip().rstrip("."))
     for pattern, spelling in _SPELLINGS:
         answer = pattern.sub(spelling, answer).strip()
     name, equals, value = answer.partition("=")
     return value if equals and len(name) <= 2 and "=" not in value and value else answer
+
+
+def _decimal_power(answer: str) -> str:
+    r"""``4.5 \times 10^{33}\text{ erg/s}`` as ``4.5e33``; anything but a number with a power of ten and a unit unchanged.
+
+    >>> [_decimal_power(text) for text in (r"4.5\cdot 10^{33} \mathrm{~erg}", "10^{-8}", "10^{11}x+1", "L = 3e8 m")]
+    ['4.5e33', '1e-8', '10^{11}x+1', 'L=3e8']
+    """
+    text = re.sub(r"\\[,;:! ]|\$|\\left|\\right|~", " ", answer).replace("{,}", "").replace("−", "-").strip()
+    name, equals, value = text.rpartition("=")
+    if equals and not re.fullmatch(r"\s*+(?:[A-Za-z]|\\[A-Za-z]++)(?:_(?:[0-9A-Za-z]|\{[^{}=]*+\}))?+\s*+", name):
+        return answer
+    value = value.strip()
+    while value[:1] + value[-1:] in ("()", "{}"):
+        value = value[1:-1].strip()
+    found = _SCIENTIFIC.match(value)
+    if found is None or not _UNIT_BEHIND.fullmatch(value, found.end()):
+        return answer
+    number = f"{found[1] or found[4] or 1}e{found[2] or found[3] or found[5]}"
+    return f"{name.strip()}={number}" if equals else number
 
 
 def equal(answer: str, gold: str) -> bool:

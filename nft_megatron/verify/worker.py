@@ -50,6 +50,27 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     anything that makes it crash, is unknown, never wrong.
     """
     from math_verify.grader import verify
+
+    return _compare(gold, text, lambda expected, given: verify(expected, given, timeout_seconds=None, raise_on_error=True))
+
+
+def judge_strict(gold: str, text: str) -> tuple[str, str]:
+    """Like :func:`judge_math_verify` on a box alone, but equations are compared as such, and equality is confirmed."""
+    from math_verify.grader import verify
+
+    from nft_megatron.verify.algebra import are_equal_complex, compare_equations, is_confirmed
+
+    def are_equal(expected: Any, given: Any) -> bool:
+        if verify(expected, given, timeout_seconds=None, raise_on_error=True):
+            return is_confirmed(expected, given)
+        return are_equal_complex(expected, given)
+
+    if (same := compare_equations(gold, text)) is not None:
+        return ("equal" if same else "not equal"), ""
+    return _compare(gold, text, are_equal)
+
+
+def _compare(gold: str, text: str, are_equal: Callable[[Any, Any], bool]) -> tuple[str, str]:
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, parse
 
     golds = _read_gold(gold)
@@ -61,7 +82,7 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     error = ""
     for expected, given in itertools.product(golds, answers):
         try:
-            if verify(expected, given, timeout_seconds=None, raise_on_error=True):
+            if are_equal(expected, given):
                 return "equal", ""
         except Exception as raised:  # another pair may still be equal
             error = type(raised).__name__
@@ -82,7 +103,11 @@ def judge_simplerl(gold: str, text: str) -> tuple[str, str]:
     return grade(text, gold).reason, ""
 
 
-JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {"math-verify": judge_math_verify, "simplerl": judge_simplerl}
+JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {
+    "strict": judge_strict,
+    "math-verify": judge_math_verify,
+    "simplerl": judge_simplerl,
+}
 
 
 @contextmanager

@@ -81,6 +81,17 @@ RIGHT = [
     (r"} a closing one, then \boxed{34}", "34"),
     (r"\boxed{34} and an unclosed \boxed{35", "34"),
     (r"\boxed{3 \boxed{34}", "34"),
+    (r"\boxed{34\%}", "34"),
+    (r"\boxed{34 \text{ percent}}", "34"),
+    (r"\boxed{34 \%}", "34"),
+    (r"\boxed{３４}", "34"),
+    (r"\boxed{2^{10}}", "1024"),
+    (r"\boxed{x = 2^{10}}", "1024"),
+    (r"\boxed{4!}", "24"),
+    (r"\boxed{\binom{5}{2}}", "10"),
+    (r"\boxed{0.333333}", r"\frac{1}{3}"),
+    (r"\boxed{1\frac12}", r"\frac32"),
+    (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", r"\{1,2,3\}"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{0.5}", r"\frac12"),
     (r"\boxed{x^2+1}", "x^2+1"),
@@ -103,9 +114,6 @@ WRONG = [
     (r"\boxed{35}, \boxed{34}", "34"),
     (r"$\boxed{35}$ and $\boxed{34}$", "34"),
     (r"\boxed{34} \boxed{35} \boxed{34}", "34"),
-    (r"\boxed{34\%}", "34"),
-    (r"\boxed{34 \text{ percent}}", "34"),
-    (r"\boxed{34 \%}", "34"),
     (r"\boxed{1=34}", "34"),
     (r"\boxed{x = 3 = 34}", "34"),
     (r"\boxed{34 \approx 34.2}", "34"),
@@ -143,27 +151,24 @@ WRONG = [
     (r"\boxed{\text{thirty-four}}", "34"),
     (r"\boxed{\text{Evelyn}}", "34"),
     (r"\boxed{9⁹}", "99"),
-    (r"\boxed{３４}", "34"),
     (r"\boxed{" + "7" * 5000 + "}", "34"),
     (r"\boxed{\frac13}, \boxed{\frac12}", r"\frac12"),
     (r"\boxed{\frac13}", r"\frac12"),
     (r"\boxed{3}", r"\frac12"),
+    (r"\boxed{\frac{1}{3}}", "0.33"),
+    (r"\boxed{2^{10}}", "1023"),
 ]
 
 UNDECIDED = [
     # (answer text, gold, what math-verify is to compare)
-    (r"\boxed{2^{10}}", "1024", "2^{10}"),
-    (r"\boxed{x = 2^{10}}", "1024", "2^{10}"),
     (r"\boxed{\sqrt{1156}}", "34", r"\sqrt{1156}"),
-    (r"\boxed{4!}", "24", "4!"),
+    (r"\boxed{x = \sqrt{1156}}", "34", r"\sqrt{1156}"),
+    (r"\boxed{2 \cdot 3(4)}", "24", r"2 \cdot 3(4)"),
     (r"\boxed{\frac{34}{0}}", "34", r"\frac{34}{0}"),
-    (r"\boxed{\binom{5}{2}}", "10", r"\binom{5}{2}"),
-    (r"\boxed{\frac{1}{3}}", "0.33", r"\frac{1}{3}"),
-    (r"\boxed{0.333333}", r"\frac{1}{3}", "0.333333"),
     (r"\boxed{a b}", "ab", "a b"),
-    (r"\boxed{1\frac12}", r"\frac32", r"1\frac12"),
+    (r"\boxed{1\frac52}", r"\frac72", r"1\frac52"),
     (r"\fbox{1+x^2}", "x^2+1", "1+x^2"),
-    (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", r"\{1,2,3\}", "1, 2, 3"),
+    (r"$\boxed{x}$, $\boxed{2x}$ and $\boxed{3}$", "x, x+x, 3", "x, 2x, 3"),
 ]
 
 
@@ -196,7 +201,7 @@ def test_reasons_and_version() -> None:
     assert grade(r"\boxed{1},\boxed{2}", "2", "stop").reason == "several answers"
     assert grade(r"\boxed{1}", "2", "stop").reason == "another number"
     assert grade(r"\boxed{x}", "2", "stop").reason == "not a number"
-    assert grade(r"\boxed{2}", "2", "stop").verifier == "strict/2"
+    assert grade(r"\boxed{2}", "2", "stop").verifier == "strict/3"
 
 
 @given(st.integers(-(10**12), 10**12), st.booleans())
@@ -262,6 +267,7 @@ DAPO_RIGHT = [
     (r"so $\boxed{34}$", "34"),
     (r"\boxed{33}, no, \boxed{34}", "34"),
     (r"Answer: x^2 + 1", "x^2+1"),
+    (r"Answer: 34\%", "34"),
 ]
 DAPO_WRONG = [
     ("Answer: 35", "34", "another number"),
@@ -272,7 +278,7 @@ DAPO_WRONG = [
     ("Answer:", "34", "no answer found"),
     (r"\boxed{}", "34", "empty box"),
     (r"\boxed{34", "34", "no answer found"),
-    (r"Answer: 34\%", "34", "not equal"),
+    (r"Answer: 34\% or so", "34", "not equal"),
     (r"Answer: 2^{10}", "1024", "not equal"),
 ]
 

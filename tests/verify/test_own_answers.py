@@ -22,7 +22,7 @@ UNHURRIED = {"workers": 1, "soft_seconds": 20.0, "hard_seconds": 600.0}  # start
 REASONS = {
     "no box": {"no closed box", "empty box"},
     "nearby boxes": {"exact"},
-    "percent or relation": {"not a number"},
+    "relation": {"not a number"},
     "spelling": {"exact"},
 }
 # Wrong answers that simplerl takes: it reads the last box or number of any text, strips percent signs and names, and compares
@@ -34,7 +34,6 @@ FORGIVEN_KINDS = {
     "unclosed",
     "cut in an equation",
     "cut at a number",
-    "percent",
     "one equals",
     "about",
     "half-open interval",

@@ -247,7 +247,7 @@ def test_simplerl_mode() -> None:
     """As in the public grader, truncated answers are judged by their text, and a last number needs no box."""
     with Verifier(VerifyConfig(mode="simplerl", workers=1, soft_seconds=20.0, hard_seconds=30.0)) as verifier:
         verdict = verifier.submit(r"\boxed{(x+1)^2}", "x^2+2x+1", "length").result(60)
-        assert (verdict.label, verdict.reason, verdict.verifier) == ("correct", "equal", "simplerl/1")
+        assert (verdict.label, verdict.reason, verdict.verifier) == ("correct", "equal", "simplerl/2")
         assert verifier.submit("so we get 34", "34", "stop").result(60).label == "correct"
         assert verifier.submit(r"\boxed{35}", "34", "stop").result(60).label == "wrong"
         assert verifier.submit(r"\boxed{34}", "34", "abort").result(60).label == "unknown"
