@@ -273,7 +273,7 @@ def test_a_layout_whose_packs_are_too_short_is_refused_before_any_answer(run_con
     assert done.returncode == 2
     assert "train.micro_batch_tokens = 15: packs are multiples of 8 here" in done.stderr
     assert "raise it to at least 16" in done.stderr
-    assert not list((tmp_path / "run").rglob("*.parquet"))
+    assert not list((tmp_path / "run" / "ledger").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize(
