@@ -79,4 +79,4 @@ print(json.dumps([output.getvalue(), sorted(sys.modules)]))
     assert __version__ in said if words == ["--version"] else said.startswith("usage: nft-megatron ")
     assert not (HEAVY | {"yaml", "ruamel", "shtab"}) & set(modules)
     if len(words) == 1:
-        assert not {"pydantic", "logging", "nft_megatron.base"} & set(modules)
+        assert not {"pydantic", "logging", "nft_megatron.base.errors"} & set(modules)

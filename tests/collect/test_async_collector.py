@@ -119,7 +119,7 @@ def test_collection_never_starts_before_the_weights_are_recent_enough(staleness)
     collecting, began, versions = ahead(staleness, last_step=9)
     for step in range(1, 10):
         until(lambda step=step: len(began) >= min(step + staleness, 9))
-        until(lambda: collecting._changed._waiters or not collecting._thread.is_alive())  # it starts nothing more
+        until(lambda: collecting._changed._waiters or collecting._work.done())  # it starts nothing more
         assert [each for each, _ in began] == list(range(1, min(step + staleness, 9) + 1))
         dataset, state = collecting.take(step, 120.0, lambda: None)
         assert (dataset.ledger, state.cursor) == (Path(f"{step}"), step)

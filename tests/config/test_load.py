@@ -139,7 +139,7 @@ def test_unreadable_file(tmp_path, text, message):
         ("~: 4", "None = None: is no text, as a key must be"),
         ("? [a, b]\n: 3", "('a', 'b') = ('a', 'b'): is no text, as a key must be"),
         ("größe: 3", "größe = 3: no such key; did you mean 'slurm.gres'?"),
-        ("rollout: {foo: {bar: 1}}", "rollout.foo = {'bar': 1}: no such key; known here: engine, questions_per_step"),
+        ("rollout: {foo: {bar: 1}}", "rollout.foo = {'bar': 1}: no such key; known keys: engine, questions_per_step"),
         (
             "rollout.group_size: 8",
             "rollout.group_size = 8: no such key; in a file, write 'group_size' indented under 'rollout:'",
