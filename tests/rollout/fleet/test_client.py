@@ -138,8 +138,6 @@ def test_an_answer_without_named_weights_has_no_versions(server):
     ("spans", "versions"),
     [
         ([("3", 0, 4), ("4", 4, 6)], (3, 4)),
-        ([("3", 0, 4), ("default", 4, 6)], (3, -1)),  # a label of vLLM's own
-        ([("-3", 0, 6)], (-1,)),
         ([("3", 0, 4)], ()),  # nobody vouches for the last two tokens
         ([("3", 0, 4), ("4", 5, 6)], ()),
         ([("3", 1, 6)], ()),
@@ -150,6 +148,14 @@ def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
     spans = [{"version": version, "start": start, "end": end} for version, start, end in spans]
     choice, _, _ = client._parse(event(weight_versions=spans))
     assert client._versions(choice.weight_versions, 6) == versions
+
+
+@pytest.mark.parametrize("label", ["default", "-3"])  # "default" is vLLM's own, before it got any weights
+def test_weights_that_no_step_published_are_the_servers_fault(label):
+    spans = [{"version": version, "start": start, "end": end} for version, start, end in [("3", 0, 4), (label, 4, 6)]]
+    choice, _, _ = client._parse(event(weight_versions=spans))
+    with pytest.raises(client.ServerFault, match=f"weights of version {label}, which no step has published"):
+        client._versions(choice.weight_versions, 6)
 
 
 def event(**changes):
