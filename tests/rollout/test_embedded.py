@@ -100,7 +100,8 @@ def test_logprobs_equal_a_full_forward_pass(model, folder, temperature, top_p):
         expected = reference_logprobs(
             model, requests[completion.request_id].prompt_tokens, completion.tokens, temperature, top_p
         )
-        assert np.abs(completion.logprobs - expected).max() < 1e-5
+        # Relative beyond 1 nat: on some processors float32 is 1.1e-5 off at a log-prob of −8.3.
+        assert (np.abs(completion.logprobs - expected) < 1e-5 * np.maximum(1, np.abs(expected))).all()
         assert completion.logprobs.dtype == np.float32
         assert completion.tokens.dtype == np.int32
         assert completion.weight_version == 7

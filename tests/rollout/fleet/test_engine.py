@@ -224,11 +224,11 @@ def test_an_answer_continued_on_new_weights_has_the_older_version(folder, server
 def test_a_failed_publication_counts_for_nothing(folder, servers, background, monkeypatch):
     """Answers that already carry its version wait until it has ended, and are then requested again."""
     requests = make_requests(num=4)
-    begun, arrived, version_of = threading.Event(), [], RequestLoop._version
+    begun, arrived, check_versions = threading.Event(), [], RequestLoop._check_versions
 
-    def noted(self, answer, member):
-        arrived.append(answer)
-        return version_of(self, answer, member)
+    async def noted(self, versions, member):
+        arrived.append(versions)
+        await check_versions(self, versions, member)
 
     class Failing(StaticFleet):
         def publish(self, tensors, version):
@@ -240,7 +240,7 @@ def test_a_failed_publication_counts_for_nothing(folder, servers, background, mo
                 raise UserError("weights", "lm_head", "is missing", "send it")
             return super().publish(tensors, version)
 
-    monkeypatch.setattr(RequestLoop, "_version", noted)
+    monkeypatch.setattr(RequestLoop, "_check_versions", noted)
     fleet = Failing(servers)
     engine = FleetEngine(fleet, folder, silence_seconds=600.0, max_attempts=20)
     try:
@@ -251,7 +251,7 @@ def test_a_failed_publication_counts_for_nothing(folder, servers, background, mo
         check(list(answers), requests)
         with pytest.raises(UserError):
             load.result()
-        assert arrived[0].versions == ("4",)
+        assert arrived[0] == (4,)
         with pytest.raises(EngineFault, match="no weights"):
             engine.generate(requests, Sampling())
     finally:
