@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
     ("override", "message"),
     [
         ("slurm.account=null", "slurm.account = None: is required by NeMo-Run"),
-        ("run_dir=/shared/nemo_runs/a", "run_dir = /shared/nemo_runs/a: has /nemo_run in it"),
+        ("run_dir=/shared/nemo_runs/a", "run_dir = /shared/nemo_runs/a: contains /nemo_run"),
         ("slurm.restart=chain", "slurm.restart = chain: is not supported with NeMo-Run"),
         ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is not of the form --option=value"),
     ],
