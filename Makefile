@@ -47,13 +47,13 @@ $(NEMO)/.ready: $(READY) requirements/nemo-run.txt
 quickstart: $(READY)  ## Watch NFT improve a tiny model at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
 
-test: $(READY)  ## Test what you must trust, on the real Megatron-Core, vLLM and Slurm: ten minutes on two cores
+test: $(READY)  ## Test what you must trust, on the real Megatron-Core, vLLM and Slurm
 	$(PYTEST) -m 'not slow' tests
 
 test-rest: $(READY)
 	$(PYTEST) -m slow tests
 
-test-all: test test-rest  ## The same and random kills, soak and the remaining layouts: half an hour
+test-all: test test-rest  ## The same and random kills, soak and the remaining layouts
 
 check: $(READY)  ## Check format, lint, types, import floors and doctests, which every change must pass in addition to the tests
 	$(BIN)/ruff format --check .
