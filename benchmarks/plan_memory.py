@@ -79,7 +79,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     from nft_megatron.batching.batch import MicroBatch, MiniBatch
     from nft_megatron.batching.minibatches import BatchingRules
     from nft_megatron.batching.packing import pack
-    from nft_megatron.config.schema import OptimizerConfig
+    from nft_megatron.config.sections import OptimizerConfig
     from nft_megatron.model.build import build_model
     from nft_megatron.model.optimizer import PolicyOptimizer
     from nft_megatron.model.step import Trainer

@@ -24,7 +24,7 @@ import torch
 from nft_megatron.algorithms import build_algorithm
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.batching.minibatches import BatchingRules
-from nft_megatron.config.schema import OptimizerConfig
+from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.model.build import build_model
 from nft_megatron.model.optimizer import PolicyOptimizer

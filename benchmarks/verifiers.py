@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from nft_megatron.base.records import FinishReason
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier
 from nft_megatron.verify.worker import judge_math_verify

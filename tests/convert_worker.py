@@ -11,7 +11,7 @@ from dying import Dying
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
-from nft_megatron.config.schema import OptimizerConfig
+from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.convert import engine
 from nft_megatron.convert.commands import to_hf, to_megatron
 from nft_megatron.model.attention import pack_sequences

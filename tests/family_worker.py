@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import VOCAB
 from torch import Tensor
 
-from nft_megatron.config.schema import OptimizerConfig
+from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, build_model, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint

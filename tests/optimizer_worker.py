@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nft_megatron.config.schema import OptimizerConfig
+from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.model.build import build_model
 from nft_megatron.model.load import load_weights, table_parameters
 from nft_megatron.model.optimizer import PolicyOptimizer

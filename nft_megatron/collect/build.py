@@ -17,7 +17,8 @@ import torch
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question, Sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
-from nft_megatron.config.schema import Config, VerifyConfig
+from nft_megatron.config.schema import Config
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.golds import unmatched_golds
 from nft_megatron.data.prompts import PromptSet, make_prompts
 from nft_megatron.data.questions import HELD_OUT_SPLIT, TRAIN_SPLIT, Columns, read_data_set

@@ -21,7 +21,7 @@ from nft_megatron.base.records import Group, Sampling
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.rounds import Rounds
-from nft_megatron.config.schema import RolloutConfig
+from nft_megatron.config.sections import RolloutConfig
 from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.observe.collected import sampled_metrics, trained_metrics

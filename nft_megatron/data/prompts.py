@@ -12,7 +12,7 @@ import numpy as np
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt, Question
-from nft_megatron.config.schema import DataConfig
+from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.conflicts import find_conflicts
 from nft_megatron.data.rendering import token_ids_of
 from nft_megatron.data.wording import reword

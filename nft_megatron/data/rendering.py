@@ -15,7 +15,7 @@ import jinja2.meta
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
-from nft_megatron.config.schema import DataConfig
+from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.templates import TEMPLATES
 
 _Chat = list[dict[str, str]]

@@ -17,7 +17,8 @@ from nft_megatron.base.records import Sampling
 from nft_megatron.collect.build import columns_of, open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import config_from
-from nft_megatron.config.schema import Config, VerifyConfig
+from nft_megatron.config.schema import Config
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.overlap import read_overlapping_ids
 from nft_megatron.data.prompts import tokenize
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.golds import GoldError, read_gold
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.modes import MODES

@@ -10,7 +10,7 @@ import numpy as np
 
 from nft_megatron.base.records import Answer, Prompt, Sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
-from nft_megatron.config.schema import EvaluateConfig
+from nft_megatron.config.sections import EvaluateConfig
 from nft_megatron.evaluate.statistics import Judged, average, majority, pass_at, standard_error
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.verify.simplerl import extract, respell

@@ -22,7 +22,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from nft_megatron.config.schema import OptimizerConfig
+from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.model.offload import OffloadedState
 
 log = logging.getLogger(__name__)

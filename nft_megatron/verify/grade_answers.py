@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Verdict
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.service import Verifier
 

@@ -33,7 +33,7 @@ from types import TracebackType
 
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.records import FinishReason, Verdict
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.comparison import Undecided
 from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict

@@ -14,7 +14,7 @@ from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.base.records import Request, Sampling
 from nft_megatron.collect.async_collector import AsyncCollector
 from nft_megatron.collect.collector import CollectorState, Dataset
-from nft_megatron.config.schema import RolloutConfig
+from nft_megatron.config.sections import RolloutConfig
 from nft_megatron.data.ledger import read_groups, read_index
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import Progress

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt, Question
-from nft_megatron.config.schema import DataConfig
+from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.prompts import PromptOrder, PromptSet, make_prompts
 from nft_megatron.data.wording import instruct, reword
 

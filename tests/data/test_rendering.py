@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
-from nft_megatron.config.schema import DataConfig
+from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.prompts import make_prompts
 
 BODY = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from optimizer_worker import NUM_UPDATES, PROBLEMS, measure
 
-from nft_megatron.config.schema import OptimizerConfig
+from nft_megatron.config.sections import OptimizerConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from own_questions import TRAINING, write_benchmarks
 from pathological_answers import PATHOLOGICAL, RIGHT
 
 from nft_megatron.base.records import Verdict
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.expressions import differ
 from nft_megatron.verify.grade import Undecided, grade, grade_dapo
 from nft_megatron.verify.modes import MODES

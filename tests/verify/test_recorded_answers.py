@@ -13,7 +13,7 @@ import pytest
 from bench_data import bench_rows, recorded
 
 from nft_megatron.base.records import Verdict
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.boxes import closed_boxes, last_boxes
 from nft_megatron.verify.grade import Undecided, grade
 from nft_megatron.verify.numbers import read_bare_number

@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 from waiting import until
 
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier, Worker
@@ -296,7 +296,7 @@ def test_close_answers_everybody_and_leaves_nobody() -> None:
 def test_no_worker_outlives_a_killed_parent() -> None:
     program = f"""
 import time
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.service import Verifier
 verifier = Verifier(VerifyConfig(workers=2, soft_seconds=600.0, hard_seconds=600.0))
 verifier.submit(r"\\boxed{{\\sqrt{{9}}}}", "3", "stop").result(60)

@@ -1,0 +1,286 @@
+"""The sections of a run configuration. :mod:`nft_megatron.config.schema` puts them together and checks them against each other.
+
+Every field's docstring is its help text: ``nft-megatron train --help`` prints them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from nft_megatron.base.config_model import ConfigModel, LoosePath, PathList, PositiveFloat, TextList
+
+
+class ModelConfig(ConfigModel):
+    """The model to train."""
+
+    path: LoosePath
+    """Hugging Face model folder: config.json, safetensors and the tokenizer. Families:
+    Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Llama 2 and 3, Mistral."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes instead of storing. ``selective``: the MLPs, which hold over half of the
+    activations. ``full``: whole layers, storing only their input; a third more work."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and activations during training. Master weights, log-probs and reductions are always float32."""
+
+
+class DataConfig(ConfigModel):
+    """The questions to train on."""
+
+    train: Annotated[PathList, Field(min_length=1)]
+    """One or more of: Parquet (DAPO-Math-17k's schema, or columns of any name), JSONL, JSON, CSV, a local Hugging Face dataset
+    folder."""
+    question_field: str | None = None
+    """Column of the question: a text, or a list of {role, content}. A dot leads into a nested row, as in
+    ``extra_info.question``. null: the first of prompt, question, problem."""
+    answer_field: str | None = None
+    """Column of the gold. null: reward_model.ground_truth, or the first of answer, gold, ground_truth, final_answer. GSM8K's
+    "… #### 72" is read as 72, a solution that ends in \\boxed{72} too."""
+    config_name: str | None = None
+    """Config (subset) of a Hugging Face dataset folder that has several."""
+    template: Literal["chat", "qwen2.5-math", "plain"] = "chat"
+    """``chat``: the tokenizer's chat template. ``qwen2.5-math``: the same with Qwen2.5-Math's system message, which asks for
+    steps and a \\boxed{} answer. ``plain``: ``plain_format`` only, for base models without a chat template."""
+    plain_format: str = "{question}\n"
+    """Prompt of template ``plain``; ``{question}`` is replaced by the question."""
+    system_prompt: str | None = None
+    """System message that replaces the template's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the tokenizer's chat template: ``data.chat_template_kwargs.enable_thinking=false`` switches Qwen3's thinking
+    off."""
+    instruction: Literal["boxed", "answer", "keep", "none"] = "boxed"
+    """For questions in DAPO's wording: ask for \\boxed{} as NFT does, ask for a line ``Answer: $Answer`` as published, keep the
+    wording as it is, or strip it."""
+    conflicting: Literal["drop", "keep"] = "drop"
+    """Questions that occur more than once with different golds: drop all of them and count them, or keep them."""
+    max_prompt_tokens: PositiveInt = 512
+    """Longest prompt, template included."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with longer prompts: refuse to start and name the first, or drop them and count them."""
+
+
+class RolloutConfig(ConfigModel):
+    """How answers are collected: lines 5-11 of the paper's Algorithm 1."""
+
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """``embedded``: a transformers model next to the trainer, for small models. ``vllm``: the servers of section ``fleet``."""
+    questions_per_step: PositiveInt = 512
+    """Groups with both right and wrong answers that each rollout step trains on."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """K, the number of answers sampled per question."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. Training log-probs also use logits / temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Must stay 1 for training: a renormalised distribution is not the policy π of Eq. 10."""
+    max_answer_tokens: PositiveInt = 3584
+    """Longer answers are truncated here and count as wrong."""
+    stop: TextList = ()
+    """Texts that end an answer, in addition to the model's end-of-text tokens."""
+    oversample: Annotated[float, Field(ge=1)] = 3.0
+    """Upper limit of questions per round, as a multiple of the groups still missing. A round uses fewer once earlier rounds
+    have shown the share of mixed questions."""
+    prompt_filter: bool | None = None
+    """Train only on questions with both right and wrong answers (DAPO's dynamic sampling). null: as in the paper, true for all
+    algorithms except GRPO and Dr. GRPO, whose steps then have questions_per_step questions of any kind."""
+    max_rounds: PositiveInt = 10
+    """Rounds of questions per step; after that the step trains on the groups it has, with a warning."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Steps by which an answer may be older than the weights it trains. 0: collecting and training alternate, as in the paper;
+    surplus groups of a step are discarded. 1 or more: up to this many steps are collected ahead during training, surplus
+    groups train a later step, and the engine's own log-probs are π_old. Older answers are dropped and counted."""
+    stop_at_quota: bool = False
+    """End a round as soon as questions_per_step groups are mixed, and cancel the rest. Faster when a few answers are long, but
+    questions with short answers are then trained more often, and the choice depends on the engine's timing."""
+    give_up_after: Annotated[int, Field(ge=2)] | None = None
+    """Abandon a question once this many of its answers are judged and all agree: it will probably fail the prompt filter. Saves
+    tokens; loses questions on which the policy is nearly always right or wrong. null: never."""
+    save_seconds: PositiveFloat = 60.0
+    """Time between writes of the current round's finished groups; a killed run regenerates only the rest."""
+    processes: Annotated[int, Field(ge=0)] | None = None
+    """Worker processes of the embedded engine, one thread each. null: one per core. 0: inside the trainer."""
+    batch_size: PositiveInt = 128
+    """Answers that one engine process decodes at once."""
+    max_mismatch: PositiveFloat = 0.1
+    """Largest mean |engine log-prob − trainer log-prob| under the same weights, in nats. Beyond it the run ends, because the
+    engine serves other weights, another precision or a renormalised distribution."""
+    probe_questions: Annotated[int, Field(ge=0)] | None = None
+    """The log-prob probe: before the first step and after each weight update the engine answers this many fixed questions, and
+    its log-probs are compared with the trainer's. 0: none. null: 16 with the engine ``vllm``, none with the embedded one."""
+    probe_tokens: PositiveInt = 32
+    """Longest answer of the probe."""
+    deadline_seconds: PositiveFloat = 3600.0
+    """Longest wait for the next finished answer."""
+    step_deadline_seconds: PositiveFloat = 86400.0
+    """Longest wait of the other ranks while rank 0 collects or evaluates a whole step; they notice at once if rank 0 dies."""
+
+
+class VerifyConfig(ConfigModel):
+    """How answers are graded."""
+
+    mode: Literal["strict", "math-verify", "dapo", "simplerl"] = "strict"
+    """``strict``: the last \\boxed{} only, integers by exact comparison, the rest by math-verify on the box.
+    ``math-verify``: the whole text, as the paper's reference code does. ``dapo``: the "Answer:" line, else the last
+    \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: for final evaluations, too lenient to train on
+    (it forgives a factor of 100). docs/verification.md compares them."""
+    workers: PositiveInt = 2
+    """Grader processes, started when the first answer needs math-verify."""
+    soft_seconds: PositiveFloat = 1.0
+    """CPU time after which a grader gives up: verdict unknown. A busy machine therefore changes no verdict."""
+    hard_seconds: PositiveFloat = 3.0
+    """Wall-clock time after which a grader is killed and replaced: verdict unknown."""
+
+
+class OptimizerConfig(ConfigModel):
+    """AdamW with float32 master weights, sharded over data-parallel ranks."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Learning rate, constant after the warm-up."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    """Updates of linear warm-up: update t has learning rate · t / warmup_updates."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; not applied to biases and norm weights."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the square root of the second moment."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of master weights and moments that are kept and updated in host memory."""
+
+    def learning_rate_at(self, update: int) -> float:
+        """learning_rate · min(1, t / warmup_updates) for update t, counted from 1.
+
+        >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=4)
+        >>> [settings.learning_rate_at(update) for update in (1, 2, 4, 100)]
+        [0.25, 0.5, 1.0, 1.0]
+        """
+        return self.learning_rate * min(1.0, update / max(1, self.warmup_updates))
+
+
+class TrainConfig(ConfigModel):
+    """The training loop."""
+
+    num_steps: PositiveInt
+    """Rollout steps."""
+    updates_per_step: PositiveInt = 16
+    """Optimizer updates per rollout step."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Tokens packed into one forward pass of a data-parallel rank; every prompt with its answer must fit.
+    Context-parallel ranks divide them."""
+    pad_to_budget: bool = False
+    """Pad every pack to micro_batch_tokens: pipeline stages need not exchange shapes, and all packs use the same memory."""
+    max_skipped_updates: PositiveInt = 3
+    """An update whose loss or gradient is not finite is skipped; after this many in a row the run ends with a fault."""
+    importance_cap: PositiveFloat | None = None
+    """Weight each token by min(π / π_engine, this), where π is the trainer's policy under the weights that generated the
+    answer: corrects the trainer-engine mismatch. null: no such weights."""
+    denominator: Literal["tokens", "sequences"] | PositiveFloat = "tokens"
+    """D in loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
+
+
+class ParallelConfig(ConfigModel):
+    """How model and sequences are split. The remaining factor of the world size is data parallel."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel ranks."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages."""
+    virtual_pipeline: PositiveInt = 1
+    """Parts of the model on each pipeline stage. 2 or more: the interleaved schedule, with a smaller bubble."""
+    context: PositiveInt = 1
+    """Context-parallel ranks, which split every sequence."""
+    expert: PositiveInt = 1
+    """Data- and context-parallel ranks that share the experts of each layer. 1: every rank has all experts."""
+    sequence_parallel: bool = True
+    """Shard activations between tensor-parallel ranks (no effect when tensor is 1)."""
+    threads: PositiveInt | None = None
+    """CPU threads per rank. null: the machine's cores divided by its ranks."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest wait in a collective before the run stops with an error."""
+
+
+class DeadlinesConfig(ConfigModel):
+    """Longest silence in each phase of a run. A rank silent for longer writes its stacks to RUN/logs and exits with 70."""
+
+    setup_seconds: PositiveFloat = 1800.0
+    """Building the model, loading weights or a checkpoint, starting the engine."""
+    collect_seconds: PositiveFloat = 7200.0
+    """On rank 0, the time without a finished answer; the other ranks wait rollout.step_deadline_seconds for rank 0."""
+    update_seconds: PositiveFloat = 1800.0
+    """One optimizer step, or the old log-probs of a whole step."""
+    publish_seconds: PositiveFloat = 1800.0
+    """Updating the engine's weights."""
+    save_seconds: PositiveFloat = 3600.0
+    """Writing a checkpoint or an export."""
+    evaluate_seconds: PositiveFloat = 7200.0
+    """On rank 0, the time without a finished answer to a held-out question."""
+    other_seconds: PositiveFloat = 1800.0
+    """Everything else, such as communication between phases."""
+    heartbeat_seconds: PositiveFloat = 300.0
+    """Under Slurm, rank 0 touches a file; when it has not done so for this long, the job's agent ends all ranks."""
+    leave_seconds: PositiveFloat = 60.0
+    """A reserve rather than a silence: where the job's end is known (from Slurm or NFT_MEGATRON_END_TIME), the run exits with
+    75 while there is still time for this plus the measured times of a step's updates and a checkpoint."""
+
+    @property
+    def by_phase(self) -> dict[str, float]:
+        """Longest silences."""
+        others = ("heartbeat_seconds", "leave_seconds")
+        return {name.removesuffix("_seconds"): value for name, value in self.model_dump().items() if name not in others}
+
+
+class ClusterConfig(ConfigModel):
+    """Cluster shape for ``plan`` and ``slurm``; training uses the launched processes."""
+
+    gpu: str = "h100"
+    """Kind of GPU; ``plan --help`` lists them."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs per node, connected by NVLink."""
+    trainer_nodes: PositiveInt = 1
+    """Nodes that train."""
+    rollout_nodes: Annotated[int, Field(ge=0)] = 0
+    """Nodes that only generate answers. 0: the trainers' nodes do both."""
+
+
+class CheckpointConfig(ConfigModel):
+    """Checkpoints. Each is written completely or not at all; a run resumes from the newest by itself."""
+
+    every: PositiveInt = 10
+    """Rollout steps between checkpoints; the last step always has one."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints to keep."""
+    asynchronous: bool = True
+    """Write checkpoints during the next step, from a copy in host memory. false: wait until they are on disk."""
+    export_every: Annotated[int, Field(ge=0)] = 0
+    """Rollout steps between Hugging Face exports; 0: only the last step's."""
+
+
+class EvaluateConfig(ConfigModel):
+    """Evaluation on held-out questions during training, with the current weights."""
+
+    data: PathList = ()
+    """Same formats as data.train; a dataset folder contributes its test split. Empty: no evaluation."""
+    every: PositiveInt = 10
+    """Rollout steps between evaluations; also before the first step and after the last."""
+    samples: PositiveInt = 1
+    """Answers per question; accuracy is their mean (avg@k)."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; here it may be below 1."""
+
+
+class ObserveConfig(ConfigModel):
+    """Where metrics go, in addition to RUN/metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Also write TensorBoard files to RUN/logs/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the extra ``wandb``)."""
+    gradient_cosine_every: Annotated[int, Field(ge=0)] = 0
+    """Rollout steps between measurements of the cosine between the gradients of right and wrong answers; each costs a
+    second forward and backward pass of one update. 0: never."""
