@@ -3,7 +3,7 @@
     python benchmarks/suite.py [--tier test|rest] [--busy 2] [--coverage] [--tests PATH …]
 
 Every run appends one line to results/suite_2_cores.jsonl as it ends: commit, tier, busy processes, the machine's load before it
-began, cases passed, failed and skipped, seconds; with ``--coverage`` the share of the package's lines and branches that the run
+began, cases passed, failed and skipped, seconds, CPU seconds of the processes that ended before it; with ``--coverage`` the share of the package's lines and branches that the run
 reached, its subprocesses included.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=MARKS, default="test")
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="busy processes beside it")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that run tests")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH")
     options = parser.parse_args()
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     pytest = [
         "pytest",
         "-n",
-        "2",
+        str(options.workers),
         "--dist",
         "loadgroup",
         "--no-loadscope-reorder",
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     command = [*coverage, "run", "-m", *pytest] if options.coverage else [sys.executable, "-m", *pytest]
     load, started = os.getloadavg()[0], time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    seconds = time.monotonic() - started
+    seconds, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     print(done.stdout[-4000:])
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-400:])}
     row: dict[str, object] = {
@@ -83,9 +85,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         ).stdout.strip(),
         "tests": options.tests,
         "tier": options.tier,
+        "workers": options.workers,
         "busy": options.busy,
         "load_before": round(load, 2),
         "seconds": round(seconds),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime),
         **counts,
     }
     if options.coverage:

@@ -128,6 +128,7 @@ def test_the_table_is_that_of_the_answers(model, sums, command, tmp_path):
     assert math_question == "0 + 0"
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_answers(model, sums, start, command, tmp_path, monkeypatch):
     arguments = ["eval", model, "--benchmarks", sums, "--samples", "100", *OPTIONS, "--out"]  # 5 questions a part
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -163,6 +163,7 @@ def test_the_config_fits_the_questions(start: Path) -> None:
     assert (start / held_out).is_file()
 
 
+@pytest.mark.slow
 def test_cold_start_learns_and_follows_the_seed(start: Path, tmp_path: Path) -> None:
     script = (
         "import random, torch, prepare, arithmetic\n"

@@ -105,6 +105,7 @@ def test_an_unreachable_folder_blocks_nobody(tmp_path, monkeypatch, what):
     assert os.path.exists(run) == (what != "gone")
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_goes_away_ends_the_run_with_75(run_config, run_once, start, command, metrics_of, tmp_path):
     sections = {"train": {"num_steps": 12}, "checkpoint": {"every": 2}, "evaluate": {"data": []}}
     whole = run_once(ranks=2, **sections)

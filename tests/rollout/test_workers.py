@@ -208,6 +208,7 @@ def test_workers_that_cannot_start_are_a_fault(folder, models, monkeypatch):
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_keeps_dying_is_a_fault_unless_it_answers_in_between(folder, models, expected):
     others = worker_pids(os.getpid())
     engine = EmbeddedEngine(folder, read_shape(folder), num_processes=1, batch_size=8, load_seconds=120, answer_seconds=60)
@@ -235,6 +236,7 @@ def test_close_leaves_no_process(folder):
     assert worker_pids(os.getpid()) == others
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_parent(folder, models, tmp_path):
     weights = tmp_path / "weights.safetensors"
     save_file({name: tensor.detach() for name, tensor in models[0].named_parameters()}, weights)

@@ -89,7 +89,8 @@ def test_rft_never_forwards_a_wrong_answer(run_config, command, metrics_of, tmp_
         assert row["loss_negative"] == 0
 
 
-@pytest.mark.parametrize("attempt", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", [0, 1, 2])
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(run_config, command, metrics_of, tmp_path, attempt):
     """Four times, each when a fifth of the operations on files of a whole run, or less, has been done since the last."""
     processes = 2 if attempt == 0 else 0  # of the engine; the default is a process a core

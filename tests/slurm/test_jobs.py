@@ -26,6 +26,7 @@ def busy(lab):
     lab.run("scancel", other)
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_excluded_and_the_job_requeued_without_it(slurm_run):
     """And what cannot be planned runs without a plan."""
     check = "test $SLURMD_NODENAME != n1 || { echo a fan is broken; false; }"
@@ -50,6 +51,7 @@ def test_a_wrong_input_ends_the_run_at_once(slurm_run):
     assert "optimizer.learning_rat" in next(run.root.glob("slurm/job_*.log")).read_text()
 
 
+@pytest.mark.slow
 def test_a_wrong_input_that_only_the_trainers_find_is_fatal(slurm_run):
     run = slurm_run()
     with busy(run.lab):

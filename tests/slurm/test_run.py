@@ -24,7 +24,8 @@ NIGHT = [  # what happens, the kind of the attempt's end, what its cause says; b
 ]
 
 
-@pytest.mark.parametrize("events", [QUICK, pytest.param(NIGHT, marks=pytest.mark.slow)], ids=["requeued once", "a night"])
+@pytest.mark.slow
+@pytest.mark.parametrize("events", [QUICK, NIGHT], ids=["requeued once", "a night"])
 def test_whatever_happens_the_run_continues_as_if_nothing_had(
     slurm_run, run_config, command, metrics_of, small_disk, tmp_path, events
 ):

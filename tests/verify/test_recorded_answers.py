@@ -96,6 +96,7 @@ def test_integer_golds() -> None:
     ]
 
 
+@pytest.mark.slow
 @recorded("verifier_cases.jsonl")
 def test_strict_differs_from_math_verify_only_in_the_classes_of_the_docs(
     by_strict: list[Verdict], by_math_verify: list[Verdict], math_verify: Verifier
@@ -143,6 +144,7 @@ def test_human_solutions(by_strict: list[Verdict]) -> None:
     assert all(is_right == label for is_right, label in verdicts)
 
 
+@pytest.mark.slow
 @recorded("verifier_cases.jsonl")
 def test_simplerl_agrees_with_math_verify(by_math_verify: list[Verdict]) -> None:
     """On recorded answers and human solutions; its tolerance of 1e-4 takes 9999 for 10000."""

@@ -153,7 +153,8 @@ def test_random_faults(places, folder, monkeypatch):
 
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("fault", [pytest.param("stop", marks=pytest.mark.slow), "cut"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stop", "cut"])
 def test_real_servers_that_are_stopped_or_cut_off(vllm_servers, fleet_model, monkeypatch, fault):
     """One server has sent the first of an answer's 300 tokens; it is silent for ten minutes while the other is idle.
 

@@ -105,6 +105,7 @@ class Adopting(Fleet):
         return next_server
 
 
+@pytest.mark.slow
 def test_a_killed_server_comes_back_with_the_current_weights(vllm_servers, server_settings, weights, tmp_path):
     """Its successor takes its place among the servers of other tests."""
     config = FleetConfig(servers=1, silence_seconds=60.0, start_seconds=PATIENCE, wait_seconds=PATIENCE)

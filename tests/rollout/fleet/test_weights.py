@@ -320,7 +320,7 @@ def num_running(member):
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running"))
 
 
-@pytest.mark.parametrize("in_flight", ["finish", "continue"])
+@pytest.mark.parametrize("in_flight", [pytest.param("finish", marks=pytest.mark.slow), "continue"])
 def test_answers_in_progress_during_a_sync_say_which_weights_each_token_came_from(
     fleet_model, first_weights, open_fleet, in_flight
 ):
