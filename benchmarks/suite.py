@@ -3,8 +3,8 @@
     python benchmarks/suite.py [--tier test|rest] [--busy 2] [--coverage] [--tests PATH …]
 
 Every run appends one line to results/suite_2_cores.jsonl as it ends: commit, tier, busy processes, the machine's load before it
-began, cases passed, failed and skipped, seconds, CPU seconds of the processes that ended before it; with ``--coverage`` the share of the package's lines and branches that the run
-reached, its subprocesses included.
+began, cases passed, failed and skipped, seconds, CPU seconds of the processes that ended before it; with ``--coverage`` the
+share of the package's lines and branches that the run reached, its subprocesses included.
 """
 
 from __future__ import annotations
