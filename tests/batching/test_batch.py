@@ -41,6 +41,24 @@ def make_group(number, prompt_length, answers, fresh) -> Group:
     return Group(number, STEP, prompt, tuple(answer(index, *each) for index, each in enumerate(answers)))
 
 
+def one_rank(**fields) -> BatchingRules:
+    """Rules of one rank and, unless ``fields`` say otherwise, one update."""
+    return BatchingRules(
+        **{
+            "num_updates": 1,
+            "num_ranks": 1,
+            "hidden_size": 8,
+            "denominator": "tokens",
+            "seed": 0,
+            "tensor_size": 1,
+            "context_size": 1,
+            "count_multiple": 1,
+            "pad_to_budget": False,
+            **fields,
+        }
+    )
+
+
 labels = st.sampled_from(["correct", "wrong", "unknown"])
 answers = st.lists(st.tuples(st.integers(0, 12), labels, st.integers(STEP - 3, STEP - 1)), min_size=1, max_size=5)
 
@@ -184,19 +202,7 @@ def test_all_ranks_together_read_every_token_once_with_its_values(case):
 def test_a_group_too_long_for_a_micro_batch_is_reported(tmp_path):
     answers = [(40, "correct", 2), (40, "wrong", 2)]
     write_ledger(tmp_path / "ledger.parquet", [make_group(0, 10, answers, itertools.count(1))], fates=["train"], meta={})
-    rules = BatchingRules(
-        num_updates=1,
-        num_ranks=1,
-        token_budget=96,
-        hidden_size=8,
-        denominator="tokens",
-        seed=0,
-        tensor_size=1,
-        context_size=1,
-        count_multiple=1,
-        pad_to_budget=False,
-        keep_groups=True,
-    )
+    rules = one_rank(token_budget=96, keep_groups=True)
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens = 96: .* have 100 tokens; raise it to at least 100"):
         read_minibatches(tmp_path / "ledger.parquet", STEP, ALGORITHMS["nft"], rules, 0, 0, CPU)
 
@@ -208,19 +214,7 @@ def test_inputs_of_a_loss_over_whole_answers_are_equal_on_all_context_ranks(tmp_
     groups = [make_group(n, 3, [(2 + n + k, verdicts[(n + k) % 5], 2) for k in range(4)], fresh) for n in range(5)]
     ledger = tmp_path / "ledger.parquet"
     write_ledger(ledger, groups, fates=["train"] * 5, meta={})
-    rules = BatchingRules(
-        num_updates=2,
-        num_ranks=1,
-        token_budget=128,
-        hidden_size=8,
-        denominator="tokens",
-        seed=0,
-        tensor_size=1,
-        context_size=2,
-        count_multiple=1,
-        pad_to_budget=False,
-        keep_groups=True,
-    )
+    rules = one_rank(num_updates=2, token_budget=128, context_size=2, keep_groups=True)
     group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
     first, second = (
         read_minibatches(ledger, STEP, build_algorithm("infonca"), rules, 0, context_rank, CPU) for context_rank in range(2)
@@ -251,19 +245,7 @@ def test_length_and_truncation_reach_the_advantage(tmp_path):
     cut = dataclasses.replace(group.answers[2].completion, finish_reason="length")
     answers = (*group.answers[:2], dataclasses.replace(group.answers[2], completion=cut))
     write_ledger(tmp_path / "ledger.parquet", [dataclasses.replace(group, answers=answers)], fates=["train"], meta={})
-    rules = BatchingRules(
-        num_updates=1,
-        num_ranks=1,
-        token_budget=32,
-        hidden_size=8,
-        denominator="tokens",
-        seed=0,
-        tensor_size=1,
-        context_size=1,
-        count_multiple=1,
-        pad_to_budget=False,
-        length_limit=100,
-    )
+    rules = one_rank(token_budget=32, length_limit=100)
     (minibatch,) = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("dapo"), rules, 0, 0, CPU)
     reward = np.array([1.0, -1.0, -2.0])
     expected = (reward - reward.mean()) / reward.std()
