@@ -73,7 +73,7 @@ def write_config(folder: Path, run_dir: Path, num_steps: int) -> Path:
     tree = {
         "run_dir": str(run_dir),
         "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "data": {"train": str(folder / "sums.parquet"), "template": "plain", "max_prompt_tokens": 8},
+        "data": {"train": str(folder / "sums.parquet"), "template": "plain", "max_prompt_tokens": 8, "instruction": "keep"},
         "rollout": {
             "questions_per_step": 4,
             "group_size": 8,

@@ -157,7 +157,7 @@ def run_config(tmp_path, model_folder, question_file):
         tree = {
             "run_dir": str(tmp_path / run_dir),
             "model": {"path": str(model_folder), "dtype": "float32"},
-            "data": {"train": str(question_file), "template": "plain", "max_prompt_tokens": 8},
+            "data": {"train": str(question_file), "template": "plain", "max_prompt_tokens": 8, "instruction": "keep"},
             "rollout": {
                 "questions_per_step": 4,
                 "group_size": 8,

@@ -27,4 +27,5 @@ def _run(options: argparse.Namespace) -> None:
     if options.png:
         from nft_megatron.observe.plots import write_overview_png
 
-        print(write_overview_png(options.reported, options.png))
+        drawn = write_overview_png(options.reported, options.png)
+        print(drawn or f"{options.png}: not drawn, because no rollout step has finished yet")

@@ -49,22 +49,23 @@ def columns_of(config: Config, field: str) -> Columns:
 
 
 def read_prompts(
-    config: Config, tokenizer: Any, field: str, now: datetime | None = None, *, checks_golds: bool = True
+    config: Config, tokenizer: Any, field: str, now: datetime | None = None, *, is_v0_1: bool = False
 ) -> PromptSet:
     """The prompts of the data sets that ``field`` (``data.train`` or ``evaluate.data``) lists; empty when it lists none.
 
     Questions whose gold no answer can match are left out; :class:`UserError` if they are more than 1 %. ``now`` is the date for
-    templates that print it.
+    templates that print it. ``is_v0_1``: as version 0.1 did, which left out no golds and gave its instruction only to
+    questions in DAPO's wording.
     """
     is_train = field == "data.train"
     paths = config.data.train if is_train else config.evaluate.data
     if not paths:
         return PromptSet()
     data = read_data_set(paths, field, TRAIN_SPLIT if is_train else HELD_OUT_SPLIT, columns_of(config, field))
-    unmatched = unmatched_questions(data.questions, config.verify, field) if checks_golds else {}
+    unmatched = {} if is_v0_1 else unmatched_questions(data.questions, config.verify, field)
     questions = [question for question in data.questions if question.gold not in unmatched]
     reasons = Counter(unmatched[question.gold] for question in data.questions if question.gold in unmatched)
-    prompts = make_prompts(questions, tokenizer, config.data, field, now)
+    prompts = make_prompts(questions, tokenizer, config.data, field, now, instructs_all=not is_v0_1)
     prompts = replace(prompts, unmatched=dict(reasons), num_rows=data.num_rows)
     if reasons:
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())

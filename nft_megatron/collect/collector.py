@@ -11,7 +11,6 @@ import functools
 import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +20,12 @@ from nft_megatron.base.records import Group, Sampling
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.rounds import Rounds
+from nft_megatron.collect.verdict_counts import describe_verdicts
 from nft_megatron.config.sections import RolloutConfig
 from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.observe.collected import sampled_metrics, trained_metrics
 from nft_megatron.observe.metrics import MetricsRow
-from nft_megatron.verify.reasons import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -138,19 +137,7 @@ class Collector:
 
     def _nothing_to_train_on(self, sampled: Sequence[Group]) -> UserError:
         """Every question has answers of one kind only: how they were judged, and one of them."""
-        answers = [(group, answer) for group in sampled for answer in group.answers]
-        labels = Counter(answer.verdict.label for _, answer in answers)
-        reasons = ", ".join(
-            f"{reason}: {count}" for reason, count in Counter(reason_of(answer.verdict) for _, answer in answers).most_common()
-        )
-        problem = (
-            f"none of {len(sampled)} questions had both right and wrong answers "
-            f"({labels['correct']} right, {labels['wrong']} wrong, {labels['unknown']} unknown; {reasons or 'no answers'})"
-        )
-        if answers:
-            group, answer = next((pair for pair in answers if pair[1].verdict.label != "correct"), answers[0])
-            shown = answer.text if len(answer.text) <= 300 else f"…{answer.text[-300:]}"
-            problem += f"; for example {group.prompt.question[:300]!r}, gold {group.prompt.gold!r}, was answered {shown!r}"
+        problem = f"none of {len(sampled)} questions had both right and wrong answers ({describe_verdicts(sampled)})"
         remedy = "raise it to ask more, or start a new run_dir with questions of another difficulty or longer answers"
         return UserError("rollout.max_rounds", self.settings.max_rounds, problem, remedy)
 
@@ -168,6 +155,8 @@ class Collector:
             num_rounds += 1
             generated_tokens += asked.new_tokens
             sampled += asked.groups
+            if asked.groups and not any(group.num_correct for group in asked.groups):
+                log.warning("step %d, round %d: no right answer (%s)", step, num_rounds, describe_verdicts(asked.groups))
             mixed += self._trainable(asked.groups, oldest)
             mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled) if sampled else mixed_rate
         if not mixed:

@@ -50,8 +50,9 @@ class DataConfig(ConfigModel):
     """Arguments of the tokenizer's chat template: ``data.chat_template_kwargs.enable_thinking=false`` switches Qwen3's thinking
     off."""
     instruction: Literal["boxed", "answer", "keep", "none"] = "boxed"
-    """For questions in DAPO's wording: ask for \\boxed{} as NFT does, ask for a line ``Answer: $Answer`` as published, keep the
-    wording as it is, or strip it."""
+    """``boxed``: ask every question for \\boxed{}, in DAPO's wording as NFT does, unless the question, a system message or the
+    template already does. ``answer``: the same for a line ``Answer: $Answer``, as in DAPO-Math-17k. ``keep``: questions as they
+    are. ``none``: without DAPO's wording."""
     conflicting: Literal["drop", "keep"] = "drop"
     """Questions that occur more than once with different golds: drop all of them and count them, or keep them."""
     max_prompt_tokens: PositiveInt = 512

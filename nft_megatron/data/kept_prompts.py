@@ -24,11 +24,15 @@ _KEY = b"nft_megatron.prompts"
 
 @dataclass(frozen=True)
 class KeptPrompts:
-    """The prompts, the time of the run's first start, which templates print, and the digest of the data files."""
+    """The prompts, the time of the run's first start, which templates print, and the digest of the data files.
+
+    ``is_v0_1``: version 0.1 began the run, so its held-out questions are also asked as that version did.
+    """
 
     prompts: PromptSet
     started: datetime
     digest: str
+    is_v0_1: bool = False
 
     def write(self, path: Path) -> None:
         """Replace ``path`` atomically."""
@@ -36,6 +40,7 @@ class KeptPrompts:
         meta = {
             "started": self.started.isoformat(),
             "digest": self.digest,
+            "is_v0_1": self.is_v0_1,
             "num_conflicting": counts.num_conflicting,
             "num_overlong": counts.num_overlong,
             "num_rows": counts.num_rows,
@@ -65,8 +70,8 @@ class KeptPrompts:
         tokens = [row.values.to_numpy().copy() for row in table["tokens"]]
         texts = (table[name].to_pylist() for name in ("question_id", "question", "gold"))
         prompts = tuple(Prompt(*row) for row in zip(*texts, tokens, strict=True))
-        started, digest = datetime.fromisoformat(meta.pop("started")), meta.pop("digest")
-        return cls(PromptSet(prompts, **meta), started, digest)
+        started, digest, is_v0_1 = datetime.fromisoformat(meta.pop("started")), meta.pop("digest"), meta.pop("is_v0_1", True)
+        return cls(PromptSet(prompts, **meta), started, digest, is_v0_1)
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -14,8 +14,9 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt, Question
 from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.conflicts import find_conflicts
-from nft_megatron.data.rendering import token_ids_of
-from nft_megatron.data.wording import reword
+from nft_megatron.data.rendering import prompt_texts, token_ids_of
+from nft_megatron.data.requests import asks_for_answer_line, asks_for_box, has_box
+from nft_megatron.data.wording import instruct, reword
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ def make_prompts(
     settings: DataConfig,
     field: str = "data.train",
     now: datetime | None = None,
+    *,
+    instructs_all: bool = True,
 ) -> PromptSet:
     """The prompts of ``questions``, in the same order, without the conflicting and overlong ones that ``settings`` drops.
 
-    ``tokenizer`` is a Hugging Face tokenizer; ``now`` is for templates that print the date. Raises :class:`UserError` for a
-    question longer than ``settings.max_prompt_tokens`` under ``overlong: error``, if no question is left, and if a chat
-    template is missing or refuses a question.
+    ``tokenizer`` is a Hugging Face tokenizer; ``now`` is for templates that print the date; ``instructs_all`` as in
+    :func:`tokenize`. Raises :class:`UserError` for a question longer than ``settings.max_prompt_tokens`` under
+    ``overlong: error``, if no question is left, and if a chat template is missing or refuses a question.
     """
     conflicts = find_conflicts(questions) if settings.conflicting == "drop" else []
     conflicting = {question.question_id for group in conflicts for question in group}
@@ -70,7 +73,7 @@ def make_prompts(
             f"all conflict, like {first[0].question_id!r} and {first[1].question_id!r}",
             "correct their golds, or set data.conflicting=keep",
         )
-    prompts = tokenize(clear, tokenizer, settings, field, now)
+    prompts = tokenize(clear, tokenizer, settings, field, now, instructs_all=instructs_all)
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= settings.max_prompt_tokens]
     dropped = len(prompts) - len(kept)
     if dropped and (settings.overlong == "error" or not kept):
@@ -91,17 +94,38 @@ def tokenize(
     settings: DataConfig,
     field: str = "data.train",
     now: datetime | None = None,
+    *,
+    instructs_all: bool = True,
 ) -> list[Prompt]:
     """The prompts of all ``questions`` under the instruction and the template of ``settings``, however long.
 
-    Raises :class:`UserError` as :func:`~nft_megatron.data.rendering.token_ids_of` does.
+    A question that is not in DAPO's wording is put into it unless its prompt already asks for the answer in that form: the
+    question, a system message, or what the template adds. ``instructs_all=False`` leaves such a question as it stands.
+
+    Raises :class:`UserError` as the functions of :mod:`~nft_megatron.data.rendering` do.
     """
+    now = now or datetime.now()
     asked = [reword(question, settings.instruction) for question in questions]
-    token_ids = token_ids_of(asked, tokenizer, settings, field, now or datetime.now())
+    texts = prompt_texts(asked, tokenizer, settings, field, now)
+    if instructs_all and (settings.instruction == "boxed" or settings.instruction == "answer"):
+        missing = [i for i, text in enumerate(texts) if not _is_instructed(text, settings)]
+        instructed = [instruct(asked[i], settings.instruction) for i in missing]
+        for i, question, text in zip(
+            missing, instructed, prompt_texts(instructed, tokenizer, settings, field, now), strict=True
+        ):
+            asked[i], texts[i] = question, text
+    token_ids = token_ids_of(asked, texts, tokenizer, settings, field)
     return [
         Prompt(question.question_id, question.text, question.gold, np.array(ids, dtype=np.int32))
         for question, ids in zip(asked, token_ids, strict=True)
     ]
+
+
+def _is_instructed(text: str, settings: DataConfig) -> bool:
+    """Whether the prompt ``text`` asks for the form of answer that ``data.instruction`` is about, or shows it in examples."""
+    if settings.instruction == "answer":
+        return asks_for_answer_line(text)
+    return asks_for_box(text) or (settings.template == "plain" and has_box(settings.plain_format))
 
 
 @functools.lru_cache(maxsize=4)

@@ -21,24 +21,36 @@ from nft_megatron.data.templates import TEMPLATES
 _Chat = list[dict[str, str]]
 
 
-def token_ids_of(
-    questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str, now: datetime
-) -> list[list[int]]:
-    """The prompt of each question, special tokens included. An end-of-text token after a plain prompt is removed.
+def prompt_texts(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str, now: datetime) -> list[str]:
+    """Each question as the model sees it, as text.
 
-    Raises :class:`UserError` if the tokenizer has no chat template but needs one, if the template refuses a question, does not
-    use an argument of ``data.chat_template_kwargs``, or if a prompt has no tokens.
+    Raises :class:`UserError` if the tokenizer has no chat template but needs one, if the template refuses a question or does
+    not use an argument of ``data.chat_template_kwargs``, or if ``plain`` would lose a turn of the assistant.
     """
     if not questions:
         return []
     if TEMPLATES[settings.template].uses_chat:
-        texts = _rendered(questions, tokenizer, settings, field, now)
-        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes them itself
-    else:
-        # Not str.format: a question or a format with LaTeX is full of braces.
-        texts = [settings.plain_format.replace("{question}", question.text) for question in questions]
-        without = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        token_ids = [_open_ended(*pair) for pair in zip(tokenizer(texts)["input_ids"], without, strict=True)]
+        return _rendered(questions, tokenizer, settings, field, now)
+    for question in questions:
+        if any(message["role"] == "assistant" for message in question.messages):
+            problem = "has an earlier turn of the assistant, which data.template=plain cannot show"
+            raise UserError(field, _name(question), problem, "use data.template=chat, or write the turns into one question")
+    # Not str.format: a question or a format with LaTeX is full of braces.
+    return [settings.plain_format.replace("{question}", question.text) for question in questions]
+
+
+def token_ids_of(
+    questions: Sequence[Question], texts: Sequence[str], tokenizer: Any, settings: DataConfig, field: str
+) -> list[list[int]]:
+    """The tokens of ``texts``, special ones included. An end-of-text token after a plain prompt is removed.
+
+    Raises :class:`UserError` with the question if a text has no tokens.
+    """
+    if not texts:
+        return []
+    token_ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # a chat template writes them itself
+    if not TEMPLATES[settings.template].uses_chat:
+        token_ids = [_open_ended(*pair) for pair in zip(tokenizer(list(texts))["input_ids"], token_ids, strict=True)]
     for question, text, ids in zip(questions, texts, token_ids, strict=True):
         if not ids:
             problem = f"the prompt {text[:60]!r} has no tokens for this tokenizer"

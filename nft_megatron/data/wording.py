@@ -55,7 +55,8 @@ def worded(text: str, wording: Wording) -> str:
 
 
 def reword(question: Question, instruction: Literal["keep", "boxed", "answer", "none"]) -> Question:
-    """A question in either variant, reworded or stripped (``none``). Any other question is returned unchanged.
+    """A question in either variant, reworded or stripped (``none``). Any other question is returned unchanged; see
+    :func:`instruct`.
 
     >>> asked = Question("q", ({"role": "user", "content": worded("What is 2+2?", "answer")},), gold="4")
     >>> reword(asked, "none").text, reword(asked, "boxed").text == worded("What is 2+2?", "boxed")
@@ -75,15 +76,10 @@ def reword(question: Question, instruction: Literal["keep", "boxed", "answer", "
 
 
 def instruct(question: Question, wording: Wording) -> Question:
-    """The question with its user message in ``wording``, even if it was in no variant before.
+    """The question with its last message, which is the user's, in ``wording``, even if it was in no variant before.
 
     >>> instruct(Question("q", ({"role": "user", "content": "2+2?"},), gold="4"), "boxed").text == worded("2+2?", "boxed")
     True
     """
-    return replace(
-        question,
-        messages=tuple(
-            {**message, "content": worded(message["content"], wording)} if message["role"] == "user" else message
-            for message in question.messages
-        ),
-    )
+    *before, last = question.messages
+    return replace(question, messages=(*before, {**last, "content": worded(last["content"], wording)}))

@@ -176,7 +176,8 @@ def _read_task(benchmark: Benchmark, path: Path, config: Config, tokenizer: Any,
     instruction = config.data.instruction
     if benchmark.training_wording and (instruction == "boxed" or instruction == "answer"):
         questions = [instruct(question, instruction) for question in questions]
-    return Task(benchmark, tuple(tokenize(questions, tokenizer, config.data, "--benchmarks")), samples or benchmark.samples)
+    prompts = tokenize(questions, tokenizer, config.data, "--benchmarks", instructs_all=False)  # the others as they stand
+    return Task(benchmark, tuple(prompts), samples or benchmark.samples)
 
 
 def _answer(

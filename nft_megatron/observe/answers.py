@@ -57,7 +57,8 @@ def sample_answers(run_dir: Path | str, max_bytes: int = MAX_BYTES) -> AnswerSam
     Raises:
         UserError: a ledger is damaged.
     """
-    paths = sorted((Path(run_dir) / "ledger").glob("step_*.parquet"))
+    ledger = Path(run_dir) / "ledger"
+    paths = sorted(ledger.glob("step_*.parquet")) or sorted((ledger / "rounds").glob("step_*.parquet"))  # of an unfinished step
     if not paths:
         return AnswerSample([], "This run folder has no recorded answers.")
     by_step = [_draw_groups(path) for path in _spread(paths, MAX_STEPS)]
@@ -73,8 +74,9 @@ def sample_answers(run_dir: Path | str, max_bytes: int = MAX_BYTES) -> AnswerSam
                     kept.append(groups[rank])
     kept.sort(key=lambda group: group["step"])
     num_answers, num_steps = sum(len(group["answers"]) for group in kept), len({group["step"] for group in kept})
+    num_recorded = len({_step_of(path) for path in paths})
     note = (
-        f"A random sample of the ledger: {len(kept)} questions with {num_answers} answers from {num_steps} of {len(paths)} "
+        f"A random sample of the ledger: {len(kept)} questions with {num_answers} answers from {num_steps} of {num_recorded} "
         f"rollout steps. The page shows at most {MAX_STEPS} steps, {MAX_GROUPS_PER_STEP} questions per step and "
         f"{max_bytes / 1e6:g} MB; texts longer than {MAX_CHARACTERS:,} characters lose their middle. The full record is in "
         f"{Path(run_dir).resolve().name}/ledger."
@@ -89,9 +91,13 @@ def _spread(items: Sequence[Path], count: int) -> list[Path]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
+def _step_of(path: Path) -> int:
+    return int(path.stem.split("_")[1])
+
+
 def _draw_groups(path: Path) -> list[dict[str, Any]]:
     """Up to ``MAX_GROUPS_PER_STEP`` groups of one ledger in random order, as the page shows them."""
-    step = int(path.stem.removeprefix("step_"))
+    step = _step_of(path)
     group_ids = sorted(set(read_index(path).group_id.tolist()))
     drawn = random.Random(step).sample(group_ids, min(len(group_ids), MAX_GROUPS_PER_STEP))
     try:

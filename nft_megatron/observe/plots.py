@@ -35,14 +35,17 @@ _STACK = (
 )
 
 
-def write_overview_png(run_dir: Path | str, out: Path | str) -> Path:
+def write_overview_png(run_dir: Path | str, out: Path | str) -> Path | None:
     """Draw the run's overview to ``out`` (PNG, 1800 × 1050 pixels, 1500 high with instruments), whole or not at all; returns
-    ``out``.
+    ``out``, or None if the run has no metrics to draw yet.
 
     Raises:
-        UserError: no such folder, or no metrics in it yet.
+        UserError: no such folder, or no run in it.
     """
-    figure = overview(load_rows(run_dir))
+    rows = load_rows(run_dir)
+    if not rows:
+        return None
+    figure = overview(rows)
     with atomic_file(Path(out)) as temporary:
         figure.savefig(temporary, format="png")
     return Path(out)

@@ -21,7 +21,7 @@ from nft_megatron.observe.answers import AnswerSample, sample_answers
 from nft_megatron.observe.embed import json_for_script
 from nft_megatron.observe.metrics import METRICS, MetricsRow
 from nft_megatron.observe.progress import format_duration
-from nft_megatron.observe.summary import TIME_GROUPS, finite_points, held_out_points, load_rows, phase_seconds
+from nft_megatron.observe.summary import TIME_GROUPS, finite_points, held_out_points, last_words, load_rows, phase_seconds
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -41,12 +41,12 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     """Write the page to ``out`` (RUN/report.html), whole or not at all, and return its path.
 
     Raises:
-        UserError: the folder is missing, has no metrics, or holds an unreadable file.
+        UserError: the folder is missing, no run has left anything in it, or it holds an unreadable file.
     """
     run_dir = Path(run_dir)
     rows = load_rows(run_dir)
     out = run_dir / "report.html" if out is None else Path(out)
-    page = _render(run_dir.resolve().name, rows, _read_config(run_dir), sample_answers(run_dir))
+    page = _render(run_dir, rows)
     with atomic_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out
@@ -58,13 +58,15 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     return flatten(read_sections(path)) if path.exists() else {}
 
 
-def _render(name: str, rows: list[MetricsRow], config: dict[str, Any], answers: AnswerSample) -> str:
+def _render(run_dir: Path, rows: list[MetricsRow]) -> str:
+    config, answers = _read_config(run_dir), sample_answers(run_dir)
     environment = Environment(loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html").render(
-        name=name,
+        name=run_dir.resolve().name,
         summary=[form.format(config[key]) for key, form in _SUMMARY if key in config],
-        tiles=_tiles(rows, config),
-        time=_time_table(rows),
+        tiles=_tiles(rows, config) if rows else [],
+        time=_time_table(rows) if rows else None,
+        last_words="" if rows else last_words(run_dir),
         answers_note=answers.note,
         config=list(config.items()),
         metrics=list(METRICS.values()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,18 +22,28 @@ TIME_GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def load_rows(run_dir: Path | str) -> list[MetricsRow]:
-    """The run's metrics, at least one row.
+    """The run's metrics; none before its first step has finished.
 
     Raises:
-        UserError: no such folder, or no step has finished in it yet.
+        UserError: no such folder, or no run has left anything in it.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError("RUN", run_dir, "no such folder", "pass the run_dir of a run")
     rows = read_metrics(run_dir)
-    if not rows:
-        raise UserError("RUN", run_dir, "has no metrics yet", "wait until the first rollout step has finished")
+    if not rows and not any((run_dir / name).exists() for name in ("config.yaml", "ledger", "logs")):
+        raise UserError("RUN", run_dir, "holds no run", "pass the run_dir of a run")
     return rows
+
+
+def last_words(run_dir: Path) -> str:
+    """What the rank that ended first said, with its exit code; empty if none has left a report."""
+    reports = []
+    for path in (run_dir / "logs").glob("end_rank*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            reports.append((float(report["time"]), f"exit code {report['code']}: {report['message']}"))
+    return min(reports)[1] if reports else ""
 
 
 def finite_points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

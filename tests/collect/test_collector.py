@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.observe.metrics import METRICS, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.rollout.engine import EngineFault
-from nft_megatron.verify.reasons import REASONS
+from nft_megatron.verify.reasons import REASONS, verdict
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 
@@ -47,6 +48,15 @@ class Counting:
             version = self.version(completion) if callable(self.version) else self.version
             completion = replace(completion, weight_version=version)
             yield replace(completion, finish_reason="abort") if self.aborts else completion
+
+
+class AllWrong:
+    """A verifier that finds no box anywhere."""
+
+    def submit(self, text, gold, finish_reason):
+        judged = Future()
+        judged.set_result(verdict("no closed box", "strict/1"))
+        return judged
 
 
 @pytest.fixture
@@ -386,6 +396,19 @@ def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     assert sum(map(int, told.group(1, 2))) == 64
     reasons = dict(reason.split(": ") for reason in told[3].split(", "))
     assert sum(map(int, reasons.values())) == 64 and set(reasons) <= set(REASONS)
+
+
+def test_a_round_without_a_right_answer_says_so_at_once(collector, tmp_path, caplog):
+    """With counts, a question and an answer to it; also where such groups are trained on."""
+    built = replace(collector(tmp_path / "run"), filters_prompts=False)
+    built = replace(built, client=replace(built.client, verifier=AllWrong()))
+    built.collect(1, CollectorState())
+    (warning,) = [record.getMessage() for record in caplog.records if "no right answer" in record.getMessage()]
+    assert re.fullmatch(
+        r"step 1, round 1: no right answer \(0 right, 32 wrong, 0 unknown; no closed box: 32; "
+        r"for example 'What is \d \+ \d', gold '\d', was answered '.*'\)",
+        warning,
+    )
 
 
 @pytest.mark.parametrize(("missing", "rate", "expected"), [(100, None, 300), (100, 0.5, 215), (100, 0.01, 300), (10, 1.0, 10)])

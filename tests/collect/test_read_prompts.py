@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def config_of(path: Path, golds: list[Any], **sections: Any) -> Any:
     rows = [{"question": f"What is {i}+0?", "answer": gold} for i, gold in enumerate(golds)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"train": [str(path)], "template": "plain"} | sections.pop("data", {})
+    data = {"train": [str(path)], "template": "plain", "instruction": "keep"} | sections.pop("data", {})
     tree = {"run_dir": "unused", "model": {"path": "unused"}, "train": {"num_steps": 1}, "data": data, **sections}
     return config_from(tree)
 
@@ -57,7 +57,7 @@ def test_more_are_refused_with_the_first(tmp_path: Path, tokenizer: Any) -> None
             f"{field} = 3 of 200 questions: have a gold that no answer can match under verify.mode=strict ("
         )
         assert f"(several lines: 3); the first is {PROSE!r} in {tmp_path / 'a.jsonl'}, row 197; name the column" in message
-    assert len(read_prompts(config, tokenizer, "data.train", checks_golds=False).prompts) == 200
+    assert len(read_prompts(config, tokenizer, "data.train", is_v0_1=True).prompts) == 200
 
 
 def test_golds_that_the_mode_cannot_read_are_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -47,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def settings(**fields: Any) -> DataConfig:
-    return DataConfig(train=("unused",), **{"max_prompt_tokens": 1000, **fields})
+    return DataConfig(train=("unused",), **{"max_prompt_tokens": 1000, "instruction": "keep", **fields})
 
 
 def text_of(prompt: Prompt) -> str:
@@ -62,7 +62,7 @@ def test_reword() -> None:
     assert reword(asked, "boxed").text == BOXED_TEXT
     assert reword(question(BOXED_TEXT), "none").text == "What is $1+1$?\nIs it {2}?"
     assert reword(question(BOXED_TEXT), "answer").text == DAPO_TEXT
-    assert reword(question("What is $1+1$?"), "boxed").text == "What is $1+1$?"
+    assert reword(question("What is $1+1$?"), "boxed").text == "What is $1+1$?"  # instruct() is for these
 
 
 def test_instruct_words_what_has_no_wording_too() -> None:
@@ -70,6 +70,13 @@ def test_instruct_words_what_has_no_wording_too() -> None:
         assert instruct(question(text, system="Be brief."), "boxed").text == BOXED_TEXT
         assert instruct(question(text), "answer").text == DAPO_TEXT
     assert instruct(question("1?", system="Be brief."), "boxed").messages[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_of_several_turns_the_last_is_worded() -> None:
+    turns = ({"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "2?"})
+    *before, last = instruct(Question("q", turns, gold="2"), "boxed").messages
+    assert tuple(before) == turns[:2]
+    assert last == {"role": "user", "content": BOXED_TEXT.replace("What is $1+1$?\nIs it {2}?", "2?")}
 
 
 def test_plain_template(tokenizer: PreTrainedTokenizerFast) -> None:

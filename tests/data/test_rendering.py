@@ -42,7 +42,7 @@ def asked(*roles_and_texts: tuple[str, str], place: str = "train.jsonl, row 7") 
 
 
 def prompt_of(question: Question, tokenizer: Any, now: datetime | None = None, **settings: Any) -> str:
-    chosen = DataConfig(train=("unused",), max_prompt_tokens=1000, **settings)
+    chosen = DataConfig(train=("unused",), max_prompt_tokens=1000, **{"instruction": "keep", **settings})
     (prompt,) = make_prompts([question], tokenizer, chosen, now=now).prompts
     return "".join(map(chr, prompt.tokens))
 
@@ -119,6 +119,13 @@ def test_a_plain_prompt_is_never_closed(single: str, begins: str) -> None:
     assert adds("1?")["input_ids"] == [ord(c) for c in single.replace("$A", "1?").replace(" ", "")]
     assert prompt_of(asked(("user", "1?")), adds, template="plain", plain_format="{question}:") == f"{begins}1?:"
     assert prompt_of(asked(("user", "1\x02")), adds, template="plain", plain_format="{question}") == f"{begins}1\x02"
+
+
+def test_plain_prompts_lose_no_turn_of_the_assistant() -> None:
+    turns = asked(("user", "1?"), ("assistant", "1"), ("user", "2?"))
+    with pytest.raises(UserError, match=r"data\.train = train\.jsonl, row 7: has an earlier turn of the assistant"):
+        prompt_of(turns, tokenizer(BODY), template="plain")
+    assert prompt_of(turns, tokenizer(BODY)) == "<user>1?<assistant>1<user>2?<assistant>"
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

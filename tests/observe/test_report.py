@@ -12,6 +12,7 @@ import yaml
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.cli.main import main
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.observe import answers, report
 from nft_megatron.observe.metrics import METRICS, MetricsLog
@@ -270,12 +271,40 @@ def test_a_run_that_just_began(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_missing_folder_and_empty_run_are_user_errors(tmp_path):
+def test_a_run_without_metrics_shows_what_it_has(tmp_path, capsys):
+    """Such as one in which no answer was right: its configuration, its last words, and the answers of its rounds."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    for rank, seconds, message in ((0, 12.0, "none had <right> answers"), (1, 13.0, "rank 0 is gone")):
+        report = {"code": 2 + rank, "message": message, "time": seconds}
+        (tmp_path / "logs" / f"end_rank{rank}.json").write_text(json.dumps(report))
+    (tmp_path / "logs" / "end_rank2.json").write_text("{")
+    for number in range(2):
+        part = tmp_path / "ledger" / "rounds" / f"step_000001_round_0{number}_part_0000.parquet"
+        write_ledger(part, [group(1, number, ["wrong"])], fates=["sampled"], meta={})
+    main(["report", str(tmp_path), "--png", str(tmp_path / "overview.png")])
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "report.html"),
+        f"{tmp_path / 'overview.png'}: not drawn, because no rollout step has finished yet",
+    ]
+    page = read_page(tmp_path / "report.html")
+    said = "No rollout step has finished in this run, so it has no curves. It ended with exit code 2: none had <right> answers"
+    assert said in page.texts and "model models/<tiny>" in page.texts
+    assert [(one["step"], one["question_id"], one["fate"]) for one in page.data["groups"]] == [
+        (1, "q/0", "sampled"),
+        (1, "q/1", "sampled"),
+    ]
+    assert any(text.startswith("A random sample of the ledger: 2 questions with 2 answers from 1 of 1 ") for text in page.texts)
+    assert not any("data-section" in attributes for _, attributes in page.tags)
+    assert not (tmp_path / "overview.png").exists()
+
+
+def test_a_folder_without_a_run_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no metrics yet"):
+    with pytest.raises(UserError, match="holds no run"):
         write_report(tmp_path)
-    with pytest.raises(UserError, match="no metrics yet"):
+    with pytest.raises(UserError, match="holds no run"):
         write_overview_png(tmp_path, tmp_path / "overview.png")
     assert list(tmp_path.iterdir()) == []
 

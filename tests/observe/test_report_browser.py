@@ -55,6 +55,23 @@ def browser(tmp_path_factory):
         yield tab
 
 
+def test_without_metrics_the_page_still_works(browser, tmp_path):
+    (tmp_path / "config.yaml").write_text("{seed: 3}")
+    answer = Answer(
+        Completion(0, 0, np.arange(2, dtype=np.int32), np.array([-1, -2], np.float32), "stop", 0, 0.1),
+        "I give up.",
+        Verdict("wrong", reason="no closed box", verifier="strict/1"),
+    )
+    group = Group(0, 1, Prompt("q/0", "1+1?", "2", np.arange(3, dtype=np.int32)), (answer,))
+    part = tmp_path / "ledger" / "rounds" / "step_000001_round_00_part_0000.parquet"
+    write_ledger(part, [group], fates=["sampled"], meta={})
+    seen = len(browser.events)
+    browser.open(write_report(tmp_path))
+    assert browser.evaluate("document.querySelector('.answer pre').textContent") == "I give up."
+    assert browser.evaluate("document.querySelector('.notice').textContent").startswith("No rollout step has finished")
+    assert [event for event in browser.events[seen:] if event[0] == "Runtime.exceptionThrown"] == []
+
+
 @pytest.fixture
 def tab(browser, page):
     browser.open(page)

@@ -22,7 +22,7 @@ from nft_megatron.collect import collector
 CONFIG = {
     "run_dir": "run",
     "model": {"path": "model", "dtype": "float32"},
-    "data": {"train": "sums.parquet", "template": "plain", "max_prompt_tokens": 8},
+    "data": {"train": "sums.parquet", "template": "plain", "max_prompt_tokens": 8, "instruction": "keep"},
     "rollout": {
         "questions_per_step": 4,
         "group_size": 8,

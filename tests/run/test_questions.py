@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -17,6 +18,7 @@ from nft_megatron.config.load import config_from, dump_config
 from nft_megatron.config.schema import Config
 from nft_megatron.data.kept_prompts import KeptPrompts
 from nft_megatron.data.prompts import PromptSet
+from nft_megatron.data.wording import worded
 from nft_megatron.run.questions import read_questions
 
 DATED = "<{{ strftime_now('%d %b %Y') }}>{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -40,7 +42,7 @@ def config(tmp_path: Path) -> Config:
     tree: dict[str, Any] = {
         "run_dir": str(tmp_path / "run"),
         "model": {"path": "unused"},
-        "data": {"train": [str(tmp_path / "train.jsonl")]},
+        "data": {"train": [str(tmp_path / "train.jsonl")], "instruction": "keep"},
         "evaluate": {"data": [str(tmp_path / "held.jsonl")]},
         "train": {"num_steps": 1},
     }
@@ -54,6 +56,19 @@ def folder(config: Config) -> RunFolder:
     folder.make_folders()
     folder.config.write_text(dump_config(config))
     return folder
+
+
+def boxed(config: Config) -> Config:
+    return config_from(config.model_dump(mode="json"), ["data.instruction=boxed"])
+
+
+def as_v0_1_left_it(folder: RunFolder, config: Config) -> None:
+    """A ledger, no prompts, and a configuration without the fields that came later."""
+    tree = config.model_dump(mode="json")
+    for name in ("question_field", "answer_field", "config_name", "chat_template_kwargs"):
+        del tree["data"][name]
+    folder.config.write_text(yaml.safe_dump(tree))
+    folder.ledger(1).touch()
 
 
 def begin(folder: RunFolder, days_ago: int = 0) -> None:
@@ -99,12 +114,35 @@ def test_other_files_are_read_with_the_old_date_for_the_collector_to_refuse(conf
     assert folder.prompts.read_bytes() == kept
 
 
-def test_a_run_of_an_earlier_version_leaves_no_golds_out(config: Config, folder: RunFolder) -> None:
+def test_a_run_of_version_0_1_is_never_asked_for_a_box(config: Config, folder: RunFolder) -> None:
+    """Neither its training nor its held-out questions, nor at later starts, when its folder has been brought up to date."""
+    config = boxed(config)
+    as_v0_1_left_it(folder, config)
+    for _ in range(3):
+        questions, held_out = read_questions(config, folder, tokenizer("{{ messages[0].content }}"))
+        assert (texts(questions), texts(held_out)) == (["1+1?", "2+2?"], ["3+3?"])
+        folder.config.write_text(dump_config(config))
+    other = RunFolder(folder.root.parent / "other")
+    questions, held_out = read_questions(config, other, tokenizer("{{ messages[0].content }}"))
+    assert texts(questions) == [worded("1+1?", "boxed"), worded("2+2?", "boxed")] and texts(held_out) == [
+        worded("3+3?", "boxed")
+    ]
+
+
+def test_lost_prompts_are_made_anew_by_the_rules_of_the_run(config: Config, folder: RunFolder) -> None:
+    first, _ = read_questions(boxed(config), folder, tokenizer("{{ messages[0].content }}"))
+    begin(folder)
+    folder.prompts.unlink()
+    again, _ = read_questions(boxed(config), folder, tokenizer("{{ messages[0].content }}"))
+    assert texts(again) == texts(first) == [worded("1+1?", "boxed"), worded("2+2?", "boxed")]
+
+
+def test_a_run_of_version_0_1_leaves_no_golds_out(config: Config, folder: RunFolder) -> None:
     (path,) = config.data.train
     path.write_text(json.dumps({"question": "1+1?", "answer": "One and one.\nTwo."}))
     with pytest.raises(UserError, match="no answer can match"):
         read_questions(config, folder, tokenizer())
-    folder.ledger(1).touch()
+    as_v0_1_left_it(folder, config)
     questions, _ = read_questions(config, folder, tokenizer())
     assert [prompt.gold for prompt in questions.prompts] == ["One and one.\nTwo."]
     again, _ = read_questions(config, folder, tokenizer("{{ 0 }}"))
