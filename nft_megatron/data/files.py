@@ -26,6 +26,14 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
+class _LayoutError(ValueError):
+    """The file can be read, but not as rows."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem)
+        self.problem, self.remedy = problem, remedy
+
+
 def files_of(
     path: Path, field: str, splits: Sequence[str], config_name: str | None = None, *, is_required: bool = True
 ) -> list[Path]:
@@ -68,8 +76,9 @@ def files_of(
 
 def _configs_by_folder(path: Path) -> dict[str, list[Path]]:
     """The files of each config, which is named after the folders they are in, apart from ``data`` and splits."""
-    files = [file for suffix in _FIRST for file in path.rglob(f"*{suffix}")]
-    files = files or [file for suffix in READERS for file in path.rglob(f"*{suffix}") if file.name not in _NOT_ROWS]
+    found = [file for file in path.rglob("*") if file.suffix in READERS and file.name not in _NOT_ROWS]
+    found = [file for file in found if not any(part[0] in "._" for part in file.relative_to(path).parts)]  # __MACOSX, …
+    files = [file for file in found if file.suffix in _FIRST] or found
     configs: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(files):
         parts = [part for part in file.relative_to(path).parts[:-1] if part != "data" and not _SPLIT.search(part)]
@@ -127,7 +136,7 @@ def _of_split(candidates: list[Path], path: Path, field: str, splits: Sequence[s
 
 def rows_of(file: Path, field: str, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of ``file``; from a columnar file only ``columns`` (any case), or everything when it has none of them."""
-    reader = READERS.get(file.suffix)
+    reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(field, file, f"unknown kind of file {file.suffix!r}", f"use one of {', '.join(READERS)}")
     number = 0
@@ -135,9 +144,14 @@ def rows_of(file: Path, field: str, columns: Sequence[str]) -> Iterator[Row]:
         for row in reader(file, columns):
             yield row
             number += 1
+    except _LayoutError as error:
+        raise UserError(field, file, error.problem, error.remedy) from error
+    except UnicodeDecodeError as error:
+        raise UserError(field, file, f"is not UTF-8: {error}", "save it as UTF-8") from error
     except (pa.ArrowException, ValueError, OSError, csv.Error) as error:
         problem = f"unreadable at row {number}: {str(error).splitlines()[0]}"
-        raise UserError(field, file, problem, "check that the file is complete, or download it again") from error
+        hint = " and has one JSON object per line" if reader is _jsonl_rows else ""
+        raise UserError(field, file, problem, f"check that the file is complete{hint}, or download it again") from error
 
 
 def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -152,16 +166,31 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _arrow_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-        for batch in stream:
-            yield from _python_rows(batch.select(_chosen(batch.schema.names, columns) or batch.schema.names))
+    with pa.memory_map(str(file)) as source:
+        is_file = source.read(6) == b"ARROW1"  # the file format, also called Feather; data sets are streams
+        source.seek(0)
+        with pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source) as reader:
+            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+                yield from _python_rows(batch.select(_chosen(batch.schema.names, columns) or batch.schema.names))
 
 
 def _python_rows(batch: pa.RecordBatch) -> Iterator[Row]:
-    """Rows whose float32 values have the digits that were written: 0.1, not 0.10000000149."""
-    short = [entry.name for entry in batch.schema if pa.types.is_float32(entry.type) or pa.types.is_float16(entry.type)]
+    """Rows as they were written: 0.1 for the float32 0.10000000149, text for bytes."""
+    types = [(entry.name, entry.type) for entry in batch.schema if re.search("float|half|binary", str(entry.type))]
     for row in batch.to_pylist():
-        yield row | {name: float(str(np.float32(row[name]))) for name in short if row[name] is not None}
+        yield row | {name: _as_written(row[name], type_) for name, type_ in types}
+
+
+def _as_written(value: Any, type_: pa.DataType) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, float) and not pa.types.is_float64(type_):
+        return float(str(np.float32(value)))
+    if isinstance(value, list):
+        return [_as_written(item, type_.value_type) for item in value]
+    if isinstance(value, dict):
+        return {name: _as_written(item, type_.field(name).type) for name, item in value.items()}
+    return value
 
 
 def _jsonl_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -181,13 +210,31 @@ def _json_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
             raise
         yield from _jsonl_rows(file, columns)
         return
-    arrays = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
-    if len(arrays) != 1 or not isinstance(arrays[0], list):
-        if not isinstance(content, dict) or arrays:
-            raise ValueError("not an array of JSON objects")
-        arrays = [[content]]
-    for row in arrays[0]:
+    for row in _rows_in(content, columns):
         yield _object(row, json.dumps(row))
+
+
+def _rows_in(content: Any, columns: Sequence[str]) -> list[Any]:
+    """The rows of a JSON file: an array, alone or as the only one of an object; an object of columns, as pandas writes it, or
+    of rows by their names; or a single row."""
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        raise ValueError("not an array of JSON objects")
+    values = list(content.values())
+    arrays = [name for name, value in content.items() if isinstance(value, list)]
+    if len(arrays) == 1 and all(isinstance(item, dict) and "role" not in item for item in content[arrays[0]]):
+        return content[arrays[0]]
+    is_named = any(name.lower() in columns for name in content)
+    if is_named and all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
+        return [dict(zip(content, items, strict=True)) for items in zip(*values, strict=True)]
+    if all(isinstance(value, dict) for value in values) and len({tuple(value) for value in values}) == 1:
+        return [{name: content[name][key] for name in content} for key in values[0]] if is_named else values
+    if is_named or not arrays:
+        return [content]
+    if len(arrays) > 1:
+        raise _LayoutError(f"has several arrays of rows: {', '.join(arrays)}", "write each into a file of its own")
+    raise _LayoutError(f"has an array {arrays[0]!r} whose items are not all objects", "write one object per question")
 
 
 def _object(row: Any, text: str) -> Row:
@@ -199,7 +246,11 @@ def _object(row: Any, text: str) -> Row:
 def _csv_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True):
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        if twice := [name for name in reader.fieldnames if name and reader.fieldnames.count(name) > 1]:
+            raise _LayoutError(f"has two columns called {twice[0]!r}", "rename or remove one of them")
+        for row in reader:
             if None in row:
                 raise ValueError(f"more values than the {len(row) - 1} columns of the header")
             yield row

@@ -2,18 +2,21 @@ r"""Reads a gold, whatever a data set has in its place: text, a number, a list, 
 
 | in the data set | gold |
 |---|---|
-| ``Add: 1+1=<<1+1=2>>2\n#### 2`` (GSM8K) | what follows the last ``####`` on its line |
+| ``Add: 1+1=<<1+1=2>>2\n#### 2`` (GSM8K) | what follows ``####`` on the last line; a line "The answer is …" may follow |
 | ``Adding gives \boxed{2}.`` | the content of the last box; several boxes side by side become a list |
 | ``27.0`` and ``1e-07``, as numbers | ``27`` and ``0.0000001`` |
-| ``["1", "2"]`` | ``1, 2`` |
+| ``["1", "2"]``, also as text | ``1, 2`` |
 
-NaN, infinity, null (also inside a list), and anything else are refused. Other text is the gold as it is.
+NaN, infinity, null (also inside a list), a box that is not closed, and anything else are refused. Other text is the gold as it
+is.
 """
 
 from __future__ import annotations
 
+import ast
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
@@ -21,9 +24,12 @@ from typing import Any
 from nft_megatron.verify.boxes import last_boxes
 from nft_megatron.verify.numbers import read_bare_number
 
-_NOT_A_VALUE = ("nan", "NaN", "NAN", "<NA>", "NaT", "null", "NULL")
-"""What is left of a missing value once a program has written it as text."""
-_HASHES = re.compile(r"####[^\S\n]*([^\n]*)")
+_NOT_A_VALUE = ("nan", "<na>", "nat", "null", "n/a", "#n/a", "[]")
+"""Lower case: what is left of a missing value once a program has written it as text. "None" and "inf" may be answers."""
+_LAST_HASHES = re.compile(r"(?:^|\s)####[^\S\n]*([^\n#]*)(?:\n\s*(?:the )?(?:final )?answer\b[^\n]*)?\s*$", re.IGNORECASE)
+_INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
+_TEXTS_IN_BRACKETS = re.compile(r"\[\s*(?:\"[^\"]*\"|'[^']*')(?:\s*,\s*(?:\"[^\"]*\"|'[^']*'))*\s*\]")
+_OPEN_BOX = re.compile(r"\\f?boxed\s*\{")
 _ONE_EXPRESSION = re.compile(r"\\begin\{|^\s*(?:\$\$|\\\[).*(?:\$\$|\\\])\s*$", re.DOTALL)
 _MANY_WORDS = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}\b\W*){16}")
 
@@ -70,18 +76,42 @@ def _decimal(value: float | Decimal) -> str:
 
 def _from_text(text: str) -> str:
     text = text.strip()
-    if text in _NOT_A_VALUE:
+    if is_blank(text):
+        return ""
+    if is_missing(text):
         raise GoldError(f"is a missing value, written as the text {text!r}")
-    if marks := _HASHES.findall(text):
-        if not marks[-1].strip():
+    if _TEXTS_IN_BRACKETS.fullmatch(text):
+        return read_gold(ast.literal_eval(text))
+    if marked := _LAST_HASHES.search(text):
+        text = marked[1].strip()
+        if not text:
             raise GoldError("has no answer after its last '####'")
-        text = marks[-1].strip()
     if "box" in text and (boxes := last_boxes(text)):
         inside = [box.content.strip() for box in boxes]
         if not all(inside):
             raise GoldError("has an empty box")
         text = ", ".join(inside)
+    elif _OPEN_BOX.search(text):
+        raise GoldError(f"has a box that is not closed: {text!r}"[:200])
     return text
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of ``text`` can be seen.
+
+    >>> is_blank(" \\u200b\\n"), is_blank("0")
+    (True, False)
+    """
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)
+
+
+def is_missing(text: str) -> bool:
+    """Whether ``text`` is what programs write where a value is missing.
+
+    >>> is_missing("NaN"), is_missing("None")
+    (True, False)
+    """
+    return text.strip().lower() in _NOT_A_VALUE
 
 
 def is_whole_text(gold: str) -> str:

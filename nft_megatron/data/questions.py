@@ -14,7 +14,7 @@ from typing import Any
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
 from nft_megatron.data.files import Row, files_of, rows_of
-from nft_megatron.data.golds import GoldError, read_gold
+from nft_megatron.data.golds import GoldError, is_blank, is_missing, read_gold
 
 QUESTION_KEYS = ("prompt", "question", "problem")
 GOLD_KEYS = ("answer", "gold", "ground_truth", "final_answer")
@@ -127,7 +127,9 @@ def question_of_row(
     row = {key.lower(): value for key, value in row.items()}
     asked = _named(row, columns.question, "data.question_field", where, columns)
     asked = _first(row, QUESTION_KEYS) if asked is None else asked
-    if not asked or (isinstance(asked, str) and not asked.strip()):
+    if isinstance(asked, str) and (is_blank(asked) or is_missing(asked)):
+        raise UserError(field, where, f"has no question: the text is {asked!r}", "write the question there, or remove the row")
+    if not asked:
         raise _missing(row, "question", QUESTION_KEYS, where, field, "data.question_field")
     messages = _messages(asked, where, field)
     gold = _gold(row, where, field, columns)
@@ -174,6 +176,7 @@ def _gold(row: Row, where: str, field: str, columns: Columns) -> str:
 def _messages(asked: Any, where: str, field: str) -> tuple[dict[str, str], ...]:
     """The conversation: a text is the user's, unless it is a list of messages written as text."""
     messages = (_written_list(asked) or [{"role": "user", "content": asked}]) if isinstance(asked, str) else asked
+    messages = [messages] if isinstance(messages, dict) else messages
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in messages
@@ -185,7 +188,7 @@ def _messages(asked: Any, where: str, field: str) -> tuple[dict[str, str], ...]:
     if roles[-1] != "user":
         problem = f"the question ends with the message of role {roles[-1]!r}, which would be part of the prompt"
         raise UserError(field, where, problem, "end it with the user's message; the answer belongs into the gold's column")
-    if any(message["role"] == "user" and not message["content"].strip() for message in messages):
+    if any(message["role"] == "user" and is_blank(message["content"]) for message in messages):
         raise UserError(field, where, "the user's message is empty", "write the question there, or remove the row")
     return tuple({key: message[key] for key in ("role", "content")} for message in messages)
 
@@ -196,6 +199,7 @@ def _written_list(text: str) -> list[Any] | None:
     >>> _written_list('[{"role": "user", "content": "1?"}]') == _written_list("[{'role': 'user', 'content': '1?'}]")
     True
     """
+    text = (_written(text, '"[{') or _written(text, '"{') or text) if text.startswith('"') else text
     value = _written(text, "[{") or _written(text, "{")
     value = [value] if isinstance(value, dict) else value
     is_chat = isinstance(value, list) and all(isinstance(item, dict) for item in value)

@@ -8,7 +8,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +18,7 @@ from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason
 from nft_megatron.config.sections import VerifyConfig
+from nft_megatron.data.files import rows_of
 from nft_megatron.data.golds import GoldError, read_gold
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.modes import MODES
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 def verify_file(
     path: Path, *, answer_field: str, gold_field: str, mode: str, out: Path | None = None, workers: int | None = None
 ) -> None:
-    """Grade the answers in a JSONL or Parquet file and print a table of reasons.
+    """Grade the answers in a file of any kind that training data may have and print a table of reasons.
 
     ``out`` gets each row unchanged plus ``verdict`` and ``reason`` (fields of that name are replaced). A row with a
     ``finish_reason`` of "length" or "abort", as in a ledger, is judged accordingly. ``workers``: grader processes, by default
@@ -93,13 +93,12 @@ def _answer_of(row: Row, where: str, answer_field: str, gold_field: str) -> tupl
     if not isinstance(text, str):
         problem = f"{answer_field!r} is not text but {type(text).__name__}"
         raise UserError("FILE", where, problem, "put the model's whole answer there")
-    if not isinstance(gold, (str, int, float, Decimal)) or not str(gold).strip():
-        problem = f"{gold_field!r} is neither text nor a number: {gold!r}"
-        raise UserError("FILE", where, problem, "put the correct answer there")
     try:
         gold = read_gold(gold)
     except GoldError as error:
         raise UserError("FILE", where, f"the gold in {gold_field!r} {error}", "put the correct answer there") from error
+    if not gold:
+        raise UserError("FILE", where, f"the gold in {gold_field!r} is empty", "put the correct answer there")
     reason = row.get("finish_reason")
     return text, gold, reason if reason in ("length", "abort") else "stop"
 
@@ -119,7 +118,7 @@ def _count(path: Path) -> int:
     if path.suffix == ".jsonl":
         with path.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
-    raise UserError("FILE", path, f"unknown kind of file {path.suffix!r}", "use .jsonl or .parquet")
+    return sum(1 for _ in rows_of(path, "FILE", ()))
 
 
 def _rows_of(path: Path) -> Iterator[tuple[str, Row]]:
@@ -129,6 +128,10 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Row]]:
             batches = (batch.to_pylist() for batch in parquet.iter_batches(batch_size=256))
             for number, row in enumerate(itertools.chain.from_iterable(batches)):
                 yield f"{path}, row {number}", row
+        return
+    if path.suffix != ".jsonl":
+        for number, row in enumerate(rows_of(path, "FILE", ())):
+            yield f"{path}, row {number}", row
         return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -1,6 +1,7 @@
 """Kinds of files, and the configs of a Hugging Face data set folder."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,17 @@ def asked(path: Path, **columns: Any) -> list[tuple[str, str]]:
     [
         ("a.json", json.dumps(ROWS, indent=2)),
         ("a.json", json.dumps({"version": "1.0", "data": ROWS})),
+        ("a.json", json.dumps({"source": "us", "rows": ROWS})),
+        ("a.json", json.dumps({"question": ["1+1?", "2+2?"], "answer": ["2", "4"]})),
+        ("a.json", json.dumps({"question": {"0": "1+1?", "1": "2+2?"}, "answer": {"0": 2, "1": 4}})),  # pandas
+        ("a.json", json.dumps({"a": ROWS[0], "b": ROWS[1]})),
         ("a.json", "\n".join(map(json.dumps, ROWS))),
+        ("A.JSONL", "\n".join(map(json.dumps, ROWS))),
         ("a.json", "\ufeff" + json.dumps(ROWS)),
         ("a.jsonl", "\ufeff" + "\n".join(map(json.dumps, ROWS))),
         ("a.csv", "question,answer\n1+1?,2\n2+2?,4\n"),
         ("a.csv", '\ufeffQuestion,Answer\r\n"1+1?","2"\r\n"2+2?","4"\r\n'),
+        ("a.csv", ",question, answer\n0,1+1?,2\n\n1,2+2?,4\n"),
         ("a.tsv", "question\tanswer\n1+1?\t2\n2+2?\t4\n"),
     ],
 )
@@ -51,7 +58,11 @@ def test_csv_with_lines_commas_and_nested_json(tmp_path: Path) -> None:
         ("a.csv", "question,answer\n1,2,3\n", "unreadable at row 0: more values than the 2 columns"),
         ("a.csv", 'question,answer\n1+1?,2\n"2+2?,4\n', "unreadable at row 1"),
         ("a.csv", "question,answer\n1+1?\n", "has no gold answer"),
-        ("a.json", '{"question": {"a": 1}, "x": [1], "y": [2]}', "not an array of JSON objects"),
+        ("a.csv", "question,answer,answer\n1+1?,2,3\n", "has two columns called 'answer'; rename or remove one"),
+        ("a.csv", "question;answer\n1+1?;2\n", "row 0: has no question .it has question;answer."),
+        ("a.json", '{"a": {"b": 1}, "x": [1], "y": [2]}', "several arrays of rows: x, y; write each into a file of its own"),
+        ("a.json", '{"a": 1, "x": [1]}', "an array 'x' whose items are not all objects"),
+        ("a.jsonl", '[{"question": "1+1?", "answer": "2"}]', "not a JSON object: .* and has one JSON object per line"),
         ("a.json", '[{"question": "1?"', "unreadable at row 0"),
         ("a.json", "[1, 2]", "not a JSON object: '1'"),
         ("a.json", "7", "not an array"),
@@ -64,9 +75,53 @@ def test_broken_files(tmp_path: Path, name: str, content: str, problem: str) -> 
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_single_precision_keeps_the_digits_that_were_written(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"question": ["1?"], "answer": np.array([0.1], dtype=np.float32)}), tmp_path / "a.parquet")
-    assert asked(tmp_path / "a.parquet") == [("1?", "0.1")]
+def test_one_json_object_is_one_row(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    for content in (ROWS[0], {"prompt": chat, "answer": "2"}, {"prompt": chat, "answer": ["2"]}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert asked(tmp_path / "a.json") == [("1+1?", "2")]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_other_encodings_are_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\nDécris 1?,1\n", encoding=encoding)
+    with pytest.raises(UserError, match=r"a\.csv: is not UTF-8: .*; save it as UTF-8"):
+        asked(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        (pa.float32(), 0.1),
+        (pa.list_(pa.float32()), [0.1]),
+        (pa.float16(), np.float16(0.1)),
+        (pa.string(), "0.1"),
+        (pa.binary(), b"0.1"),
+        (pa.decimal128(4, 1), Decimal("0.1")),
+    ],
+)
+def test_columns_have_what_was_written(tmp_path: Path, type_: pa.DataType, value: Any) -> None:
+    """Not 0.10000000149, and text for bytes; in a column and in a nested row."""
+    column = pa.array([value], type_)
+    pq.write_table(pa.table({"question": ["1?"], "answer": column}), tmp_path / "a.parquet")
+    nested = pa.StructArray.from_arrays([column], names=["ground_truth"])
+    pq.write_table(pa.table({"question": [b"1?"], "reward_model": nested}), tmp_path / "b.parquet")
+    assert asked(tmp_path / "a.parquet") == asked(tmp_path / "b.parquet") == [("1?", "0.1")]
+
+
+def test_arrow_files_are_read_like_streams(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    assert asked(tmp_path / "a.arrow") == [("1+1?", "2"), ("2+2?", "4")]
+
+
+def test_what_editors_and_archives_leave_is_no_data(tmp_path: Path) -> None:
+    for hidden in (".ipynb_checkpoints/train-checkpoint.jsonl", "__MACOSX/._train.jsonl", "._train.jsonl"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_text("{")
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
+    assert asked(tmp_path) == [("1+1?", "2")]
 
 
 def test_in_a_folder_json_counts_only_where_there_is_nothing_else(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.base.records import Question
-from nft_megatron.config.schema import DataConfig
+from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.prompts import make_prompts
 from nft_megatron.data.requests import asks_for_box
 from nft_megatron.data.wording import worded

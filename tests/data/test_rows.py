@@ -17,13 +17,30 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", [json.dumps(CHAT), json.dumps(CHAT, indent=2), repr(CHAT)])
+@pytest.mark.parametrize("text", [json.dumps(CHAT), json.dumps(CHAT, indent=2), repr(CHAT), json.dumps(json.dumps(CHAT))])
 def test_a_conversation_written_as_text_is_read(tmp_path: Path, text: str) -> None:
     (question,) = load_questions([write(tmp_path / "a.jsonl", {"prompt": text, "answer": "2"})])
     assert question.messages == tuple(CHAT)
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]: what is the sum?", "[1, 2]", '[{"x": 1}, {"x": 2}]', "{x: 1} is a set?", "[{"])
+@pytest.mark.parametrize("asked", [CHAT[1], json.dumps(CHAT[1]), [CHAT[1]]])
+def test_a_single_message_is_a_conversation(tmp_path: Path, asked: Any) -> None:
+    (question,) = load_questions([write(tmp_path / "a.jsonl", {"prompt": asked, "answer": "2"})])
+    assert question.messages == (CHAT[1],)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"1+1?"',
+        '"[1, 2]" has how many characters?',
+        "[1, 2, 3]: what is the sum?",
+        "[1, 2]",
+        '[{"x": 1}, {"x": 2}]',
+        "{x: 1} is a set?",
+        "[{",
+    ],
+)
 def test_other_brackets_are_a_question(tmp_path: Path, text: str) -> None:
     (question,) = load_questions([write(tmp_path / "a.jsonl", {"prompt": text, "answer": "2"})])
     assert question.text == text
@@ -46,6 +63,13 @@ def user(text: str) -> dict[str, str]:
         ({"prompt": [{"role": "human", "content": "1?"}]}, "a message has the role 'human'"),
         ({"prompt": [user(" ")]}, "the user's message is empty"),
         ({"prompt": "\n "}, "has no question"),
+        ({"prompt": "\u200b\ufeff"}, "has no question"),
+        ({"prompt": "nan"}, "has no question: the text is 'nan'"),
+        ({"prompt": [user("\u200b")]}, "the user's message is empty"),
+        ({"prompt": ["1+1?"]}, "neither text nor a list"),
+        ({"prompt": [{"role": "user", "content": None}]}, "neither text nor a list"),
+        ({"prompt": [{"from": "human", "value": "1+1?"}]}, "neither text nor a list"),
+        ({"prompt": [{"role": "tool", "content": "x"}, user("1?")]}, "a message has the role 'tool'"),
         ({"prompt": []}, "has no question"),
         ({"prompt": float("nan")}, "neither text nor a list"),
         ({"prompt": "Let \ud835 be 3."}, r"the question has half a character, \\ud835 at position 4"),

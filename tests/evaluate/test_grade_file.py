@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.data.questions import load_questions
 from nft_megatron.evaluate.grade_file import verify_file
 
 ROWS = [
@@ -62,11 +63,38 @@ def test_more_rows_than_are_read_ahead(tmp_path):
 
 
 def test_golds_are_read_as_those_of_training(tmp_path):
-    golds = ["2+3=<<2+3=5>>5\n#### 5", r"So it is \boxed{5}.", 5.0, "5"]
+    golds = ["2+3=<<2+3=5>>5\n#### 5", r"So it is \boxed{5}.", 5.0, "5", ["5"], '["5"]']
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": r"\boxed{5}", "gold": gold} for gold in golds])
     verify_file(path, out=tmp_path / "out.jsonl", **FIELDS)
     rows = read_jsonl(tmp_path / "out.jsonl")
     assert [(row["verdict"], row["gold"]) for row in rows] == [("correct", gold) for gold in golds]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps([{"text": r"\boxed{5}", "gold": 5}, {"text": r"\boxed{6}", "gold": 5}])),
+        ("a.csv", "text,gold\n\\boxed{5},5\n\\boxed{6},5\n"),
+        ("a.TSV", "text\tgold\n\\boxed{5}\t5\n\\boxed{6}\t5\n"),
+    ],
+)
+def test_the_kinds_of_files_are_those_of_training(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    verify_file(tmp_path / name, out=tmp_path / "out.jsonl", **FIELDS)
+    assert [row["verdict"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["correct", "wrong"]
+
+
+NO_GOLDS = [float("nan"), float("-inf"), "nan", "N/A", "[]", None, " ", "\u200b", [], [None], ["1", ""], [["1"], [None]]]
+
+
+@pytest.mark.parametrize("gold", [*NO_GOLDS, {"a": 1}, "Add.\n####", r"so \boxed{}", r"so \boxed{5"])
+def test_what_training_refuses_is_refused_here(tmp_path, gold):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": r"\boxed{5}", "question": "2+3?", "gold": gold}])
+    with pytest.raises(UserError, match=r"FILE = .*a\.jsonl, line 1: the gold in 'gold' "):
+        verify_file(path, **FIELDS)
+    for field in ("data.train", "evaluate.data"):
+        with pytest.raises(UserError, match=rf"{field} = .*a\.jsonl, row 0: (?:the gold |has no gold answer)"):
+            load_questions([path], field)
 
 
 def test_the_command_line(tmp_path, command):
@@ -91,7 +119,9 @@ BAD = [
     ('{"text": "a", "gold": "1"}\n{"answer": "a", "gold": "1"}\n', ("line 2", "'text'", "answer, gold", "--answer-field")),
     ('{"text": "a"}\n', ("line 1", "'gold'", "--gold-field")),
     ('{"text": null, "gold": "1"}\n', ("line 1", "'text' is not text but NoneType")),
-    ('{"text": "a", "gold": [1]}\n', ("line 1", "'gold'", "[1]")),
+    ('{"text": "a", "gold": [1, null]}\n', ("line 1", "'gold' has a null in its list: [1, None]")),
+    ('{"text": "a", "gold": null}\n', ("line 1", "the gold in 'gold' is empty")),
+    ('{"text": "a", "gold": {"a": 1}}\n', ("line 1", "'gold' is neither text nor a number but dict")),
     ('{"text": "a", "gold": " "}\n', ("line 1", "'gold'")),
     ('{"text": "a", "gold": NaN}\n', ("line 1", "the gold in 'gold' is not a number", "put the correct answer there")),
     ('{"text": "a", "gold": "nan"}\n', ("line 1", "'gold' is a missing value")),
@@ -114,8 +144,11 @@ def test_other_bad_input(tmp_path):
     path = write_jsonl(tmp_path / "answers.jsonl", ROWS)
     with pytest.raises(UserError, match="no such mode; use one of strict, math-verify, dapo, simplerl"):
         verify_file(path, **{**FIELDS, "mode": "exact"})
-    (tmp_path / "answers.csv").write_text("")
-    with pytest.raises(UserError, match=r"use \.jsonl or \.parquet"):
+    (tmp_path / "answers.txt").write_text("")
+    with pytest.raises(UserError, match=r"FILE = .*answers\.txt: unknown kind of file '\.txt'; use one of \.parquet"):
+        verify_file(tmp_path / "answers.txt", **FIELDS)
+    (tmp_path / "answers.csv").write_text("text,gold\n1,2,3\n")
+    with pytest.raises(UserError, match=r"FILE = .*answers\.csv: unreadable at row 0: more values than the 2 columns"):
         verify_file(tmp_path / "answers.csv", **FIELDS)
     (tmp_path / "answers.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="not readable as Parquet"):
