@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Grade the answers in FILE (a file of any kind that data.train takes) and print a summary of the verdicts and reasons. If a row has a "
-        "finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and abort is unknown.",
+        "Grade the answers in FILE (of any kind that data.train takes) and print a summary of the verdicts and reasons. If a "
+        "row has a finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and abort is unknown.",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="one answer per row")
     parser.add_argument("--answer-field", default="text", help="field with the whole answer (default: %(default)s)")

@@ -2,8 +2,9 @@ r"""Questions that a data set answers in two ways: whatever a model says, one of
 
 Two questions are the same when their texts differ only in what never changes the meaning: the wording around them, whitespace,
 LaTeX's math delimiters and spacing commands, and sentence punctuation. Letters, digits, brackets, operators and primes all
-count: ``x-1`` and ``x+1`` are two questions, ``f(2)`` and ``f'(2)``, ``(a,b)`` and ``(ab)``, ``a:b`` and ``ab`` too. Two golds
-are the same when they are equal as numbers or as LaTeX, however it is spelled: ``\dfrac{\pi}{2}`` and ``\pi/2``.
+count: ``x-1`` and ``x+1`` are two questions, ``f(2)`` and ``f'(2)``, ``(a,b)`` and ``(ab)``, ``a:b`` and ``ab``, ``1, 2`` and
+``12`` too. Two golds are the same when they are equal as numbers or as LaTeX, however it is spelled (``\dfrac{\pi}{2}`` and
+``\pi/2``), or when the strict verifier's exact rules accept one of them as an answer to the other.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from decimal import Context, Decimal
 from fractions import Fraction
 
-from nft_megatron.base.records import Question
+from nft_megatron.base.records import Question, Verdict
 from nft_megatron.data.wording import bare
+from nft_megatron.verify.expressions import value_of
+from nft_megatron.verify.grade import grade
 from nft_megatron.verify.numbers import read_bare_number, tight
+from nft_megatron.verify.spelling import plain
 
 _MEANINGLESS = re.compile(r"\\[()\[\],;:! ]|[\s$~\"]|[.,;:?](?!\d)")
 _PRIME = re.compile(r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime(?![A-Za-z])))|[’′]")
 _APOSTROPHE = re.compile(r"(?<=[A-Za-z])'(?=(?:s|t|re|ve|ll|d|m)\b)|(?<![\w)\]}'])'")  # Ann's, don't, and an opening quote
 _IN_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 _RATIO = re.compile(r"(?<=[\w})\]]):(?=[\w\\({\[])")
-_FRACTION = re.compile(r"(?<![\w})])\\frac\s*(?:\{([\w\\]+)\}|(\\[A-Za-z]+|\w))\s*(?:\{(\d+|[A-Za-z])\}|(\w))(?![\w\\{(^])")
+_WITHOUT_BRACES = re.compile(r"\\[dt]?frac\s*(\\[A-Za-z]+)\s*(\w)")
+_ROUNDED = Context(prec=50)
+_BLANK = r"(?:[\s$~]|\\[ ;:!])"
+_BETWEEN_NUMBERS = re.compile(rf"(?<=\d)(?:{_BLANK}*[,;](?:{_BLANK}|\\,)+|{_BLANK}+)(?=\d)")  # not 12\,345
 _MATH = re.compile(r"\\[()\[\]]|\$")
 _KEPT_COMMA, _KEPT_COLON = "\ue000", "\ue001"
 
@@ -36,17 +44,23 @@ def text_key(question: Question) -> str:
     True
     """
     text = _PRIME.sub(lambda match: "'" * max(1, match.group().count("prime")), bare(question.text))
+    text = _BETWEEN_NUMBERS.sub(",", text)
     text = _IN_BRACKETS.sub(lambda match: match.group().replace(",", _KEPT_COMMA), _APOSTROPHE.sub("", text))
     return _MEANINGLESS.sub("", _RATIO.sub(_KEPT_COLON, text))
 
 
 def same_gold(one: str, other: str) -> bool:
-    r"""Whether two golds are the same number or the same LaTeX.
+    r"""Whether two golds are the same number, the same LaTeX, or answers to each other.
 
-    >>> same_gold("025", "25.0"), same_gold("1/2", "2"), same_gold(r"$\dfrac{\pi}{2}$", "π/2")
-    (True, False, True)
+    >>> same_gold("025", "25.0"), same_gold("1/2", "2"), same_gold(r"$\dfrac{\pi}{2}$", "π/2"), same_gold("x=5", "5")
+    (True, False, True, True)
     """
-    return _gold_key(one) == _gold_key(other)
+    return _gold_key(one) == _gold_key(other) or _accepts(one, other) or _accepts(other, one)
+
+
+def _accepts(gold: str, answer: str) -> bool:
+    verdict = grade(rf"\boxed{{{answer}}}", gold, "stop")
+    return isinstance(verdict, Verdict) and verdict.label == "correct"
 
 
 def find_conflicts(questions: Sequence[Question]) -> list[list[Question]]:
@@ -54,12 +68,13 @@ def find_conflicts(questions: Sequence[Question]) -> list[list[Question]]:
     same: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         same[text_key(question)].append(question)
-    return [group for group in same.values() if len({_gold_key(question.gold) for question in group}) > 1]
+    return [group for group in same.values() if not all(same_gold(group[0].gold, question.gold) for question in group[1:])]
 
 
-def _gold_key(gold: str) -> Fraction | str:
+def _gold_key(gold: str) -> Fraction | Decimal | str:
     number = read_bare_number(gold)
-    if number is not None:
-        return number
-    text = tight(_MATH.sub("", gold).replace("π", r"\pi ").replace("·", r"\cdot ").replace("−", "-")).strip()
-    return _FRACTION.sub(lambda match: f"{match[1] or match[2]}/{match[3] or match[4]}", text)
+    gold = _WITHOUT_BRACES.sub(r"\\frac{\1}{\2}", plain(gold))
+    value = value_of(gold) if number is None else number
+    if isinstance(value, Decimal):
+        return _ROUNDED.plus(value)
+    return tight(_MATH.sub("", gold)).strip() if value is None else value

@@ -185,7 +185,7 @@ def _as_written(value: Any, type_: pa.DataType) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, float) and not pa.types.is_float64(type_):
-        return float(str(np.float32(value)))
+        return float(str((np.float32 if pa.types.is_float32(type_) else np.float16)(value)))
     if isinstance(value, list):
         return [_as_written(item, type_.value_type) for item in value]
     if isinstance(value, dict):

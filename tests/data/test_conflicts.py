@@ -27,6 +27,10 @@ def ids(groups: Sequence[Sequence[Question]]) -> list[list[str]]:
         ("What is 1+1?", "What is 1+1?"),
         ("What is $1+1$?", "What  is\n\\(1 + 1\\)"),
         ("Initially, the room is empty. Find $n$.", "Initially the room is empty; find\\ $n$".replace("find", "Find")),
+        ("f'(2)", "f^{\\prime}(2)"),
+        ("f''(2)", "f′′(2)"),
+        ("1, 2, 3", "1,2,3"),
+        ("12\\,345 is", "12345 is"),
         ("What is 1+1?", worded("What is 1+1?", "answer")),
         (worded("What is 1+1?", "boxed"), worded("What is 1+1?", "answer")),
     ],
@@ -45,6 +49,19 @@ def test_same_questions(one: str, other: str) -> None:
         ("A_1", "a_1"),
         ("有红球", "有白球"),
         ("n < 3", "n > 3"),
+        ("Find f(2).", "Find f'(2)."),
+        ("f'(2)", "f''(2)"),
+        ("f^{(2)}(x)", "f''(x)"),
+        ("\\dot{x}=3", "x=3"),
+        ("The sum of 1, 2 and 3", "The sum of 12 and 3"),
+        ("the digits $1$ $2$", "the digits $12$"),
+        ("3 1/4", "31/4"),
+        ("(1,2)", "(12)"),
+        ("[1,2)", "[1,2]"),
+        ("a:b", "ab"),
+        ("5!", "5"),
+        ("|x|=3", "x=3"),
+        ("50\\%", "50"),
     ],
 )
 def test_different_questions(one: str, other: str) -> None:
@@ -57,6 +74,44 @@ def test_golds_that_agree_are_no_conflict() -> None:
         ["q0", "q3", "q4"],
         ["q1", "q2"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\dfrac{\pi}{2}", r"\frac{\pi}{2}"),
+        ("π/2", r"\frac{\pi}{2}"),
+        (r"\frac\pi2", r"\tfrac{1}{2}\pi"),
+        (r"\frac{-\pi}{2}", r"$-\pi/2$"),
+        (r"\frac{2\pi}{3}", r"2\pi/3"),
+        (r"\sqrt{2}", r"\sqrt2"),
+        ("0.5", "½"),
+        ("1e-07", "10^{-7}"),
+        ("12{,}345", "12,345"),
+        (r"\left(1, 2\right)", "(1,2)"),
+        (r"\text{Yes}", "Yes"),
+        ("x=5", "5"),
+        (r"90^\circ", "90°"),
+    ],
+)
+def test_a_gold_in_two_spellings_is_no_conflict(one: str, other: str) -> None:
+    assert find_conflicts(questions(("a", one), ("a", other))) == find_conflicts(questions(("a", other), ("a", one))) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\pi/2", r"\pi/3"),
+        ("-1", "1"),
+        ("A", "a"),
+        (r"\sqrt{2}", "1.41421"),
+        ("(1,2)", "(2,1)"),
+        ("1/31!", "1/33!"),
+        ("2x", "2y"),
+    ],
+)
+def test_golds_that_differ_are_a_conflict(one: str, other: str) -> None:
+    assert ids(find_conflicts(questions(("a", one), ("a", other)))) == [["q0", "q1"]]
 
 
 def test_conflicts_of_a_file_in_dapo_wording(tmp_path: Path) -> None:

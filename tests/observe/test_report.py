@@ -282,7 +282,9 @@ def test_a_run_without_metrics_shows_what_it_has(tmp_path, capsys):
     for number in range(2):
         part = tmp_path / "ledger" / "rounds" / f"step_000001_round_0{number}_part_0000.parquet"
         write_ledger(part, [group(1, number, ["wrong"])], fates=["sampled"], meta={})
-    main(["report", str(tmp_path), "--png", str(tmp_path / "overview.png")])
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path), "--png", str(tmp_path / "overview.png")])
+    assert ended.value.code == 0
     assert capsys.readouterr().out.splitlines() == [
         str(tmp_path / "report.html"),
         f"{tmp_path / 'overview.png'}: not drawn, because no rollout step has finished yet",

@@ -1,88 +1,80 @@
-"""A start on data and a tokenizer of other kinds: GSM8K's layout in two configs, a template with an argument and the time."""
+"""The start on rows of one's own that docs/data.md shows: its commands are run, and what it prints is compared."""
 
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %} ({{ strftime_now('%d %b %Y %H:%M:%S') }})<|assistant|>"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
-)
-SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>")
+ROOT = Path(__file__).parents[2]
 HENS = "Mia has {0} hens. Each lays {1} eggs. How many eggs is that?"
 SOLVED = "Each hen lays {1}, so all lay {0}*{1}=<<{0}*{1}={2}>>{2} eggs.\n#### {2}"
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def shown() -> list[tuple[list[str], list[str]]]:
+    """The page's commands, each with the lines that it shows below it."""
+    page = (ROOT / "docs" / "data.md").read_text().splitlines()
+    starts = [i for i, line in enumerate(page) if line.startswith("    $ nft-megatron ")]
+    ends = [next(j for j in range(i, len(page)) if page[j] and not page[j].startswith("    ")) for i in starts]
+    texts = [
+        "\n".join(line.removeprefix("    ") for line in page[i + 1 : j]).rstrip() for i, j in zip(starts, ends, strict=True)
+    ]
+    return [(page[i].split()[2:], text.splitlines()) for i, text in zip(starts, texts, strict=True)]
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A tiny Qwen2 that reads bytes."""
-    folder = tmp_path / "model"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    of_bytes = Tokenizer(BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    of_bytes.decoder = decoders.ByteLevel()
-    of_bytes.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token=SPECIAL[0], chat_template=TEMPLATE).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    end = len(alphabet)
-    config = Qwen2Config(
-        vocab_size=end + len(SPECIAL),
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=0,
-        **sizes,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the page says is there: the quickstart's kind of model, and a configuration small enough for a test."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "quickstart"))
+    import prepare
 
-
-@pytest.fixture
-def config(tmp_path: Path, model: Path) -> Path:
+    rows = [(hens, eggs, hens * eggs) for hens in range(2, 8) for eggs in (3, 4)]
     for name in ("main", "socratic"):
-        (tmp_path / "sums" / name).mkdir(parents=True)
-        rows = [(hens, eggs, hens * eggs) for hens in range(2, 8) for eggs in (3, 4)]
+        (tmp_path / "eggs" / name).mkdir(parents=True)
         lines = (json.dumps({"question": HENS.format(*row), "answer": SOLVED.format(*row)}) + "\n" for row in rows)
-        (tmp_path / "sums" / name / "train.jsonl").write_text("".join(lines))
+        (tmp_path / "eggs" / name / "train.jsonl").write_text("".join(lines))
+    tokenizer = prepare.make_tokenizer([HENS.format(*row) + SOLVED.format(*row) for row in rows])
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = prepare.make_model(tokenizer, hidden_size=32)
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(tmp_path / "model")
     tree = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"path": str(model), "dtype": "float32"},
-        "data": {"train": str(tmp_path / "sums"), "max_prompt_tokens": 100},
+        "run_dir": "run",
+        "model": {"path": "model", "dtype": "float32"},
         "rollout": {"questions_per_step": 2, "group_size": 2, "max_answer_tokens": 4, "processes": 0},
         "algorithm": {"name": "grpo"},  # trains on questions of any kind: a random model gets none right
-        "train": {"num_steps": 1, "updates_per_step": 1, "micro_batch_tokens": 256},
+        "train": {"num_steps": 1, "updates_per_step": 1, "micro_batch_tokens": 1024},
+        "data": {"train": "eggs", "max_prompt_tokens": 400},
         "parallel": {"threads": 1, "timeout_seconds": 60.0},
         "observe": {"tensorboard": False},
     }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
 
 
-def test_a_start_on_gsm8k_layout_with_two_configs_and_thinking_switched_off(config, command, tmp_path):
-    refused = command("train", config)
-    assert refused.returncode == 2
-    assert "has several configs, whose questions may overlap: main, socratic; choose one: data.config_name=" in refused.stderr
-    assert not (tmp_path / "run" / "prompts.parquet").exists()
-    chosen = ("data.config_name=main", "data.chat_template_kwargs.enable_thinking=false")
-    first = command("train", config, *chosen)
-    assert first.returncode == 0, first.stderr
-    table = [line for line in first.stderr.splitlines() if line.startswith("  ")]
-    assert table[0].split() == ["rows", "read", "12"] and table[1].split() == ["questions", "asked", "12"]
-    examples = [line.removeprefix("    | ") for line in table if line.startswith("    | ")]
-    assert len(examples) == 3 and examples[0].startswith(f"<|user|>{HENS.format(2, 3)} (")
-    assert all(line.endswith(")<|assistant|><think></think>") for line in examples)
-    assert any(line.endswith("gold '6'):") for line in table) and any(line.endswith("gold '28'):") for line in table)
-    # At another second the template prints another time; the run keeps the first
-    again = command("train", config, *chosen, "train.num_steps=2")
+def test_the_commands_of_the_page_print_what_it_shows(folder, command, monkeypatch):
+    monkeypatch.chdir(folder)
+    (refused, refusal), (started, table), (changed, difference) = shown()
+    first = command(*refused)
+    assert (first.returncode, first.stderr.splitlines()) == (2, refusal)
+    assert not (folder / "run" / "prompts.parquet").exists()
+
+    run = command(*started)
+    assert run.returncode == 0, run.stderr
+    begin = run.stderr.splitlines().index(table[0])
+    assert run.stderr.splitlines()[begin : begin + len(table)] == table
+    assert "step 1, round 1: no right answer (0 right, 4 wrong, 0 unknown; " in run.stderr
+
+    # Whatever the template has become since, the run asks what it began with
+    (folder / "model" / "chat_template.jinja").write_text("{{ strftime_now('%S') }} {{ enable_thinking }}")
+    again = command(*started, "train.num_steps=2")
     assert again.returncode == 0, again.stderr
-    assert [line.removeprefix("    | ") for line in again.stderr.splitlines() if line.startswith("    | ")] == examples
-    other = command("train", config, chosen[0], "train.num_steps=3")
-    assert other.returncode == 2
-    assert "data.chat_template_kwargs.enable_thinking = None: the run in " in other.stderr
+    assert [line for line in again.stderr.splitlines() if line in table] == table
+
+    other = command(*changed)
+    assert (other.returncode, other.stderr.splitlines()) == (2, difference)
