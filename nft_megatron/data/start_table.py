@@ -31,5 +31,5 @@ def start_table(questions: PromptSet, tokenizer: Any, field: str, num_examples: 
         text = tokenizer.decode(prompt.tokens)
         text = text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]} … ({len(text) - _MAX_CHARS} more characters)"
         lines.append(f"  prompt {number} ({prompt.question_id}, {len(prompt.tokens)} tokens, gold {prompt.gold!r}):")
-        lines += [f"    | {line}" for line in text.split("\n")]
+        lines += [f"    | {line}".rstrip() for line in text.split("\n")]
     return "\n".join([field, *lines])

@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lines = (json.dumps({"question": HENS.format(*row), "answer": SOLVED.format(*row)}) + "\n" for row in rows)
         (tmp_path / "eggs" / name / "train.jsonl").write_text("".join(lines))
     tokenizer = prepare.make_tokenizer([HENS.format(*row) + SOLVED.format(*row) for row in rows])
-    tokenizer.chat_template = THINKING
+    tokenizer.chat_template, tokenizer.model_max_length = THINKING, 512
     tokenizer.save_pretrained(tmp_path / "model")
     model = prepare.make_model(tokenizer, hidden_size=32)
     model.config.max_position_embeddings = 512
@@ -76,5 +76,5 @@ def test_the_commands_of_the_page_print_what_it_shows(folder, command, monkeypat
     assert again.returncode == 0, again.stderr
     assert [line for line in again.stderr.splitlines() if line in table] == table
 
-    other = command(*changed)
-    assert (other.returncode, other.stderr.splitlines()) == (2, difference)
+    other, (cut,) = command(*changed), difference
+    assert other.returncode == 2 and other.stderr.startswith(cut.removesuffix("…"))
