@@ -6,7 +6,7 @@ A template may print the date. It gets the one given here, so that a resumed run
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.templates import TEMPLATES
 
 _Chat = list[dict[str, str]]
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError)
 
 
 def prompt_texts(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str, now: datetime) -> list[str]:
@@ -83,29 +84,37 @@ def _rendered(questions: Sequence[Question], tokenizer: Any, settings: DataConfi
         chat = _with_system(question.messages, system_prompt)
         try:
             texts.append(render(chat))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError) as error:
+        except _FAILURES as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if _accepts(render, [message for message in chat if message["role"] != "system"], chat):
-                raise _system_refused(question, settings, field, said) from error
+            if _without_system(chat) != chat and _rendered_or_none(render, _without_system(chat)) is not None:
+                raise _system_refused(question, settings, field, f"it fails on {_name(question)}: {said}") from error
             roles = ", ".join(message["role"] for message in chat)
             problem = f"the tokenizer's chat template fails on {_name(question)} with messages of {roles}: {said}"
             remedy = "correct that row or the template, or set data.template=plain"
             raise UserError("data.template", settings.template, problem, remedy) from error
+    for question, text in zip(questions, texts, strict=True):
+        chat = _with_system(question.messages, system_prompt)
+        if chat != (rest := _without_system(chat)):
+            is_seen = any(message["content"].strip() in text for message in chat if message not in rest)
+            if not is_seen and _rendered_or_none(render, rest) == text:
+                raise _system_refused(question, settings, field, f"it leaves out that of {_name(question)}")
+            break  # one is enough: a template treats all alike
     return texts
 
 
-def _accepts(render: Any, chat: _Chat, refused: _Chat) -> bool:
-    if chat == refused:
-        return False
+def _without_system(chat: _Chat) -> _Chat:
+    return [message for message in chat if message["role"] != "system"]
+
+
+def _rendered_or_none(render: Callable[[_Chat], str], chat: _Chat) -> str | None:
     try:
-        render(chat)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError):
-        return False
-    return True
+        return render(chat)
+    except _FAILURES:
+        return None
 
 
 def _system_refused(question: Question, settings: DataConfig, field: str, said: str) -> UserError:
-    problem = f"the tokenizer's chat template takes no system message; it fails on {_name(question)}: {said}"
+    problem = f"the tokenizer's chat template takes no system message; {said}"
     if settings.system_prompt is not None:
         return UserError(
             "data.system_prompt", repr(settings.system_prompt), problem, "leave it out, or set data.template=plain"

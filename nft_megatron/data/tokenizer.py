@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.weights.readable_config import readable_config
 
 
 def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
@@ -17,7 +18,8 @@ def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(field, folder, "has no tokenizer", "copy tokenizer.json and tokenizer_config.json there")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = readable_config(folder)
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken tokenizer.json
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(field, folder, f"has no usable tokenizer: {problem}", "copy the tokenizer's files there") from error

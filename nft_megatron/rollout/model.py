@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.slots import ATTENTION_NAME, PromptState, SlotState
 from nft_megatron.weights.fingerprint import combine_digests, tensor_digest
+from nft_megatron.weights.readable_config import readable_config
 
 
 class CausalModel:
     """The model in ``folder``, in ``dtype`` on the CPU. Its weights are arbitrary until :meth:`load` returns."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = readable_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if any("sliding" in kind for kind in getattr(config, "layer_types", None) or ()):
             raise UserError("model", folder, "the embedded engine has no sliding-window attention", "use the vLLM engine")
         self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)

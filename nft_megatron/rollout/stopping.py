@@ -9,11 +9,13 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nft_megatron.base.records import Sampling
+from nft_megatron.weights.readable_config import readable_config
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = readable_config(folder)
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
 
 
 class StopRule:

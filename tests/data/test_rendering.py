@@ -83,6 +83,19 @@ def test_a_template_without_system_messages(question: Question, settings: dict[s
     assert prompt_of(ONE, tokenizer(NO_SYSTEM + BODY)) == "<user>1+1?<assistant>"
 
 
+def test_a_template_that_leaves_the_system_message_out() -> None:
+    """Without a word; but one whose own system message is the same keeps it."""
+    users = "{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}<assistant>"
+    with pytest.raises(UserError, match=r"data\.system_prompt = 'Box it\.': .* it leaves out that of train"):
+        prompt_of(ONE, tokenizer(users), system_prompt="Box it.")
+    with pytest.raises(UserError, match=r"data\.train = train\.jsonl, row 7: .* message; it leaves out that of"):
+        prompt_of(asked(("system", "Be brief."), ("user", "1?")), tokenizer(users))
+    own = "{% if messages[0].role != 'system' %}<system>Be brief.{% endif %}" + BODY
+    for question, settings in ((asked(("system", "Be brief."), ("user", "1?")), {}), (asked(("user", "1?")), {})):
+        assert prompt_of(question, tokenizer(own), **settings) == "<system>Be brief.<user>1?<assistant>"
+    assert prompt_of(asked(("system", ""), ("user", "1?")), tokenizer(users)) == "<user>1?<assistant>"
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -1,16 +1,19 @@
 """The tokens that end an answer, as the files of a model folder name them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.data.tokenizer import load_tokenizer, stop_token_ids
+from nft_megatron.rollout.model import CausalModel
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -37,6 +40,22 @@ def test_stop_tokens(tmp_path: Path, generation: Any, config: Any, stops: tuple[
         if content is not None:
             (tmp_path / name).write_text(json.dumps(content))
     assert stop_token_ids(tmp_path, tokenizer(eos_token="<end>")) == stops
+
+
+def test_a_model_folder_whose_end_of_text_token_is_text(model_folder: Path, tmp_path: Path) -> None:
+    """transformers 5 refuses such a config.json, both for the tokenizer and for the model."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "generation_config.json").unlink()
+    tree = json.loads((folder / "config.json").read_text())
+    vocabulary = load_tokenizer(model_folder).get_vocab()
+    words = sorted(vocabulary, key=lambda word: vocabulary[word])[2:4]
+    for eos in (words[0], [words[0], 3], "2"):
+        (folder / "config.json").write_text(json.dumps(tree | {"eos_token_id": eos}))
+        known = load_tokenizer(folder)
+        assert known.get_vocab() == vocabulary
+        own = {known.eos_token_id} - {None}
+        assert set(stop_token_ids(folder, known)) == own | ({2, 3} if isinstance(eos, list) else {2})
+        assert CausalModel(folder, torch.float32).vocab_size == tree["vocab_size"]
 
 
 def test_a_tokenizer_without_an_end_or_with_an_unknown_one(tmp_path: Path) -> None:
