@@ -6,6 +6,7 @@ A template may print the date. It gets the one given here, so that a resumed run
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -19,6 +20,7 @@ from nft_megatron.config.sections import DataConfig
 from nft_megatron.data.templates import TEMPLATES
 
 _Chat = list[dict[str, str]]
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # tags that transformers adds to the language
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError)
 
 
@@ -92,18 +94,30 @@ def _rendered(questions: Sequence[Question], tokenizer: Any, settings: DataConfi
             problem = f"the tokenizer's chat template fails on {_name(question)} with messages of {roles}: {said}"
             remedy = "correct that row or the template, or set data.template=plain"
             raise UserError("data.template", settings.template, problem, remedy) from error
+    seen: set[tuple[str, ...]] = set()
     for question, text in zip(questions, texts, strict=True):
         chat = _with_system(question.messages, system_prompt)
-        if chat != (rest := _without_system(chat)):
-            is_seen = any(message["content"].strip() in text for message in chat if message not in rest)
-            if not is_seen and _rendered_or_none(render, rest) == text:
+        if (roles := tuple(message["role"] for message in chat)) not in seen:  # a template treats all of a kind alike
+            seen.add(roles)
+            if (lost := _left_out(chat, text, render)) == "system":
                 raise _system_refused(question, settings, field, f"it leaves out that of {_name(question)}")
-            break  # one is enough: a template treats all alike
+            if lost:
+                problem = f"the tokenizer's chat template leaves out a message of the {lost} in {_name(question)}"
+                raise UserError("data.template", settings.template, problem, "correct the template, or set data.template=plain")
     return texts
 
 
 def _without_system(chat: _Chat) -> _Chat:
     return [message for message in chat if message["role"] != "system"]
+
+
+def _left_out(chat: _Chat, text: str, render: Callable[[_Chat], str]) -> str:
+    """The role of a message that ``text`` lacks, whatever it says; empty if there is none."""
+    for number, message in enumerate(chat):
+        other = [*chat[:number], {**message, "content": message["content"] + " ?"}, *chat[number + 1 :]]
+        if message["content"].strip() not in text and _rendered_or_none(render, other) == text:
+            return message["role"]
+    return ""
 
 
 def _rendered_or_none(render: Callable[[_Chat], str], chat: _Chat) -> str | None:
@@ -133,6 +147,7 @@ def _check_arguments(tokenizer: Any, settings: DataConfig) -> None:
         raise UserError(field, taken[0], "is set by the program itself", "remove it")
     templates = tokenizer.chat_template
     text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    text = _GENERATION.sub("", text)
     extensions = ["jinja2.ext.loopcontrols"]
     try:
         used = jinja2.meta.find_undeclared_variables(jinja2.Environment(extensions=extensions).parse(text))

@@ -97,6 +97,21 @@ def test_a_template_that_leaves_the_system_message_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "lost"),
+    [("Compute.<assistant>", "user"), ("{{ messages[-1].content }}", "user"), ("{{ messages[0].content }}", "assistant")],
+)
+def test_a_template_that_leaves_out_other_messages(template: str, lost: str) -> None:
+    turns = asked(("user", "1?"), ("assistant", "It is 1."), ("user", "2?"))
+    with pytest.raises(
+        UserError, match=rf"data\.template = chat: .* leaves out a message of the {lost} in train\.jsonl, row 7"
+    ):
+        prompt_of(turns, tokenizer(template))
+    without_thoughts = BODY.replace("m.content", "m.content.split('</think>')[-1] | trim")
+    thought = asked(("user", " 1? "), ("assistant", "<think>1</think>It is 1."), ("user", "2?"))
+    assert prompt_of(thought, tokenizer(without_thoughts)) == "<user>1?<assistant>It is 1.<user>2?<assistant>"
+
+
+@pytest.mark.parametrize(
     ("template", "said"),
     [
         (ALTERNATES + BODY, "roles must alternate"),
@@ -121,6 +136,10 @@ def test_arguments_of_a_template() -> None:
         prompt_of(ONE, tokenizer(BODY), **off)
     with pytest.raises(UserError, match=r"= enable_thinkng: .* does not use it \(it uses enable_thinking\); correct the name"):
         prompt_of(ONE, tokenizer(THINKING), chat_template_kwargs={"enable_thinkng": False})
+    tagged = "{% generation %}" + BODY + "{%- endgeneration -%}"
+    with pytest.raises(UserError, match=r"= enable_thinking: .* does not use it"):
+        prompt_of(ONE, tokenizer(tagged), **off)
+    assert prompt_of(ONE, tokenizer(tagged)) == "<user>1+1?<assistant>"
     with pytest.raises(UserError, match=r"= tokenize: is set by the program itself"):
         prompt_of(ONE, tokenizer(THINKING), chat_template_kwargs={"tokenize": True})
 

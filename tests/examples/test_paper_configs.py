@@ -48,6 +48,7 @@ def test_lengths_and_evaluation_are_those_of_the_paper(name: str, prompt: int, a
     config = config_of(name)
     assert (config.data.max_prompt_tokens, config.rollout.max_answer_tokens) == (prompt, answer)
     assert config.evaluate.temperature == evaluation
+    assert (config.data.instruction, config.data.template) == ("boxed", "chat")
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_model_is_a_qwen2_that_loads(start: Path) -> None:
 
 def test_the_config_fits_the_questions(start: Path) -> None:
     config = load_config(QUICKSTART / "config.yaml", [f"data.train={start}/train.parquet"])
+    assert config.data.instruction == load_config(QUICKSTART.parent / "paper" / "config.yaml").data.instruction == "keep"
     tokenizer = AutoTokenizer.from_pretrained(start / "model")
     asked = make_prompts(load_questions(config.data.train), tokenizer, config.data)
     assert (len(asked.prompts), asked.left_out) == (3000, {"questions_conflicting": 0, "questions_overlong": 0})
