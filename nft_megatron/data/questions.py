@@ -126,7 +126,8 @@ def question_of_row(
     """
     row = {key.lower(): value for key, value in row.items()}
     asked = _named(row, columns.question, "data.question_field", where, columns)
-    asked = _first(row, QUESTION_KEYS) if asked is None else asked
+    if asked is None and (columns.question is None or not columns.is_required):
+        asked = _first(row, QUESTION_KEYS)
     if isinstance(asked, str) and (is_blank(asked) or is_missing(asked)):
         raise UserError(field, where, f"has no question: the text is {asked!r}", "write the question there, or remove the row")
     if not asked:

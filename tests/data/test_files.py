@@ -196,6 +196,16 @@ def test_configs_as_the_readme_lists_them(tmp_path: Path) -> None:
     assert asked(tmp_path, config_name="hard") == [("2+2?", "4")]
 
 
+def test_what_is_named_is_not_passed_over(tmp_path: Path) -> None:
+    """A named column without a value in some row: the usual names would be something else."""
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"asked": null, "question": "1+1?", "answer": "2"}')
+    with pytest.raises(UserError, match=r"train\.jsonl, row 0: has no question \(it has question, answer\)"):
+        asked(path, question="asked")
+    with pytest.raises(UserError, match=r"train\.jsonl, row 0: has no gold answer \(it has question, answer\)"):
+        asked(path, question="question", answer="asked")
+
+
 def test_held_out_data_may_have_the_usual_columns_and_no_configs(tmp_path: Path) -> None:
     train, held_out = tmp_path / "train.jsonl", tmp_path / "held"
     train.write_text(json.dumps({"Query": "1+1?", "extra_info": {"Solution": "Add.\n#### 2"}, "answer": "-"}))
