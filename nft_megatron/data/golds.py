@@ -14,6 +14,7 @@ is.
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import re
 import unicodedata
@@ -28,7 +29,8 @@ _NOT_A_VALUE = ("nan", "<na>", "nat", "null", "n/a", "#n/a", "[]")
 """Lower case: what is left of a missing value once a program has written it as text. "None" and "inf" may be answers."""
 _LAST_HASHES = re.compile(r"(?:^|\s)####[^\S\n]*([^\n#]*)(?:\n\s*(?:the )?(?:final )?answer\b[^\n]*)?\s*$", re.IGNORECASE)
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
-_TEXTS_IN_BRACKETS = re.compile(r"\[\s*(?:\"[^\"]*\"|'[^']*')(?:\s*,\s*(?:\"[^\"]*\"|'[^']*'))*\s*\]")
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+_TEXTS_IN_BRACKETS = re.compile(rf"\[\s*(?:{_QUOTED.pattern})(?:\s*,\s*(?:{_QUOTED.pattern}))*\s*\]")
 _OPEN_BOX = re.compile(r"\\f?boxed\s*\{")
 _ONE_EXPRESSION = re.compile(r"\\begin\{|^\s*(?:\$\$|\\\[).*(?:\$\$|\\\])\s*$", re.DOTALL)
 _MANY_WORDS = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}\b\W*){16}")
@@ -81,7 +83,7 @@ def _from_text(text: str) -> str:
     if is_missing(text):
         raise GoldError(f"is a missing value, written as the text {text!r}")
     if _TEXTS_IN_BRACKETS.fullmatch(text):
-        return read_gold(ast.literal_eval(text))
+        return read_gold(_listed(text))
     if marked := _LAST_HASHES.search(text):
         text = marked[1].strip()
         if not text:
@@ -94,6 +96,19 @@ def _from_text(text: str) -> str:
     elif _OPEN_BOX.search(text):
         raise GoldError(f"has a box that is not closed: {text!r}"[:200])
     return text
+
+
+def _listed(text: str) -> list[str]:
+    r"""The texts in a list that was written as text: as JSON or Python, or with the backslashes of LaTeX as they are.
+
+    >>> _listed(r'["\\frac{1}{2}"]') == _listed(r'["\frac{1}{2}"]') == [r"\frac{1}{2}"]
+    True
+    """
+    with contextlib.suppress(ValueError, SyntaxError):
+        items: list[str] = ast.literal_eval(text)
+        if not any(unicodedata.category(character) == "Cc" for item in items for character in item):
+            return items
+    return [item[1:-1] for item in _QUOTED.findall(text)]
 
 
 def is_blank(text: str) -> bool:

@@ -18,6 +18,9 @@ from nft_megatron.data.golds import GoldError, is_whole_text, read_gold, unmatch
         ("#### Step 1\nAdd.\n#### Step 2\nThus $\\boxed{7}$.", "7"),  # headings
         ('["34"]', "34"),
         ("['1', '$2$']", "1, $2$"),
+        (r'["\frac{1}{2}"]', r"\frac{1}{2}"),
+        (r"['\\frac{1}{2}']", r"\frac{1}{2}"),
+        (r'["90\u00b0"]', "90°"),
         ("[1, 2]", "[1, 2]"),  # an interval, or a list of numbers
         ("[a]", "[a]"),
         ([["1"], ["2"]], "1, 2"),

@@ -85,7 +85,7 @@ def test_a_run_keeps_its_prompts_and_its_date(config: Config, folder: RunFolder,
     begin(folder, days_ago=40)
     date = f"{datetime.now() - timedelta(40):%d %b %Y}"
     capsys.readouterr()
-    again, held_out = read_questions(config, folder, tokenizer("another template"))
+    again, held_out = read_questions(config, folder, tokenizer("another: {{ messages[0].content }}"))
     assert texts(again) == texts(first)
     assert [(p.question_id, p.question, p.gold) for p in again.prompts] == [
         ("train.jsonl/0", "1+1?", "2"),
@@ -145,7 +145,7 @@ def test_a_run_of_version_0_1_leaves_no_golds_out(config: Config, folder: RunFol
     as_v0_1_left_it(folder, config)
     questions, _ = read_questions(config, folder, tokenizer())
     assert [prompt.gold for prompt in questions.prompts] == ["One and one.\nTwo."]
-    again, _ = read_questions(config, folder, tokenizer("{{ 0 }}"))
+    again, _ = read_questions(config, folder, tokenizer("0 {{ messages[0].content }}"))
     assert texts(again) == texts(questions)
 
 
