@@ -97,8 +97,8 @@ def _rendered(questions: Sequence[Question], tokenizer: Any, settings: DataConfi
     seen: set[tuple[str, ...]] = set()
     for question, text in zip(questions, texts, strict=True):
         chat = _with_system(question.messages, system_prompt)
-        if (roles := tuple(message["role"] for message in chat)) not in seen:  # a template treats all of a kind alike
-            seen.add(roles)
+        if (kind := tuple(message["role"] for message in chat)) not in seen:  # a template treats all of a kind alike
+            seen.add(kind)
             if (lost := _left_out(chat, text, render)) == "system":
                 raise _system_refused(question, settings, field, f"it leaves out that of {_name(question)}")
             if lost:
