@@ -390,7 +390,7 @@ def test_no_mixed_group_is_the_users_error(collector, tmp_path):
     ) as caught:
         built.collect(1, CollectorState())
     told = re.search(
-        r"(\d+) right, (\d+) wrong, 0 unknown; (.*?)\); for example 'What is \d \+ \d', gold '\d', ", str(caught.value)
+        r"(\d+) right, (\d+) wrong, 0 unknown; (.*?); for example 'What is \d \+ \d', gold '\d', ", str(caught.value)
     )
     assert told
     assert sum(map(int, told.group(1, 2))) == 64
