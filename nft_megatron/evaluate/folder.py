@@ -114,8 +114,10 @@ class BenchmarkOptions:
     overlap: Path | None = None
     beside: tuple[Path, ...] = ()
     instruction: str | None = None
-    """``boxed``, ``answer``, ``keep`` or ``none``, as ``data.instruction``, for every benchmark. None: as in the paper, AIME and AMC
-    in the wording of training; other files as they stand."""
+    """``boxed``, ``answer``, ``keep`` or ``none``, as ``data.instruction``, for every benchmark.
+
+    None: as in the paper, AIME and AMC in the wording of training; other files as they stand.
+    """
 
 
 def default_config(model_folder: Path, run_dir: Path, overrides: Sequence[str]) -> Config:
