@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,9 @@ NO_SERVERS = {"rollout": {"engine": "vllm", "probe_questions": 0}, "fleet": {"wa
 
 
 def said(run) -> str:
-    return (run._folder / "stderr0").read_text()
+    """What rank 0 has written to stderr so far; nothing before its process has begun."""
+    path = run._folder / "stderr0"
+    return path.read_text() if path.exists() else ""
 
 
 @pytest.mark.parametrize("request_by", ["TERM", "stop file"])
@@ -143,7 +144,7 @@ def test_a_missing_model_is_said_as_such(run_config, command, tmp_path):
         assert "tokenizer" not in done.stderr
 
 
-def test_other_tasks_that_were_promised_are_told_at_once(run_config, tmp_path):
+def test_other_tasks_that_were_promised_are_told_at_once(run_config):
     """The reported command: it waited ten minutes, then torch's traceback came."""
     variables = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1"}
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | variables | {"MASTER_PORT": "28123"}
@@ -152,4 +153,4 @@ def test_other_tasks_that_were_promised_are_told_at_once(run_config, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert "SLURM_NTASKS = 4: the job has 4 tasks, but this process was not started by srun" in done.stderr
-    assert "Traceback" not in done.stderr and Path(tmp_path / "run").exists() in (True, False)
+    assert "Traceback" not in done.stderr
