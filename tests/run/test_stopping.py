@@ -45,7 +45,7 @@ def test_a_run_that_waits_for_servers_says_so_and_obeys(run_config, start, tmp_p
     assert not stop.exists(), "honoured: the next start must not stop again"
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_servers_that_go_after_a_step_cost_no_trained_step(run_config, run_once, command, metrics_of, tmp_path, version):
     sections = {"train": {"num_steps": 4}, "checkpoint": {"every": 100}, "evaluate": {"every": 3}}
     config, run = run_config("run", **sections), tmp_path / "run"
@@ -90,6 +90,7 @@ def test_others_are_refused(run_config, seed):
         load_config(run_config(), [f"seed={seed}"])
 
 
+@pytest.mark.slow
 def test_the_largest_seed_trains(run_config, command):
     done = command("train", run_config(train={"num_steps": 1}, evaluate={"data": []}), f"seed={2**64 - 1}")
     assert done.returncode == 0, done.stderr
@@ -98,6 +99,7 @@ def test_the_largest_seed_trains(run_config, command):
 # ------------------------------------------------------------------------------------------------------------------ folders
 
 
+@pytest.mark.slow
 def test_a_tilde_in_the_run_folder_is_the_home_folder(run_config, tmp_path):
     """In this way the reported run ended: pyarrow expanded what pathlib had not."""
     home, here = tmp_path / "home", tmp_path / "here"
