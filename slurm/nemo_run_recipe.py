@@ -9,12 +9,14 @@ or to NEMORUN_HOME if that is set (a folder that all nodes see).
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.cli.arguments import user_path
 from nft_megatron.config.load import load_config
 from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job_folder import JobFolder
@@ -51,6 +53,9 @@ def check(config: Config) -> None:
         raise UserError("slurm.restart", "chain", "is not supported with NeMo-Run", "use `nft-megatron slurm submit`")
     if "/nemo_run" in str(config.run_dir.resolve()):
         raise UserError("run_dir", config.run_dir, "contains /nemo_run, which NeMo-Run replaces", "choose another name")
+    for field, path in (("run_dir", config.run_dir.resolve()), ("the current folder", Path.cwd())):
+        if not re.fullmatch(r"[\w/.,:=@+-]+", str(path)):
+            raise UserError(field, path, "NeMo-Run writes it unquoted into its batch script", "use no spaces, quotes, % and #")
     sbatch_options(config.slurm.sbatch)
 
 
@@ -102,7 +107,7 @@ def submit(config: Config, dry_run: bool) -> str | None:
 def main() -> None:
     """Parse, check, submit; a user's mistake yields one message and exit code 2."""
     parser = argparse.ArgumentParser(description="Submit a run through NeMo-Run.")
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=user_path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print NeMo-Run's batch script")
     options = parser.parse_args()

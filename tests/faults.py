@@ -9,11 +9,13 @@ from dying import Dying
 from torch.distributed.checkpoint import FileSystemWriter
 from waiting import until
 
+from nft_megatron.base.errors import StoppedEarly
 from nft_megatron.base.rank_info import rank_info
 from nft_megatron.cli.main import main
 from nft_megatron.lifecycle.walltime import TimeLimit
 from nft_megatron.model import objective
 from nft_megatron.model.step import Trainer
+from nft_megatron.rollout.embedded import EmbeddedEngine
 
 
 def train_with_broken_update(config: str) -> None:
@@ -51,6 +53,20 @@ def train_with_ticks(config: str, end: float) -> None:
     ticks = itertools.count()
     limit = TimeLimit(end, 3.0, clock=lambda: float(next(ticks)))
     with mock.patch.object(TimeLimit, "of_job", return_value=limit):
+        main(["train", config])
+
+
+def train_without_servers(config: str, version: int) -> None:
+    """``nft-megatron train`` whose engine ends in vain to wait for servers when it is given the weights of ``version``."""
+    load = EmbeddedEngine.load
+
+    def wait(self, tensors, number):
+        fingerprint = load(self, tensors, number)
+        if number == version:
+            raise StoppedEarly("stopped by SIGTERM while waiting for servers (0 of 1)")
+        return fingerprint
+
+    with mock.patch.object(EmbeddedEngine, "load", wait):
         main(["train", config])
 
 

@@ -7,16 +7,26 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from nft_megatron.base.paths import expand
+
 PositiveFloat = Annotated[float, Field(gt=0)]
-LoosePath = Annotated[Path, Field(strict=False)]
 
 
-def _as_tuple(value: Any) -> Any:
+def _expanded(value: Any) -> Any:
+    return expand(value) if isinstance(value, (str, Path)) else value
+
+
+LoosePath = Annotated[Path, Field(strict=False), BeforeValidator(_expanded)]
+"""A path, with ``~`` expanded: pyarrow does so by itself, pathlib and other programs do not."""
+
+
+def as_tuple(value: Any) -> Any:
+    """A list, or a single value in place of one, as the tuple that a field of several values holds."""
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, (str, Path)) else value
 
 
-PathList = Annotated[tuple[LoosePath, ...], BeforeValidator(_as_tuple)]
-TextList = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+PathList = Annotated[tuple[LoosePath, ...], BeforeValidator(as_tuple)]
+TextList = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 class ConfigModel(BaseModel):

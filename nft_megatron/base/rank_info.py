@@ -6,6 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from nft_megatron.base.errors import UserError
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -33,12 +35,37 @@ def rank_info() -> RankInfo:
     also has a ``SLURM_PROCID`` but is a single process.
     """
     env = os.environ
-    if "RANK" in env:
+    if "RANK" in env and "WORLD_SIZE" in env:
         return RankInfo(
             int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         )
     if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         per_node = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1"))  # such as 8(x4)
         local_size = int(per_node.group()) if per_node else 1
-        return RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_size)
+        world_size, local_rank = int(env.get("SLURM_NTASKS", 1)), int(env.get("SLURM_LOCALID", 0))
+        return RankInfo(int(env["SLURM_PROCID"]), world_size, local_rank, local_size)
     return RankInfo()
+
+
+def check_launch() -> None:
+    """Raise :class:`UserError` if the environment promises processes that nobody has started: the others would never join.
+
+    In a batch script ``SLURM_PROCID`` is 0 and ``SLURM_NTASKS`` the job's number of tasks, but only what ``srun`` starts is a
+    task of a step. A step's number may also be inherited, by sbatch from the shell it was called in.
+    """
+    env, num_tasks = os.environ, rank_info().world_size
+    if num_tasks == 1:
+        return
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        is_step = "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", str(num_tasks)) == str(num_tasks)
+        if not is_step:
+            raise UserError(
+                "SLURM_NTASKS",
+                num_tasks,
+                f"the job has {num_tasks} tasks, but this process was not started by srun, so the others would never join it",
+                "start the command with srun, or with torchrun --nproc-per-node N -m nft_megatron …; for one process, unset "
+                "MASTER_ADDR",
+            )
+    for name, example in (("MASTER_ADDR", "the name of the first node"), ("MASTER_PORT", "a free port, such as 29500")):
+        if name not in env:
+            raise UserError(name, "not set", f"the {num_tasks} processes cannot find each other", f"export it: {example}")

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from nft_megatron.base.paths import expand
+
 
 def describe(
     parser: argparse.ArgumentParser,
@@ -20,10 +22,18 @@ def describe(
     parser.set_defaults(run=run)
 
 
+def user_path(text: str) -> Path:
+    """The type of every argument that is a path: ``~`` is expanded also where the shell does not, as in ``--out=~/a``."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """CONFIG and its overrides: ``options.config`` and ``options.overrides``."""
     if optional:
         parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     else:
-        parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
+        parser.add_argument("config", metavar="CONFIG", type=user_path, help="YAML file")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override the file's value; read as YAML")

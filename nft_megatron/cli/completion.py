@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from string import Template
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 _INSTALL = {
     "bash": "  nft-megatron completion bash > ~/.local/share/bash-completion/completions/nft-megatron",
@@ -102,5 +101,5 @@ def _mark(parser: argparse.ArgumentParser) -> None:
                 _mark(command)
         elif action.dest == "overrides":
             action.complete = _CALL  # type: ignore[attr-defined]
-        elif action.type is Path or action.metavar in ("CONFIG", "PATH"):
+        elif action.type is user_path or action.metavar in ("CONFIG", "PATH"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

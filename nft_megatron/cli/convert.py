@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--prompt", help="also compare the log-probs of this text under both, by transformers in float32")
     for command, first, second in ((into, "SRC", "DST"), (back, "SRC", "DST"), (check, "A", "B")):
-        command.add_argument("first", metavar=first, type=Path)
-        command.add_argument("second", metavar=second, type=Path)
+        command.add_argument("first", metavar=first, type=user_path)
+        command.add_argument("second", metavar=second, type=user_path)
         command.add_argument("--workers", type=int, help="threads (default: one per core, at most 8)")
     for command in (back, check):
-        command.add_argument("--model", type=Path, help="folder with config.json and tokenizer, if SRC has none")
+        command.add_argument("--model", type=user_path, help="folder with config.json and tokenizer, if SRC has none")
     for command in (into, back):
         command.add_argument(
             "--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this dtype (default: keep dtypes)"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "question are removed first. Files: Parquet, JSONL or dataset folders. `nft-megatron eval --overlap FILE` then "
         "shows every accuracy with and without the questions found.",
     )
-    parser.add_argument("train", metavar="TRAIN", type=Path, nargs="+", help="training questions")
-    parser.add_argument("--against", metavar="EVAL", type=Path, nargs="+", required=True, help="evaluation questions")
+    parser.add_argument("train", metavar="TRAIN", type=user_path, nargs="+", help="training questions")
+    parser.add_argument("--against", metavar="EVAL", type=user_path, nargs="+", required=True, help="evaluation questions")
     parser.add_argument("--n", type=int, default=13, help="words in an n-gram (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest share that counts (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the questions found, with their shares and sources, as JSONL")
+    parser.add_argument("--out", type=user_path, help="write the questions found, with their shares and sources, as JSONL")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nft_megatron.cli.arguments import add_config, describe
+from nft_megatron.cli.arguments import add_config, describe, user_path
 from nft_megatron.config.load import load_config
 from nft_megatron.plan.hardware import ACCELERATORS
 
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="build the real model of every rank on the meta device and compare"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan, in bytes and seconds")
+    parser.add_argument("--json", metavar="FILE", type=user_path, help="also write the plan, in bytes and seconds")
     add_config(parser)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  torchrun --nproc-per-node 2 -m nft_megatron replay RUN --step 12 --against one.safetensors parallel.tensor=2\n"
         "  nft-megatron replay RUN --step 12 --against one.safetensors algorithm.name=grpo\n",
     )
-    parser.add_argument("recorded", metavar="RUN", type=Path, help="run folder")  # not run_dir, in which faults are recorded
+    parser.add_argument(
+        "recorded", metavar="RUN", type=user_path, help="run folder"
+    )  # not run_dir, in which faults are recorded
     parser.add_argument("--step", metavar="N", type=int, required=True, help="rollout step, counted from 1")
     parser.add_argument(
-        "--save", metavar="FILE", type=Path, help="write metrics and gradient of the first update (safetensors)"
+        "--save", metavar="FILE", type=user_path, help="write metrics and gradient of the first update (safetensors)"
     )
-    parser.add_argument("--against", metavar="FILE", type=Path, help="compare with such a file instead of RUN/metrics.jsonl")
+    parser.add_argument(
+        "--against", metavar="FILE", type=user_path, help="compare with such a file instead of RUN/metrics.jsonl"
+    )
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override the run's value; read as YAML")
 
 

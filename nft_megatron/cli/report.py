@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _run,
         "Write one self-contained HTML page: curves, timings, recorded answers with their verdicts.",
     )
-    parser.add_argument("reported", metavar="RUN", type=Path, help="run folder")  # not run_dir: see replay
-    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
-    parser.add_argument("--png", type=Path, help="also write an overview picture to this file")
+    parser.add_argument("reported", metavar="RUN", type=user_path, help="run folder")  # not run_dir: see replay
+    parser.add_argument("--out", type=user_path, help="the page (default: RUN/report.html)")
+    parser.add_argument("--png", type=user_path, help="also write an overview picture to this file")
 
 
 def _run(options: argparse.Namespace) -> None:

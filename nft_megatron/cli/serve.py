@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from pathlib import Path
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Run a vLLM server for the fleet of a run whose folder this machine sees. It registers there, gets the weights from "
         "the trainer, is restarted if it dies, and may join at any time; it leaves on TERM. See docs/fleet.md.",
     )
-    parser.add_argument("config", metavar="CONFIG|RUN", type=Path, help="the run's configuration, or its folder")
+    parser.add_argument("config", metavar="CONFIG|RUN", type=user_path, help="the run's configuration, or its folder")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="override the file's value")
     parser.add_argument(
         "--name",

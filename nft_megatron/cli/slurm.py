@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.cli.arguments import add_config, describe
+from nft_megatron.cli.arguments import add_config, describe, user_path
 from nft_megatron.config.load import load_config
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_config(agent)
     for command in (status, logs, attach, checkpoint, stop, rollouts):
-        command.add_argument("run_folder", metavar="RUN|CONFIG", type=Path, help="the run's folder, or its configuration")
+        command.add_argument("run_folder", metavar="RUN|CONFIG", type=user_path, help="the run's folder, or its configuration")
     attach.add_argument("command", nargs="*", help="run this instead of a shell")
     rollouts.add_argument(
         "overrides", metavar="section.key=value", nargs="*", default=[], help="such as slurm.partition=preemptible"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import describe, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,14 +12,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Grade the answers in FILE (of any kind that data.train takes) and print a summary of the verdicts and reasons. If a "
-        "row has a finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and abort is unknown.",
+        "Grade the answers in each FILE (of any kind that data.train takes) and print a summary of the verdicts and reasons. If "
+        "a row has a finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and abort is unknown. "
+        "For a ledger it also says which recorded verdicts have changed.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="one answer per row")
-    parser.add_argument("--answer-field", default="text", help="field with the whole answer (default: %(default)s)")
-    parser.add_argument("--gold-field", default="gold", help="field with the right answer (default: %(default)s)")
+    parser.add_argument("files", metavar="FILE", type=user_path, nargs="+", help="one answer per row")
+    parser.add_argument(
+        "--answer-field", help="field with the whole answer (default: text, response, completion, output, answer)"
+    )
+    parser.add_argument("--gold-field", help="field with the right answer (default: gold, ground_truth, final_answer, answer)")
     parser.add_argument("--mode", default="strict", help="strict, math-verify, dapo or simplerl (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the rows, each with verdict and reason, as JSONL to this file")
+    parser.add_argument("--out", type=user_path, help="write the rows, each with verdict and reason, as JSONL to this file")
     parser.add_argument("--workers", type=int, help="grader processes (default: one per core)")
 
 
@@ -28,7 +30,7 @@ def _run(options: argparse.Namespace) -> None:
     from nft_megatron.evaluate.grade_file import verify_file
 
     verify_file(
-        options.file,
+        *options.files,
         answer_field=options.answer_field,
         gold_field=options.gold_field,
         mode=options.mode,

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -125,14 +125,19 @@ def training_sampling(config: Config, model_folder: Path, tokenizer: Any) -> Sam
     return Sampling(rollout.temperature, rollout.top_p, rollout.max_answer_tokens, end, rollout.stop)
 
 
-def open_engine(config: Config, model_folder: Path, shape: ModelShape) -> Engine:
-    """The engine named by ``rollout.engine`` for the model in ``model_folder``. It has no weights yet."""
+def open_engine(
+    config: Config, model_folder: Path, shape: ModelShape, interrupted: Callable[[], str | None] = lambda: None
+) -> Engine:
+    """The engine named by ``rollout.engine`` for the model in ``model_folder``. It has no weights yet.
+
+    ``interrupted`` gives a reason to end a wait for servers, or None.
+    """
     if config.rollout.engine == "vllm":
         from nft_megatron.rollout.fleet.engine import FleetEngine
         from nft_megatron.rollout.fleet.settings import open_fleet
 
         return FleetEngine(
-            open_fleet(config),
+            open_fleet(config, interrupted),
             model_folder,
             budget_tokens=config.fleet.outstanding_tokens,
             silence_seconds=config.fleet.answer_seconds,
@@ -156,9 +161,10 @@ def open_rollout_client(
     stack: contextlib.ExitStack,
     timer: PhaseTimer,
     progress: Progress,
+    interrupted: Callable[[], str | None] = lambda: None,
 ) -> RolloutClient:
-    """A client with the engine and the verifier of ``config``; ``stack`` closes both."""
-    engine = open_engine(config, model_folder, shape)
+    """A client with the engine and the verifier of ``config``; ``stack`` closes both. ``interrupted``: as of the engine."""
+    engine = open_engine(config, model_folder, shape, interrupted)
     stack.callback(engine.close)
     if config.rollout.max_staleness and not engine.overlaps:
         engine = ExclusiveEngine(engine, config.rollout.step_deadline_seconds)

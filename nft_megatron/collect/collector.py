@@ -82,7 +82,8 @@ class Collector:
 
     ``left_out``: metrics of the dataset, how many of its questions are never asked; every ledger repeats them.
     ``filters_prompts``: train only on mixed groups; False: on all groups with a judged answer.
-    ``interrupted`` gives a reason to stop in the middle of a step, or None.
+    ``interrupted`` gives a reason to stop in the middle of a step, or None. ``rules``: by which answers are judged now, and
+    ``earlier_rules``: those of the run's earlier steps if they are others, both as in a verdict; they are part of each ledger.
     """
 
     folder: RunFolder
@@ -93,6 +94,8 @@ class Collector:
     filters_prompts: bool = True
     left_out: Mapping[str, int] = field(default_factory=dict)
     interrupted: Callable[[], str | None] = lambda: None
+    rules: str = ""
+    earlier_rules: str | None = None
 
     @functools.cached_property
     def rounds(self) -> Rounds:
@@ -176,7 +179,15 @@ class Collector:
                 **trained_metrics(step, mixed[:quota]),
             }
             fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
-            meta = {"cursor": cursor, "mixed_rate": mixed_rate, "questions": self.questions, "metrics": metrics}
+            meta = {
+                "cursor": cursor,
+                "mixed_rate": mixed_rate,
+                "questions": self.questions,
+                "metrics": metrics,
+                "rules": self.rules,
+            }
+            if self.earlier_rules:
+                meta["earlier_rules"] = self.earlier_rules
             self.folder.check_is_open()
             write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
         return generated_tokens

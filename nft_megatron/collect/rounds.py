@@ -106,18 +106,23 @@ class Rounds:
             give_up_after=settings.give_up_after,
             interrupted=look,
         )
-        with contextlib.closing(answers):
-            for group_id, of_group in answers:
-                group = Group(group_id, step, prompts[group_id], of_group)
-                new.append(group)
-                num_mixed += group.is_mixed
-                self.lengths[group.prompt.question_id] = _mean_length(group)
-                if time.monotonic() - written_at >= settings.save_seconds:
-                    write({})
-                if settings.stop_at_quota and num_mixed >= missing:
-                    break
-                if look():
-                    break
+        try:
+            with contextlib.closing(answers):
+                for group_id, of_group in answers:
+                    group = Group(group_id, step, prompts[group_id], of_group)
+                    new.append(group)
+                    num_mixed += group.is_mixed
+                    self.lengths[group.prompt.question_id] = _mean_length(group)
+                    if time.monotonic() - written_at >= settings.save_seconds:
+                        write({})
+                    if settings.stop_at_quota and num_mixed >= missing:
+                        break
+                    if look():
+                        break
+        except StoppedEarly:  # the engine has waited for servers too long, or was interrupted meanwhile
+            if num_written < len(new):
+                write({})
+            raise
         if reason:
             if num_written < len(new):
                 write({})

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.paths import expand
 from nft_megatron.config.renamed import RENAMED, is_record, translate
 from nft_megatron.config.schema import Config
 from nft_megatron.config.yaml import dump_yaml, parse_yaml, read_sections
@@ -25,7 +26,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises :class:`UserError` that names the field, its value and the remedy.
     """
-    path = Path(path)
+    path = expand(path)
     if not path.is_file():
         raise UserError("CONFIG", path, "no such file", "give the path of a YAML file; examples/ has some")
     tree = read_sections(path)
@@ -179,6 +180,8 @@ def _readable(error: ValidationError) -> UserError:
         return UserError(field, "(nothing)", "is required" + more, f"add it to the file or as {field}=…")
     if kind == "too_short":
         return UserError(field, value, "is empty" + more, "name at least one")
+    if isinstance(cause, ValueError):
+        return UserError(field, value, str(cause) + more, f"the type is {_expected(path)}")
     if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or a number is valid
         return UserError(field, value, "is not allowed" + more, f"the type is {_expected(path)} > 0")
     if kind.startswith("union_tag"):

@@ -44,8 +44,8 @@ class Config(ConfigModel):
 
     run_dir: LoosePath
     """Folder for everything the run writes. A new start with the same folder resumes where the run stopped."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the order of questions, of every answer and of the mini-batches."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of the order of questions, of every answer and of the mini-batches; 64 bits, as torch takes them."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PositiveInt
 
-from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, TextList
+from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, TextList, as_tuple
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.paths import expand
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
@@ -22,6 +23,14 @@ def _time_limit(value: object) -> object:
     return value
 
 
+def _at_home(value: object) -> object:
+    """The image or mount with ``~`` expanded where it begins with one; docker://… stays as it is."""
+    return str(expand(value)) if isinstance(value, str) and value.startswith("~") else value
+
+
+Mount = Annotated[str, BeforeValidator(_at_home)]
+
+
 class SlurmConfig(ConfigModel):
     """The batch job that `nft-megatron slurm` renders and submits. Section ``cluster`` gives its nodes."""
 
@@ -33,7 +42,8 @@ class SlurmConfig(ConfigModel):
     """Time limit of one job, as "hours:minutes:seconds" or "days-hours"; a bare number means seconds. The run resumes in the
     next job."""
     job_name: str | None = None
-    """null: the run folder's name and four digits derived from its path. Only one job of a name runs at a time."""
+    """null: the run folder's name and four digits derived from its path. Only one job of a name runs at a time. What Slurm
+    would read as a separator, such as a space, becomes a dash."""
     sbatch: TextList = ()
     """Further options of sbatch, such as "--qos=high" or "--reservation=tuesday"."""
     gres: str = "gpu:{gpus_per_node}"
@@ -42,9 +52,9 @@ class SlurmConfig(ConfigModel):
     """Lines of the batch script that run first, such as "module load cuda/12.8" or "export NCCL_IB_HCA=mlx5"."""
     python: LoosePath | None = None
     """Python of all processes. null: the one that submits, or ``python3`` in a container."""
-    container_image: str | None = None
+    container_image: Annotated[str | None, BeforeValidator(_at_home)] = None
     """Pyxis image of trainers and servers; must contain nft_megatron. The job's script and agent run outside it."""
-    container_mounts: TextList = ()
+    container_mounts: Annotated[tuple[Mount, ...], BeforeValidator(as_tuple)] = ()
     """Pyxis mounts, such as "/shared:/shared": run folder, model and data must keep the paths they have outside."""
     signal_seconds: PositiveInt = 600
     """How long before the time limit the run is asked to save and exit. Should cover the longest update and its save."""

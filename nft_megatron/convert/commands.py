@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.paths import expand
 from nft_megatron.config.yaml import read_sections
 from nft_megatron.convert.checkpoint import Checkpoint, Problem
 from nft_megatron.convert.compare import compare, compare_shapes
@@ -103,11 +104,11 @@ def convert_checkpoint(source: Path | str, destination: Path | str, *, model: Pa
     Raises:
         UserError, OSError: as :func:`to_megatron` and :func:`to_hf` do.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = expand(source), expand(destination)
     if (source / SINGLE).is_file() or (source / INDEX).is_file():
         to_megatron(source, destination)
     else:
-        to_hf(source, destination, model=None if model is None else Path(model))
+        to_hf(source, destination, model=None if model is None else expand(model))
 
 
 def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = None, workers: int | None = None) -> None:
@@ -122,7 +123,8 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
     paths = resolve(a, "A"), resolve(b, "B")
     folders = [model_folder_of(path) for path in paths]
     described = model or folders[0] or folders[1]
-    table = weight_table(read_shape(described, "config.json")) if described is not None else None
+    label = "config.json" if model is None else "--model"
+    table = weight_table(read_shape(described, label)) if described is not None else None
     first, second = (open_checkpoint(path, table, label) for path, label in zip(paths, "AB", strict=True))
     problems: list[Problem] = []
     if folders[0] is not None and folders[1] is not None:
@@ -137,11 +139,14 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
     for path, label in zip(paths, "AB", strict=True):
         if (manifest := read_manifest(path, label)) is not None and manifest.fingerprint is None:
             print(f"{label} was converted without proof: its tensors have no recorded hashes")
+    for checkpoint in (first, second):
+        for note in checkpoint.notes:
+            print(f"{checkpoint.path}: {note}")
     for problem in problems:
         print(problem)
     if problems:
         text = f"{len(problems)} problem{'s' * (len(problems) > 1)} compared with {b}, first: {problems[0]}"
-        raise UserError("check", a, text, "convert or copy the damaged side again")
+        raise UserError("check", a, text, problems[0].remedy or "convert or copy the damaged side again")
     print(f"{len(first.tensors)} tensors, {first.num_bytes:,} bytes: {first.format} {a} and {second.format} {b} are identical")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import groupby
 
@@ -48,9 +48,7 @@ def compare(a: Checkpoint, b: Checkpoint, workers: int, advance: Advance) -> lis
     """
     sides = Side("A", a, read_manifest(a.path, "A")), Side("B", b, read_manifest(b.path, "B"))
     problems = [
-        Problem(problem.kind, problem.name, f"{problem.text} ({side.label})")
-        for side in sides
-        for problem in side.checkpoint.problems
+        replace(problem, text=f"{problem.text} ({side.label})") for side in sides for problem in side.checkpoint.problems
     ]
     for side, other in (sides, sides[::-1]):
         problems += [

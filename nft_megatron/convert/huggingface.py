@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from nft_megatron.convert.blocks import StoredTensor, whole
-from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
+from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
 from nft_megatron.convert.plan import Target
 from nft_megatron.weights.hf_reader import DTYPES, INDEX, HFReader
 from nft_megatron.weights.hf_writer import cut_into_shards, index_json, shard_names
-from nft_megatron.weights.table import WeightTable
+from nft_megatron.weights.table import WeightTable, note_on_buffers
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -29,8 +29,12 @@ def open_huggingface(folder: Path, table: WeightTable | None, field: str) -> Che
     problems: list[Problem] = []
     notes: tuple[str, ...] = ()
     if table is not None:
-        notes = tuple(f"{name} is a stored copy of a tied tensor: ignored" for name in found.keys() & table.ignored)
-        found, problems = compare_with_table(found, table, folder)
+        stored = found
+        found, problems = compare_with_table(stored, table, folder)
+        copies = {name: (stored[name], table.copies[name]) for name in stored.keys() & table.copies.keys()}
+        differing, equal = compare_copies(copies, found, field)
+        problems = [*differing, *problems]
+        notes = (*equal, *note_on_buffers(stored.keys() - found.keys()))
     return Checkpoint(folder, "Hugging Face", found, tuple(problems), notes)
 
 

@@ -16,15 +16,17 @@ from typing import Any
 from nft_megatron.base.errors import UserError
 from nft_megatron.convert.archive import TensorAt, read_archive
 from nft_megatron.convert.blocks import Block, Box, StoredTensor, covers, matrix, source_blocks
-from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
+from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
 from nft_megatron.weights.decoder import fused_name
-from nft_megatron.weights.table import Entry, Layout, WeightTable
+from nft_megatron.weights.table import Entry, Layout, WeightTable, is_buffer, note_on_buffers
 
 _FOLDER = re.compile(r"^mp_rank_(\d{2})(?:_(\d{3}))?$")
 _FILE = "model_optim_rng.pt"
 _CHUNK = re.compile(r"^model(\d*)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _REMEDY = "copy the checkpoint again"
+_SECOND = " of a later stage"
+"""Added to a name that an earlier stage has too: the last one has its own copy of a tied embedding."""
 
 
 def is_mp_rank(folder: Path) -> bool:
@@ -58,18 +60,25 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
         for rank in range(tensor_size)
     ]
     found: dict[str, StoredTensor] = {}
+    copies: dict[str, tuple[StoredTensor, str]] = {}
     problems: list[Problem] = []
     used: set[str] = set()
     for entry in table.entries:
-        used.add(entry.name)
+        second = entry.name + _SECOND
+        used |= {entry.name, second}
         if entry.exported and all(entry.name in shard for shard in shards):
             found |= _read_entry(entry, [shard[entry.name] for shard in shards], problems)
-    for name in sorted(shards[0].keys() - used):
+        for name in (second,) if entry.exported else (entry.name, second):
+            if all(name in shard for shard in shards):
+                for source, tensor in _read_entry(entry, [shard[name] for shard in shards], problems).items():
+                    copies[name] = tensor, source
+    for name in sorted(name for name in shards[0].keys() - used if not is_buffer(name)):
         problems.append(Problem("unexpected", name, f"is in {folder} but not in the model that config.json describes"))
     tensors, of_table = compare_with_table(found, table, folder)
     reported = {problem.name for problem in problems}
     problems += [problem for problem in of_table if problem.name not in reported]
-    return Checkpoint(folder, "mp_rank", tensors, tuple(problems))
+    differing, equal = compare_copies(copies, tensors, field)
+    return Checkpoint(folder, "mp_rank", tensors, (*differing, *problems), (*equal, *note_on_buffers(shards[0].keys())))
 
 
 def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict[str, TensorAt]:
@@ -100,7 +109,7 @@ def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict
             if of_layer := _LAYER.match(name):
                 name = fused_name(f"decoder.layers.{first + int(of_layer[1])}.{of_layer[2]}", has_experts)
                 local = max(local, int(of_layer[1]) + 1)
-            parameters.setdefault(name, tensor)  # a tied embedding's second copy is on the last stage
+            parameters[name if name not in parameters else name + _SECOND] = tensor
         num_layers += local
     return parameters
 

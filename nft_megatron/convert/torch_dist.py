@@ -37,10 +37,10 @@ from torch.distributed.checkpoint.metadata import (
 from nft_megatron.base.errors import UserError
 from nft_megatron.convert.archive import SafeUnpickler, TensorAt, read_archive
 from nft_megatron.convert.blocks import Box, Checksum, StoredTensor, covers, matrix, source_blocks
-from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_with_table
+from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
 from nft_megatron.convert.manifest import NAME as MANIFEST
 from nft_megatron.convert.manifest import read_manifest, sha256
-from nft_megatron.weights.table import Entry, Layout, WeightTable
+from nft_megatron.weights.table import Entry, Layout, WeightTable, is_buffer, note_on_buffers
 
 METADATA = ".metadata"
 
@@ -123,6 +123,7 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     """
     keys, chunks = _read_metadata(folder / METADATA, field)
     found: dict[str, StoredTensor] = {}
+    copies: dict[str, tuple[StoredTensor, str]] = {}
     problems: list[Problem] = []
     notes: list[str] = []
     used: set[str] = set()
@@ -141,12 +142,19 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
                     continue
                 if place.key not in by_index:
                     by_index[place.key] = _by_index(chunks.get(place.key, []), len(place.index))
-                found |= _read_entry(entry, place, size, by_index[place.key].get(place.index, []), read, problems)
+                read_entry = _read_entry(entry, place, size, by_index[place.key].get(place.index, []), read, problems)
+                if entry.exported:
+                    found |= read_entry
+                for name in () if entry.exported else read_entry:
+                    copies[place.key] = read_entry[name], name
     for key in sorted(keys.keys() - used):
-        if not _NOT_WEIGHTS.search(key):
+        if not _NOT_WEIGHTS.search(key) and not is_buffer(key):
             problems.append(Problem("unexpected", key, f"is a key of {folder} but not of the model that config.json describes"))
     tensors, of_table = compare_with_table(found, table, folder)
     problems += [problem for problem in of_table if not (problem.kind == "missing" and _reported(problem.name, problems))]
+    differing, equal = compare_copies(copies, tensors, field)
+    problems = [*differing, *problems]
+    notes += [*equal, *note_on_buffers(keys)]
     return Checkpoint(folder, "torch_dist", tensors, tuple(problems), tuple(notes))
 
 
@@ -155,7 +163,10 @@ def _reported(name: str, problems: Sequence[Problem]) -> bool:
 
 
 def _stored_places(table: WeightTable, keys: Mapping[str, TensorStorageMetadata]) -> Iterator[tuple[Entry, Place]]:
-    """Entries and their keys. If layers are not all alike, Megatron keeps their numbers in the keys: try both."""
+    """Entries and their keys. If layers are not all alike, Megatron keeps their numbers in the keys: try both.
+
+    An entry that is a second copy has a place only if it is stored.
+    """
     by_name = places(table)
     for entry in table.entries:
         if entry.exported:
@@ -165,6 +176,8 @@ def _stored_places(table: WeightTable, keys: Mapping[str, TensorStorageMetadata]
                 numbered = Place(f"decoder.layers.{of_layer[1]}.{rest}", place.index[1:], place.counts[1:])
                 place = numbered if numbered.key in keys else place
             yield entry, place
+        elif entry.name in keys:
+            yield entry, Place(entry.name)
 
 
 def _misfit(entry: Entry, place: Place, size: tuple[int, ...]) -> tuple[str | None, str | None]:

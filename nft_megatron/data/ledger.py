@@ -117,6 +117,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         return json.loads(ledger.schema_arrow.metadata[_META_KEY])
 
 
+def read_verifiers(path: Path) -> list[str]:
+    """The verifiers that judged the answers in the file, each once, in order: versions of rules, as in a verdict."""
+    with _open(path) as ledger:
+        return list(dict.fromkeys(ledger.read(columns=["verifier"])["verifier"].to_pylist()))
+
+
 def read_groups(path: Path) -> list[tuple[Group, Fate]]:
     """All groups with their fates, as they were written."""
     with _open(path) as ledger:

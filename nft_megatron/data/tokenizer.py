@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.paths import check_model_folder
 from nft_megatron.weights.readable_config import readable_config
 
 
@@ -14,6 +15,7 @@ def load_tokenizer(folder: Path, field: str = "model.path") -> Any:
     """The folder's Hugging Face tokenizer; nothing is downloaded, and no code in the folder is run."""
     from transformers import AutoTokenizer
 
+    check_model_folder(folder, field)
     # Without any of these, transformers 5 makes up a tokenizer that knows no words
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(field, folder, "has no tokenizer", "copy tokenizer.json and tokenizer_config.json there")

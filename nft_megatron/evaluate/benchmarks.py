@@ -20,14 +20,16 @@ _LARGE = 20e9  # parameters; between the paper's 7B and 32B
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``samples`` is the k of avg@k. ``training_wording``: asked like training questions, not as it stands."""
+    """``samples`` is the k of avg@k. ``training_wording``: asked like training questions, not as it stands. ``num_questions``
+    is None for a file that is none of the paper's benchmarks.
+    """
 
     name: str
     title: str
-    num_questions: int
+    num_questions: int | None
     samples: int
     training_wording: bool
-    aliases: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
 
 
 BENCHMARKS = (
@@ -60,24 +62,35 @@ def benchmark_named(path: Path) -> Benchmark | None:
 
 
 def find_benchmarks(paths: Sequence[Path], field: str = "--benchmarks") -> list[tuple[Benchmark, Path]]:
-    """The benchmarks among ``paths`` with their files or folders, in the table's order.
+    """The benchmarks among ``paths`` with their files or folders: those of the table in its order, then others by name.
 
-    A path is named after a benchmark, or is a folder of such files and folders; anything else in it is ignored.
-    Raises :class:`UserError` if a path is neither, or if two paths lead to one benchmark.
+    A folder with files or folders named after benchmarks stands for these; anything else in it is ignored. Any other path is a
+    benchmark of its own, named after the file or folder and asked as it stands.
+    Raises :class:`UserError` if a path does not exist, or if two paths lead to one benchmark.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Benchmark, Path]] = {}
     for path in paths:
         if not path.exists():
             raise UserError(field, path, "no such file or folder", "check the path")
         inside = sorted(path.iterdir()) if path.is_dir() and benchmark_named(path) is None else [path]
         named = [(benchmark, item) for item in inside if (benchmark := benchmark_named(item))]
-        if not named:
-            known = ", ".join(benchmark.name for benchmark in BENCHMARKS)
-            raise UserError(field, path, "is not named after a benchmark and holds nothing that is", f"name it one of {known}")
-        for benchmark, item in named:
+        for benchmark, item in named or [(_own(path), path)]:
             if benchmark.name in found:
+                other = found[benchmark.name][1]
                 raise UserError(
-                    field, item, f"is {benchmark.title} again, besides {found[benchmark.name]}", "name one of the two"
+                    field, item, f"is {benchmark.title} again, besides {other}", "name one of the two, or rename it"
                 )
-            found[benchmark.name] = item
-    return [(benchmark, found[benchmark.name]) for benchmark in BENCHMARKS if benchmark.name in found]
+            found[benchmark.name] = benchmark, item
+    known = [benchmark.name for benchmark in BENCHMARKS]
+    return [found[name] for name in [*(name for name in known if name in found), *sorted(found.keys() - set(known))]]
+
+
+def _own(path: Path) -> Benchmark:
+    """A benchmark that is none of the paper's.
+
+    >>> _own(Path("data/GSM8K (test).jsonl")).name
+    'GSM8K_test'
+    """
+    title = path.resolve().name if path.is_dir() else path.stem
+    name = re.sub(r"\W+", "_", title).strip("_") or "questions"
+    return Benchmark(name, title, None, 1, False)

@@ -13,23 +13,26 @@ from typing import Any, get_args
 
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.records import Sampling
+from nft_megatron.base.paths import expand
+from nft_megatron.base.records import Group, Sampling
 from nft_megatron.collect.build import columns_of, open_rollout_client, read_prompts, training_sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import config_from
 from nft_megatron.config.schema import Config
 from nft_megatron.config.sections import VerifyConfig
+from nft_megatron.data.ledger import write_ledger
 from nft_megatron.data.overlap import read_overlapping_ids
 from nft_megatron.data.prompts import tokenize
 from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
 from nft_megatron.data.tokenizer import load_tokenizer
-from nft_megatron.data.wording import instruct
+from nft_megatron.data.wording import instruct, reword
 from nft_megatron.evaluate.benchmarks import TOP_P, Benchmark, find_benchmarks, temperature_for
 from nft_megatron.evaluate.measure import Part, Task, answer_part, check_part, plan_parts, questions_hash, read_answers
 from nft_megatron.evaluate.run import Evaluation, evaluate
-from nft_megatron.evaluate.summary import Scores, comparison, read_scores, summary_of, table_of
+from nft_megatron.evaluate.summary import Scores, comparison, read_scores, reasons_table, summary_of, table_of
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
+from nft_megatron.verify.rules import rules_of
 from nft_megatron.weights import ModelShape, read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader
 
@@ -40,7 +43,10 @@ _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 
 
 def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None = None) -> Evaluation:
-    """Print the accuracy of ``model_folder`` on ``config.evaluate.data`` with its standard error; write it to ``out`` too.
+    """Print the accuracy of ``model_folder`` on ``config.evaluate.data`` with its standard error and the verdicts by reason.
+
+    ``out``, a folder, gets ``summary.json`` and ``answers.parquet``, which has every answer in the format of the ledger. If its
+    name ends in .json, the summary goes there and the answers next to it.
 
     Returns the judged answers. Raises :class:`UserError` without held-out questions or a complete model folder.
     """
@@ -51,7 +57,7 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
             "names no questions to evaluate on",
             "name a file: evaluate.data=questions.parquet, or measure benchmarks: --benchmarks FOLDER",
         )
-    model_folder = Path(model_folder)
+    model_folder = expand(model_folder)
     tokenizer = load_tokenizer(model_folder, "MODEL")
     prompts = read_prompts(config, tokenizer, "evaluate.data").prompts
     shape = read_shape(model_folder, "MODEL")
@@ -68,13 +74,23 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
         "truncated_rate": result.truncated_rate,
         "unknown_rate": result.unknown_rate,
         "answer_length_mean": result.answer_length_mean,
+        "verifier": rules_of(config.verify.mode),
+        "reasons": result.reasons,
     }
     if out is not None:
-        _write_json(out, summary)
+        path = out if out.suffix == ".json" else out / "summary.json"
+        answers = out.with_suffix(".parquet") if out.suffix == ".json" else out / "answers.parquet"
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        groups = [Group(i, 0, prompt, own) for i, (prompt, own) in enumerate(zip(prompts, result.answers, strict=True))]
+        write_ledger(answers, groups, fates=["sampled"] * len(groups), meta={"summary": summary})
+        _write_json(path, summary)
     print(
         f"{model_folder}: {result.accuracy:.1%} ± {result.standard_error:.1%} of {len(prompts)} questions correct "
         f"(avg@{config.evaluate.samples}, temperature {config.evaluate.temperature:g}), {result.truncated_rate:.1%} cut off"
     )
+    print(reasons_table({"answers": result}))
+    if out is not None:
+        print(f"{path}, and every answer in {answers}")
     return result
 
 
@@ -97,6 +113,11 @@ class BenchmarkOptions:
     grader: str = "simplerl"
     overlap: Path | None = None
     beside: tuple[Path, ...] = ()
+    instruction: str | None = None
+    """``boxed``, ``answer``, ``keep`` or ``none``, as ``data.instruction``, for every benchmark.
+
+    None: as in the paper, AIME and AMC in the wording of training; other files as they stand.
+    """
 
 
 def default_config(model_folder: Path, run_dir: Path, overrides: Sequence[str]) -> Config:
@@ -122,16 +143,14 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     config = _with_grader(config, options.grader)
     shape, tokenizer = read_shape(model_folder, "MODEL"), load_tokenizer(model_folder, "MODEL")
     sampling = _sampling(config, model_folder, shape, tokenizer, options)
-    tasks = [
-        _read_task(benchmark, path, config, tokenizer, options.samples) for benchmark, path in find_benchmarks(options.paths)
-    ]
+    tasks = [_read_task(benchmark, path, config, tokenizer, options) for benchmark, path in find_benchmarks(options.paths)]
     asked = {prompt.question_id for task in tasks for prompt in task.prompts}
     if overlapping and not overlapping & asked:
         log.warning("%s: none of its questions are in these benchmarks; was it made from the same files?", options.overlap)
     parts = [plan_parts(task, sampling.max_tokens, shape.max_positions, options.out) for task in tasks]
     _answer(parts, config, model_folder, shape, tokenizer, sampling)
     results = [(task.benchmark, read_answers(own)) for task, own in zip(tasks, parts, strict=True)]
-    settings = {"grader": options.grader, "sampling": asdict(sampling), "seed": config.seed}
+    settings = {"grader": options.grader, "rules": rules_of(options.grader), "sampling": asdict(sampling), "seed": config.seed}
     summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping)}
     _write_json(options.out / "summary.json", summary)
     print(
@@ -139,6 +158,7 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
         f"{sampling.max_tokens} tokens, grader {options.grader})\n"
     )
     print(table_of(results, overlapping))
+    print("\n" + reasons_table({benchmark.title: result for benchmark, result in results}))
     if others:
         print("\n" + comparison([Scores(str(model_folder), summary["scores"]), *others]))
     print(f"\n{options.out}: summary.json, and every answer under answers/")
@@ -169,15 +189,18 @@ def _sampling(config: Config, model_folder: Path, shape: ModelShape, tokenizer: 
     )
 
 
-def _read_task(benchmark: Benchmark, path: Path, config: Config, tokenizer: Any, samples: int | None) -> Task:
+def _read_task(benchmark: Benchmark, path: Path, config: Config, tokenizer: Any, options: BenchmarkOptions) -> Task:
     questions = load_questions([path], "--benchmarks", HELD_OUT_SPLIT, columns_of(config, "--benchmarks"))
-    if len(questions) != benchmark.num_questions:
+    if benchmark.num_questions not in (None, len(questions)):
         log.warning("%s: %s has %d questions, not %d", path, benchmark.title, len(questions), benchmark.num_questions)
-    instruction = config.data.instruction
-    if benchmark.training_wording and (instruction == "boxed" or instruction == "answer"):
+    instruction = options.instruction or (config.data.instruction if benchmark.training_wording else "keep")
+    if instruction == "boxed" or instruction == "answer":
         questions = [instruct(question, instruction) for question in questions]
-    prompts = tokenize(questions, tokenizer, config.data, "--benchmarks", instructs_all=False)  # the others as they stand
-    return Task(benchmark, tuple(prompts), samples or benchmark.samples)
+    elif instruction == "none":
+        questions = [reword(question, instruction) for question in questions]
+    as_they_are = config.data.model_copy(update={"instruction": "keep"})
+    prompts = tokenize(questions, tokenizer, as_they_are, "--benchmarks")
+    return Task(benchmark, tuple(prompts), options.samples or benchmark.samples)
 
 
 def _answer(
@@ -196,7 +219,8 @@ def _answer(
         remove_leftovers(own[0].path.parent)
     opened = _open_model(config, model_folder, shape, tokenizer, num_steps=len(everything), first_step=len(done))
     with opened as (client, fingerprint):
-        common = {"weights": fingerprint, "grader": config.verify.mode, "seed": config.seed, **asdict(sampling)}
+        grader = {"grader": config.verify.mode, "rules": rules_of(config.verify.mode)}
+        common = {"weights": fingerprint, **grader, "seed": config.seed, **asdict(sampling)}
         common = json.loads(json.dumps(common))  # as it will be read back
         settings = {
             own[0].task.benchmark.name: common
@@ -237,7 +261,8 @@ def _open_model(
     table = weight_table(shape)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(HFReader(model_folder, "MODEL"))
-        reader.check(table)
+        for note in reader.check(table):
+            log.warning("%s: %s", model_folder, note)
         progress = stack.enter_context(open_progress(num_steps, first_step))
         client = open_rollout_client(
             _apart(config, model_folder, shape), model_folder, shape, tokenizer, stack, PhaseTimer(), progress

@@ -1,4 +1,4 @@
-"""``nft-megatron verify``: a file of answers in, the same rows with verdicts out."""
+"""``nft-megatron verify``: files of answers in, the same rows with verdicts out."""
 
 from __future__ import annotations
 
@@ -7,56 +7,112 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.records import FinishReason
+from nft_megatron.base.records import FinishReason, Label
 from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.files import rows_of
 from nft_megatron.data.golds import GoldError, read_gold
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import REASONS, reason_of
+from nft_megatron.verify.rules import rules_of
 from nft_megatron.verify.service import Verifier
 
 Row = dict[str, Any]
+LABELS: tuple[str, ...] = get_args(Label)
+_GOLDS = ("gold", "ground_truth", "final_answer", "answer")
+_ANSWERS = ("text", "response", "completion", "output", "answer")
+"""The usual names of fields, in the order in which they count."""
+_LONG = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
+"""Columns of a ledger that take most of its bytes and no grader reads."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of a file's fields: the whole answer, and the right one."""
+
+    answer: str
+    gold: str
+
+    @classmethod
+    def of(cls, row: Row, where: str, answer: str | None, gold: str | None) -> Fields:
+        """``answer`` and ``gold`` where they are given, else the usual names; a ledger calls the answer ``answer``.
+
+        Raises :class:`UserError` if ``row`` has none of them.
+
+        >>> Fields.of({"answer": "so 4", "gold": "4", "label": "correct"}, "", None, None)
+        Fields(answer='answer', gold='gold')
+        >>> Fields.of({"response": "so 4", "answer": "4"}, "", None, None)
+        Fields(answer='response', gold='answer')
+        """
+        gold = gold or next((name for name in _GOLDS if name in row and name != answer), None)
+        answer = answer or next((name for name in _ANSWERS if name in row and name != gold), None)
+        for option, field, names in (("--answer-field", answer, _ANSWERS), ("--gold-field", gold, _GOLDS)):
+            if field is None or field not in row:
+                what = f"field {field!r}" if field else f"field of the usual names ({', '.join(names)})"
+                problem = f"has no {what} (it has {', '.join(row) or 'none'})"
+                raise UserError("FILE", where, problem, f"name the right one with {option}")
+        assert answer is not None and gold is not None
+        return cls(answer, gold)
 
 
 def verify_file(
-    path: Path, *, answer_field: str, gold_field: str, mode: str, out: Path | None = None, workers: int | None = None
+    *paths: Path,
+    answer_field: str | None = None,
+    gold_field: str | None = None,
+    mode: str = "strict",
+    out: Path | None = None,
+    workers: int | None = None,
 ) -> None:
-    """Grade the answers in a file of any kind that training data may have and print a table of reasons.
+    """Grade the answers in files of any kind that training data may have and print a table of reasons.
 
-    ``out`` gets each row unchanged plus ``verdict`` and ``reason`` (fields of that name are replaced). A row with a
-    ``finish_reason`` of "length" or "abort", as in a ledger, is judged accordingly. ``workers``: grader processes, by default
-    one per core.
+    ``out`` gets each row unchanged plus ``verdict`` and ``reason`` (fields of that name are replaced), and with several files
+    also ``file``. A row whose ``finish_reason`` is "length" or "abort", as in a ledger, is judged so. ``workers``: grader
+    processes, by default one per core. Without ``answer_field`` or ``gold_field`` each file's first row decides; see
+    :meth:`Fields.of`. Where rows have an earlier verdict, as in a ledger, changes are counted too.
 
     Raises :class:`UserError` with file and line if a line is not a row, lacks a field, or has no text there.
     """
     if mode not in MODES:
         raise UserError("--mode", mode, "no such mode", f"use one of {', '.join(MODES)}")
     settings = VerifyConfig.model_validate({"mode": mode, "workers": workers or os.cpu_count() or 1})
-    num_rows = _count(path)
-    rows, to_grade = itertools.tee(_rows_of(path))
+    num_rows = sum(map(_count, paths))
+    rows, to_grade = itertools.tee(_rows_of_all(paths, answer_field, gold_field, whole=out is not None))
     counts: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
+    earlier: dict[str, None] = {}
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(_open_out(out)) if out else None
         progress = stack.enter_context(open_progress(1))
         verifier = stack.enter_context(Verifier(settings))
         progress.phase("verify", total=num_rows)
-        answers = (_answer_of(row, where, answer_field, gold_field) for where, row in to_grade)
-        for (_, row), verdict in zip(rows, verifier.verify_many(answers), strict=True):
+        answers = (_answer_of(row, where, fields) for _, where, row, fields in to_grade)
+        for (path, _, row, _), verdict in zip(rows, verifier.verify_many(answers), strict=True):
             counts[reason_of(verdict)] += 1
+            if row.get("label") in LABELS and "verifier" in row:
+                earlier[str(row["verifier"])] = None
+                changes[f"{row['label']} → {verdict.label}"] += row["label"] != verdict.label
             if sink:
-                sink.write(json.dumps({**row, "verdict": verdict.label, "reason": verdict.reason}, default=str) + "\n")
+                of_file = {"file": str(path)} if len(paths) > 1 else {}
+                graded = {**row, **of_file, "verdict": verdict.label, "reason": verdict.reason}
+                sink.write(json.dumps(graded, default=str) + "\n")
             progress.advance()
     print(table_of(counts))
+    if earlier:
+        kinds = ", ".join(f"{change}: {count:,}" for change, count in changes.most_common() if count)
+        print(
+            f"{changes.total():,} verdicts differ from the recorded ones by {', '.join(earlier)}; these are by {rules_of(mode)}"
+            + (f" ({kinds})" if kinds else "")
+        )
     if out:
         print(out)
 
@@ -80,7 +136,8 @@ def table_of(counts: Counter[str]) -> str:
     return "\n".join([*lines, f"{shares} of {counts.total():,} answers"])
 
 
-def _answer_of(row: Row, where: str, answer_field: str, gold_field: str) -> tuple[str, str, FinishReason]:
+def _answer_of(row: Row, where: str, fields: Fields) -> tuple[str, str, FinishReason]:
+    answer_field, gold_field = fields.answer, fields.gold
     for option, field in (("--answer-field", answer_field), ("--gold-field", gold_field)):
         if field not in row:
             raise UserError(
@@ -121,11 +178,23 @@ def _count(path: Path) -> int:
     return sum(1 for _ in rows_of(path, "FILE", ()))
 
 
-def _rows_of(path: Path) -> Iterator[tuple[str, Row]]:
+def _rows_of_all(
+    paths: Sequence[Path], answer_field: str | None, gold_field: str | None, *, whole: bool
+) -> Iterator[tuple[Path, str, Row, Fields]]:
+    """Every row with its file, its place for messages, and the fields of its file. ``whole``: with all columns."""
+    for path in paths:
+        fields: Fields | None = None
+        for where, row in _rows_of(path, whole=whole):
+            fields = fields or Fields.of(row, where, answer_field, gold_field)
+            yield path, where, row, fields
+
+
+def _rows_of(path: Path, *, whole: bool) -> Iterator[tuple[str, Row]]:
     """Each row with its place for messages: lines are numbered from 1, Parquet rows from 0."""
     if path.suffix == ".parquet":
         with _parquet(path) as parquet:
-            batches = (batch.to_pylist() for batch in parquet.iter_batches(batch_size=256))
+            columns = [name for name in parquet.schema_arrow.names if whole or name not in _LONG]
+            batches = (batch.to_pylist() for batch in parquet.iter_batches(batch_size=256, columns=columns))
             for number, row in enumerate(itertools.chain.from_iterable(batches)):
                 yield f"{path}, row {number}", row
         return

@@ -18,9 +18,10 @@ import numpy as np
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Group, Prompt, Sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
-from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
+from nft_megatron.data.ledger import read_groups, read_meta, read_verifiers, write_ledger
 from nft_megatron.evaluate.benchmarks import Benchmark
 from nft_megatron.evaluate.run import Evaluation
+from nft_megatron.verify.rules import other_rules
 
 ANSWERS_PER_PART = 512
 """The most that a killed evaluation loses, and the engine's unit of work."""
@@ -83,6 +84,9 @@ def questions_hash(prompts: Sequence[Prompt]) -> str:
 def check_part(part: Part, settings: dict[str, Any]) -> None:
     """Raise :class:`UserError` if the part's file has answers from other settings than ``settings``."""
     recorded = read_meta(part.path)["settings"]
+    if "rules" not in recorded:  # written before the rules were part of the settings
+        own = other_rules(read_verifiers(part.path), settings["grader"])
+        recorded = recorded | {"rules": own or settings["rules"]}
     for key in sorted(settings.keys() | recorded.keys()):
         if recorded.get(key) != settings.get(key):
             raise UserError(

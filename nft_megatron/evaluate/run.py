@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.sections import EvaluateConfig
 from nft_megatron.evaluate.statistics import Judged, average, majority, pass_at, standard_error
 from nft_megatron.observe.metrics import PhaseTimer
+from nft_megatron.verify.reasons import REASONS, reason_of
 from nft_megatron.verify.simplerl import extract, respell
 
 
@@ -56,6 +58,12 @@ class Evaluation:
     def answer_length_mean(self) -> float:
         """Tokens."""
         return float(np.mean([len(answer.completion.tokens) for group in self.answers for answer in group]))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many answers have which reason for their verdict, in the order of ``REASONS``."""
+        counts = Counter(reason_of(answer.verdict) for group in self.answers for answer in group)
+        return {reason: counts[reason] for reason in REASONS if counts[reason]}
 
     def without(self, question_ids: frozenset[str]) -> Evaluation:
         """The same answers without those to ``question_ids``."""

@@ -17,6 +17,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark
 from nft_megatron.evaluate.run import Evaluation
 from nft_megatron.evaluate.table import aligned
+from nft_megatron.verify.reasons import REASONS
 
 _HEAD = ("", "questions", "k", "avg@k", "± s.e.", "pass@k", "maj@k", "cut off", "unknown", "tokens")
 
@@ -68,6 +69,7 @@ def _statistics(result: Evaluation) -> dict[str, Any]:
         "truncated_rate": result.truncated_rate,
         "unknown_rate": result.unknown_rate,
         "answer_length_mean": result.answer_length_mean,
+        "reasons": result.reasons,
     }
 
 
@@ -100,13 +102,23 @@ def _row(title: str, result: Evaluation) -> tuple[str, ...]:
     )
 
 
-def comparison(rows: Sequence[Scores]) -> str:
-    """Several models' avg@k side by side."""
-    head = ("avg@k", *(benchmark.title for benchmark in BENCHMARKS), "mean")
-    body = [
-        (row.name, *(_points(row.scores.get(benchmark.name, math.nan)) for benchmark in BENCHMARKS), _points(row.mean))
-        for row in rows
+def reasons_table(results: Mapping[str, Evaluation]) -> str:
+    """How many answers have which verdict for which reason, one column for each of ``results`` by title."""
+    counts = [result.reasons for result in results.values()]
+    rows = [
+        (f"{label}: {reason}", *(str(own.get(reason, 0)) for own in counts))
+        for reason, (label, _) in REASONS.items()
+        if any(reason in own for own in counts)
     ]
+    return aligned([("verdict: reason", *results), *rows])
+
+
+def comparison(rows: Sequence[Scores]) -> str:
+    """Several models' avg@k side by side; benchmarks that are none of the paper's come last and are not in the mean."""
+    titles = {benchmark.name: benchmark.title for benchmark in BENCHMARKS}
+    names = [*titles, *sorted({name for row in rows for name in row.scores} - titles.keys())]
+    head = ("avg@k", *(titles.get(name, name) for name in names), "mean")
+    body = [(row.name, *(_points(row.scores.get(name, math.nan)) for name in names), _points(row.mean)) for row in rows]
     return aligned([head, *body])
 
 

@@ -43,13 +43,15 @@ class StopRequests:
         if self._file is not None:
             log.warning("%s: saving and exiting after this step", self._signal)
 
-    def reason(self) -> str | None:
-        """What requested the stop; None if nothing has."""
+    def request(self) -> str | None:
+        """The signal or the file that requested the stop; None if there is neither."""
         if self._signal is not None:
             return self._signal
-        if self._file is not None and self._file.exists():
-            return f"the file {self._file}"
-        return self.limit.reason()
+        return f"the file {self._file}" if self._file is not None and self._file.exists() else None
+
+    def reason(self) -> str | None:
+        """What requested the stop, the end of the job's time included; None if nothing has."""
+        return self.request() or self.limit.reason()
 
     def clear(self) -> None:
         """The request has been honoured: the next start must not stop again."""

@@ -12,6 +12,7 @@ finished groups are kept.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -20,7 +21,11 @@ from collections.abc import Callable, Iterator
 
 from nft_megatron.base.errors import UserError
 
-_VARIABLES = ("NFT_MEGATRON_END_TIME", "SLURM_JOB_END_TIME")
+log = logging.getLogger(__name__)
+
+_OURS, _SLURMS = "NFT_MEGATRON_END_TIME", "SLURM_JOB_END_TIME"
+_GRACE_SECONDS = 300.0
+"""A job that is being ended may still run for so long; Slurm's KillWait is 30 s by default."""
 _NUM_MEASUREMENTS = 5
 _MARGIN = 1.25
 
@@ -54,13 +59,17 @@ class TimeLimit:
 
     @classmethod
     def of_job(cls, reserve: float) -> TimeLimit:
-        """The limit of this process's job: NFT_MEGATRON_END_TIME, else SLURM_JOB_END_TIME, else none."""
-        for name in _VARIABLES:
+        """The limit of this process's job: NFT_MEGATRON_END_TIME, else SLURM_JOB_END_TIME, else none.
+
+        Slurm ends a job soon after its end, so a SLURM_JOB_END_TIME long past is that of another job, inherited by a shell that
+        has outlived it, or 0 for no limit: it is ignored with a warning.
+        """
+        for name in (_OURS, _SLURMS):
             if value := os.environ.get(name):
-                try:
-                    return cls(float(value), reserve)
-                except ValueError as error:
-                    raise UserError(name, value, "is not a time", "give seconds since 1970, or unset it") from error
+                end = _time_of(name, value)
+                if name == _OURS or end > time.time() - _GRACE_SECONDS:
+                    return cls(end, reserve)
+                log.warning("%s = %s is long past: ignored, as no job outlives its end; unset it", name, value)
         return cls(None, reserve)
 
     @contextlib.contextmanager
@@ -84,5 +93,17 @@ class TimeLimit:
         left = self._end - self._clock()
         if left >= self.needed:
             return None
+        if left < 0:
+            return f"the end of its time, {-left:.0f} s ago (by {_OURS} or {_SLURMS}: unset it if it is another job's)"
         what = " and ".join(dict.fromkeys(self.phases))
         return f"the end of its time: {left:.0f} s are left, but the next {what} may take {self.needed:.0f} s"
+
+
+def _time_of(name: str, value: str) -> float:
+    """Seconds since 1970. Raises :class:`UserError` if ``value`` is none."""
+    try:
+        if not math.isnan(seconds := float(value)):
+            return seconds
+    except ValueError:
+        pass
+    raise UserError(name, value, "is not a time", "give seconds since 1970, or unset it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.decoder import fused_name
 from nft_megatron.weights.hf_reader import HFReader
 from nft_megatron.weights.table import Entry, fill
+
+log = logging.getLogger(__name__)
 
 
 def table_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -48,13 +51,16 @@ def load_weights(chunks: Sequence[torch.nn.Module], topology: Topology, shape: M
     """Fill every parameter from the Hugging Face folder, cast to the parameters' dtype. Call it before creating the optimizer.
 
     Raises:
-        UserError: for a folder without weights, or with missing, unexpected or misshapen tensors.
+        UserError: for a folder without weights, with missing, unexpected or misshapen tensors, or with two different LM heads.
     """
     table = weight_table(shape)
     entries = table.by_name
     rows = padded_vocab(shape, topology)
     with HFReader(Path(folder)) as reader:
-        reader.check(table)
+        notes = reader.check(table)
+        if topology.is_main:
+            for note in notes:
+                log.warning("%s: %s", folder, note)
         for name, parameter in table_parameters(chunks):
             entry: Entry = entries[name]
             assert parameter.shape == entry.local_shape(topology.tensor_size, rows), name

@@ -20,6 +20,7 @@ from nft_megatron.collect.build import open_rollout_client, training_sampling
 from nft_megatron.collect.collector import Collector
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.logprob_probe import LogprobProbe
+from nft_megatron.collect.rules import earlier_rules
 from nft_megatron.config.load import dump_config, flatten, load_config
 from nft_megatron.config.schema import Config
 from nft_megatron.data.prompts import PromptOrder
@@ -46,6 +47,7 @@ from nft_megatron.run.rank0 import Rank0Services
 from nft_megatron.run.run import Run
 from nft_megatron.run.weight_sync import WeightSync
 from nft_megatron.verify.modes import check_for_training
+from nft_megatron.verify.rules import rules_of
 from nft_megatron.weights import ModelShape, read_shape
 
 CHANGEABLE = (
@@ -212,7 +214,7 @@ def _open_rank0_services(
     tokenizer = load_tokenizer(config.model.path)
     questions, held_out = read_questions(config, folder, tokenizer)
     progress = LifeSigns(open_progress(config.train.num_steps), watchdog)
-    client = open_rollout_client(config, config.model.path, shape, tokenizer, stack, timer, progress)
+    client = open_rollout_client(config, config.model.path, shape, tokenizer, stack, timer, progress, stop.request)
     metrics = MetricsLog(
         folder.root,
         tensorboard=config.observe.tensorboard,
@@ -234,6 +236,8 @@ def _open_rank0_services(
             filters_prompts=config.filters_prompts,
             left_out=questions.left_out,
             interrupted=stop.reason,
+            rules=rules_of(config.verify.mode),
+            earlier_rules=earlier_rules(folder, config.verify.mode),
         ),
         evaluate=(
             (lambda progress: evaluate(replace(client, progress=progress), held_out.prompts, config.evaluate, sampling))

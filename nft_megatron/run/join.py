@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from nft_megatron.base.rank_info import rank_info
+from nft_megatron.base.rank_info import check_launch, rank_info
 from nft_megatron.collect.build import num_cores
 from nft_megatron.config.schema import Config
 from nft_megatron.model.topology import Topology, distributed
@@ -14,8 +14,9 @@ def init_distributed(config: Config) -> AbstractContextManager[Topology]:
     """This process's topology under ``config.parallel``, until the block ends. Called on every rank.
 
     Raises:
-        UserError: the sizes of ``parallel`` do not divide the number of processes.
+        UserError: the sizes of ``parallel`` do not divide the number of processes, or not all of those were started.
     """
+    check_launch()
     parallel = config.parallel
     return distributed(
         parallel.tensor,
@@ -26,5 +27,5 @@ def init_distributed(config: Config) -> AbstractContextManager[Topology]:
         timeout_seconds=parallel.timeout_seconds,
         control_timeout_seconds=config.rollout.step_deadline_seconds,
         threads=parallel.threads or max(1, num_cores() // rank_info().local_size),
-        seed=config.seed + 1,
+        seed=config.seed % 2**63 + 1,  # Megatron adds to it, and torch takes 64 bits
     )

@@ -25,10 +25,12 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import config_from, load_config
 from nft_megatron.config.schema import Config
+from nft_megatron.data.ledger import read_verifiers
 from nft_megatron.model.control import on_main, together
 from nft_megatron.observe.metrics import MetricsRow, read_metrics
 from nft_megatron.run.build import build_trainer
 from nft_megatron.run.join import init_distributed
+from nft_megatron.verify.rules import other_rules, rules_of
 from nft_megatron.weights import read_shape
 
 _METRICS_KEY = "nft_megatron.metrics"
@@ -58,6 +60,7 @@ def replay(run_dir: Path, step: int, overrides: Sequence[str], save: Path | None
     config = replay_config(folder, overrides)
     with init_distributed(config) as topology:
         on_main(topology, lambda: _check_is_there(folder, step))
+        on_main(topology, lambda: _tell_rules(folder.ledger(step), config.verify.mode))
         reference = on_main(topology, lambda: _recorded(folder, step) if against is None else _load_metrics(against))
         trainer = together(topology, lambda: build_trainer(config, topology, read_shape(config.model.path)))
         if step > 1:
@@ -101,6 +104,15 @@ def _check_is_there(folder: RunFolder, step: int) -> None:
             step,
             f"has no {lacks}",
             f"one of {', '.join(map(str, possible)) or 'none'}; checkpoint.every and checkpoint.keep decide what a run keeps",
+        )
+
+
+def _tell_rules(ledger: Path, mode: str) -> None:
+    """Say if the recorded verdicts, which a replay trains on, are not those of today's rules."""
+    if (earlier := other_rules(read_verifiers(ledger), mode)) is not None:
+        print(
+            f"the verdicts in {ledger} are by {earlier}; today's rules are {rules_of(mode)}. The recorded ones are replayed; "
+            f"`nft-megatron verify {ledger}` shows what would be judged differently"
         )
 
 

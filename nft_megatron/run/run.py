@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from nft_megatron.observe.progress import Progress
 from nft_megatron.run.checkpoints import Checkpoints
 from nft_megatron.run.rank0 import Rank0Services
 from nft_megatron.run.weight_sync import WeightSync
+
+log = logging.getLogger(__name__)
 
 WATCHED_AS = {"prepare": "update"}
 """Phases that share the deadline of another one."""
@@ -59,6 +62,8 @@ class Run:
     """The current step's update, counted from 1."""
     _num_skipped: int = 0
     """Skipped updates in a row, up to the last one."""
+    _halted: StoppedEarly | None = None
+    """Raised by a wait for servers after a step was trained: the step is saved first."""
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -72,6 +77,13 @@ class Run:
         self.step, collected = self.checkpoints.restore()
         self.collected = collected or self.collected
         self.progress.begin(self.step)
+        try:
+            self._begin()
+        except StoppedEarly:  # while it waited for servers
+            self.stop.clear()
+            raise
+
+    def _begin(self) -> None:
         self.publish(self.step)
         on_main(self.topology, self._forget_later_metrics)
         self._evaluates_concurrently = on_main(self.topology, self._may_evaluate_beside)
@@ -169,13 +181,27 @@ class Run:
         return stats
 
     def publish(self, version: int) -> None:
-        """π ← π_θ⁺: the trained weights to the engine, verified by the log-prob probe if there is one."""
-        self._finish_evaluation()  # it evaluates the weights before these
-        with self.phase("publish"):
-            self.weight_sync.publish(version)
-            self._check_probe(version)
-        if self._ahead is not None:
-            self._ahead.published(version)
+        """π ← π_θ⁺: the trained weights to the engine, verified by the log-prob probe if there is one.
+
+        If servers are awaited too long or the run is asked to stop meanwhile, :meth:`after_step` saves the step and ends it.
+        """
+        with self._saving_first(is_trained=version > self.step):
+            self._finish_evaluation()  # it evaluates the weights before these
+            with self.phase("publish"):
+                self.weight_sync.publish(version)
+                self._check_probe(version)
+            if self._ahead is not None:
+                self._ahead.published(version)
+
+    @contextlib.contextmanager
+    def _saving_first(self, is_trained: bool) -> Iterator[None]:
+        """If waiting for servers ends the run, remember it until :meth:`after_step` has saved the step that is trained."""
+        try:
+            yield
+        except StoppedEarly as error:
+            if not is_trained:
+                raise
+            self._halted = error
 
     def _check_probe(self, version: int) -> None:
         def ask() -> Path | None:
@@ -208,24 +234,30 @@ class Run:
         if self.checkpoints.is_written():
             self._finish_saving()
         is_last = step == self.config.train.num_steps
-        if is_last or (step % self.config.evaluate.every == 0 and not self._is_due_beside(step)):
-            self._evaluate()
+        is_due = is_last or (step % self.config.evaluate.every == 0 and not self._is_due_beside(step))
+        if is_due and self._halted is None:
+            with self._saving_first(is_trained=True):
+                self._evaluate()
+        if is_due and self._halted is not None:
+            log.warning("step %d is not evaluated: %s", step, self._halted)
         row = {"step": step} | dataset.metrics | batch.metrics | self.trainer.summary(updates)
         num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
         on_main(self.topology, lambda: self._write_row(row, num_tokens))
         self.stop.limit.phases = self._phases_of(step + 1)
         reason = first_of(self.topology, self.stop.reason())
         is_asked = on_main(self.topology, self.folder.save_request.exists)
-        if step % self.config.checkpoint.every == 0 or is_last or reason or is_asked:
+        if step % self.config.checkpoint.every == 0 or is_last or reason or is_asked or self._halted:
             self._save()
-        if is_last or reason or is_asked:
+        if is_last or reason or is_asked or self._halted:
             self._finish_saving()
             on_main(self.topology, lambda: self.folder.save_request.unlink(missing_ok=True))
         if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
             with self.phase("save"):
                 self.weight_sync.export(self.folder.export(step))
-        if reason:
+        if reason or self._halted:
             self.stop.clear()
+        if self._halted and not is_last:
+            raise StoppedEarly(f"step {step} is saved; {self._halted}") from self._halted
         if reason and not is_last:
             raise StoppedEarly(
                 f"stopped after step {step} by {reason}; everything is saved, the same command resumes from there"

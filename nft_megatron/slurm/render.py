@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import zlib
@@ -12,13 +13,18 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job_folder import JobFolder
+from nft_megatron.slurm.quoting import file_pattern, own_option, sbatch_word
 from nft_megatron.slurm.steps import gres_of, python_of
 
 
 def job_name(config: Config) -> str:
-    """Slurm runs only one job per name and user at a time, so every run needs its own name, wherever its folder is."""
+    """Slurm runs only one job per name and user at a time, so every run needs its own name, wherever its folder is.
+
+    What Slurm's commands read as a separator, such as a space or a comma, becomes a dash.
+    """
     run_dir = config.run_dir.resolve()
-    return config.slurm.job_name or f"{run_dir.name}-{zlib.crc32(bytes(run_dir)) & 0xFFFF:04x}"
+    name = config.slurm.job_name or f"{run_dir.name}-{zlib.crc32(bytes(run_dir)) & 0xFFFF:04x}"
+    return re.sub(r"[^\w.+:@-]+", "-", name, flags=re.ASCII)
 
 
 def num_nodes(config: Config) -> int:
@@ -35,7 +41,7 @@ def render(config: Config, config_path: Path, overrides: Sequence[str] = ()) -> 
         UserError: rollout nodes that would never be used.
     """
     check(config)
-    log = _folder(config).root / "job_%j.log"
+    folder = _folder(config).root
     options = [
         f"--job-name={job_name(config)}",
         f"--nodes={num_nodes(config)}",
@@ -48,9 +54,9 @@ def render(config: Config, config_path: Path, overrides: Sequence[str] = ()) -> 
         roles += f", {config.cluster.rollout_nodes} generate"
     comment = [
         f"{job_name(config)}: {roles}. Rendered by `nft-megatron slurm render`; sbatch needs the folder",
-        f"{log.parent}, which `nft-megatron slurm submit` creates.",
+        f"{folder}, which `nft-megatron slurm submit` creates.",
     ]
-    return _script(config, comment, options, log, [str(config_path), *overrides])
+    return _script(config, comment, options, "job_%j.log", [str(config_path), *overrides])
 
 
 def render_rollouts(config: Config, config_path: Path, count: int) -> str:
@@ -59,12 +65,11 @@ def render_rollouts(config: Config, config_path: Path, count: int) -> str:
     name = f"{job_name(config)}-rollouts"
     options = [f"--job-name={name}", f"--array=1-{count}", "--nodes=1", "--requeue", "--signal=B:USR1@60"]
     comment = [f"Servers for {job_name(config)} on {count} more nodes; they end with the run."]
-    log = _folder(config).root / "rollouts_%A_%a.log"
-    return _script(config, comment, options, log, [str(config_path), "--rollouts-only"])
+    return _script(config, comment, options, "rollouts_%A_%a.log", [str(config_path), "--rollouts-only"])
 
 
-def _script(config: Config, comment: Sequence[str], options: Sequence[str], log: Path, arguments: Sequence[str]) -> str:
-    """Whole nodes, the set-up, the agent with its ``arguments``."""
+def _script(config: Config, comment: Sequence[str], options: Sequence[str], log: str, arguments: Sequence[str]) -> str:
+    """Whole nodes, the set-up, the agent with its ``arguments``. ``log``: a pattern of Slurm, in RUN/slurm."""
     settings = config.slurm
     common = [
         "--exclusive",
@@ -75,9 +80,9 @@ def _script(config: Config, comment: Sequence[str], options: Sequence[str], log:
         *([f"--account={settings.account}"] if settings.account else []),
         "--open-mode=append",
         f"--chdir={Path.cwd()}",
-        f"--output={log}",
-        *settings.sbatch,
+        f"--output={file_pattern(_folder(config).root)}/{log}",
     ]
+    lines = [*map(sbatch_word, (*options, *common)), *map(own_option, settings.sbatch)]
     python = (
         sys.executable if settings.container_image else python_of(config)
     )  # the agent runs outside the container, where srun is
@@ -85,7 +90,7 @@ def _script(config: Config, comment: Sequence[str], options: Sequence[str], log:
         [
             "#!/bin/bash",
             *(f"# {line}" for line in comment),
-            *(f"#SBATCH {option}" for option in (*options, *common)),
+            *(f"#SBATCH {line}" for line in lines),
             "",
             "set -eo pipefail",  # not -u: module files and profiles use variables that are not set
             *settings.setup,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nft_megatron.config.schema import Config
+from nft_megatron.slurm.quoting import file_pattern
 
 SECONDS_AFTER_FIRST_END = 60
 """Time that the other ranks have, once one has ended, to write their exit reports."""
@@ -38,8 +39,8 @@ def trainer_step(config: Config, config_path: Path, nodes: Sequence[str], cpus_p
         *_srun(config, nodes, tasks_per_node=per_node, cpus_per_node=cpus_per_node),
         "--kill-on-bad-exit=0",
         f"--wait={SECONDS_AFTER_FIRST_END}",
-        f"--output={log}",
-        f"--error={log}",
+        f"--output={file_pattern(log)}",
+        f"--error={file_pattern(log)}",
         "--open-mode=append",
         python_of(config),
         "-u",
@@ -56,8 +57,8 @@ def rollout_step(config: Config, config_path: Path, node: str, cpus_per_node: in
     return [
         *_srun(config, [node], tasks_per_node=servers, cpus_per_node=cpus_per_node),
         "--kill-on-bad-exit=0",
-        f"--output={log}",
-        f"--error={log}",
+        f"--output={file_pattern(log)}",
+        f"--error={file_pattern(log)}",
         "--open-mode=append",
         python_of(config),
         "-u",
@@ -76,8 +77,8 @@ def preflight_step(config: Config, nodes: Sequence[str], cpus_per_node: int, fol
     command = [
         *_srun(config, nodes, tasks_per_node=tasks, cpus_per_node=cpus_per_node),
         "--kill-on-bad-exit=0",
-        f"--output={folder}/output.log",
-        f"--error={folder}/output.log",
+        f"--output={file_pattern(folder)}/output.log",
+        f"--error={file_pattern(folder)}/output.log",
         python_of(config),
         "-m",
         "nft_megatron.slurm.preflight",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import queue
@@ -37,6 +36,7 @@ from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.comparison import Undecided
 from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
+from nft_megatron.verify.rules import rules_of
 
 _START_SECONDS = 60.0  # for imports, on a busy machine
 _PATIENCE = 0.8  # of the hard limit; the rest allows for the kill and for this process to be scheduled
@@ -154,10 +154,7 @@ class Verifier:
         self._settings = settings = settings or VerifyConfig()
         self._mode = MODES[settings.mode]
         self._memory_bytes, self._tasks_per_worker = memory_bytes, tasks_per_worker
-        math_verify = (
-            f"math-verify/{importlib.metadata.version('math-verify')}" if self._mode.judge in ("strict", "math-verify") else ""
-        )
-        self._name = f"{self._mode.version} {math_verify}".strip()
+        self._name = rules_of(settings.mode)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()  # of everything below

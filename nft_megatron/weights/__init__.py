@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.paths import check_model_folder
 from nft_megatron.weights import llama, mistral, qwen2, qwen3, qwen3_moe
 from nft_megatron.weights.shape import ModelShape
 from nft_megatron.weights.table import WeightTable
@@ -31,8 +32,7 @@ def read_shape(folder: Path | str, field: str = "model.path") -> ModelShape:
             ``config.json`` when no family here can express it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(field, folder, "no such folder", "give the path of a Hugging Face model folder")
+    check_model_folder(folder, field)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(field, folder, "has no config.json", "give the path of a complete Hugging Face model folder")

@@ -25,9 +25,11 @@ _SHARED_REFUSALS = {
 }
 
 
-def refusal(field: str, value: object, problem: str) -> UserError:
+def refusal(
+    field: str, value: object, problem: str, remedy: str = "use a model that this family's table can express"
+) -> UserError:
     """The error for a ``config.json`` whose ``field`` needs what the family's table cannot express."""
-    return UserError(f"config.json: {field}", value, problem, "use a model that this family's table can express")
+    return UserError(f"config.json: {field}", value, problem, remedy)
 
 
 def only(config: Config, field: str, allowed: object, problem: str) -> None:
@@ -115,7 +117,8 @@ def _read_rope(config: Config) -> tuple[float, Llama3Scaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise refusal(field, rope, f"this scaling of rotary positions ({kind}) is not supported")
+        problem = f"this scaling of rotary positions ({kind}) is not supported"
+        raise refusal(field, rope, problem, _without_scaling(field, config, theta))
     numbers = {f"{field}.{name}": value for name, value in rope.items()}
     scaling = Llama3Scaling(
         factor=positive_float(numbers, f"{field}.factor"),
@@ -126,6 +129,19 @@ def _read_rope(config: Config) -> tuple[float, Llama3Scaling | None]:
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise refusal(f"{field}.high_freq_factor", scaling.high_freq_factor, "must be above low_freq_factor")
     return theta, scaling
+
+
+def _without_scaling(field: str, config: Config, theta: float) -> str:
+    """What to do about a scaling that is not supported: models such as Qwen2.5 and Qwen3 are trained without theirs."""
+    rope = config[field]
+    longest = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    kept = f'{{"rope_type": "default", "rope_theta": {theta:.12g}}}'
+    how = f"replace {field} in config.json by {kept}" if "rope_theta" in rope else f"remove {field} from config.json"
+    return (
+        f"if it was added to a trained model to extend its context, as Qwen's model cards suggest, {how}, set "
+        f"max_position_embeddings to at most {longest}, and keep data.max_prompt_tokens + rollout.max_answer_tokens below "
+        "that; a model that was trained with it cannot be used"
+    )
 
 
 def decoder_config(shape: ModelShape, model_type: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def decoder_table(shape: ModelShape) -> WeightTable:
             # A tied head exists as a parameter of its own only on the last of several pipeline stages.
             Entry("output_layer.weight", (head,), (vocab,), Layout.VOCABULARY, exported=not shape.tied_embeddings),
         ),
-        ignored=frozenset({"lm_head.weight"} if shape.tied_embeddings else ()),
+        copies={"lm_head.weight": embedding} if shape.tied_embeddings else {},
     )
 
 

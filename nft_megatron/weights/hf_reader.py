@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.weights.table import WeightTable
+from nft_megatron.base.paths import check_model_folder
+from nft_megatron.weights.copies import UNTIE, Pair
+from nft_megatron.weights.table import WeightTable, is_buffer, note_on_buffers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -60,8 +63,7 @@ class HFReader:
     def __init__(self, folder: Path, field: str = "model.path") -> None:
         self._field, self._folder = field, folder
         self._descriptors: dict[Path, int] = {}
-        if not folder.is_dir():
-            raise UserError(field, folder, "no such folder", "give the path of a Hugging Face model folder")
+        check_model_folder(folder, field)
         self.places: Mapping[str, TensorPlace] = self._find_tensors()
 
     def __enter__(self) -> HFReader:
@@ -99,12 +101,17 @@ class HFReader:
             result[row : row + band].copy_(rows.narrow(axis, start, stop - start))
         return result
 
-    def check(self, table: WeightTable) -> None:
-        """Raise :class:`UserError` unless the folder holds exactly the table's tensors, in its shapes."""
+    def check(self, table: WeightTable) -> tuple[str, ...]:
+        """Notes for the user on stored tensors that are not read: copies of others, constants.
+
+        Raises :class:`UserError` unless the folder holds exactly the table's other tensors, in its shapes, or if one
+        of the copies differs.
+        """
         expected = table.shapes
+        unexpected = {name for name in self.names - expected.keys() - table.copies.keys() if not is_buffer(name)}
         for problem, names in (
             ("lacks the tensor", expected.keys() - self.names),
-            ("holds an unexpected tensor", self.names - expected.keys() - table.ignored),
+            ("holds an unexpected tensor", unexpected),
         ):
             if names:
                 first, others = min(names), len(names) - 1
@@ -118,6 +125,15 @@ class HFReader:
                     f"{name} has shape {list(self.shape(name))}, but config.json implies {list(shape)}",
                     "check config.json against the weights",
                 )
+        return (*self._compare_copies(table), *note_on_buffers(self.names - expected.keys()))
+
+    def _compare_copies(self, table: WeightTable) -> Iterator[str]:
+        for name in table.copies.keys() & self.names:
+            pair = Pair(name, table.copies[name], self.shape(name), self.shape(table.copies[name]))
+            difference = pair.difference(partial(self.read, name, 0), partial(self.read, pair.original, 0))
+            if difference is not None:
+                raise UserError(self._field, self._folder, f"{name} {difference}", UNTIE)
+            yield pair.note
 
     def _rows(self, place: TensorPlace, start: int, stop: int, row_bytes: int) -> torch.Tensor:
         if place.file not in self._descriptors:

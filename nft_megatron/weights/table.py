@@ -17,8 +17,9 @@ Shapes in comments: H hidden, V vocabulary, d head dimension, g query groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -108,14 +109,15 @@ class Entry:
 class WeightTable:
     """All entries of a model, in the order in which Hugging Face lists its tensors.
 
-    ``ignored`` are Hugging Face names that a folder may contain but nobody reads, such as a stored copy of a tied LM head.
+    ``copies``: Hugging Face tensors that a folder may store although another one, whose name is given, has the same values: a
+    tied LM head. They are compared, not read.
 
     >>> WeightTable((Entry("norm", ("model.norm.weight",), ((4,),), Layout.WHOLE),)).by_name["norm"].sources
     ('model.norm.weight',)
     """
 
     entries: tuple[Entry, ...]
-    ignored: frozenset[str] = frozenset()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def by_name(self) -> Mapping[str, Entry]:
@@ -131,6 +133,33 @@ class WeightTable:
             if entry.exported
             for source, shape in zip(entry.sources, entry.shapes, strict=True)
         }
+
+
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_(pos_)?emb\.((original_)?inv_freq|cos_cached|sin_cached)|(self_attn|attn|attention)\.bias|masked_bias|position_ids)$"
+)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a stored tensor is none of the model's weights but a constant that config.json implies.
+
+    Earlier versions of transformers saved them: rotary frequencies, causal masks, position numbers.
+
+    >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq"), is_buffer("model.layers.0.self_attn.q_proj.bias")
+    (True, False)
+    """
+    return _BUFFER.search(name) is not None
+
+
+def note_on_buffers(names: Iterable[str]) -> tuple[str, ...]:
+    """At most one line for the user: which stored tensors are ignored.
+
+    >>> note_on_buffers(["masked_bias", "h.0.attn.bias"])
+    ('ignored: 2 stored constants that config.json implies, such as h.0.attn.bias',)
+    """
+    ignored = sorted(filter(is_buffer, names))
+    what = f"{len(ignored)} stored constants" if len(ignored) > 1 else "1 stored constant"
+    return (f"ignored: {what} that config.json implies, such as {ignored[0]}",) if ignored else ()
 
 
 def split(entry: Entry, shards: Sequence[torch.Tensor], padded_vocab: int) -> list[torch.Tensor]:

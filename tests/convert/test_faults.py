@@ -241,7 +241,10 @@ def test_a_checkpoint_without_manifest_is_proven_by_the_checksums_in_its_archive
         ({"vocab_size": 140}, r"embedding.word_embeddings.weight has shape \[131, 32\], but config.json implies \[140, 32\]"),
         ({"num_hidden_layers": 3}, r"linear_qkv.weight has shape \[2, 64, 32\], but config.json implies \[3, 64, 32\]"),
         ({"intermediate_size": 64}, r"linear_fc1.weight has shape \[2, 96, 32\], but config.json implies \[2, 128, 32\]"),
-        ({"tie_word_embeddings": True}, "output_layer.weight is a key of .* but not of the model"),
+        (
+            {"tie_word_embeddings": True},
+            "output_layer.weight differs from model.embed_tokens.weight .*set tie_word_embeddings",
+        ),
         ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 4}, "q_norm.weight is not in|linear_qkv.bias is a key"),
     ],
     ids=["vocabulary", "layers", "MLP", "tied", "family"],

@@ -38,8 +38,25 @@ def test_mistakes(tmp_path: Path) -> None:
         find_benchmarks([tmp_path / "missing"])
     with pytest.raises(UserError, match=r"AIME 2024 again, besides .*aime24\.jsonl"):
         find_benchmarks([aime, other])
-    with pytest.raises(UserError, match=r"is not named after a benchmark .* name it one of aime24, aime25, amc23, math500,"):
-        find_benchmarks([write(tmp_path / "gsm8k.jsonl")])
+    one, two = write(tmp_path / "gsm8k.jsonl"), write(tmp_path / "other" / "gsm8k.parquet")
+    with pytest.raises(UserError, match=r"is gsm8k again, besides .*gsm8k\.jsonl; name one of the two, or rename it"):
+        find_benchmarks([one, two])
+
+
+def test_any_other_file_or_folder_that_is_named_is_a_benchmark_too(tmp_path: Path) -> None:
+    gsm8k, aime = write(tmp_path / "GSM8K (test).jsonl"), write(tmp_path / "aime24.jsonl")
+    folder = write(tmp_path / "my questions" / "test.jsonl").parent
+    found = find_benchmarks([gsm8k, folder, aime])
+    assert [(benchmark.name, path) for benchmark, path in found] == [
+        ("aime24", aime),
+        ("GSM8K_test", gsm8k),
+        ("my_questions", folder),
+    ]
+    assert [(b.title, b.num_questions, b.samples, b.training_wording) for b, _ in found[1:]] == [
+        ("GSM8K (test)", None, 1, False),
+        ("my questions", None, 1, False),
+    ]
+    assert names([tmp_path]) == [("aime24", aime)], "in a folder with benchmarks, what is not named is not meant"
 
 
 def test_layouts_of_the_hub(tmp_path: Path) -> None:

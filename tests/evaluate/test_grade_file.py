@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.data.ledger import write_ledger
 from nft_megatron.data.questions import load_questions
-from nft_megatron.evaluate.grade_file import verify_file
+from nft_megatron.evaluate.grade_file import Fields, verify_file
+from nft_megatron.verify.rules import rules_of
 
 ROWS = [
     {"id": 7, "text": r"so \boxed{34}", "gold": "34"},
@@ -95,6 +99,66 @@ def test_what_training_refuses_is_refused_here(tmp_path, gold):
     for field in ("data.train", "evaluate.data"):
         with pytest.raises(UserError, match=rf"{field} = .*a\.jsonl, row 0: (?:the gold |has no gold answer)"):
             load_questions([path], field)
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"question": "q", "answer": r"\boxed{4}", "gold": "4", "label": "correct"}, ("answer", "gold")),  # a ledger
+        ({"text": r"\boxed{4}", "gold": "4", "answer": "5"}, ("text", "gold")),
+        ({"response": r"\boxed{4}", "answer": "4"}, ("response", "answer")),
+        ({"completion": r"\boxed{4}", "ground_truth": 4}, ("completion", "ground_truth")),
+        ({"output": r"\boxed{4}", "final_answer": "4"}, ("output", "final_answer")),
+        ({"answer": r"\boxed{4}", "ground_truth": "4"}, ("answer", "ground_truth")),
+    ],
+)
+def test_the_fields_are_found(tmp_path, row, fields):
+    assert Fields.of(row, "", None, None) == Fields(*fields)
+    verify_file(write_jsonl(tmp_path / "a.jsonl", [row]), out=tmp_path / "out.jsonl")
+    assert read_jsonl(tmp_path / "out.jsonl")[0]["verdict"] == "correct"
+
+
+def test_one_of_the_fields_may_be_named():
+    row = {"answer": "4", "mine": r"\boxed{4}", "text": "?"}
+    assert Fields.of(row, "", "mine", None) == Fields("mine", "answer")
+    assert Fields.of(row, "", None, "mine") == Fields("text", "mine")
+    with pytest.raises(UserError, match=r"FILE = here: has no field 'his' \(it has answer, mine, text\); .*--answer-field"):
+        Fields.of(row, "here", "his", None)
+    with pytest.raises(UserError, match=r"has no field of the usual names \(gold, .*\) \(it has text\); .*--gold-field"):
+        Fields.of({"text": "?"}, "here", None, None)
+
+
+def test_several_files_each_with_its_own_fields(tmp_path, capsys):
+    one = write_jsonl(tmp_path / "one.jsonl", [{"response": r"\boxed{4}", "answer": "4"}])
+    pq.write_table(pa.Table.from_pylist([{"answer": r"\boxed{5}", "gold": "4"}] * 2), tmp_path / "two.parquet")
+    verify_file(one, tmp_path / "two.parquet", out=tmp_path / "out.jsonl")
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [(row["file"], row["verdict"]) for row in rows] == [
+        (str(one), "correct"),
+        *[(str(tmp_path / "two.parquet"), "wrong")] * 2,
+    ]
+    assert "correct 33.33%, wrong 66.67%, unknown 0.00% of 3 answers" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
+        verify_file(one, tmp_path / "nothing.jsonl")
+
+
+def test_a_ledgers_verdicts_are_compared_with_the_recorded_ones(tmp_path, capsys):
+    old, tokens = "strict/1 math-verify/0.8", np.ones(2, np.int32)
+    labels = ("correct", "wrong", "unknown", "correct")
+    answers = tuple(
+        Answer(Completion(0, i, tokens, -tokens.astype(np.float32), "stop", 0, 0.0), r"\boxed{4}", Verdict(label, "", old))
+        for i, label in enumerate(labels)
+    )
+    write_ledger(tmp_path / "a.parquet", [Group(0, 1, Prompt("q", "2+2?", "4", tokens), answers)], fates=["train"], meta={})
+    verify_file(tmp_path / "a.parquet", out=tmp_path / "out.jsonl")
+    printed = capsys.readouterr().out
+    assert f"2 verdicts differ from the recorded ones by {old}; these are by {rules_of('strict')} (" in printed
+    assert "wrong → correct: 1" in printed and "unknown → correct: 1" in printed
+    assert [(row["label"], row["verdict"]) for row in read_jsonl(tmp_path / "out.jsonl")] == [
+        (label, "correct") for label in labels
+    ]
+    verify_file(tmp_path / "a.parquet")
+    assert printed.startswith(capsys.readouterr().out.rstrip()), "the same without the long columns"
 
 
 def test_the_command_line(tmp_path, command):

@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from bench_data import BENCH, recorded
 from own_questions import write_benchmarks
@@ -14,9 +17,10 @@ from waiting import until
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt
-from nft_megatron.data.ledger import read_groups
+from nft_megatron.data.ledger import read_groups, read_meta
 from nft_megatron.evaluate.benchmarks import BENCHMARKS
 from nft_megatron.evaluate.measure import Task, plan_parts
+from nft_megatron.verify.rules import rules_of
 
 OPTIONS = [
     "--max-answer-tokens",
@@ -206,6 +210,85 @@ def test_golds_that_nobody_can_answer_are_named(model, command, tmp_path):
     done = command("eval", model, "--benchmarks", path, *OPTIONS, "--grader", "dapo", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert r"MATH500: 1 of 3 golds are not judged correct by the grader dapo themselves, such as \boxed{x" in done.stderr
+
+
+REASONS = ("exact", "another number", "not a number", "no closed box", "truncated", "several answers")
+
+
+def reasons(stdout: str, column: int = 0) -> dict[str, int]:
+    """The printed counts, by reason."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in stdout.splitlines()]
+    return {row[0].partition(": ")[2]: int(row[1 + column]) for row in rows if row[0].partition(": ")[2] in REASONS}
+
+
+def test_held_out_questions_of_a_config_keep_every_answer_with_its_reason(model, run_config, command, tmp_path):
+    config = run_config(evaluate={"samples": 3, "temperature": 1.0})
+    for out, summary, kept in (
+        (tmp_path / "out", tmp_path / "out" / "summary.json", tmp_path / "out" / "answers.parquet"),
+        (tmp_path / "one.json", tmp_path / "one.json", tmp_path / "one.parquet"),
+    ):
+        done = command("eval", model, config, "--out", out)
+        assert done.returncode == 0, done.stderr
+        groups = [group for group, _ in read_groups(kept)]
+        assert [len(group.answers) for group in groups] == [3] * 15
+        assert {group.prompt.question_id for group in groups} == {f"{a}+{b}" for a in range(5) for b in range(5 - a)}
+        labels = [answer.verdict.label for group in groups for answer in group.answers]
+        written = json.loads(summary.read_text())
+        assert written["accuracy"] == pytest.approx(labels.count("correct") / 45)
+        counts = Counter(answer.verdict.reason for group in groups for answer in group.answers)
+        assert reasons(done.stdout) == written["reasons"] == counts and counts.total() == 45
+        assert written["verifier"].startswith("strict/") and str(kept) in done.stdout
+    graded = command("verify", tmp_path / "one.parquet", kept)
+    assert graded.returncode == 0, graded.stderr
+    assert "of 90 answers" in graded.stdout and "0 verdicts differ from the recorded ones" in graded.stdout
+
+
+def test_any_file_with_any_prompt(model, sums, command, tmp_path):
+    """A file of another name, asked as it stands; then for a box, as DAPO does; and a config's own prompt around it."""
+    mine = sums / "my sums.jsonl"
+    (sums / "math500.jsonl").rename(mine)
+    asked = {}
+    for name, options in (("plain", []), ("boxed", ["--instruction", "boxed"]), ("answer", ["--instruction", "answer"])):
+        out = tmp_path / name
+        done = command("eval", model, "--benchmarks", mine, *OPTIONS, *options, "--grader", "strict", "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "questions, not" not in done.stderr
+        groups = [group for group, _ in read_groups(out / "answers" / "my_sums" / "part_000000.parquet")]
+        assert [len(group.answers) for group in groups] == [1] * 4
+        asked[name] = groups[0].prompt.question
+        summary = json.loads((out / "summary.json").read_text())
+        assert table(done.stdout)["my sums"][:2] == ["4", "1"]
+        assert reasons(done.stdout) == summary["benchmarks"]["my_sums"]["reasons"]
+        assert sum(reasons(done.stdout).values()) == 4
+    assert asked["plain"] == "0 + 0"
+    assert "\\boxed{$Answer}" in asked["boxed"] and "0 + 0" in asked["boxed"]
+    assert "Answer: $Answer (without quotes)" in asked["answer"]
+    beside = command("eval", model, "--benchmarks", mine, *OPTIONS, "--out", out / "again", "--beside", out / "summary.json")
+    assert re.search(r"^avg@k .* Minerva Math +my_sums +mean$", beside.stdout, re.MULTILINE), "a column of its own"
+    assert command("eval", model, "--benchmarks", sums / "my sums.jsonl", *OPTIONS, "--instruction", "oral").returncode == 2
+
+
+def test_answers_judged_by_other_rules_are_not_mixed_with_new_ones(model, sums, command, tmp_path):
+    arguments = ["eval", model, "--benchmarks", sums / "math500.jsonl", *OPTIONS, "--grader", "dapo", "--out", tmp_path / "out"]
+    assert command(*arguments).returncode == 0
+    (path,) = (tmp_path / "out" / "answers" / "math500").iterdir()
+    assert read_meta(path)["settings"]["rules"] == rules_of("dapo")
+    metadata = pq.read_schema(path).metadata
+    meta = json.loads(metadata[b"nft_megatron.meta"])
+    written = pq.read_table(path)
+    for settings, verifier, code in (
+        ({"rules": "dapo/1"}, "dapo/1", 2),
+        ({"rules": None}, "dapo/1", 2),  # as earlier versions wrote it
+        ({"rules": None}, rules_of("dapo"), 0),
+    ):
+        settings = {key: value for key, value in (meta["settings"] | settings).items() if value is not None}
+        column = written.schema.get_field_index("verifier")
+        changed = written.set_column(column, "verifier", pa.array([verifier] * len(written)))
+        packed = {**metadata, b"nft_megatron.meta": json.dumps({"settings": settings}).encode()}
+        pq.write_table(changed.replace_schema_metadata(packed), path, write_page_checksum=True)
+        done = command(*arguments)
+        assert done.returncode == code, done.stderr
+        assert code == 0 or f"has answers with rules = dapo/1, but it is {rules_of('dapo')} now" in done.stderr
 
 
 def prompts(*lengths: int) -> tuple[Prompt, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -62,8 +63,31 @@ def test_the_end_is_what_the_agent_says_else_slurm_else_never(monkeypatch):
     assert TimeLimit.of_job(1100.0).reason() is not None
     monkeypatch.setenv("NFT_MEGATRON_END_TIME", str(int(time.time()) + 2000))
     assert TimeLimit.of_job(1100.0).reason() is None
-    monkeypatch.setenv("NFT_MEGATRON_END_TIME", "soon")
-    with pytest.raises(UserError, match="NFT_MEGATRON_END_TIME = soon: is not a time"):
+
+
+@pytest.mark.parametrize("end", ["0", "1600000000", "-1"])
+def test_an_end_in_the_past_is_another_jobs(monkeypatch, caplog, end):
+    """A shell may outlive the job whose variables it has; and 0 stands for no limit."""
+    monkeypatch.delenv("NFT_MEGATRON_END_TIME", raising=False)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    assert TimeLimit.of_job(60.0).reason() is None
+    assert f"SLURM_JOB_END_TIME = {end} is long past: ignored, as no job outlives its end; unset it" in caplog.text
+    monkeypatch.setenv("NFT_MEGATRON_END_TIME", end)  # the agent's, or a person's own
+    assert re.match(r"the end of its time, \d+ s ago \(by NFT_MEGATRON_END_TIME", TimeLimit.of_job(60.0).reason())
+
+
+def test_a_job_that_is_just_being_ended_leaves(monkeypatch):
+    monkeypatch.delenv("NFT_MEGATRON_END_TIME", raising=False)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 5))
+    assert re.match(r"the end of its time, \d+ s ago", TimeLimit.of_job(60.0).reason())
+
+
+@pytest.mark.parametrize("end", ["soon", "nan", "2026-01-01T00:00:00"])
+@pytest.mark.parametrize("name", ["NFT_MEGATRON_END_TIME", "SLURM_JOB_END_TIME"])
+def test_what_is_no_time_is_refused(monkeypatch, name, end):
+    monkeypatch.delenv("NFT_MEGATRON_END_TIME", raising=False)
+    monkeypatch.setenv(name, end)
+    with pytest.raises(UserError, match=f"{name} = {end}: is not a time; give seconds since 1970, or unset it"):
         TimeLimit.of_job(1.0)
 
 

@@ -1,5 +1,7 @@
 """The batch script, and the steps under srun."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import load_config
 from nft_megatron.config.slurm import SlurmConfig
-from nft_megatron.slurm.render import render, render_rollouts
+from nft_megatron.slurm.render import job_name, render, render_rollouts
 from nft_megatron.slurm.steps import preflight_step, rollout_step, step_environment, trainer_step
 from nft_megatron.slurm.submit import _absolute
 
@@ -63,6 +65,98 @@ def test_the_script_asks_for_what_the_configuration_says(config):
     assert lines.index("module load cuda") > lines.index(f"#SBATCH {options[-1]}")
     assert lines[-1] == f"exec /opt/python -u -m nft_megatron slurm agent {path} 'a.b=c d'"
     assert "2 nodes train, 3 generate" in lines[1]
+
+
+def words(line: str) -> list[str]:
+    """A #SBATCH line as sbatch reads it, after _get_argument of its opt.c."""
+    found, word, quote, i, is_word = [], "", "", 0, False
+    while i < len(line):
+        letter = line[i]
+        if letter == "\\" and i + 1 < len(line):
+            word, i, is_word = word + line[i + 1], i + 1, True
+        elif quote:
+            word, quote = (word, "") if letter == quote else (word + letter, quote)
+        elif letter in "\"'":
+            quote, is_word = letter, True
+        elif letter == "#":
+            break
+        elif letter.isspace():
+            if is_word:
+                found.append(word)
+            word, is_word = "", False
+        else:
+            word, is_word = word + letter, True
+        i += 1
+    assert not quote, "sbatch: unmatched quote"
+    return [*found, word] if is_word else found
+
+
+ODD = ("my runs", "run #3", "100%", "50%j", "it's", 'a "b"', "a=b", "Läufe", "a,b", "$HOME", "a;b", "~", "x%%j")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_folder_and_any_name_reach_sbatch_as_they_are(config, tmp_path, monkeypatch, name):
+    here = tmp_path / f"here {name}"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    settings, path = config()
+    settings = settings.model_copy(update={"run_dir": Path("runs") / name})
+    for script in (render(settings, path), render_rollouts(settings, path, 2)):
+        read = [word for line in options_of(script) for word in words(line)]
+        assert len(read) == len(options_of(script)), "each line is one option"
+        assert f"--chdir={here}" in read
+        (output,) = (word.removeprefix("--output=") for word in read if word.startswith("--output="))
+        folder = output.rpartition("/")[0]
+        assert folder.replace("%%", "%") == str(here / "runs" / name / "slurm") and "%" not in folder.replace("%%", "")
+        (job,) = (word.removeprefix("--job-name=") for word in read if word.startswith("--job-name="))
+        assert re.fullmatch(r"[A-Za-z0-9_.+:@-]+", job), job
+    step = trainer_step(settings, path, ["n1"], 8, here / "runs" / name / "log")
+    assert f"--output={here}/runs/{name}/log".replace("%", "%%") in step
+    assert f"--error={here}/runs/{name}/log".replace("%", "%%") in step
+
+
+def test_runs_of_like_names_are_different_jobs(config, tmp_path):
+    names = [job_name(config(f"run_dir={tmp_path}/{name}")[0]) for name in ("a b", "a-b", "a,b", "a  b")]
+    assert len(set(names)) == 4 and all(name.startswith("a-b-") for name in names)
+    assert job_name(config("slurm.job_name='my night, run 1'")[0]) == "my-night-run-1"
+
+
+def test_own_options_may_have_spaces_and_quotes_of_their_own(config):
+    own = ["--comment=for tuesday", "--comment='a  b'", "--qos high", "--mail-type=END --nice=3", "-x n1", "--comment=a#b"]
+    settings, path = config(f"slurm.sbatch={json.dumps(own)}")
+    read = [words(line) for line in options_of(render(settings, path))][-len(own) :]
+    assert read == [
+        ["--comment=for tuesday"],
+        ["--comment=a  b"],
+        ["--qos", "high"],
+        ["--mail-type=END", "--nice=3"],
+        ["-x", "n1"],
+        ["--comment=a#b"],
+    ]
+
+
+@pytest.mark.parametrize("path", ["a\\b", "a\nb", "a\tb"])
+def test_paths_that_slurm_cannot_write_to_are_refused(config, path):
+    settings = config()[0].model_copy(update={"run_dir": Path("runs") / path})
+    with pytest.raises(UserError, match=r"run_dir = .*Slurm cannot write files to such a path; use no backslash"):
+        render(settings, Path("config.yaml"))
+
+
+def test_a_real_sbatch_reads_it(lab, config, tmp_path, monkeypatch):
+    """And writes the job's log where the script says."""
+    here, out = tmp_path / "my folder #1", tmp_path / "my folder #1" / "100% 'runs'" / "slurm"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    own = 'slurm.sbatch=["--comment=for tuesday"]'
+    settings, path = config("cluster.trainer_nodes=1", "cluster.rollout_nodes=0", "slurm.gres=''", "slurm.time=5", own)
+    settings = settings.model_copy(update={"run_dir": here / "100% 'runs'"})
+    out.mkdir(parents=True)
+    script = render(settings, path).rpartition("exec ")[0] + "pwd\n"
+    (here / "job.sh").write_text(script)
+    job = lab.run("sbatch", "--parsable", here / "job.sh").stdout.strip()
+    state = lab.wait_state(job, "COMPLETED")
+    assert (state["JobName"], state["Comment"]) == (job_name(settings), "for tuesday")
+    assert (out / f"job_{job}.log").read_text() == f"{here}\n"
 
 
 def test_a_site_that_forbids_requeueing_gets_no_request_for_it(config):

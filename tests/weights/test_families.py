@@ -212,6 +212,28 @@ def test_what_cannot_be_expressed_is_refused_by_name(name):
         assert caught.value.field == f"config.json: {field}"
 
 
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("has_original", [True, False])
+def test_the_remedy_for_a_rotary_scaling_says_what_to_do_and_works(kind, has_original):
+    """As Qwen's model cards add it, and as transformers 5 writes it together with the base."""
+    config = tiny_config("qwen2").to_dict() | {"rope_parameters": None, "rope_theta": 5000.0, "max_position_embeddings": 256}
+    scaling = {"factor": 4.0} | ({"original_max_position_embeddings": 64} if has_original else {})
+    old = config | {"rope_scaling": {"type": kind, **scaling}}
+    new = config | {"rope_theta": None, "rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **scaling}}
+    for changed, how in (
+        (old, "remove rope_scaling from config.json, "),
+        (new, 'replace rope_parameters in config.json by {"rope_type": "default", "rope_theta": 5000}, '),
+    ):
+        with pytest.raises(UserError) as caught:
+            shape_of(changed)
+        assert f"({kind}) is not supported" in caught.value.problem
+        assert how in caught.value.remedy
+        assert f"max_position_embeddings to at most {64 if has_original else 256}," in caught.value.remedy
+    as_told = {**new, "rope_parameters": {"rope_type": "default", "rope_theta": 5000}, "max_position_embeddings": 64}
+    del old["rope_scaling"]
+    assert shape_of(as_told) == shape_of(old | {"max_position_embeddings": 64})
+
+
 def test_mistral_without_a_word_on_its_window_has_one():
     config = tiny_config("mistral").to_dict()
     del config["sliding_window"]

@@ -20,7 +20,9 @@ from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet import transfer
+from nft_megatron.rollout.fleet.health import State
 from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.notice import WaitNotice
 from nft_megatron.rollout.fleet.registry import Registration, discover, read_key, run_key
 from nft_megatron.rollout.fleet.server import Server, ServerSettings
 from nft_megatron.rollout.fleet.supervisor import Deadlines, ServerStats, ServerSupervisor, Target
@@ -37,16 +39,26 @@ _LOOK_SECONDS = 0.5
 _CLOSE_SECONDS = 10.0
 _MAX_SHARD_BYTES = 1 << 30
 _NUM_KEPT = 2
+_THERE = (State.STALE.value, State.HEALTHY.value)
 
 
 class Fleet:
     """Servers and their weights. Call ``start`` first and ``close`` last; any thread may call any method.
 
     ``settings`` says how to start servers, and ``settings.folder`` is where they register; ``seed`` is the run's.
+    ``interrupted`` gives a reason to end every wait for servers, or None.
     """
 
-    def __init__(self, config: FleetConfig, settings: ServerSettings, weights_dir: Path, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: FleetConfig,
+        settings: ServerSettings,
+        weights_dir: Path,
+        seed: int = 0,
+        interrupted: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._config, self._settings, self._weights_dir, self._seed = config, settings, weights_dir, seed
+        self._interrupted = interrupted
         shape = read_shape(settings.model_folder)
         self._vocab_size, self._shapes = shape.vocab_size, weight_table(shape).shapes
         self._deadlines = Deadlines(config.start_seconds, config.sync_seconds, config.silence_seconds)
@@ -54,6 +66,7 @@ class Fleet:
         self._supervisors: dict[str, ServerSupervisor] = {}
         self._registered: dict[str, Registration] = {}
         self._publishing = threading.Lock()
+        self._has_served = False
         self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
 
     def start(self) -> None:
@@ -112,21 +125,29 @@ class Fleet:
         return stream.fingerprint
 
     def wait_for_servers(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Return once ``fleet.min_servers`` servers are serving, or ``is_over`` returns True.
+        """Return once ``fleet.min_servers`` servers are serving, or ``is_over`` returns True. Logs what it waits for.
 
-        Raises ``StoppedEarly`` (exit code 75) after ``seconds``.
+        Raises ``StoppedEarly`` (exit code 75) after ``seconds``, or once the run is interrupted, unless enough servers are
+        there and only load their weights.
         """
-        deadline = Deadline.of(seconds)
-        while not is_over():  # called without the lock: it may access files
+        deadline, notice = Deadline.of(seconds), WaitNotice(self._has_served)
+        while not is_over():  # called without the lock, as is what follows: they may access files
+            reason = self._interrupted()
             with self._target.changed:
-                if len(self.serving()) >= self._config.min_servers:
+                stats = self.stats()
+                num_serving = len(self.serving())
+                if num_serving >= self._config.min_servers:
+                    self._has_served = True
                     return
+                serving = f"{num_serving} of fleet.min_servers = {self._config.min_servers} servers are serving"
                 if deadline.has_passed or self._target.closed:
-                    text = "; ".join(f"{stats.name} {stats.state} ({stats.reason or 'no fault'})" for stats in self.stats())
+                    text = "; ".join(f"{each.name} {each.state} ({each.reason or 'no fault'})" for each in stats)
                     raise StoppedEarly(
-                        f"{len(self.serving())} of fleet.min_servers = {self._config.min_servers} servers are serving after "
-                        f"{seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
+                        f"{serving} after {seconds:g} s: {text or 'there are none'}. See {self._settings.log_folder}"
                     )
+                if reason and sum(each.state in _THERE for each in stats) < self._config.min_servers:
+                    raise StoppedEarly(f"stopped by {reason} while waiting for servers ({serving}); the same command resumes")
+                notice.look(serving, stats, deadline.left, self._settings.folder)
                 self._target.changed.wait(min(deadline.left, _LOOK_SECONDS))
 
     def stats(self) -> list[ServerStats]:

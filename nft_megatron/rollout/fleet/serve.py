@@ -116,6 +116,8 @@ def find_config(path: Path, overrides: list[str], seconds: float) -> Config:
     deadline = Deadline.of(seconds)
     if path.suffix not in (".yaml", ".yml"):
         path = path / "config.yaml"
+        if not path.is_file():
+            log.warning("waiting for %s, %g s at most: the trainer writes it", path, seconds)
         while not path.is_file():
             if deadline.has_passed:
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -33,14 +34,14 @@ def server_settings(config: Config) -> ServerSettings:
     )
 
 
-def open_fleet(config: Config) -> Fleet:
-    """The run's fleet, started: its own servers are coming up, and it looks for others.
+def open_fleet(config: Config, interrupted: Callable[[], str | None] = lambda: None) -> Fleet:
+    """The run's fleet, started: its own servers are coming up, and it looks for others. ``interrupted`` ends waits for them.
 
     Raises ``UserError`` if servers are to be started without vLLM installed, or for a wrong field of ``fleet``.
     """
     if config.fleet.servers:
         check_installed(str(config.fleet.python or sys.executable))
     weights_dir = (config.fleet.weights_dir or config.run_dir / "weights").resolve()
-    fleet = Fleet(config.fleet, server_settings(config), weights_dir, seed=config.seed)
+    fleet = Fleet(config.fleet, server_settings(config), weights_dir, seed=config.seed, interrupted=interrupted)
     fleet.start()
     return fleet

@@ -5,14 +5,16 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fake_control import FakeServer
 from safetensors.torch import load_file
-from waiting import until
+from waiting import Clock, until
 
+from nft_megatron.base import deadline as deadline_module
 from nft_megatron.base.backoff import Backoff
 from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.config.fleet import FleetConfig
@@ -20,8 +22,10 @@ from nft_megatron.rollout.fleet import fleet as fleet_module
 from nft_megatron.rollout.fleet import supervisor as supervisor_module
 from nft_megatron.rollout.fleet.control import Control, ControlError
 from nft_megatron.rollout.fleet.fleet import Fleet
+from nft_megatron.rollout.fleet.notice import WaitNotice
 from nft_megatron.rollout.fleet.registry import Registration, register, run_key, withdraw
 from nft_megatron.rollout.fleet.server import ServerSettings
+from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.weights.fingerprint import weights_fingerprint
 
 PATIENCE = 120.0
@@ -48,12 +52,12 @@ def open_fleet(tmp_path, model_folder):
     """Opens a fleet over the given URLs; keyword arguments set fields of the section ``fleet``."""
     fleets = []
 
-    def begin(urls=(), **fields):
+    def begin(urls=(), interrupted=lambda: None, **fields):
         (tmp_path / "key").write_text("secret")
         fields = {"sync_seconds": PATIENCE, "silence_seconds": PATIENCE, "wait_seconds": PATIENCE, **fields}
         section = FleetConfig(urls=tuple(urls), key_file=tmp_path / "key", **fields)
         settings = ServerSettings(model_folder, tmp_path / "fleet", tmp_path / "logs", "secret")
-        fleets.append(Fleet(section, settings, tmp_path / "weights"))
+        fleets.append(Fleet(section, settings, tmp_path / "weights", interrupted=interrupted))
         fleets[-1].start()
         return fleets[-1]
 
@@ -227,6 +231,55 @@ def test_waiting_ends_when_servers_are_no_longer_wanted(open_fleet):
     looks = iter([False, True])
     fleet.wait_for_servers(3600.0, lambda: next(looks))
     assert next(looks, None) is None
+
+
+def test_a_wait_says_what_for_and_ends_with_a_request_to_stop(fakes, open_fleet, tensors, tmp_path, caplog, monkeypatch):
+    """At once where servers are missing: it looks at the request whenever it looks at the servers."""
+    asked = []
+    fakes[0].status["/weight_info"] = 503
+    fleet = open_fleet([fakes[0].url], interrupted=lambda: asked[0] if asked else None)
+    log = threading.Thread(target=lambda: (until(lambda: "waiting for servers" in caplog.text), asked.append("SIGTERM")))
+    log.start()
+    with pytest.raises(StoppedEarly, match=r"stopped by SIGTERM while waiting for servers \(0 of fleet\.min_servers = 1"):
+        fleet.publish(tensors.items(), 1)
+    log.join()
+    assert "s at most: 0 of fleet.min_servers = 1 servers are serving (url-0 starting)" in caplog.text
+    with pytest.raises(StoppedEarly, match="stopped by SIGTERM"):
+        fleet.wait_for_servers(3600.0)
+    del fakes[0].status["/weight_info"]
+    until(lambda: names(fleet) == {"url-0"})
+    fleet.wait_for_servers(3600.0)  # enough are there: nothing to wait for
+    fleet.publish(tensors.items(), 2)  # it is there, and only loads
+
+
+def test_without_any_server_it_says_how_to_start_one(open_fleet, tmp_path, caplog):
+    fleet = open_fleet()
+    with pytest.raises(StoppedEarly, match="there are none"):
+        fleet.wait_for_servers(0.1)
+    run = tmp_path  # its folder of servers is RUN/fleet
+    assert f"none has registered in {run}/fleet: start one with `nft-megatron serve {run}`, or set fleet.servers" in caplog.text
+
+
+def test_notices_are_few(caplog, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(deadline_module, "time", clock)
+    servers = [ServerStats("a", "starting", -1, 0, 0.0, 0, "")]
+    notice = WaitNotice(has_served=True)
+
+    def count() -> int:
+        notice.look("0 of 1 are serving", servers, 100.0, Path("RUN/fleet"))
+        return caplog.text.count("waiting for servers, 100 s at most: 0 of 1 are serving (")
+
+    assert [count(), count()] == [0, 0], "new weights are loaded at every step"
+    clock.added += 11
+    assert [count(), count()] == [1, 1]
+    servers[0] = replace(servers[0], state="dead", reason="signal 9")
+    assert [count(), count()] == [2, 2]
+    assert "(a dead); a: signal 9" in caplog.text
+    clock.added += 61
+    assert [count(), count()] == [3, 3]
+    WaitNotice(has_served=False).look("0 of 1 are serving", servers, 100.0, Path("RUN/fleet"))
+    assert caplog.text.count("waiting for servers") == 4
 
 
 def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fleet, tensors, tmp_path):
