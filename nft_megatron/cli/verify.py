@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Grade the answers in each FILE (of any kind that data.train takes) and print a summary of the verdicts and reasons. If "
-        "a row has a finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and abort is unknown. "
-        "For a ledger it also says which recorded verdicts have changed.",
+        "Grade the answers in each FILE, of any kind that data.train takes, and print a summary of the verdicts and "
+        "reasons. If a row has a finish_reason, as in a run's ledger, length is wrong (simplerl: judged by its text) and "
+        "abort is unknown. For a ledger it also says which recorded verdicts have changed.",
     )
     parser.add_argument("files", metavar="FILE", type=user_path, nargs="+", help="one answer per row")
     parser.add_argument(
