@@ -30,11 +30,11 @@ import httpx
 import numpy as np
 from transformers import Qwen2Config
 
-from nft_megatron.base.records import Request, Sampling
+from nft_megatron.base.records import Request
 from nft_megatron.rollout.fleet.engine import FleetEngine
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from fake_vllm import VOCABULARY, Process, StaticFleet
+from fake_vllm import VOCABULARY, Process, StaticFleet, sampling
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -131,7 +131,7 @@ def measure(arguments: argparse.Namespace, count: int) -> dict[str, float]:
     engine.load([], 0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu, tokens, num_answers = time.perf_counter(), time.process_time(), 0, 0
-    for completion in engine.generate(requests, Sampling(max_tokens=arguments.max_tokens)):
+    for completion in engine.generate(requests, sampling(arguments.max_tokens)):
         tokens += len(completion.tokens)
         num_answers += 1
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -6,6 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fake_proof import proof
+
 from nft_megatron.weights.fingerprint import weights_fingerprint
 from nft_megatron.weights.hf_reader import HFReader
 
@@ -13,11 +15,14 @@ from nft_megatron.weights.hf_reader import HFReader
 class FakeServer:
     """Runs in this process. ``status`` maps a route to the error it returns; ``calls`` lists the routes called.
 
-    Calls of a route in ``silent`` wait for a reply until :meth:`speak`; ``num_waiting`` counts them.
+    Calls of a route in ``silent`` wait for a reply until :meth:`speak`; ``num_waiting`` counts them. With a ``server_id`` it
+    proves itself by it and takes no bare key; ``authorizations`` are all that it was shown. ``raw`` maps a route to a function
+    that gives the pieces of a whole reply, perhaps without end (``server_faults.py``).
     """
 
-    def __init__(self, key="secret"):
+    def __init__(self, key="secret", server_id=None):
         self.key, self.label, self.fingerprint = key, "default", "none"
+        self.server_id, self.authorizations, self.raw = server_id, [], {}
         self.paused, self.cache_is_old = False, False
         self.status, self.calls = {}, []
         self.silent, self.num_waiting, self._changed = set(), 0, threading.Condition()
@@ -65,14 +70,24 @@ class FakeServer:
         name = body["method"] if route == "/collective_rpc" else route
         self._wait(name)
         status = self.status.get(name, 200)
-        if request.headers.get("authorization") != f"Bearer {self.key}":
+        authorization = request.headers.get("authorization", "")
+        self.authorizations.append(authorization)
+        proven = None if self.server_id is None else proof(self.key, self.server_id, authorization, request.command, route)
+        if proven is None and (self.server_id is not None or authorization != f"Bearer {self.key}"):
             status = 401
         self.calls.append(name)
         try:
+            if name in self.raw:
+                request.close_connection = True
+                for piece in self.raw[name]():
+                    request.wfile.write(piece)
+                return
             reply = self.act(name, body) if status == 200 else {"error": "on demand"}
             text = json.dumps(reply).encode()
             request.send_response(status)
             request.send_header("content-length", str(len(text)))
+            if proven is not None:
+                request.send_header("X-NFT-Proof", proven)
             request.end_headers()
             request.wfile.write(text)
         except OSError:

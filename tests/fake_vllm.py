@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import httpx
+from fake_proof import proof
+from server_faults import ANSWERS, DRIPS, STREAMS, head
 
+from nft_megatron.base.records import Sampling
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet.health import Health
 from nft_megatron.rollout.fleet.member import Member
@@ -39,8 +42,9 @@ class Behaviour:
     """``fault`` strikes from the next event on: "drop" closes the connection, "stall" sends nothing more, "error" and
     "garbage" send what they say, "chunk" breaks HTTP and falls silent, "linger" never closes a complete stream, "abort" ends
     answers that way, "refuse" and "fail" reply 400 and 500, "hide" omits the weight versions, "nan" has no log-prob, "repeat"
-    sends a finished answer again. ``only_seed``: only for sub-requests with this seed. ``hold``: after this many tokens a
-    sub-request gets no more until this is raised; negative: no end. ``seen`` counts those currently held.
+    sends a finished answer again; those of ``server_faults.py`` replace the whole reply. ``only_seed``: only for sub-requests
+    with this seed. ``hold``: after this many tokens a sub-request gets no more until this is raised; negative: no end. ``seen``
+    counts those currently held. ``server_id``: by what the server proves itself, with the key "key"; empty: it does not.
     """
 
     version: str = "0"
@@ -49,6 +53,12 @@ class Behaviour:
     fault: str = ""
     only_seed: int = -1
     reordered: bool = False  # the same JSON with different spacing and order
+    server_id: str = ""
+
+
+def sampling(max_tokens=256):
+    """Sampling under which its answers are valid."""
+    return Sampling(max_tokens=max_tokens, stop_token_ids=(STOP,))
 
 
 def expected_length(seed, max_tokens):
@@ -68,15 +78,19 @@ def expected_answer(seed, max_tokens):
 
 class FakeServer:
     def __init__(self):
-        self.behaviour, self.seen = Behaviour(), Counter()
+        self.behaviour, self.seen, self.proof = Behaviour(), Counter(), None
 
     async def serve(self, reader, writer):
         """One connection, kept alive."""
         try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                lines = head.decode().lower().split("\r\n")
+            while asked := await reader.readuntil(b"\r\n\r\n"):
+                lines = asked.decode().lower().split("\r\n")
                 size = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
                 body = await reader.readexactly(size)
+                first, *others = asked.decode().split("\r\n")
+                given = next((line.partition(": ")[2] for line in others if line.startswith("Authorization:")), "")
+                self.seen["shown the key"] += "key" in given.split()
+                self.proof = proof("key", self.behaviour.server_id, given, *first.split()[:2])
                 await self.respond(lines[0].split()[1], body, reader, writer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -99,6 +113,12 @@ class FakeServer:
         try:
             if self.fault(asked) == "refuse":
                 return self.reply(writer, "400 Bad Request", b'{"error":"too long"}')
+            if self.fault(asked) in STREAMS:
+                return await self.pour(STREAMS[self.fault(asked)][0](), writer)
+            if self.fault(asked) in DRIPS:
+                return await self.drip(*DRIPS[self.fault(asked)], writer)
+            if self.fault(asked) in ANSWERS:
+                return await self.pour(self.changed_answers(asked), writer)
             if self.fault(asked) == "fail":
                 return self.reply(writer, "500 Internal Server Error", b'{"error":"dead"}')
             return await self.stream(asked, reader, writer)
@@ -111,6 +131,42 @@ class FakeServer:
     def reply(self, writer, status, body):
         writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
 
+    async def pour(self, pieces, writer):
+        """Send the pieces of a reply, and end the connection after the last."""
+        for piece in pieces:
+            if writer.is_closing():
+                break
+            writer.write(piece)
+            await writer.drain()
+        raise ConnectionError
+
+    async def drip(self, beginning, piece, writer):
+        """Send a piece at a time without end."""
+        writer.write(beginning)
+        while not writer.is_closing():
+            self.seen["drips"] += 1
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        raise ConnectionError
+
+    def changed_answers(self, asked):
+        """Whole answers, each as one event changed by a fault of ``ANSWERS``."""
+        parameters = asked["sampling_params"]
+        yield head(Content_Type="text/event-stream", Connection="close")
+        for index in range(parameters["n"]):
+            tokens, logprobs, reason = expected_answer(parameters["seed"] + index, parameters["max_tokens"])
+            choice = {
+                "index": index,
+                "finish_reason": reason,
+                "token_ids": tokens,
+                "weight_versions": self.spans(self.behaviour.version, len(tokens)),
+                "logprobs": {"content": [{"logprob": value} for value in logprobs]},
+            }
+            choice = ANSWERS[self.fault(asked)][0](choice)
+            yield b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
     def fault(self, asked):
         concerned = self.behaviour.only_seed in (-1, asked["sampling_params"]["seed"])
         return self.behaviour.fault if concerned else ""
@@ -120,7 +176,7 @@ class FakeServer:
         self.seen["held"] += 1
         try:
             while 0 <= self.behaviour.hold <= num_tokens:
-                if reader.at_eof():
+                if reader.at_eof() or reader.exception() is not None:  # the client closed it, perhaps with data unread
                     raise ConnectionError
                 await asyncio.sleep(0.02)
         finally:
@@ -130,7 +186,8 @@ class FakeServer:
         """All answers advance together: first one token, then ``stream_interval`` at a time."""
         parameters = asked["sampling_params"]
         answers = [expected_answer(parameters["seed"] + i, parameters["max_tokens"]) for i in range(parameters["n"])]
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        proven = {"X_NFT_Proof": self.proof} if self.proof else {}
+        writer.write(head(Content_Type="text/event-stream", Transfer_Encoding="chunked", **proven))
         begin, end = 0, 1
         first_version = self.behaviour.version
         while any(begin < len(tokens) for tokens, *_ in answers):
@@ -214,14 +271,14 @@ class Process:
         for name, value in changes.items():
             assert name in {field.name for field in fields(Behaviour)}
             setattr(self.behaviour, name, value)
-        httpx.post(f"{self.url}/behave", json=asdict(self.behaviour), timeout=60, trust_env=False)
+        httpx.post(f"{self.url}/behave", json=asdict(self.behaviour), timeout=60, trust_env=False, verify=False)
 
     def label(self, version):
         self.behave(version=str(version))
 
     @property
     def seen(self):
-        return Counter(httpx.get(f"{self.url}/seen", timeout=60, trust_env=False).json())
+        return Counter(httpx.get(f"{self.url}/seen", timeout=60, trust_env=False, verify=False).json())
 
     def kill(self):
         self.process.kill()

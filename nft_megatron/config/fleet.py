@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, TextList
+from nft_megatron.base.errors import UserError
+
+
+def _private(urls: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse an address at which the key, which these servers get as it is, could be read on the way."""
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            is_address = bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+        except ValueError:
+            is_address = False
+        if not is_address or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query or parts.fragment:
+            raise UserError("fleet.urls", url, "is not the address of a server", "write http://127.0.0.1:PORT or https://HOST")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            raise UserError(
+                "fleet.urls",
+                url,
+                "would send the servers' key unencrypted over the network",
+                "use https://, or a tunnel that ends at 127.0.0.1, or run `nft-megatron serve` there: it needs no url",
+            )
+    return urls
+
+
+def _is_loopback(host: str) -> bool:
+    """
+    >>> _is_loopback("localhost"), _is_loopback("127.0.0.2"), _is_loopback("::1"), _is_loopback("node7")
+    (True, True, True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class FleetConfig(ConfigModel):
@@ -14,10 +48,11 @@ class FleetConfig(ConfigModel):
 
     servers: Annotated[int, Field(ge=0)] = 0
     """vLLM servers that the trainer starts on its own machine."""
-    urls: TextList = ()
-    """URLs of servers that somebody else runs, with the flags listed in docs/fleet.md."""
+    urls: Annotated[TextList, AfterValidator(_private)] = ()
+    """URLs of servers that somebody else runs, with the flags listed in docs/fleet.md: https://…, or http:// on this machine's
+    loopback device, since they get their key in every request."""
     key_file: LoosePath | None = None
-    """File with the key that the servers of ``urls`` require. null: RUN/fleet/key, which the run creates."""
+    """File with the key that the servers of ``urls`` require, one word. null: RUN/fleet/key, which the run creates."""
     min_servers: PositiveInt = 1
     """With fewer healthy servers on the current weights the run waits; after wait_seconds it stops with exit code 75."""
     python: LoosePath | None = None

@@ -75,6 +75,18 @@ def test_dump_reads_back_equal(minimal, tmp_path):
         ("no-equals", "override = no-equals: is not of the form section.key=value"),
         ("slurm.plan=no", "slurm.plan = no: Input should be a valid boolean; the type is true | false"),
         ("rollout=null", "rollout = (nothing): is a section without keys; give it one, or remove its line"),
+        (
+            "fleet.urls=[http://127.0.0.1:8000, http://node7:8000]",
+            "fleet.urls = http://node7:8000: would send the servers' key unencrypted over the network; use https://",
+        ),
+        ("fleet.urls=http://10.0.0.7:8000", "fleet.urls = http://10.0.0.7:8000: would send the servers' key unencrypted"),
+        ("fleet.urls=http://127.0.0.1.evil.org", "fleet.urls = http://127.0.0.1.evil.org: would send the servers' key"),
+        ("fleet.urls=http://key@127.0.0.1:8000", "fleet.urls = http://key@127.0.0.1:8000: is not the address of a server"),
+        ("fleet.urls=node7:8000", "fleet.urls = node7:8000: is not the address of a server; write http://127.0.0.1:PORT"),
+        ("fleet.urls=https://", "fleet.urls = https://: is not the address of a server"),
+        ("fleet.urls=https://h:0", "fleet.urls = https://h:0: is not the address of a server"),
+        ("fleet.urls=https://h:99999", "fleet.urls = https://h:99999: is not the address of a server"),
+        ("fleet.urls=file:///etc/passwd", "fleet.urls = file:///etc/passwd: is not the address of a server"),
         ("train.num_steps=[", "train.num_steps = [: not readable as a YAML value: line 1, column 2: expected the node content"),
     ],
 )
@@ -84,6 +96,13 @@ def test_mistakes_name_field_value_and_remedy(minimal, override, message):
     with pytest.raises(UserError) as error:
         load_config(minimal, [override])
     assert str(error.value).startswith(message) or message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://node7:8443", "https://h/prefix", "http://localhost:1", "http://127.0.0.2:80", "http://[::1]:8000"]
+)
+def test_an_address_that_keeps_the_key_secret(minimal, url):
+    assert load_config(minimal, ["rollout.engine=vllm", f"fleet.urls=['{url}']"]).fleet.urls == (url,)
 
 
 def test_missing_field(tmp_path):

@@ -1,21 +1,7 @@
 import numpy as np
-import pytest
-from tokenizers import Tokenizer, decoders, models
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 from nft_megatron.base.records import Sampling
 from nft_megatron.rollout.stopping import StopRule
-
-
-@pytest.fixture
-def byte_tokenizer(tmp_path):
-    """One token per byte, as Qwen's vocabulary encodes the rarest characters."""
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    wrapped.save_pretrained(tmp_path)
-    return wrapped
 
 
 def test_stop_texts_are_found_across_tokens_and_within_characters(byte_tokenizer, tmp_path):

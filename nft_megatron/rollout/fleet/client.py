@@ -11,8 +11,10 @@ server runs with ``--logprobs-mode processed_logprobs``. Learned from reading an
 * After each token the decoded answer is searched for stop texts; the tokens of a stop text are kept.
 * Closing a request's connection aborts it.
 * Most of a client's work is reading log-probs, 140 bytes per token. Typed decoding (msgspec) skips what it does not need and
-  takes less than half the time of a single regular expression. Most of the rest is HTTP: aiohttp takes half as long per token
-  as httpx, which the blocking calls use.
+  takes less than half the time of a single regular expression. Most of the rest is HTTP.
+
+What a server sends is not believed: the bytes of a stream and the tokens of an answer are bounded as they arrive, and a whole
+answer must be one to its request (``answer_rule.py``) before it counts.
 """
 
 from __future__ import annotations
@@ -20,34 +22,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
 
 import aiohttp
 import msgspec
 import numpy as np
 
-from nft_megatron.base.records import Completion, Sampling
+from nft_megatron.base.records import Completion, Request, Sampling
+from nft_megatron.rollout.fleet.access import Credentials
+from nft_megatron.rollout.fleet.session import HTTP_ERRORS, ServerFault, excerpt, open_reply, read_up_to, read_version
+
+if TYPE_CHECKING:
+    from nft_megatron.rollout.answer_rule import AnswerRule
 
 STREAM_INTERVAL = 256
 """Most tokens of an answer between two signs of life. Fewer mean more work for the client and fewer tokens wasted uncounted."""
 
 _ROUTE = "/inference/v1/generate"
-_CONNECT_SECONDS = 30.0
-_IDLE_SECONDS = 2.0  # servers close connections after 5 idle seconds; reusing one at that moment would look like a fault
-_NO_LOGPROB = -9999.0  # vLLM sends this for a log-prob that is missing, NaN or -inf
-
-
-class ServerFault(Exception):
-    """A server did not finish a request. ``is_abort``: the request was aborted; the server is not at fault."""
-
-    def __init__(self, reason: str, is_abort: bool = False) -> None:
-        super().__init__(reason)
-        self.is_abort = is_abort
+_TOKEN_BYTES, _ANSWER_BYTES = 1024, 1 << 16
+"""Most that a stream may have for a token and for an answer beyond its tokens; vLLM 0.32.0 sends 142 and about 600."""
 
 
 class Refused(Exception):
-    """A server rejects the request as invalid: retrying it, on any server, is useless."""
+    """A server rejects the request as invalid."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A finished answer. ``versions``: of the weights behind its tokens, in order.
+    """A finished answer, which is one to its request. ``versions``: of the weights behind its tokens, in order.
 
     They are empty unless the server names the weights of every token. The completion's own version is the oldest of them.
     """
@@ -94,10 +92,19 @@ class _Choice(msgspec.Struct, gc=False):
 
 class _Event(msgspec.Struct, gc=False):
     choices: list[_Choice] = []
-    error: Any = None
+    error: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _DECODER = msgspec.json.Decoder(_Event)
+
+
+@dataclass
+class _Partial:
+    """What has arrived of an answer."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    num_tokens: int = 0
 
 
 def make_body(
@@ -142,60 +149,62 @@ def runs_of_seeds(seeds: Sequence[int]) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(seeds)], strict=True)]
 
 
-def open_session() -> aiohttp.ClientSession:
-    """A session for one server, with one connection per request. Open it in the event loop that uses it.
-
-    Only connecting has a deadline. Silence is judged per server, since one answer may wait long in a server's queue.
-    """
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
-
-
 async def generate(
-    session: aiohttp.ClientSession, url: str, headers: dict[str, str], body: bytes, request_id: int, indices: Sequence[int]
+    session: aiohttp.ClientSession,
+    url: str,
+    credentials: Credentials,
+    body: bytes,
+    request: Request,
+    indices: Sequence[int],
+    rule: AnswerRule,
 ) -> AsyncGenerator[Progress | Finished, None]:
     """Yield the answers to ``body`` as they finish, and their progress in between.
 
-    The server's answer i is answer ``indices[i]`` of request ``request_id``. There is no deadline here: the caller watches the
-    time and closes the iterator. Raises ``ServerFault`` if the server does not finish all answers, for whatever reason, and
-    ``Refused`` if it rejects the request as invalid.
+    The server's answer i is answer ``indices[i]`` of ``request``. There is no deadline here: the caller watches the time and
+    closes the iterator. Raises ``ServerFault`` if the server does not finish all answers, for whatever reason, or sends one
+    that breaks ``rule``, and ``Refused`` if it rejects the request as invalid.
     """
     started = time.monotonic()
-    unfinished: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in range(len(indices))}
+    unfinished: dict[int, _Partial] = {index: _Partial() for index in range(len(indices))}
+    max_bytes = len(indices) * (_ANSWER_BYTES + rule.max_tokens * _TOKEN_BYTES)
     try:
-        headers = {**headers, "Content-Type": "application/json"}
-        async with session.post(url + _ROUTE, data=body, headers=headers) as response:
-            if response.status != 200:
-                problem = f"{response.status} {(await response.read())[:500].decode(errors='replace')}"
-                raise Refused(problem) if response.status in (400, 404, 422) else ServerFault(problem)
-            async for event in _events(response):
+        async with open_reply(session, "POST", url, _ROUTE, credentials, body) as reply:
+            if reply.status != 200:
+                problem = f"{reply.status} {excerpt(await read_up_to(reply, 500))}"
+                raise Refused(problem) if reply.status in (400, 404, 422) else ServerFault(problem)
+            async for event in _events(reply, max_bytes):
                 choice, tokens, logprobs = _parse(event)
-                if choice.index not in unfinished:
+                answer = unfinished.get(choice.index)
+                if answer is None:
                     raise ServerFault(f"sent answer {choice.index}, which was not requested or had ended")
-                if len(tokens) != len(logprobs) or not ((logprobs <= 0) & (logprobs > _NO_LOGPROB)).all():
-                    raise ServerFault("sent a token without a log-prob: its logits are not finite, or it is misconfigured")
-                unfinished[choice.index].append((tokens, logprobs))
+                if not len(tokens) and choice.finish_reason is None:
+                    raise ServerFault("sent an event without tokens")
+                answer.tokens.append(tokens)
+                answer.logprobs.append(logprobs)
+                answer.num_tokens += len(tokens)
+                if answer.num_tokens > rule.max_tokens:
+                    raise ServerFault(f"sent an answer of more than {rule.max_tokens} tokens")
                 yield Progress(indices[choice.index], len(tokens))
                 if (reason := choice.finish_reason) is not None:
-                    if reason not in ("stop", "length"):
-                        raise ServerFault(f"ended an answer with {reason!r}", is_abort=reason == "abort")
-                    tokens, logprobs = map(np.concatenate, zip(*unfinished.pop(choice.index), strict=True))
+                    if reason == "abort":
+                        raise ServerFault("ended an answer with 'abort'", is_abort=True)
+                    tokens, logprobs = np.concatenate(answer.tokens), np.concatenate(answer.logprobs)
+                    if (problem_found := rule.problem(tokens, logprobs, reason, request.prompt_tokens)) is not None:
+                        raise ServerFault(problem_found)
+                    del unfinished[choice.index]
                     versions = _versions(choice.weight_versions or [], len(tokens))
                     completion = Completion(
-                        request_id,
+                        request.request_id,
                         indices[choice.index],
                         tokens,
-                        logprobs,
+                        logprobs.astype(np.float32),
                         cast('Literal["stop", "length"]', reason),
                         min(versions, default=-1),
                         seconds=time.monotonic() - started,
                     )
                     yield Finished(completion, versions)
-    except (aiohttp.ClientError, RuntimeError) as error:  # RuntimeError: from aiohttp, for a connection closed unnoticed
-        raise ServerFault(f"{type(error).__name__}: {error}") from error
+    except HTTP_ERRORS as error:
+        raise ServerFault(excerpt(f"{type(error).__name__}: {error}")) from error
     if unfinished:
         raise ServerFault(f"closed the connection with {len(unfinished)} of {len(indices)} answers unfinished")
 
@@ -205,30 +214,40 @@ def _versions(spans: Sequence[_Span], num_tokens: int) -> tuple[int, ...]:
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != num_tokens:
         return ()
+    versions = []
     for span in spans:
-        if not span.version.isdecimal():
-            raise ServerFault(f"answered with weights of version {span.version}, which no step has published")
-    return tuple(int(span.version) for span in spans)
+        if (version := read_version(span.version)) is None:
+            raise ServerFault(f"answered with weights of version {excerpt(span.version)}, which no step has published")
+        versions.append(version)
+    return tuple(versions)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The ``data`` of each server-sent event except the last, ``[DONE]``."""
-    rest = b""
-    async for received in response.content.iter_any():
-        *lines, rest = (rest + received).split(b"\n\n")
+async def _events(reply: aiohttp.ClientResponse, max_bytes: int) -> AsyncIterator[bytes]:
+    """The ``data`` of each server-sent event except the last, ``[DONE]``. ``ServerFault`` after ``max_bytes``."""
+    rest, num_bytes = bytearray(), 0
+    async for received in reply.content.iter_any():
+        num_bytes += len(received)
+        if num_bytes > max_bytes:
+            raise ServerFault(f"sent more than {max_bytes:,} bytes for one request")
+        start = max(0, len(rest) - 1)
+        rest += received
+        if rest.find(b"\n\n", start) < 0:
+            continue
+        *lines, last = bytes(rest).split(b"\n\n")
+        rest = bytearray(last)
         for line in lines:
             if line != b"data: [DONE]":
                 yield line.removeprefix(b"data: ")
 
 
 def _parse(data: bytes) -> tuple[_Choice, np.ndarray, np.ndarray]:
-    """An event's choice (it has exactly one), its tokens (int32) and their log-probs (float32)."""
+    """An event's choice (it has exactly one), its tokens (int32) and their log-probs (float64)."""
     try:
         event = _DECODER.decode(data)
-        if event.error is not None:
-            raise ServerFault(f"reports {event.error}")
+        if bytes(event.error) != b"null":
+            raise ServerFault(f"reports {excerpt(bytes(event.error))}")
         (choice,) = event.choices
-        logprobs = np.array([token.logprob for token in choice.logprobs.content], dtype=np.float32)
+        logprobs = np.array([token.logprob for token in choice.logprobs.content], dtype=np.float64)
         return choice, np.array(choice.token_ids, dtype=np.int32), logprobs
-    except (msgspec.MsgspecError, ValueError, OverflowError) as error:
-        raise ServerFault(f"sent something that is not an answer ({error}): {data[:200].decode(errors='replace')}") from error
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+        raise ServerFault(f"sent something that is not an answer ({excerpt(str(error))}): {excerpt(data)}") from error

@@ -3,9 +3,10 @@
 All HTTP and bookkeeping happen in one event loop on its own thread (``request_loop.py``). ``generate`` hands over its requests
 and reads a queue; what one server fails to finish is requested elsewhere (``dispatch.py``). Faults cost time, not answers.
 
-An answer counts only if the weights behind all its tokens are known: published through this engine, and no older than what the
-server was believed to hold when it got the request. Any other answer is discarded and requested again, and the server is
-reported. While new weights are being published, answers that already carry them wait until publication succeeds.
+An answer counts only if it is one to its request (``rollout/answer_rule.py``) and the weights behind all its tokens are known:
+published through this engine, and no older than what the server was believed to hold when it got the request. Any other answer
+is discarded and requested again, of another server if there is one, and its server is reported. While new weights are being
+published, answers that already carry them wait until publication succeeds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nft_megatron.base.records import Completion, Request, Sampling
+from nft_megatron.rollout.answer_rule import AnswerRule
 from nft_megatron.rollout.engine import EngineFault, check_requests
 from nft_megatron.rollout.fleet.dispatch import Dispatcher
 from nft_megatron.rollout.fleet.metrics import fleet_metrics
@@ -62,7 +64,8 @@ class FleetEngine:
         servers_seconds: float = 600.0,
     ) -> None:
         self._fleet, self._servers_seconds = fleet, servers_seconds
-        self._shape = read_shape(Path(model_folder))
+        self._model_folder = Path(model_folder)
+        self._shape = read_shape(self._model_folder)
         self._has_weights = False
         self._load_lock, self._close_lock = threading.Lock(), threading.Lock()
         self._numbers = itertools.count()
@@ -92,7 +95,8 @@ class FleetEngine:
         if not self._has_weights:
             raise EngineFault("the fleet has no weights: load() them before generate()")
         check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
-        return self._answers(GenerateCall(next(self._numbers), requests, sampling), given_up)
+        rule = AnswerRule(sampling, self._shape.vocab_size, self._model_folder)
+        return self._answers(GenerateCall(next(self._numbers), requests, sampling, rule), given_up)
 
     def take_metrics(self) -> FleetUsage:
         """What the servers did since the last call."""

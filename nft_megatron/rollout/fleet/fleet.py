@@ -40,6 +40,7 @@ _CLOSE_SECONDS = 10.0
 _MAX_SHARD_BYTES = 1 << 30
 _NUM_KEPT = 2
 _THERE = (State.STALE.value, State.HEALTHY.value)
+_MAX_TOLD = 100  # files that are no registrations
 
 
 class Fleet:
@@ -65,6 +66,7 @@ class Fleet:
         self._target = Target()
         self._supervisors: dict[str, ServerSupervisor] = {}
         self._registered: dict[str, Registration] = {}
+        self._told: set[str] = set()
         self._publishing = threading.Lock()
         self._has_served = False
         self._watcher = threading.Thread(target=self._watch, name="fleet-discovery", daemon=True)
@@ -170,9 +172,16 @@ class Fleet:
         with self._target.changed:
             return list(self._supervisors.values())
 
-    def _add(self, name: str, api_key: str, url: str = "", launch: Callable[[], Server] | None = None) -> None:
+    def _add(
+        self,
+        name: str,
+        api_key: str,
+        url: str = "",
+        launch: Callable[[], Server] | None = None,
+        server_id: str | None = None,
+    ) -> None:
         supervisor = ServerSupervisor(
-            name, self._target, self._deadlines, self._config.in_flight, self._vocab_size, api_key, url, launch
+            name, self._target, self._deadlines, self._config.in_flight, self._vocab_size, api_key, url, launch, server_id
         )
         with self._target.changed:
             self._supervisors[name] = supervisor
@@ -183,7 +192,7 @@ class Fleet:
 
     def _watch(self) -> None:
         """Look for servers that register, move or leave."""
-        told: set[tuple[type, int | None]] = set()
+        told: set[tuple[type, int | None]] = set()  # of failures in a row; files that are no registrations are told once
         while True:
             try:
                 self._look()
@@ -199,7 +208,7 @@ class Fleet:
 
     def _look(self) -> None:
         """Look once. Raises ``OSError`` or ``UserError`` if folder or key cannot be read; the rest follows next time."""
-        found = discover(self._settings.folder, self._registered)
+        found = discover(self._settings.folder, self._registered, self._tell_once)
         for name in self._registered.keys() - found.keys():
             del self._registered[name]
             with self._target.changed:
@@ -208,11 +217,17 @@ class Fleet:
             supervisor.leave()
         for name, registration in found.items():
             if name in self._registered:
-                self._supervisors[name].moved(registration.url)
+                self._supervisors[name].moved(registration.url, registration.server_id)
             else:
-                self._add(name, run_key(self._settings.folder), url=registration.url)
+                key = run_key(self._settings.folder)
+                self._add(name, key, url=registration.url, server_id=registration.server_id)
                 log.info("fleet: %s joined at %s", name, registration.url)
             self._registered[name] = registration
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told and len(self._told) < _MAX_TOLD:
+            log.warning("fleet: %s", text)
+            self._told.add(text)
 
     # --------------------------------------------------------------------------------------------------------- weights
 

@@ -78,8 +78,10 @@ class Health:
         return replace(self, num_failures=0)
 
     def failed(self, reason: str) -> Health:
-        """A health check failed. While it is starting, that is expected."""
-        if self.state in (State.STARTING, State.DEAD):
+        """A health check failed. While it is starting, that is expected, but says why nobody sees it serve."""
+        if self.state is State.STARTING:
+            return replace(self, reason=reason)
+        if self.state is State.DEAD:
             return self
         num_failures = self.num_failures + 1
         if num_failures >= self.max_failures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nft_megatron.rollout.fleet.access import Credentials
 from nft_megatron.rollout.fleet.health import Health
 
 
@@ -12,11 +13,11 @@ class Member:
     """A snapshot of a server, not a handle to it.
 
     ``weight_version``: what it serves, -1 before its first weights. ``incarnation`` counts its starts; reports about an earlier
-    one are ignored. Every request carries ``api_key`` as a bearer token.
+    one are ignored. ``server_id`` names the start of a server of the run, which must prove itself; None: someone else's.
 
-    >>> member = Member("local-0", "http://127.0.0.1:8000", "secret", Health(), weight_version=-1, incarnation=1)
-    >>> member.headers
-    {'Authorization': 'Bearer secret'}
+    >>> member = Member("url-0", "http://127.0.0.1:8000", "secret", Health(), weight_version=-1, incarnation=1)
+    >>> member.credentials.authorize("GET", "/health")
+    ('Bearer secret', None)
     """
 
     name: str
@@ -25,11 +26,12 @@ class Member:
     health: Health
     weight_version: int
     incarnation: int
+    server_id: str | None = None
 
     @property
-    def headers(self) -> dict[str, str]:
-        """The headers of every HTTP request to it."""
-        return {"Authorization": f"Bearer {self.api_key}"}
+    def credentials(self) -> Credentials:
+        """How requests to it are authorised."""
+        return Credentials(self.api_key, self.server_id)
 
     def __repr__(self) -> str:
         return f"Member({self.name}, {self.url}, {self.health.state.value}, version {self.weight_version})"

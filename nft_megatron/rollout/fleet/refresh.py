@@ -10,6 +10,7 @@ import math
 
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.rollout.fleet.control import Control, InFlight
+from nft_megatron.rollout.fleet.session import excerpt
 from nft_megatron.rollout.fleet.versions import Published
 
 _CANARY_NATS = 0.25
@@ -42,9 +43,10 @@ def verify_and_resume(
     """
     fingerprints = control.fingerprints(deadline.left)
     if set(fingerprints) != {published.fingerprint}:
-        raise WrongWeights(f"{control.url} loaded weights {', '.join(fingerprints)}, not {published.fingerprint}")
+        raise WrongWeights(f"{control.url} loaded weights {excerpt(', '.join(fingerprints))}, not {published.fingerprint}")
     if check_model and (wrong := control.wrong_tensors(deadline.left)):
-        raise WrongWeights(f"{control.url} holds values it was not given in {len(wrong)} tensors: {', '.join(wrong[:5])}")
+        names = excerpt(", ".join(wrong[:5]))
+        raise WrongWeights(f"{control.url} holds values it was not given in {len(wrong)} tensors: {names}")
     if control.version(deadline.left) != published.version:
         raise WrongWeights(f"{control.url} does not report version {published.version}")
     control.reset_prefix_cache()

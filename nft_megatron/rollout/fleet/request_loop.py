@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Protocol
 import aiohttp
 
 from nft_megatron.base.records import Completion, Request, Sampling
+from nft_megatron.rollout.answer_rule import AnswerRule
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet.client import (
     STREAM_INTERVAL,
     Progress,
     Refused,
-    ServerFault,
     generate,
     make_body,
-    open_session,
     runs_of_seeds,
 )
 from nft_megatron.rollout.fleet.dispatch import Dispatcher, SubRequest
 from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.session import ServerFault, open_session
 from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.rollout.fleet.usage import FleetUsage, Meter
 from nft_megatron.rollout.pool import aborted
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 """Between two looks at the fleet and at what callers have given up."""
 
-_SLOWEST = 5.0
+_SLOWEST = 5.0  # tokens per second and answer
 _LONGEST_QUEUE = 30.0  # times silence_seconds that a sub-request may wait in the queue of a server that answers others
 _MAX_UNREAD = 4096  # answers that a caller may leave unread before nothing more is sent for it
 
@@ -61,10 +61,14 @@ class Fleet(Protocol):
 
 
 class GenerateCall:
-    """One call of ``generate``: its requests, and the queue for its answers, each with the name of its server."""
+    """One call of ``generate``: its requests, and the queue for its answers, each with the name of its server.
 
-    def __init__(self, number: int, requests: Sequence[Request], sampling: Sampling) -> None:
-        self.number, self.sampling = number, sampling
+    ``refused``: by which server, and why, requests have been refused so far.
+    """
+
+    def __init__(self, number: int, requests: Sequence[Request], sampling: Sampling, rule: AnswerRule) -> None:
+        self.number, self.sampling, self.rule = number, sampling, rule
+        self.refused: dict[int, tuple[str, str]] = {}
         self.requests = {request.request_id: request for request in requests}
         assert len(self.requests) == len(requests), "two requests have the same id"
         self.answers: queue.SimpleQueue[tuple[Completion, str] | Exception] = queue.SimpleQueue()
@@ -72,18 +76,26 @@ class GenerateCall:
 
 @dataclass
 class _Stream:
-    """A sub-request in progress. ``left``: its unfinished answers; ``partial``: their tokens so far."""
+    """A sub-request in progress, which may take ``longest`` seconds in all.
+
+    ``left``: its unfinished answers; ``partial``: their tokens so far; ``fault``: why it was aborted; ``refusal``: why its
+    server rejects it.
+    """
 
     sub_request: SubRequest
     member: Member
+    sent_at: float
     heard_at: float
+    longest: float
     left: set[int]
     partial: Counter[int] = field(default_factory=Counter)
-    is_silent: bool = False
+    fault: str = ""
+    refusal: str = ""
 
 
 class RequestLoop:
-    """Sends sub-requests and receives answers. A server that has work and is silent for ``silence_seconds`` has failed.
+    """Sends sub-requests and receives answers. A server that has work and is silent for ``silence_seconds`` has failed, and so
+    has one that is never silent but takes longer than the longest wait in its queue and the slowest answer together.
 
     All answers of a server may be between two signs of life at once, so these are frequent enough for a server that generates
     only ``_SLOWEST`` tokens per second and answer.
@@ -156,7 +168,7 @@ class RequestLoop:
         now = time.monotonic()  # servers may be silent while they load weights
         self._heard = dict.fromkeys(self._heard, now)
         for stream in self._streams.values():
-            stream.heard_at = now
+            stream.heard_at = stream.sent_at = now
         self.send()
 
     def is_stranded(self) -> bool:
@@ -194,14 +206,15 @@ class RequestLoop:
         members = {member.name: member for member in self._fleet.serving()}
         held = {number for number, call in self._calls.items() if call.answers.qsize() > _MAX_UNREAD}
         for sub_request in self._dispatcher.assign(list(members), held):
-            now = time.monotonic()
-            stream = _Stream(sub_request, members[sub_request.server], now, set(sub_request.indices))
+            now, call = time.monotonic(), self._calls[sub_request.call]
+            longest = _LONGEST_QUEUE * self._silence_seconds + call.rule.max_tokens / _SLOWEST  # in the queue, then answering
+            stream = _Stream(sub_request, members[sub_request.server], now, now, longest, set(sub_request.indices))
             if not self._queues[sub_request.server]:
                 self._heard[sub_request.server] = now
             self._count(sub_request.server, len(sub_request.indices))
             if sub_request.num_faults:
                 self.meter.tally(sub_request.server).num_retries += len(sub_request.indices)
-            task = asyncio.get_running_loop().create_task(self._read(stream, self._calls[sub_request.call]))
+            task = asyncio.get_running_loop().create_task(self._read(stream, call))
             self._streams[task] = stream
             task.add_done_callback(self._ended)  # not `finally`: a task cancelled before it starts never reaches one
 
@@ -213,7 +226,8 @@ class RequestLoop:
         seed = request.seeds[indices[0]]
         body = make_body(request.prompt_tokens, seed, len(indices), call.sampling, self._stream_interval)
         try:
-            events = generate(self._session(member), member.url, member.headers, body, request.request_id, indices)
+            session = self._session(member)
+            events = generate(session, member.url, member.credentials, body, request, indices, call.rule)
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._heard[member.name] = stream.heard_at = time.monotonic()
@@ -232,13 +246,13 @@ class RequestLoop:
                         self.send()
             self._fleet.report(member, True)
         except asyncio.CancelledError:
-            if stream.is_silent:
-                self._failed(stream, f"sent nothing for {self._silence_seconds:g} s while it had work")
+            if stream.fault:
+                self._failed(stream, stream.fault)
         except ServerFault as fault:
             if not fault.is_abort:
                 self._failed(stream, str(fault))
         except Refused as refusal:
-            self._fail([call.number], EngineFault(f"server {member.name} refuses a request: {refusal}"))
+            self._refused(stream, call, str(refusal))
         except Exception as error:
             self._fail([call.number], error)
 
@@ -248,7 +262,10 @@ class RequestLoop:
         self._count(stream.member.name, -len(stream.left))
         self.meter.tally(stream.member.name).wasted_tokens += stream.partial.total()
         lost = self._dispatcher.failed(stream.sub_request.ticket)
-        if (call := self._calls.get(stream.sub_request.call)) is not None:
+        call = self._calls.get(stream.sub_request.call)
+        if call is not None and lost and stream.refusal:
+            self._fail([call.number], EngineFault(f"server {stream.member.name} refuses a request: {stream.refusal}"))
+        elif call is not None:
             for index in lost:
                 call.answers.put((aborted(stream.sub_request.request, index, stream.member.weight_version), stream.member.name))
         self.send()
@@ -257,7 +274,7 @@ class RequestLoop:
         """Raise ``ServerFault`` unless the ``versions`` of an answer's tokens are ones it may have."""
         if self._loading in versions:
             await self._no_load.wait()  # only then is it known whether that version counts
-        if not versions or versions[0] < member.weight_version or not self._published.issuperset(versions):
+        if not versions or min(versions) < member.weight_version or not self._published.issuperset(versions):
             labels = ", ".join(map(str, versions)) or "unknown"
             raise ServerFault(f"answered with weights of version {labels}, unpublished or older than {member.weight_version}")
 
@@ -268,6 +285,14 @@ class RequestLoop:
         log.warning("server %s %s; requesting %d answers again", member.name, reason, len(stream.left))
         self._fleet.report(member, False, reason)
 
+    def _refused(self, stream: _Stream, call: GenerateCall, reason: str) -> None:
+        """One server may be wrong about a request: the call ends only if another one, or the last attempt, refuses it too."""
+        name, stream.refusal = stream.member.name, reason
+        first, why = call.refused.setdefault(stream.sub_request.request, (name, reason))
+        self._failed(stream, f"refuses a request: {reason}")
+        if first != name:
+            self._fail([call.number], EngineFault(f"servers {first} and {name} refuse a request: {why}; {reason}"))
+
     def _fail(self, calls: Iterable[int], error: Exception) -> None:
         """End calls with an error."""
         for number in calls:
@@ -277,10 +302,14 @@ class RequestLoop:
 
     def _abort_silent(self, now: float) -> None:
         for task, stream in self._streams.items():
-            silences = max(now - self._heard[stream.member.name], (now - stream.heard_at) / _LONGEST_QUEUE)
-            if silences > self._silence_seconds:
-                stream.is_silent = True
-                task.cancel()
+            silence = max(now - self._heard[stream.member.name], (now - stream.heard_at) / _LONGEST_QUEUE)
+            if silence > self._silence_seconds:
+                stream.fault = f"sent nothing for {self._silence_seconds:g} s while it had work"
+            elif now - stream.sent_at > stream.longest:
+                stream.fault = f"did not finish a request within {stream.longest:g} s"
+            else:
+                continue
+            task.cancel()
 
     def _count(self, server: str, change: int) -> None:
         self._queues[server] += change

@@ -29,7 +29,7 @@ from nft_megatron.config.schema import Config
 from nft_megatron.rollout.fleet.control import Control, ControlError
 from nft_megatron.rollout.fleet.fleet import server_seed
 from nft_megatron.rollout.fleet.health import Health, State
-from nft_megatron.rollout.fleet.registry import Registration, register, withdraw
+from nft_megatron.rollout.fleet.registry import Registration, check_name, register, withdraw
 from nft_megatron.rollout.fleet.server import Server, check_installed
 from nft_megatron.rollout.fleet.settings import server_settings
 
@@ -80,12 +80,11 @@ class Node:
         vLLM does not answer while it loads weights, so silence is a fault only if it lasts longer. Until then the server stays
         registered.
         """
-        control = Control(server.url, server.api_key, self._config.fleet.silence_seconds)
+        control = Control(server.url, server.api_key, self._config.fleet.silence_seconds, server.server_id)
         settings, health = self._config.fleet, Health()
         start, silence = Deadline.of(settings.start_seconds), Deadline.of(settings.sync_seconds)
-        registration = Registration(
-            self._name, server.url, socket.gethostname(), os.getpid(), started=time.time(), heartbeat=time.time()
-        )
+        now, host = time.time(), socket.gethostname()
+        registration = Registration(self._name, server.url, host, os.getpid(), now, now, server.server_id)
         while server.is_alive() and health.state is not State.DEAD and not self._leaving.is_set():
             try:
                 health = health.answered(control.version())
@@ -149,6 +148,7 @@ def task_devices(tensor_parallel: int) -> str | None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until TERM or Ctrl-C."""
+    check_name(options.name)
     config = find_config(options.config, options.overrides, options.wait)
     check_installed(str(config.fleet.python or sys.executable))
     devices = task_devices(config.fleet.tensor_parallel) if options.devices == "auto" else options.devices

@@ -30,22 +30,18 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import guard
-from nft_megatron.rollout.fleet.access import KEY_VARIABLE
-
-MODEL_NAME = "policy"
-"""The name under which every server knows the model."""
+from nft_megatron.rollout.fleet.access import KEY_VARIABLE, SERVER_VARIABLE
+from nft_megatron.rollout.fleet.control import MODEL_NAME, Control, ControlError
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _POLL_SECONDS = 0.25
 _PORTS, _PORT_ATTEMPTS = range(15_000, 32_000), 100
-_LOG_TAIL = 15  # lines of the log shown after a failed start
+_LOG_TAIL, _LOG_TAIL_BYTES = 15, 1 << 16  # lines of the log shown after a failed start, and the most that is read for them
 
 
 @dataclass(frozen=True)
@@ -94,10 +90,11 @@ class ServerSettings:
         words += ["--enable-prefix-caching", "--enable-scale-out", "--disable-uvicorn-access-log"]
         return [*words, *([] if self.on_gpu else _CPU_FLAGS), *self.arguments]
 
-    def environment(self, devices: str | None) -> dict[str, str]:
+    def environment(self, devices: str | None, server_id: str = "") -> dict[str, str]:
         """The environment of a server; ``devices`` are the GPUs it sees (None: those of this process)."""
         variables = {
             KEY_VARIABLE: self.api_key,
+            SERVER_VARIABLE: server_id,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all servers use the same cores
@@ -127,12 +124,14 @@ class ServerSettings:
 class Server:
     """A vLLM server in its own session, started at once; :meth:`wait_until_up` waits for it.
 
+    ``server_id`` names this start: the server proves by it that it, and no other process, answers on its port.
     It ends when this process ends, however that happens, and when its own API process does (``guard.py``).
     """
 
     def __init__(self, settings: ServerSettings, name: str, seed: int, devices: str | None = None) -> None:
         self._stopping = threading.Lock()
         self.name, self.seed, self.api_key = name, seed, settings.api_key
+        self.server_id = secrets.token_hex(8)
         port = _free_port(settings.host)
         self.url = f"http://{_reachable(settings.host)}:{port}"
         settings.log_folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ class Server:
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, guard.__file__, str(ours), *settings.command(port, seed)],
-                    env=settings.environment(devices),
+                    env=settings.environment(devices, self.server_id),
                     cwd=settings.folder,
                     pass_fds=(ours,),
                     stdin=subprocess.DEVNULL,
@@ -159,7 +158,7 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of every HTTP request to it."""
+        """The headers of a person's own request to it. A run's requests do not carry the key: ``access.py``."""
         return {"Authorization": f"Bearer {self.api_key}"}
 
     def is_alive(self) -> bool:
@@ -169,10 +168,10 @@ class Server:
     def is_up(self, timeout_seconds: float = 5.0) -> bool:
         """Whether it answers."""
         try:
-            reply = httpx.get(f"{self.url}/health", headers=self.headers, timeout=timeout_seconds, trust_env=False)
-        except httpx.HTTPError:
+            Control(self.url, self.api_key, timeout_seconds, self.server_id).version()
+        except ControlError:
             return False
-        return reply.status_code == 200
+        return True
 
     def wait_until_up(self, seconds: float) -> None:
         """Return once it answers. Raises ``EngineFault``, with the end of its log, if it exits or takes longer."""
@@ -187,7 +186,9 @@ class Server:
     def log_tail(self) -> str:
         """The last lines of its log, or the reason why it cannot be read."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                return "\n".join(log.read(_LOG_TAIL_BYTES).decode(errors="replace").splitlines()[-_LOG_TAIL:])
         except OSError as error:
             return f"(cannot be read: {error})"
 

@@ -63,7 +63,7 @@ class Target:
 
 
 class ServerSupervisor:
-    """Supervises one server. ``launch`` starts it; None: someone else runs it at ``url``.
+    """Supervises one server. ``launch`` starts it; None: it runs at ``url``, as the start ``server_id`` if it is the run's own.
 
     ``claim`` is held while its weights are being changed, by this thread or by a broadcast.
     """
@@ -78,8 +78,9 @@ class ServerSupervisor:
         api_key: str,
         url: str = "",
         launch: Callable[[], Server] | None = None,
+        server_id: str | None = None,
     ) -> None:
-        self.name, self.api_key, self.url = name, api_key, url
+        self.name, self.api_key, self.url, self.server_id = name, api_key, url, server_id
         self.claim = threading.Lock()
         self.reading: int | None = None  # the version whose files it is reading
         self._target, self._deadlines, self._in_flight, self._vocab_size = target, deadlines, in_flight, vocab_size
@@ -101,7 +102,13 @@ class ServerSupervisor:
         with self._target.changed:
             version = self._health.version
             return Member(
-                self.name, self.url, self.api_key, self._health, -1 if version is None else version, self._incarnation
+                self.name,
+                self.url,
+                self.api_key,
+                self._health,
+                -1 if version is None else version,
+                self._incarnation,
+                self.server_id,
             )
 
     def stats(self) -> ServerStats:
@@ -139,11 +146,11 @@ class ServerSupervisor:
         """``version`` was published; the server gets no more work until it holds it."""
         self._event(lambda health: health.weights_behind(version, fingerprint))
 
-    def moved(self, url: str) -> None:
-        """Another process now serves under this name."""
+    def moved(self, url: str, server_id: str) -> None:
+        """Another process now serves under this name, unless both are those of the one known."""
         with self._target.changed:
-            if url != self.url:
-                self.url = url
+            if (url, server_id) != (self.url, self.server_id):
+                self.url, self.server_id = url, server_id
                 self._incarnation += 1
                 self._vouched = False
                 self._become(self._health.started())
@@ -165,7 +172,8 @@ class ServerSupervisor:
         self._thread.join(seconds)
 
     def control(self) -> Control:
-        return Control(self.url, self.api_key, self._deadlines.silence)
+        with self._target.changed:
+            return Control(self.url, self.api_key, self._deadlines.silence, self.server_id)
 
     # ------------------------------------------------------------------------------------------------------- its thread
 
@@ -227,7 +235,7 @@ class ServerSupervisor:
                 return False
             server = self._launch()
             with self._target.changed:
-                self._server, self.url = server, server.url
+                self._server, self.url, self.server_id = server, server.url, server.server_id
                 self._incarnation += 1
                 self._start, self._vouched = Deadline.of(self._deadlines.start), False
                 self._become(self._health.started())

@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_vllm import STOP, Process, expected_answer
+from fake_vllm import STOP, VOCABULARY, Process, expected_answer, sampling
+from server_faults import ANSWERS, STREAMS
 
-from nft_megatron.base.records import Sampling
+from nft_megatron.base.records import Request, Sampling
+from nft_megatron.rollout.answer_rule import AnswerRule
 from nft_megatron.rollout.fleet import client
-from nft_megatron.rollout.fleet.client import Finished, Progress, Refused, ServerFault, make_body
+from nft_megatron.rollout.fleet.access import Credentials
+from nft_megatron.rollout.fleet.client import Finished, Progress, Refused, make_body
+from nft_megatron.rollout.fleet.session import ServerFault, open_session
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
 
@@ -23,16 +28,18 @@ def server():
 
 @pytest.fixture(autouse=True)
 def healthy(server):
-    server.behave(version="0", fault="", only_seed=-1, reordered=False)
+    server.behave(version="0", fault="", only_seed=-1, reordered=False, server_id="")
 
 
-def ask(server, *, seed=5, num_answers=4, max_tokens=600):
+def ask(server, *, seed=5, num_answers=4, max_tokens=600, server_id=None):
     """All events of one request."""
+    rule = AnswerRule(sampling(max_tokens), VOCABULARY, Path("unused"))
 
     async def run():
-        async with client.open_session() as session:
-            body = make_body(PROMPT, seed, num_answers, Sampling(max_tokens=max_tokens))
-            events = client.generate(session, server.url, server.headers, body, 3, range(10, 10 + num_answers))
+        async with open_session() as session:
+            body = make_body(PROMPT, seed, num_answers, sampling(max_tokens))
+            request, indices = Request(3, PROMPT, tuple(range(seed, seed + num_answers))), range(10, 10 + num_answers)
+            events = client.generate(session, server.url, Credentials("key", server_id), body, request, indices, rule)
             return [event async for event in events]
 
     return asyncio.run(run())
@@ -122,7 +129,7 @@ def test_an_invalid_request_is_rejected(server):
 
 def test_no_server_is_listening():
     class Nowhere:
-        url, headers = "http://127.0.0.1:9", {}
+        url = "http://127.0.0.1:9"
 
     with pytest.raises(ServerFault, match="ClientConnectorError"):
         ask(Nowhere)
@@ -132,6 +139,46 @@ def test_an_answer_without_named_weights_has_no_versions(server):
     server.behave(fault="hide")
     found = [(event.versions, event.completion.weight_version) for event in ask(server) if isinstance(event, Finished)]
     assert found == [((), -1)] * 4
+
+
+@pytest.mark.parametrize("fault", ANSWERS)
+def test_an_answer_that_is_not_one_to_the_request_is_the_servers_fault(server, fault):
+    """Weights that nobody published are recognised by the engine: here those of the fake's answers are."""
+    server.behave(fault=fault)
+    message = ANSWERS[fault][1]
+    if fault in ("weights of too few tokens", "no weights", "an unpublished version", "newer weights before older ones"):
+        assert {event.versions for event in ask(server) if isinstance(event, Finished)} in ({()}, {(77,)}, {(3, 2)})
+        return
+    with pytest.raises(ServerFault, match=message) as raised:
+        ask(server)
+    assert not raised.value.is_abort and len(str(raised.value)) < 800
+
+
+@pytest.mark.parametrize("fault", STREAMS)
+def test_a_stream_that_is_none_is_the_servers_fault(server, fault):
+    server.behave(fault=fault)
+    message = STREAMS[fault][1]
+    if message.startswith("refuses"):
+        with pytest.raises(Refused, match=message.partition(": ")[2]):
+            ask(server)
+        return
+    with pytest.raises(ServerFault, match=message) as raised:
+        ask(server)
+    assert not raised.value.is_abort and len(str(raised.value)) < 800
+
+
+def test_a_server_of_the_run_proves_itself_and_never_sees_the_key(server):
+    server.behave(server_id="5a")
+    shown = server.seen["shown the key"]
+    assert sum(isinstance(event, Finished) for event in ask(server, server_id="5a")) == 4
+    with pytest.raises(ServerFault, match="answered 200 without proof"):
+        ask(server, server_id="5b")  # another start of it, or another server with the same key
+    server.behave(server_id="")
+    with pytest.raises(ServerFault, match="answered 200 without proof"):
+        ask(server, server_id="5a")
+    assert server.seen["shown the key"] == shown
+    ask(server)  # a server that someone else runs gets it
+    assert server.seen["shown the key"] == shown + 1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +201,7 @@ def test_versions_count_only_if_they_cover_all_tokens(spans, versions):
 def test_weights_that_no_step_published_are_the_servers_fault(label):
     spans = [{"version": version, "start": start, "end": end} for version, start, end in [("3", 0, 4), (label, 4, 6)]]
     choice, _, _ = client._parse(event(weight_versions=spans))
-    with pytest.raises(client.ServerFault, match=f"weights of version {label}, which no step has published"):
+    with pytest.raises(ServerFault, match=f"weights of version {label}, which no step has published"):
         client._versions(choice.weight_versions, 6)
 
 

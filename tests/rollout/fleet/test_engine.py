@@ -1,12 +1,14 @@
 """The engine over servers without a model that answer by seed and fail on demand: every answer comes once and is right."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
+from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer, sampling
+from server_faults import ANSWERS, DRIPS, STREAMS
 from transformers import Qwen2Config
 from waiting import Clock, until
 
@@ -105,7 +107,7 @@ def check(completions, requests, max_tokens=MAX_TOKENS, version=3):
 def test_every_answer_arrives_once_and_both_servers_contribute(folder, servers):
     requests = make_requests()
     with opened(folder, servers) as (engine, fleet):
-        completions = list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        completions = list(engine.generate(requests, sampling(MAX_TOKENS)))
         check(completions, requests)
         usage = engine.take_metrics()
     assert fleet.reports == []
@@ -120,7 +122,7 @@ def test_two_calls_at_once(folder, servers, background):
     behave(servers, hold=1)
     with opened(folder, servers) as (engine, _):
         calls = [
-            background.submit(list, engine.generate(requests, Sampling(max_tokens=length)))
+            background.submit(list, engine.generate(requests, sampling(length)))
             for requests, length in ((first, MAX_TOKENS), (second, 77))
         ]
         until(lambda: all(seen(servers, f"of {length} tokens") for length in (MAX_TOKENS, 77)))
@@ -135,7 +137,7 @@ def test_an_abandoned_request_yields_nothing_more_and_is_aborted(folder, servers
     requests = make_requests(num=6, answers=8)
     given_up: set[int] = set()
     with opened(folder, servers) as (engine, _):
-        answers = engine.generate(requests, Sampling(max_tokens=4000), given_up)
+        answers = engine.generate(requests, sampling(4000), given_up)
         first = next(answers)
         given_up |= {first.request_id, (first.request_id + 1) % 6}
         after = background.submit(list, answers)
@@ -158,7 +160,7 @@ def test_closing_the_iterator_early_aborts_the_rest(folder, servers):
     behave(servers, hold=2000)
     requests = make_requests()
     with opened(folder, servers) as (engine, _):
-        answers = engine.generate(requests, Sampling(max_tokens=4000))
+        answers = engine.generate(requests, sampling(4000))
         kept = [next(answers), next(answers)]
         answers.close()
         assert_idle(servers)
@@ -166,18 +168,64 @@ def test_closing_the_iterator_early_aborts_the_rest(folder, servers):
         usage = engine.take_metrics().total
         assert usage.wasted_tokens == usage.tokens - sum(len(c.tokens) for c in kept) > 0
         behave(servers, hold=-1)
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
 
 
-@pytest.mark.parametrize("fault", ["drop", "error", "garbage", "fail", "nan", "hide", "abort"])
+@pytest.mark.parametrize("fault", ["drop", "error", "garbage", "fail", "refuse", "nan", "hide", "abort", *ANSWERS, *STREAMS])
 def test_one_server_answers_what_the_other_fails(folder, servers, fault):
-    servers[0].behave(fault=fault)
+    """However a server fails or lies, all answers are the other's."""
+    requests = make_requests(num=4, answers=4)
+    with opened(folder, servers) as (engine, fleet):
+        engine.load([], 2)
+        engine.load([], 3)
+        servers[0].behave(fault=fault)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
+        usage = engine.take_metrics()
+    assert usage.total.num_retries > 0 and usage.servers["s0"].num_answers == 0
+    assert usage.servers["s0"].wasted_tokens == usage.servers["s0"].tokens
+    assert {name for name, _ in fleet.reports} == ({"s0"} if fault != "abort" else set())
+    if message := {**ANSWERS, **STREAMS}.get(fault, (None, None))[1]:
+        assert re.search(message, fleet.reports[0][1])
+
+
+@pytest.mark.parametrize("fault", DRIPS)
+def test_a_server_that_drips_is_silent(folder, servers, background, monkeypatch, fault):
+    """What it sends are no events. The clock advances only once it alone has work left."""
+    monkeypatch.setattr(request_loop, "time", clock := Clock())
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
         servers[0].behave(fault=fault)
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
-        assert engine.take_metrics().total.num_retries > 0
-    assert {name for name, _ in fleet.reports} == ({"s0"} if fault != "abort" else set())
+        answers = background.submit(list, engine.generate(requests, sampling(MAX_TOKENS)))
+        until(lambda: {asked.member.name for asked in list(engine._request_loop._streams.values())} == {"s0"})
+        num_drips = servers[0].seen["drips"]
+        until(lambda: servers[0].seen["drips"] > num_drips + 10)
+        clock.added += 601
+        check(answers.result(), requests)
+    assert {name for name, _ in fleet.reports} == {"s0"} and "sent nothing for 600 s" in fleet.reports[0][1]
+
+
+def test_a_server_that_is_never_silent_may_not_take_forever(folder, servers, background, monkeypatch):
+    """A sign of life every 500 s, but the whole answer would take hours."""
+    monkeypatch.setattr(request_loop, "time", clock := Clock())
+    monkeypatch.setattr(request_loop, "_LONGEST_QUEUE", 2.0)
+    behave(servers, hold=1)
+    request = Request(0, np.array([1], dtype=np.int32), (0,))
+    with opened(folder, servers) as (engine, fleet):
+        answer = background.submit(list, engine.generate([request], sampling(4000)))
+
+        def grown():
+            return [asked.partial[0] for asked in list(engine._request_loop._streams.values())]
+
+        for hold in (1, 257, 513, 769):  # 2 × 600 s in the queue and 4000 tokens at 5 a second: 2,000 s
+            behave(servers, hold=hold)
+            until(lambda hold=hold: grown() == [hold])
+            assert not fleet.reports
+            clock.added += 500
+        (asked,) = engine._request_loop._streams.values()
+        until(lambda: fleet.reports)
+        behave(servers, hold=-1)
+        check(answer.result(), [request], max_tokens=4000)
+    assert fleet.reports[0] == (asked.member.name, "did not finish a request within 2000 s")
 
 
 def test_silence(folder, servers, background, monkeypatch):
@@ -186,7 +234,7 @@ def test_silence(folder, servers, background, monkeypatch):
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
         servers[0].behave(fault="stall")
-        answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        answers = background.submit(list, engine.generate(requests, sampling(MAX_TOKENS)))
         until(lambda: engine._request_loop._streams and not engine._request_loop._dispatcher.num_waiting)
         until(lambda: {asked.member.name for asked in list(engine._request_loop._streams.values())} == {"s0"})
         clock.added += 601
@@ -201,7 +249,7 @@ def test_an_answer_from_other_weights_is_discarded(folder, servers, label):
         engine.load([], 2)
         engine.load([], 3)  # so that 2 was published but is not what the server is believed to hold
         servers[1].behave(version=label)
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
         usage = engine.take_metrics()
     assert {name for name, _ in fleet.reports} == {"s1"} and f"version {label}" in fleet.reports[0][1]
     assert usage.servers["s1"].wasted_tokens == usage.servers["s1"].tokens > 0
@@ -211,12 +259,12 @@ def test_an_answer_continued_on_new_weights_has_the_older_version(folder, server
     behave(servers, hold=500)
     request = Request(0, np.array([1], dtype=np.int32), tuple(range(0, 110, 11)))  # all of full length
     with opened(folder, servers) as (engine, _):
-        answers = background.submit(list, engine.generate([request], Sampling(max_tokens=1000)))
+        answers = background.submit(list, engine.generate([request], sampling(1000)))
         until(lambda: seen(servers, "held") == 10)
         engine.load([], 4)
         behave(servers, hold=-1)
         old = answers.result()
-        new = list(engine.generate([request], Sampling(max_tokens=20)))
+        new = list(engine.generate([request], sampling(20)))
     assert {c.weight_version for c in old} == {3} and {len(c.tokens) for c in old} == {1000}
     assert {c.weight_version for c in new} == {4}
 
@@ -245,7 +293,7 @@ def test_a_failed_publication_counts_for_nothing(folder, servers, background, mo
     engine = FleetEngine(fleet, folder, silence_seconds=600.0, max_attempts=20)
     try:
         engine.load([], 3)
-        answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
+        answers = engine.generate(requests, sampling(MAX_TOKENS))
         load = background.submit(engine.load, [], 4)
         assert begun.wait(120)
         check(list(answers), requests)
@@ -262,7 +310,7 @@ def test_an_answer_that_every_server_fails_comes_back_aborted(folder, servers):
     requests = [Request(i, np.array([1], dtype=np.int32), (100 * i,)) for i in range(5)]
     with opened(folder, servers, max_attempts=3) as (engine, fleet):
         behave(servers, fault="drop", only_seed=200)
-        completions = list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        completions = list(engine.generate(requests, sampling(MAX_TOKENS)))
         assert engine.take_metrics().total.num_retries == 2
     lost = [c for c in completions if c.finish_reason == "abort"]
     assert [(c.request_id, c.index, len(c.tokens)) for c in lost] == [(2, 0, 0)]
@@ -270,14 +318,22 @@ def test_an_answer_that_every_server_fails_comes_back_aborted(folder, servers):
     assert len(fleet.reports) == 3
 
 
-def test_a_request_rejected_by_a_server_ends_the_call(folder, servers):
+def test_a_request_rejected_by_two_servers_ends_the_call(folder, servers):
     with opened(folder, servers) as (engine, _):
         behave(servers, fault="refuse")
-        with pytest.raises(EngineFault, match="too long"):
-            list(engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS)))
+        with pytest.raises(EngineFault, match=r"servers s\d and s\d refuse a request: 400 .*too long.*; 400 .*too long"):
+            list(engine.generate(make_requests(), sampling(MAX_TOKENS)))
         behave(servers, fault="")
         requests = make_requests(num=3)
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
+
+
+def test_a_request_that_the_only_server_rejects_each_time_ends_the_call(folder, servers):
+    with opened(folder, servers[:1], max_attempts=3) as (engine, fleet):
+        servers[0].behave(fault="refuse", only_seed=0)
+        with pytest.raises(EngineFault, match=r"server s0 refuses a request: 400 .*too long"):
+            list(engine.generate([Request(0, np.array([1], dtype=np.int32), (0,))], sampling(MAX_TOKENS)))
+    assert len(fleet.reports) == 3
 
 
 def test_waits_for_a_server(folder, servers, background):
@@ -285,7 +341,7 @@ def test_waits_for_a_server(folder, servers, background):
     with opened(folder, servers) as (engine, fleet):
         servers_then, fleet.servers, looks = fleet.servers, {}, []
         serving, fleet.serving = fleet.serving, lambda: looks.append(0) or serving()
-        answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=MAX_TOKENS)))
+        answers = background.submit(list, engine.generate(requests, sampling(MAX_TOKENS)))
         until(lambda: looks)
         fleet.servers = servers_then
         check(answers.result(), requests)
@@ -293,7 +349,7 @@ def test_waits_for_a_server(folder, servers, background):
 
 def test_waits_for_a_server_but_not_forever(folder, servers):
     with opened(folder, servers, servers_seconds=0.1) as (engine, fleet):
-        answers = engine.generate(make_requests(num=2), Sampling(max_tokens=MAX_TOKENS))
+        answers = engine.generate(make_requests(num=2), sampling(MAX_TOKENS))
         fleet.servers = {}
         with pytest.raises(EngineFault, match="no servers"):
             next(answers)
@@ -317,7 +373,7 @@ def test_servers_that_vanish_while_there_is_work_are_waited_for(folder, servers)
         behave(servers, fault="drop")
         fleet.rest_seconds = 3600.0
         with pytest.raises(EngineFault, match="no servers"):
-            list(engine.generate(make_requests(num=2), Sampling(max_tokens=MAX_TOKENS)))
+            list(engine.generate(make_requests(num=2), sampling(MAX_TOKENS)))
 
 
 def test_no_server_gets_more_than_its_budget(folder, background):
@@ -327,7 +383,7 @@ def test_no_server_gets_more_than_its_budget(folder, background):
             Request(i, np.array([1], dtype=np.int32), (11 * i,), expected_tokens=100) for i in range(40)
         ]  # 101 tokens each
         with opened(folder, [server], budget_tokens=510) as (engine, _):
-            answers = background.submit(list, engine.generate(requests, Sampling(max_tokens=100)))
+            answers = background.submit(list, engine.generate(requests, sampling(100)))
             until(lambda: server.seen["held"] == 5)
             server.behave(hold=-1)
             check(answers.result(), requests, max_tokens=100)
@@ -341,14 +397,14 @@ def test_a_caller_that_does_not_read_gets_no_more_answers(folder, servers, monke
     requests = make_requests(num=200, answers=4)
     begun = seen(servers, "answers")
     with opened(folder, servers, budget_tokens=2000) as (engine, _):
-        answers = engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))
+        answers = engine.generate(requests, sampling(MAX_TOKENS))
         first = next(answers)
         (call,) = engine._request_loop._calls.values()
         until(lambda: call.answers.qsize() > 10 and not engine._request_loop._streams)
         engine._do(engine._request_loop.send)
         assert not engine._request_loop._streams and seen(servers, "answers") - begun < 100
         other = make_requests(num=2)
-        check(list(engine.generate(other, Sampling(max_tokens=MAX_TOKENS))), other)  # no other caller is held up
+        check(list(engine.generate(other, sampling(MAX_TOKENS))), other)  # no other caller is held up
         check([first, *answers], requests)
 
 
@@ -359,9 +415,9 @@ def test_a_broken_stream_is_noticed_although_its_server_answers_others(folder, s
     server = servers[0]
     server.behave(hold=1, only_seed=0)
     with opened(folder, [server], silence_seconds=600.0) as (engine, fleet):
-        other = background.submit(list, engine.generate([Request(7, np.array([1]), (11,))], Sampling(max_tokens=4000)))
+        other = background.submit(list, engine.generate([Request(7, np.array([1]), (11,))], sampling(4000)))
         broken = [Request(0, np.array([1], dtype=np.int32), (0,))]
-        answers = background.submit(list, engine.generate(broken, Sampling(max_tokens=20)))
+        answers = background.submit(list, engine.generate(broken, sampling(20)))
 
         def asked():
             return {asked.sub_request.request: asked.partial[0] for asked in list(engine._request_loop._streams.values())}
@@ -383,7 +439,7 @@ def test_closing_does_not_wait_for_streams_that_never_end(folder, servers):
     behave(servers, fault="linger")
     requests = make_requests(num=2)
     with opened(folder, servers, silence_seconds=60.0) as (engine, fleet):
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
         engine.close()
         assert fleet.servers == {}
 
@@ -391,7 +447,7 @@ def test_closing_does_not_wait_for_streams_that_never_end(folder, servers):
 def test_closing_ends_a_call_in_progress(folder, servers, background):
     behave(servers, hold=1)
     with opened(folder, servers) as (engine, _):
-        answers = background.submit(list, engine.generate(make_requests(), Sampling(max_tokens=MAX_TOKENS)))
+        answers = background.submit(list, engine.generate(make_requests(), sampling(MAX_TOKENS)))
         until(lambda: seen(servers, "held"))
         engine.close()
         with pytest.raises(EngineFault, match="closed"):
@@ -407,4 +463,4 @@ def test_rejects_requests_that_cannot_be_answered(folder, servers):
             engine.generate([Request(0, np.array([VOCABULARY]), (1,))], Sampling())
         assert list(engine.generate([], Sampling())) == []
         requests = [Request(0, np.array([1], dtype=np.int32), ()), Request(1, np.array([1], dtype=np.int32), (5,))]
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests, version=0)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests, version=0)

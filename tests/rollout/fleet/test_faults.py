@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS
-from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer
+from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer, sampling
 from tcp_proxy import Proxy
 from transformers import AutoModelForCausalLM, Qwen2Config
 from waiting import Clock, until
@@ -120,7 +120,7 @@ def test_random_faults(places, folder, monkeypatch):
     completions, num_reports = [], {place.name: 0 for place in places}
     try:
         engine.load([], 4)
-        for completion in engine.generate(requests, Sampling(max_tokens=900)):
+        for completion in engine.generate(requests, sampling(900)):
             completions.append(completion)
             if moments and len(completions) >= moments[0] and not to_strike:
                 moments.pop(0)

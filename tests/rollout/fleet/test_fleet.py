@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_control import FakeServer
 from safetensors.torch import load_file
+from server_faults import DRIPS, REPLIES, reply
 from waiting import Clock, until
 
 from nft_megatron.base import deadline as deadline_module
@@ -20,6 +21,7 @@ from nft_megatron.base.errors import StoppedEarly, UserError
 from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.rollout.fleet import fleet as fleet_module
 from nft_megatron.rollout.fleet import supervisor as supervisor_module
+from nft_megatron.rollout.fleet.access import Credentials
 from nft_megatron.rollout.fleet.control import Control, ControlError
 from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.rollout.fleet.notice import WaitNotice
@@ -83,9 +85,8 @@ def test_all_servers_get_a_version_in_the_order_that_works(fakes, open_fleet, te
     fleet = open_fleet([server.url for server in fakes], min_servers=2)
     assert fleet.serving() == []
     assert fleet.publish(tensors.items(), 3) == weights_fingerprint(tensors.items())
-    assert [(member.weight_version, member.headers["Authorization"]) for member in fleet.serving()] == [
-        (3, "Bearer secret")
-    ] * 2
+    assert [(member.weight_version, member.credentials) for member in fleet.serving()] == [(3, Credentials("secret"))] * 2
+    assert {words for server in fakes for words in server.authorizations} == {"Bearer secret"}
     for server in fakes:
         calls = [call for call in server.calls if call != "/weight_info"]
         assert calls == [
@@ -286,9 +287,9 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
     fleet = open_fleet([fakes[0].url])
     fleet.publish(tensors.items(), 1)
     folder, now = tmp_path / "fleet", time.time()
-    fakes[1].key = run_key(folder)
+    fakes[1].key, fakes[1].server_id = run_key(folder), "5a"
     assert (folder / "key").stat().st_mode & 0o777 == 0o600
-    node = Registration("node", fakes[1].url, "here", 1, started=now, heartbeat=now)
+    node = Registration("node", fakes[1].url, "here", 1, started=now, heartbeat=now, server_id="5a")
     (folder / "other.json").write_text(json.dumps({"name": "other"}))
     register(folder, Registration("old", fakes[1].url, "here", 1, started=now - 9999, heartbeat=now - 9999))
     register(folder, node)
@@ -296,8 +297,8 @@ def test_late_joiners_register_are_refreshed_serve_move_and_leave(fakes, open_fl
     assert fakes[1].label == "1"
     assert {stats.name for stats in fleet.stats()} == {"url-0", "node"}
 
-    third = FakeServer(fakes[1].key)
-    register(folder, Registration("node", third.url, "here", 2, started=now + 1, heartbeat=now))
+    third = FakeServer(fakes[1].key, "5b")
+    register(folder, Registration("node", third.url, "here", 2, started=now + 1, heartbeat=now, server_id="5b"))
     until(lambda: any(member.url == third.url for member in fleet.serving()))
     assert third.label == "1"
     withdraw(folder, "node")
@@ -313,19 +314,19 @@ def test_registrations_unreadable_for_a_while_leave_the_servers_as_they_were(
     fleet = open_fleet()
     folder, now, looks, discover = tmp_path / "fleet", time.time(), [], fleet_module.discover
     monkeypatch.setattr(fleet_module, "discover", lambda *of: looks.append(0) or discover(*of))
-    fakes[0].key = run_key(folder)
-    node = Registration("node", fakes[0].url, "here", 1, started=now, heartbeat=now)
+    fakes[0].key, fakes[0].server_id = run_key(folder), "5a"
+    node = Registration("node", fakes[0].url, "here", 1, started=now, heartbeat=now, server_id="5a")
     register(folder, node)
     fleet.publish(tensors.items(), 1)
     incarnation = fleet.serving()[0].incarnation
-    read_text, listdir = Path.read_text, os.listdir
+    open_file, listdir = os.open, os.listdir
 
     def away(path):
         raise OSError(number, "away", path)
 
     with monkeypatch.context() as patch:
         if what == "file":
-            patch.setattr(Path, "read_text", lambda path, *of: away(path) if path.stem == "node" else read_text(path, *of))
+            patch.setattr(os, "open", lambda path, *of: away(path) if Path(path).stem == "node" else open_file(path, *of))
         elif what == "folder":
             patch.setattr(os, "listdir", lambda path: away(path) if Path(path) == folder else listdir(path))
         else:
@@ -348,7 +349,8 @@ def test_a_key_that_cannot_be_read_yet_delays_only_the_joiner(fakes, open_fleet,
     fleet = open_fleet([fakes[0].url])
     folder, now = tmp_path / "fleet", time.time()
     (folder / "key").write_text("")
-    register(folder, Registration("node", fakes[1].url, "here", 1, started=now, heartbeat=now))
+    fakes[1].server_id = "5a"
+    register(folder, Registration("node", fakes[1].url, "here", 1, started=now, heartbeat=now, server_id="5a"))
     until(lambda: "is empty" in caplog.text)
     fleet.publish(tensors.items(), 1)
     assert names(fleet) == {"url-0"}
@@ -385,7 +387,7 @@ def test_malformed_replies_count_as_refusals(fakes, open_fleet, tensors):
     fleet.publish(tensors.items(), 1)
     until(lambda: state(fleet, "url-0") == "dead")
     assert fakes[0].calls.count("/pause") >= 2
-    assert "KeyError('prompt_logprobs')" in next(stats.reason for stats in fleet.stats() if stats.name == "url-0")
+    assert "missing required field `prompt_logprobs`" in next(stats.reason for stats in fleet.stats() if stats.name == "url-0")
     fakes[0].prompt_logprobs = True
     until(lambda: names(fleet) == {"url-0", "url-1"})
 
@@ -395,6 +397,86 @@ def test_a_reply_that_is_not_a_json_object_is_reported(fakes, monkeypatch, answe
     monkeypatch.setattr(fakes[0], "act", lambda *_: answer)
     with pytest.raises(ControlError, match="/weight_info sent an unexpected reply"):
         Control(fakes[0].url, "secret").version()
+
+
+@pytest.mark.parametrize("fault", REPLIES)
+def test_a_hostile_reply_is_reported(fakes, fault):
+    pieces, message = REPLIES[fault]
+    fakes[0].raw["/weight_info"] = pieces
+    with pytest.raises(ControlError, match=rf"/weight_info.*({message})") as raised:
+        Control(fakes[0].url, "secret", PATIENCE).version()
+    assert len(str(raised.value)) < 900 and str(raised.value).isprintable()
+    assert fakes[0].calls == ["/weight_info"]  # no redirect was followed
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "-3", "٣", "", "default", "1.0"])
+def test_a_label_that_no_step_gives_is_no_version(fakes, label):
+    fakes[0].label = label
+    assert Control(fakes[0].url, "secret").version() is None
+
+
+@pytest.mark.parametrize("fault", DRIPS)
+def test_a_call_has_one_deadline_however_slowly_a_server_drips(fakes, fault):
+    begin, piece = DRIPS[fault]
+    over = threading.Event()
+
+    def drip():
+        yield begin
+        while not over.wait(0.02):
+            yield piece
+
+    fakes[0].raw["/weight_info"] = drip
+    try:
+        with pytest.raises(ControlError, match=r"did not answer within 0\.3 s") as raised:
+            Control(fakes[0].url, "secret", 0.3).version()
+    finally:
+        over.set()
+    assert raised.value.silent
+
+
+@pytest.mark.parametrize(
+    ("number", "is_right"), [(1, True), (8, True), (0, False), (-1, False), (10**9, False), ("2", False), (1.5, False)]
+)
+def test_a_server_has_a_plausible_number_of_workers(fakes, monkeypatch, number, is_right):
+    monkeypatch.setattr(fakes[0], "act", lambda *_: {"world_size": number})
+    control = Control(fakes[0].url, "secret")
+    if is_right:
+        assert control.num_workers() == number
+        return
+    with pytest.raises(ControlError, match="unexpected reply"):
+        control.num_workers()
+
+
+def test_whoever_has_a_servers_port_without_the_key_learns_nothing_and_is_not_believed(fakes, open_fleet, tensors, tmp_path):
+    """A registered server's place was taken: by another process, and by another start that knows the key."""
+    fleet = open_fleet([fakes[0].url])
+    folder, now, strangers = tmp_path / "fleet", time.time(), {"other": FakeServer("guessed", "5a"), "old": FakeServer()}
+    strangers["old"].key, strangers["old"].server_id = run_key(folder), "4f"
+    for name, stranger in strangers.items():
+        stranger.raw["/weight_info"] = lambda: reply(b'{"weight_version": "1"}')
+        register(folder, Registration(name, stranger.url, "here", 1, started=now, heartbeat=now, server_id="5a"))
+    fleet.publish(tensors.items(), 1)
+    for name, stranger in strangers.items():
+        until(lambda stranger=stranger: len(stranger.calls) > 3)
+        assert set(stranger.calls) == {"/weight_info"} and state(fleet, name) == "starting"
+        assert not any(run_key(folder) in words for words in stranger.authorizations)
+        assert "without proof that it is the server that was started" in str(fleet.stats())
+        stranger.close()
+    assert names(fleet) == {"url-0"}
+
+
+def test_files_that_register_no_server_are_told_once(fakes, open_fleet, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fleet_module, "_DISCOVER_SECONDS", 0.02)
+    fleet = open_fleet([fakes[0].url])
+    now, looks, discover = time.time(), [], fleet_module.discover
+    monkeypatch.setattr(fleet_module, "discover", lambda *of: looks.append(0) or discover(*of))
+    (tmp_path / "fleet" / "deep.json").write_text("[" * 10_000)
+    local = Registration("url-0", fakes[1].url, "here", 1, started=now, heartbeat=now)
+    register(tmp_path / "fleet", local)
+    until(lambda: len(looks) > 5)
+    assert caplog.text.count("deep.json is not the registration of a server") == 1
+    assert caplog.text.count("'url-0': is no name for a server") == 1
+    assert [stats.name for stats in fleet.stats()] == ["url-0"] and not fakes[1].calls
 
 
 def test_a_stream_that_spans_several_files(fakes, open_fleet, tensors, tmp_path):

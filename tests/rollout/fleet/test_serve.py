@@ -1,5 +1,6 @@
 """A rollout node's process: how it handles a busy server, a full disk and a server that does not start."""
 
+import argparse
 import errno
 import threading
 import time
@@ -9,6 +10,7 @@ from fake_control import FakeServer
 from waiting import until
 
 from nft_megatron.base.backoff import Backoff
+from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import load_config
 from nft_megatron.rollout.fleet import serve
 from nft_megatron.rollout.fleet.registry import discover
@@ -25,7 +27,7 @@ class Server:
         self.events.append("start")
         if self.events.count("start") <= self.fails:
             raise OSError(errno.ENOSPC, "No space left on device")
-        self.url, self.api_key, self.log = self.fake.url, self.fake.key, "log"
+        self.url, self.api_key, self.server_id, self.log = self.fake.url, self.fake.key, self.fake.server_id, "log"
 
     def is_alive(self):
         return True
@@ -39,7 +41,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    fake = FakeServer()
+    fake = FakeServer(server_id="5a")
     for name, value in {"fake": fake, "events": [], "fails": 0}.items():
         monkeypatch.setattr(Server, name, value)
     monkeypatch.setattr(serve, "Server", Server)
@@ -126,9 +128,22 @@ def test_a_failed_start_and_an_odd_reply_are_logged_and_retried(server, start_no
     assert server.events == ["start"] * 3 and caplog.text.count("this attempt failed") == 2 and "No space left" in caplog.text
     act = server.fake.act
     monkeypatch.setattr(server.fake, "act", lambda name, body: {})
-    until(lambda: "KeyError" in caplog.text and not registered())
+    until(lambda: "missing required field `weight_version`" in caplog.text and not registered())
     monkeypatch.setattr(server.fake, "act", act)
     until(registered)
+
+
+def test_a_node_says_by_what_its_server_proves_itself(server, start_node):
+    _, registered = start_node()
+    until(registered)
+    assert registered()["node"].server_id == "5a"
+    assert server.fake.authorizations and all(words.startswith("NFT ") for words in server.fake.authorizations)
+
+
+@pytest.mark.parametrize("name", ["local-0", "url-7", "", "a/b", "../x", "a\nb", "a b", "x" * 201])
+def test_a_name_that_a_server_cannot_have_is_refused(name):
+    with pytest.raises(UserError, match=r"--name = .*is no name for a server; use letters"):
+        serve.run(argparse.Namespace(name=name))
 
 
 def test_a_leaving_node_withdraws_before_its_server_ends(server, start_node, monkeypatch):

@@ -5,6 +5,7 @@ import fcntl
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,47 @@ def test_a_server_whose_log_is_gone_is_restarted(asleep):
     finally:
         supervisor.close(PATIENCE)
     assert not servers[1].is_alive()
+
+
+def test_whoever_takes_the_port_of_a_starting_server_does_not_get_the_key(asleep):
+    """vLLM binds its port half a minute after it was chosen: until then it is free to all users of the machine."""
+    heard, servers, squatter = [], [], socket.socket()
+
+    def launch():
+        server = Server(asleep, "local-0", seed=0)
+        squatter.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        squatter.listen()
+        servers.append(server)
+        return server
+
+    supervisor = ServerSupervisor("local-0", Target(), Deadlines(60.0, 5.0, 5.0), "finish", 10, "key", launch=launch)
+    try:
+        until(lambda: servers)
+        for _ in range(2):
+            connection, _ = squatter.accept()
+            with connection:
+                heard.append(connection.recv(1 << 16).decode())
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{"weight_version": "1"}')
+        until(lambda: "without proof that it is the server that was started" in supervisor.stats().reason)
+        assert supervisor.stats().state == "starting"
+    finally:
+        supervisor.close(PATIENCE)
+        squatter.close()
+    assert len(servers) == 1 and all(request.startswith("GET /weight_info HTTP/1.1") for request in heard)
+    assert not any("key" in request.split() or "Bearer" in request for request in heard)
+    assert len({line for request in heard for line in request.splitlines() if line.startswith("Authorization: NFT ")}) == 2
+
+
+def test_only_the_end_of_a_long_log_is_read(asleep):
+    server = Server(asleep, "local-0", seed=0)
+    try:
+        with server.log.open("wb") as log:
+            log.truncate(1 << 40)  # a hole: it would fill the memory
+            log.seek(0, os.SEEK_END)
+            log.write(b"\n" + b"\n".join(b"line %d" % number for number in range(100)))
+        assert server.log_tail().splitlines() == [f"line {number}" for number in range(85, 100)]
+    finally:
+        server.stop(0)
 
 
 def test_a_failed_start_leaves_no_open_descriptor(asleep, monkeypatch):

@@ -98,6 +98,10 @@ def logprobs_of(model, prompt, answer):
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
+def bearer(member):
+    return {"Authorization": f"Bearer {member.api_key}"}
+
+
 def greedy_answer(member):
     body = {
         "model": "policy",
@@ -107,7 +111,7 @@ def greedy_answer(member):
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    reply = httpx.post(f"{member.url}/v1/completions", json=body, headers=member.headers, timeout=PATIENCE)
+    reply = httpx.post(f"{member.url}/v1/completions", json=body, headers=bearer(member), timeout=PATIENCE)
     return reply.json()["choices"][0]["token_ids"]
 
 
@@ -277,7 +281,7 @@ def ask(member, num_held, pause):
     body = {"model": "policy", "token_ids": PROMPT[:40], "sampling_params": parameters, "stream": True}
     answers = [([], [], []) for _ in range(NUM_ANSWERS)]
     with httpx.stream(
-        "POST", f"{member.url}/inference/v1/generate", json=body, headers=member.headers, timeout=PATIENCE
+        "POST", f"{member.url}/inference/v1/generate", json=body, headers=bearer(member), timeout=PATIENCE
     ) as reply:
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
@@ -303,7 +307,7 @@ def hold_answers(member, pool):
 
         def pause(paused=paused):
             params = {"mode": "keep", "clear_cache": "false"}
-            httpx.post(f"{member.url}/pause", params=params, headers=member.headers, timeout=PATIENCE).raise_for_status()
+            httpx.post(f"{member.url}/pause", params=params, headers=bearer(member), timeout=PATIENCE).raise_for_status()
             paused.set()
 
         asked = pool.submit(ask, member, 10, pause)
@@ -316,7 +320,7 @@ def hold_answers(member, pool):
 
 def num_running(member):
     """The number of answers that the server reports as started and unfinished."""
-    text = httpx.get(f"{member.url}/metrics", headers=member.headers, timeout=PATIENCE).text
+    text = httpx.get(f"{member.url}/metrics", headers=bearer(member), timeout=PATIENCE).text
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running"))
 
 
