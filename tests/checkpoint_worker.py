@@ -1,6 +1,8 @@
 """What the processes of tests/model/test_checkpoint.py run."""
 
 import gc
+import io
+import pickle
 import resource
 import shutil
 import signal
@@ -8,14 +10,84 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.model.build import build_model
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
+from nft_megatron.model.checksums import write_checksums
 from nft_megatron.model.load import load_weights, table_parameters
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights import read_shape
+
+
+class Harmful:
+    """Pickled, it is a program that leaves a file beside the checkpoint and then returns ``value``."""
+
+    def __init__(self, folder: Path, value: object = None) -> None:
+        self.folder, self.value = folder, value
+
+    def __reduce__(self):
+        left, value = str(self.folder.parent / f"executed {self.folder.name}"), pickle.dumps(self.value)
+        return eval, (f"(open({left!r}, 'w'), __import__('pickle').loads({value!r}))[1]",)
+
+
+def _edit_index(folder: Path, action) -> None:
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    action(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+
+
+def _replace_object(folder: Path, key: str, value: object) -> None:
+    """Let the index point to ``value`` for the objects whose key contains ``key``."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path = folder / "__0_0.distcp"
+    start = path.stat().st_size
+
+    def point(index) -> None:
+        places = [place for name, place in index.storage_data.items() if key in name.fqn and name.offset is None]
+        assert places
+        for place in places:
+            place.offset, place.length = start, len(buffer.getvalue())
+
+    with path.open("ab") as file:
+        file.write(buffer.getvalue())
+    _edit_index(folder, point)
+
+
+def _first_place(index):
+    return next(place for name, place in index.storage_data.items() if name.offset is not None)
+
+
+def _live_index(folder: Path) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(pickle.dumps(Harmful(folder, pickle.loads(path.read_bytes()))))
+
+
+def _unpickled_by_te(folder: Path) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(Harmful(folder))), dtype=torch.uint8)
+
+
+HOSTILE = {
+    "index executes": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Harmful(folder))),
+    "index executes and is right": _live_index,
+    "index of another file": lambda folder: _edit_index(
+        folder, lambda index: setattr(_first_place(index), "relative_path", "../good/__0_0.distcp")
+    ),
+    "index with a negative offset": lambda folder: _edit_index(
+        folder, lambda index: setattr(_first_place(index), "offset", -5)
+    ),
+    "index beyond the file": lambda folder: _edit_index(folder, lambda index: setattr(_first_place(index), "length", 1 << 40)),
+    "common part executes": lambda folder: torch.save({"common": Harmful(folder)}, folder / "common.pt"),
+    "common part of another program": lambda folder: torch.save({"common": {"format": "1"}}, folder / "common.pt"),
+    "object executes": lambda folder: _replace_object(folder, "generators", [Harmful(folder)]),
+    "object is none": lambda folder: _replace_object(folder, "generators", [{"cpu": 5}]),
+    "state of a module executes": lambda folder: _replace_object(folder, "_extra_state", [_unpickled_by_te(folder)]),
+    "deep metadata.json": lambda folder: (folder / "metadata.json").write_text("[" * 100_000),
+    "other metadata.json": lambda folder: (folder / "metadata.json").write_text('{"backend": 1}'),
+}
 
 
 def measure(model_folder: Path, folder: Path) -> dict:
@@ -72,6 +144,22 @@ def _measure(model_folder: Path, folder: Path, topology: Topology) -> dict:
         shutil.copytree(good, copy)
         action(copy)
         results[case] = outcome(lambda copy=copy: load_checkpoint(copy, fresh, fresh_optimizer, topology), fresh)
+
+    for case, action in HOSTILE.items():
+        copy = folder / case
+        shutil.copytree(good, copy)
+        action(copy)
+        (copy / "checksums.json").unlink()
+        write_checksums(copy, topology)
+        results[case] = outcome(lambda copy=copy: load_checkpoint(copy, fresh, fresh_optimizer, topology), fresh)
+    results["executed"] = sorted(path.name for path in folder.glob("executed*"))
+
+    broken = folder / "broken model"
+    shutil.copytree(model_folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][1] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    results["not finite"] = outcome(lambda: load_weights(fresh, topology, shape, broken), fresh)
 
     other, other_optimizer = make(replace(shape, ffn_hidden_size=2 * shape.ffn_hidden_size))
     results["another model"] = outcome(lambda: load_checkpoint(good, other, other_optimizer, topology), other)

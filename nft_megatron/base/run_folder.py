@@ -16,12 +16,13 @@ from typing import IO
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.base.untrusted import read_text
 
 _LOCK_POLL_SECONDS = 0.5
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 """Errors of a file system that can be temporary."""
 TAKEN = "another process is training in it"
-_STEP = re.compile(r"step_\d{6,}")
+_STEP = re.compile(r"step_[0-9]{6,12}")
 
 
 class RunFolderTakenError(UserError):
@@ -142,7 +143,8 @@ class RunFolder:
         """
         if not self.latest.exists():
             return None
-        name = self.latest.read_text().strip()
+        remedy = "write the name of one of the folders next to it into it"
+        name = read_text(self.latest, "checkpoints/latest", remedy).strip()
         if not _STEP.fullmatch(name):
             raise UserError(
                 str(self.latest),

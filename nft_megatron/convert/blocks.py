@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nft_megatron.weights.archive import Checksum
 from nft_megatron.weights.table import Entry, Piece
 
 
@@ -32,16 +33,6 @@ class Block:
     column: int
     width: int
     pitch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Checksum:
-    """The CRC-32 that a writer stored for ``num_bytes`` from byte ``offset`` of ``file``."""
-
-    file: Path
-    offset: int
-    num_bytes: int
-    crc32: int
 
 
 @dataclass(frozen=True)

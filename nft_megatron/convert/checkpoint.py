@@ -69,7 +69,7 @@ class Checkpoint:
 def compare_with_table(
     found: Mapping[str, StoredTensor], table: WeightTable, where: Path
 ) -> tuple[dict[str, StoredTensor], list[Problem]]:
-    """The tensors of ``table`` in its order, and what is missing, unexpected or of a different shape."""
+    """The tensors of ``table`` in its order, and what is missing, unexpected, or of a different shape or kind of number."""
     problems = [Problem("missing", name, f"is not in {where}") for name in table.shapes if name not in found]
     problems += [
         Problem("unexpected", name, f"is in {place(found[name])} but not in the model that config.json describes")
@@ -83,6 +83,8 @@ def compare_with_table(
             if found[name].shape != shape:
                 text = f"has shape {list(found[name].shape)} in {place(found[name])}, but config.json implies {list(shape)}"
                 problems.append(Problem("shape", name, text))
+            if not found[name].dtype.is_floating_point:
+                problems.append(Problem("dtype", name, f"is {found[name].dtype} in {place(found[name])}, not floating-point"))
     return tensors, problems
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import expand
+from nft_megatron.base.untrusted import is_plain_name, read_text
 from nft_megatron.config.yaml import read_sections
 from nft_megatron.convert.checkpoint import Checkpoint, Problem
 from nft_megatron.convert.compare import compare, compare_shapes
@@ -20,16 +21,18 @@ from nft_megatron.convert.manifest import read_manifest
 from nft_megatron.convert.mp_rank import is_mp_rank, open_mp_rank
 from nft_megatron.convert.plan import Target
 from nft_megatron.convert.progress import Meter
-from nft_megatron.convert.torch_dist import METADATA, open_torch_dist, places
+from nft_megatron.convert.torch_dist import open_torch_dist, places
 from nft_megatron.convert.torch_dist_plan import plan_torch_dist
 from nft_megatron.convert.transfer import transfer, unlike_the_rest
 from nft_megatron.weights import read_shape, weight_table
 from nft_megatron.weights.hf_reader import INDEX, SINGLE
 from nft_megatron.weights.hf_writer import MAX_SHARD_BYTES
 from nft_megatron.weights.table import WeightTable
+from nft_megatron.weights.torch_dist_index import METADATA
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MEGATRON_POINTER, _OUR_POINTER = "latest_checkpointed_iteration.txt", "latest"
+_POINTER_REMEDY = "give the path of the checkpoint itself"
 
 
 def _num_threads(workers: int | None) -> int:
@@ -180,11 +183,14 @@ def resolve(path: Path, field: str) -> Path:
     """
     if not path.is_dir():
         raise UserError(field, path, "no such folder", "give the path of a checkpoint")
-    if (path / _MEGATRON_POINTER).is_file():
-        name = (path / _MEGATRON_POINTER).read_text().strip()
-        return resolve(path / (f"iter_{int(name):07d}" if name.isdigit() else name), field)
-    if (path / _OUR_POINTER).is_file():
-        return resolve(path / (path / _OUR_POINTER).read_text().strip(), field)
+    for pointer in (_MEGATRON_POINTER, _OUR_POINTER):
+        if (path / pointer).is_file():
+            name = read_text(path / pointer, field, _POINTER_REMEDY).strip()
+            if pointer == _MEGATRON_POINTER and name.isascii() and name.isdigit():
+                name = f"iter_{int(name[:20]):07d}"
+            if not is_plain_name(name) or not (path / name).is_dir():
+                raise UserError(field, path / pointer, f"names {name!r}, which is no folder next to it", _POINTER_REMEDY)
+            return path / name
     return path
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.convert.blocks import Checksum, StoredTensor
+from nft_megatron.convert.blocks import StoredTensor
+from nft_megatron.weights.archive import Checksum
 
 BAND_BYTES = 8 << 20
 _WRITEBACK_BYTES = 1 << 20  # parts of at least this size start their way to disk when written

@@ -18,6 +18,7 @@ from typing import Any
 
 from nft_megatron.base.atomic_io import fsync_path, publish_folder
 from nft_megatron.base.errors import UserError
+from nft_megatron.convert.manifest import NAME as MANIFEST
 
 _JOURNAL = "journal.jsonl"
 
@@ -29,7 +30,7 @@ class PartialFolder:
     left, only ``identity["files"]``, those with tensors, are reused.
 
     Raises:
-        UserError: if the final name is taken or another process is working on it.
+        UserError: if the final name is taken, another process is working on it, or something else has the folder's name.
         OSError: if the disk has less than ``num_bytes`` left.
     """
 
@@ -38,6 +39,8 @@ class PartialFolder:
             raise UserError("DST", final, "already exists", "give another name, or move it away")
         self._final, self._identity = final, json.loads(json.dumps(identity))
         self.path = partial_path(final)
+        if self.path.is_symlink() or (self.path.exists() and not self._is_of_a_conversion()):
+            raise UserError("DST", self.path, "is in the way, and no conversion's", "move it away, or give another name")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._journal = (self.path / _JOURNAL).open("a+")
@@ -48,6 +51,11 @@ class PartialFolder:
             raise UserError("DST", final, "is being written by another process", "wait for it, or give another name") from error
         self.done: Mapping[str, Mapping[str, Any]] = self._take_up()
         self._refuse_full_disk(num_bytes)
+
+    def _is_of_a_conversion(self) -> bool:
+        """Only then may what lies in the folder be deleted. Its journal goes just before it gets its final name."""
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
+        return not names or _JOURNAL in names or MANIFEST in names
 
     def __enter__(self) -> PartialFolder:
         return self

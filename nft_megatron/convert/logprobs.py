@@ -13,6 +13,7 @@ from nft_megatron.convert.checkpoint import Problem
 from nft_megatron.weights.hf_reader import INDEX, SINGLE
 
 TOLERANCE = 1e-4
+_NOTHING_FOREIGN = {"trust_remote_code": False, "local_files_only": True}
 
 
 def compare_log_probs(a: Path, b: Path, prompt: str, convert: Callable[[Path, Path], None]) -> list[Problem]:
@@ -44,11 +45,12 @@ def _log_probs(path: Path, prompt: str, convert: Callable[[Path, Path], None]) -
             folder = Path(temporary) / "hf"
             convert(path, folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_NOTHING_FOREIGN)
         except (OSError, ValueError) as error:
             raise UserError("--prompt", folder, f"has no tokenizer ({error})", "omit --prompt, or add one") from error
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
         if tokens.shape[1] < 2:
             raise UserError("--prompt", prompt, "has fewer than two tokens", "give a longer one")
-        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **_NOTHING_FOREIGN)
+        logits = model(tokens).logits
         return logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.untrusted import read_json_object
 from nft_megatron.base.version import __version__
 from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.weights.fingerprint import combine_digests
@@ -66,8 +67,8 @@ def read_manifest(folder: Path, field: str) -> Manifest | None:
     path = folder / NAME
     if not path.is_file():
         return None
+    content = read_json_object(path, field, "copy the checkpoint again")
     try:
-        content = json.loads(path.read_text())
         fingerprint = content.pop("fingerprint" if "fingerprint" in content else "receipt")  # the name in earlier versions
         tensors = {
             name: TensorRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in content.pop("tensors").items()
@@ -75,7 +76,7 @@ def read_manifest(folder: Path, field: str) -> Manifest | None:
         manifest = Manifest(tensors, **content)
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint does not match its tensors")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(field, path, f"is damaged ({error})", "copy the checkpoint again") from error
     return manifest
 

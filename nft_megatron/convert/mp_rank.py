@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.convert.archive import TensorAt, read_archive
 from nft_megatron.convert.blocks import Block, Box, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
+from nft_megatron.weights.archive import TensorAt, read_archive
 from nft_megatron.weights.decoder import fused_name
 from nft_megatron.weights.table import Entry, Layout, WeightTable, is_buffer, note_on_buffers
 

@@ -15,70 +15,31 @@ The rest of a key's axes are those of the parameter on one tensor rank: query gr
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
 import os
-import pathlib
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.metadata import (
-    TensorStorageMetadata,
-)
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.convert.archive import SafeUnpickler, TensorAt, read_archive
-from nft_megatron.convert.blocks import Box, Checksum, StoredTensor, covers, matrix, source_blocks
+from nft_megatron.convert.blocks import Box, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
 from nft_megatron.convert.manifest import NAME as MANIFEST
 from nft_megatron.convert.manifest import read_manifest, sha256
+from nft_megatron.weights.archive import Checksum, TensorAt, read_archive
 from nft_megatron.weights.table import Entry, Layout, WeightTable, is_buffer, note_on_buffers
-
-METADATA = ".metadata"
+from nft_megatron.weights.torch_dist_index import METADATA, Chunk, StoredKey, read_index
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^rng_state|^rerun_state")
 _MOST_PADDING = 128 * 64
 """Megatron pads the vocabulary to a multiple of 128 rows per tensor rank; more rows mean another vocabulary."""
-
-
-def _memory_format(enumeration: Any, name: str) -> Any:
-    """``getattr``, with which Python before 3.11.4 pickles enumeration members, restricted to metadata's one enumeration."""
-    if enumeration is not metadata._MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"getattr of {enumeration}")
-    return enumeration[name]
-
-
-_ALLOWED: Mapping[str, Any] = {
-    "builtins.getattr": _memory_format,
-    **{
-        f"torch.distributed.checkpoint.metadata.{name}": getattr(metadata, name)
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
-    "torch.Size": torch.Size,
-    "torch.serialization._get_layout": lambda name: torch.strided,
-    "collections.OrderedDict": collections.OrderedDict,
-    "pathlib.PosixPath": pathlib.PurePosixPath,
-}
 
 
 @dataclass(frozen=True)
@@ -121,19 +82,20 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     Raises:
         UserError: naming ``field`` for missing, truncated or unreadable files.
     """
-    keys, chunks = _read_metadata(folder / METADATA, field)
+    _compare_with_manifest(folder, field)
+    keys = read_index(folder, field).tensors
     found: dict[str, StoredTensor] = {}
     copies: dict[str, tuple[StoredTensor, str]] = {}
     problems: list[Problem] = []
     notes: list[str] = []
     used: set[str] = set()
-    by_index: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
+    by_index: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
     with ExitStack() as stack:
         read = _ChunkReader(folder, field, stack)
         for entry, place in _stored_places(table, keys):
             used.add(place.key)
             if place.key in keys:
-                size = tuple(keys[place.key].size)
+                size = keys[place.key].size
                 problem, note = _misfit(entry, place, size)
                 notes += [note] if note else []
                 if problem:
@@ -141,7 +103,7 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
                     used.update(entry.sources)
                     continue
                 if place.key not in by_index:
-                    by_index[place.key] = _by_index(chunks.get(place.key, []), len(place.index))
+                    by_index[place.key] = _by_index(keys[place.key].chunks, len(place.index))
                 read_entry = _read_entry(entry, place, size, by_index[place.key].get(place.index, []), read, problems)
                 if entry.exported:
                     found |= read_entry
@@ -162,7 +124,7 @@ def _reported(name: str, problems: Sequence[Problem]) -> bool:
     return any(problem.name == name for problem in problems)
 
 
-def _stored_places(table: WeightTable, keys: Mapping[str, TensorStorageMetadata]) -> Iterator[tuple[Entry, Place]]:
+def _stored_places(table: WeightTable, keys: Mapping[str, StoredKey]) -> Iterator[tuple[Entry, Place]]:
     """Entries and their keys. If layers are not all alike, Megatron keeps their numbers in the keys: try both.
 
     An entry that is a second copy has a place only if it is stored.
@@ -195,47 +157,18 @@ def _misfit(entry: Entry, place: Place, size: tuple[int, ...]) -> tuple[str | No
     return None, None
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    num_bytes: int
+def _compare_with_manifest(folder: Path, field: str) -> None:
+    manifest = read_manifest(folder, field)
+    if manifest is not None and sha256([(folder / METADATA).read_bytes()]) != manifest.files.get(METADATA):
+        raise UserError(field, folder / METADATA, f"differs from {MANIFEST}", "copy the checkpoint again")
 
 
-def _read_metadata(path: Path, field: str) -> tuple[dict[str, TensorStorageMetadata], dict[str, list[_Chunk]]]:
-    """The tensor keys, and the chunks of each."""
-    manifest = read_manifest(path.parent, field)
-    if manifest is not None and sha256([path.read_bytes()]) != manifest.files.get(METADATA):
-        raise UserError(field, path, f"differs from {MANIFEST}", "copy the checkpoint again")
-    try:
-        with path.open("rb") as file:
-            content = SafeUnpickler(file, _ALLOWED).load()
-        keys = {key: value for key, value in content.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)}
-        stored = {
-            (index.fqn, tuple(index.offset)): info for index, info in content.storage_data.items() if index.offset is not None
-        }
-        chunks: dict[str, list[_Chunk]] = {}
-        for key, value in keys.items():
-            for chunk in value.chunks:
-                info = stored[key, tuple(chunk.offsets)]
-                chunks.setdefault(key, []).append(
-                    _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
-                )
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file may raise anything, even MemoryError
-        raise UserError(
-            field, path, f"is not the metadata of a torch_dist checkpoint ({error!r})", "copy or rewrite the checkpoint"
-        ) from error
-    return keys, chunks
-
-
-def _by_index(chunks: Sequence[_Chunk], leading: int) -> dict[tuple[int, ...], list[_Chunk]]:
+def _by_index(chunks: Sequence[Chunk], leading: int) -> dict[tuple[int, ...], list[Chunk]]:
     """The chunks that hold part of each layer, or of each expert of a layer."""
-    found: dict[tuple[int, ...], list[_Chunk]] = {}
+    found: dict[tuple[int, ...], list[Chunk]] = {}
     for chunk in chunks:
+        if 0 in chunk.sizes:
+            continue
         ranges = [range(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         for index in itertools.product(*ranges[:leading]):
             found.setdefault(index, []).append(chunk)
@@ -248,35 +181,36 @@ class _ChunkReader:
     def __init__(self, folder: Path, field: str, stack: ExitStack) -> None:
         self._folder, self._field, self._stack = folder, field, stack
         self._open: dict[str, tuple[int, int]] = {}
-        self._known: dict[_Chunk, TensorAt] = {}  # one chunk may hold several layers
+        self._known: dict[Chunk, TensorAt] = {}  # one chunk may hold several layers
 
-    def __call__(self, chunk: _Chunk, key: str) -> TensorAt:
+    def __call__(self, chunk: Chunk, key: str) -> TensorAt:
         if chunk not in self._known:
             self._known[chunk] = self._read(chunk, key)
         return self._known[chunk]
 
-    def _read(self, chunk: _Chunk, key: str) -> TensorAt:
-        path = self._folder / chunk.file
-        if chunk.file not in self._open:
-            if Path(chunk.file).name != chunk.file or not path.is_file():
-                raise UserError(self._field, self._folder, f"lacks its file {chunk.file}", "copy the checkpoint again")
+    def _read(self, chunk: Chunk, key: str) -> TensorAt:
+        stored = chunk.stored
+        path = self._folder / stored.file
+        if stored.file not in self._open:
+            if not path.is_file():
+                raise UserError(self._field, self._folder, f"lacks its file {stored.file}", "copy the checkpoint again")
             descriptor = os.open(path, os.O_RDONLY)
             self._stack.callback(os.close, descriptor)
-            self._open[chunk.file] = descriptor, path.stat().st_size
-        descriptor, size = self._open[chunk.file]
-        if chunk.start + chunk.num_bytes > size:
+            self._open[stored.file] = descriptor, path.stat().st_size
+        descriptor, size = self._open[stored.file]
+        if stored.start + stored.num_bytes > size:
             raise UserError(
                 self._field,
                 path,
-                f"is truncated: {key} ends at byte {chunk.start + chunk.num_bytes}, but the file at {size}",
+                f"is truncated: {key} ends at byte {stored.start + stored.num_bytes}, but the file at {size}",
                 "copy or rewrite the checkpoint",
             )
-        tensor = read_archive(path, descriptor, chunk.start, chunk.num_bytes, self._field)
+        tensor = read_archive(path, descriptor, stored.start, stored.num_bytes, self._field)
         if not isinstance(tensor, TensorAt) or math.prod(tensor.shape) != math.prod(chunk.sizes):
             raise UserError(
                 self._field,
                 path,
-                f"does not hold {key} of shape {list(chunk.sizes)} at byte {chunk.start}",
+                f"does not hold {key} of shape {list(chunk.sizes)} at byte {stored.start}",
                 "copy or rewrite the checkpoint",
             )
         return tensor
@@ -286,7 +220,7 @@ def _read_entry(
     entry: Entry,
     place: Place,
     size: tuple[int, ...],
-    chunks: Sequence[_Chunk],
+    chunks: Sequence[Chunk],
     read: _ChunkReader,
     problems: list[Problem],
 ) -> dict[str, StoredTensor]:

@@ -30,8 +30,9 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.convert.archive import saved_bytes, tensor_frame
 from nft_megatron.convert.blocks import Box, StoredTensor, matrix, source_blocks
 from nft_megatron.convert.plan import Target
-from nft_megatron.convert.torch_dist import METADATA, Place, places
+from nft_megatron.convert.torch_dist import Place, places
 from nft_megatron.weights.table import Entry, Layout, WeightTable
+from nft_megatron.weights.torch_dist_index import METADATA
 
 MAX_FILE_BYTES = 5_000_000_000
 MAX_CHUNK_BYTES = 64 << 20

@@ -27,13 +27,13 @@ from nft_megatron.verify.numbers import read_bare_number
 
 _NOT_A_VALUE = ("nan", "<na>", "nat", "null", "n/a", "#n/a", "[]")
 """Lower case: what is left of a missing value once a program has written it as text. "None" and "inf" may be answers."""
-_LAST_HASHES = re.compile(r"(?:^|\s)####[^\S\n]*([^\n#]*)(?:\n\s*(?:the )?(?:final )?answer\b[^\n]*)?\s*$", re.IGNORECASE)
+_LAST_HASHES = re.compile(r"(?:^|\s)####[^\S\n]*+([^\n#]*+)(?:\n\s*+(?:the )?(?:final )?answer\b[^\n]*+)?\s*+$", re.IGNORECASE)
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 _TEXTS_IN_BRACKETS = re.compile(rf"\[\s*(?:{_QUOTED.pattern})(?:\s*,\s*(?:{_QUOTED.pattern}))*\s*\]")
 _OPEN_BOX = re.compile(r"\\f?boxed\s*\{")
 _ONE_EXPRESSION = re.compile(r"\\begin\{|^\s*(?:\$\$|\\\[).*(?:\$\$|\\\])\s*$", re.DOTALL)
-_MANY_WORDS = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}\b\W*){16}")
+_MANY_WORDS = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}+\b\W*+){16}")
 
 
 class GoldError(ValueError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-_MACRO = re.compile(r"(?:\\+f?box(?:ed)?|\x08oxed|(?<![A-Za-z])boxed(?=\s?\{))(?![A-Za-z])")  # "\b" of JSON is a backspace
+# "\b" of JSON is a backspace
+_MACRO = re.compile(r"(?:(?<!\\)\\++f?box(?:ed)?|\x08oxed|(?<![A-Za-z])boxed(?=\s?\{))(?![A-Za-z])")
 _CONTENT = re.compile(r"\s?\{((?:[^{}]|\{[^{}]*\}){0,80})\}")
 _DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|l?dots)(?![A-Za-z])|[\s$<>\[\](){}\"'`*_.…-]")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})(?:[^\W\d_]|\s)+")
@@ -28,7 +29,7 @@ _ANSWER = r"(?:answers?|results?|solutions?|responses?|conclusions?|final (?:val
 _SAME_SENTENCE = r"(?:(?!\bnumber of\b|\bhow many\b)[^.?!;\n]){0,60}?"
 _IN_WORDS = re.compile(
     rf"\b{_ANSWER}\b{_SAME_SENTENCE}"
-    r"(?:\b(?:in|inside|within|into)\s+(?:an?|the|one|its own)?\s*(?:\w+\s+)?box\b|\bboxed\b|\bbox it\b)"
+    r"(?:\b(?:in|inside|within|into)\s++(?:(?:an?|the|one|its own)\s*+)?(?:\w++\s++)?box\b|\bboxed\b|\bbox it\b)"
     rf"|\b(?:boxed|framed)\s+(?:final\s+)?(?:{_ANSWER}|form|format|notation|expression)\b"
     rf"|\bbox(?:ed)?\s+(?:in\s+)?(?:only\s+)?(?:your|the|each|every|all|both)\s+(?:\w+\s+)?{_ANSWER}\b"
     rf"|\bbox(?:es)?\s+around\s+(?:\w+\s+){{0,3}}{_ANSWER}\b"

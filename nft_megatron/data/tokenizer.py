@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import check_model_folder
+from nft_megatron.base.untrusted import read_json_object
 from nft_megatron.weights.readable_config import readable_config
 
 
@@ -45,15 +45,7 @@ def _eos_of(path: Path) -> Any:
     """What the file calls ``eos_token_id``, for a model with vision that of its text part; None without a file."""
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        problem = f"is not JSON: {error}"
-        raise UserError(
-            "model.path", path, problem, "download it again, or delete it if config.json has eos_token_id"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError("model.path", path, "is not a JSON object", "download it again")
+    content = read_json_object(path, "model.path", "download it again, or delete it if config.json has eos_token_id")
     text_part = content.get("text_config")
     inner = text_part.get("eos_token_id") if isinstance(text_part, dict) else None
     return content.get("eos_token_id") if content.get("eos_token_id") is not None else inner

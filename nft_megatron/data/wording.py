@@ -25,10 +25,16 @@ _OPENING = (
 _FORMS: dict[Wording, str] = {"answer": "$Answer (without quotes) where $Answer", "boxed": "\\boxed{$Answer} where $Answer"}
 _CLOSING = 'Remember to put your answer on its own line after "Answer:".'
 
-_WORDED = re.compile(
-    rf"\s*{re.escape(_OPENING)}\s+(?P<question>.*?)\s+{re.escape(_CLOSING)}\s*".replace(re.escape("{form}"), r"[^\n]*?"),
-    re.DOTALL,
-)
+_OPENED = re.compile(rf"\s*+{re.escape(_OPENING)}\s++".replace(re.escape("{form}"), r"[^\n]*?"))
+
+
+def _asked(text: str) -> str | None:
+    """The question that a variant surrounds; None for any other text."""
+    opened, end = _OPENED.match(text), text.rstrip()
+    if opened is None or not end.endswith(_CLOSING):
+        return None
+    inside = end[opened.end() : len(end) - len(_CLOSING)]
+    return inside.rstrip() if inside[-1:].isspace() else None
 
 
 def bare(text: str) -> str:
@@ -37,8 +43,8 @@ def bare(text: str) -> str:
     >>> bare(worded("What is 2+2?", "answer")), bare("What is 2+2?")
     ('What is 2+2?', 'What is 2+2?')
     """
-    match = _WORDED.fullmatch(text)
-    return match["question"] if match else text
+    asked = _asked(text)
+    return text if asked is None else asked
 
 
 def worded(text: str, wording: Wording) -> str:
@@ -66,7 +72,7 @@ def reword(question: Question, instruction: Literal["keep", "boxed", "answer", "
         return question
 
     def change(text: str) -> str:
-        if not _WORDED.fullmatch(text):
+        if _asked(text) is None:
             return text
         return bare(text) if instruction == "none" else worded(text, instruction)
 

@@ -34,7 +34,7 @@ from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.rules import rules_of
 from nft_megatron.weights import ModelShape, read_shape, weight_table
-from nft_megatron.weights.hf_reader import HFReader
+from nft_megatron.weights.hf_reader import HFReader, refuse_non_finite
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +267,8 @@ def _open_model(
         client = open_rollout_client(
             _apart(config, model_folder, shape), model_folder, shape, tokenizer, stack, PhaseTimer(), progress
         )
-        tensors = ((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items())
+        whole = ((name, reader.read(name, 0, 0, shape[0])) for name, shape in table.shapes.items())
+        tensors = ((name, refuse_non_finite("MODEL", model_folder, name, tensor)) for name, tensor in whole)
         yield client, client.engine.load(tensors, version=0)
 
 

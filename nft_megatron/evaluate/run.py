@@ -14,6 +14,7 @@ from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.sections import EvaluateConfig
 from nft_megatron.evaluate.statistics import Judged, average, majority, pass_at, standard_error
 from nft_megatron.observe.metrics import PhaseTimer
+from nft_megatron.verify.boxes import MAX_BOX_CHARS
 from nft_megatron.verify.reasons import REASONS, reason_of
 from nft_megatron.verify.simplerl import extract, respell
 
@@ -82,7 +83,7 @@ class Evaluation:
 
 def vote_of(answer: Answer) -> str | None:
     r"""What an answer votes for: its final answer as the final evaluation's grader reads and normalises it; None if it has
-    none or was cut off.
+    none or was cut off. One of more than ``MAX_BOX_CHARS`` characters is not normalised.
 
     >>> from nft_megatron.base.records import Completion, Verdict
     >>> completion = Completion(0, 0, np.ones(1, np.int32), -np.ones(1, np.float32), "stop", 0, 0.0)
@@ -90,7 +91,10 @@ def vote_of(answer: Answer) -> str | None:
     >>> [vote_of(Answer(completion, text, Verdict("wrong", "", ""))) for text in texts]
     ['\\frac{1}{2}', '\\frac{1}{2}', '5', None]
     """
-    return (respell(extract(answer.text)) or None) if answer.completion.finish_reason == "stop" else None
+    if answer.completion.finish_reason != "stop":
+        return None
+    stated = extract(answer.text)
+    return (respell(stated) if len(stated) <= MAX_BOX_CHARS else stated) or None
 
 
 def evaluate(client: RolloutClient, prompts: Sequence[Prompt], settings: EvaluateConfig, training: Sampling) -> Evaluation:

@@ -39,13 +39,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.model.checkpoint_reader import REMEDY, StoredCheckpoint
 from nft_megatron.model.checksums import verify_checksums, write_checksums
-from nft_megatron.model.control import on_main
+from nft_megatron.model.control import on_main, together
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import policy_model
 from nft_megatron.model.topology import Topology
 
 _FORMAT = 1
+_COMMON_KINDS = {"format": int, "layout": list, "num_updates": int, "extra": dict}
 
 
 def _layout(topology: Topology) -> list[int]:
@@ -218,21 +220,29 @@ def load_checkpoint(
             weights may be partly overwritten.
     """
     verify_checksums(folder, topology)
-    common = dist_checkpointing.load_common_state_dict(str(folder))["common"]
-    if common["format"] != _FORMAT:
-        raise UserError(
-            "checkpoint",
-            folder,
-            f"has format {common['format']}, but this version reads {_FORMAT}",
-            "resume it with the version of nft_megatron that wrote it",
-        )
+    stored = together(topology, lambda: StoredCheckpoint(folder))
+    common = together(topology, lambda: _common(stored))
     with optimizer.state_on_device():
-        _load(folder, chunks, optimizer, topology, common)
+        _load(stored, chunks, optimizer, topology, common)
     return common["extra"]
 
 
+def _common(stored: StoredCheckpoint) -> dict[str, Any]:
+    common = stored.common.get("common")
+    if not isinstance(common, dict) or not _COMMON_KINDS.items() <= {key: type(value) for key, value in common.items()}.items():
+        raise UserError("checkpoint", stored.folder / "common.pt", "is not of a run of nft_megatron", REMEDY)
+    if common["format"] != _FORMAT:
+        raise UserError(
+            "checkpoint",
+            stored.folder,
+            f"has format {common['format']}, but this version reads {_FORMAT}",
+            "resume it with the version of nft_megatron that wrote it",
+        )
+    return common
+
+
 def _load(
-    folder: Path,
+    stored: StoredCheckpoint,
     chunks: Sequence[DistributedDataParallel],
     optimizer: PolicyOptimizer,
     topology: Topology,
@@ -242,11 +252,14 @@ def _load(
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
     try:
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+        folder = str(stored.folder)
+        loaded = dist_checkpointing.load(state, folder, strict=StrictHandling.RAISE_UNEXPECTED, **stored.strategies)
     except (CheckpointException, CheckpointingException) as error:
+        if isinstance(first := _first(error), UserError):
+            raise first from error
         raise UserError(
             "checkpoint",
-            folder,
+            stored.folder,
             f"is of another model: {_first_line(error)}",
             "use the run's original model.path, or another run_dir",
         ) from error
@@ -255,7 +268,11 @@ def _load(
     optimizer.num_updates = common["num_updates"]
     _load_optimizer(optimizer, loaded["optimizer"])
     if "generators" in loaded:
-        _set_generators(loaded["generators"])
+        try:
+            _set_generators(loaded["generators"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            problem = f"has no usable states of random generators ({_first_line(error)})"
+            raise UserError("checkpoint", stored.folder, problem, REMEDY) from error
 
 
 def _load_optimizer(optimizer: PolicyOptimizer, loaded: Any) -> None:
@@ -274,8 +291,12 @@ def _load_optimizer(optimizer: PolicyOptimizer, loaded: Any) -> None:
     optimizer.count_updates()
 
 
+def _first(error: BaseException) -> BaseException:
+    """The error of the first rank that failed: torch wraps those of all ranks."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def _first_line(error: BaseException) -> str:
     """The error without the tracebacks of all ranks that torch puts into its message."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    error = _first(error)
     return (str(error).splitlines() or [type(error).__name__])[0]

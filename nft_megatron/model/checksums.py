@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.untrusted import is_plain_name, read_json_object
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.topology import Topology
 
@@ -54,15 +55,14 @@ def verify_checksums(folder: Path, topology: Topology) -> None:
     """
 
     def verify() -> None:
-        path = folder / _FILE
-        if not path.is_file():
+        if not (folder / _FILE).is_file():
             raise DamagedCheckpointError("checkpoint", folder, f"is not a complete checkpoint (no {_FILE})", _REMEDY)
         try:
-            checksums = json.loads(path.read_text())
-        except ValueError as error:
-            raise DamagedCheckpointError("checkpoint", folder, f"{_FILE} is damaged: {error}", _REMEDY) from error
+            checksums = read_json_object(folder / _FILE, "checkpoint", _REMEDY)
+        except UserError as error:
+            raise DamagedCheckpointError(error.field, error.value, error.problem, error.remedy) from error
         for name in sorted(checksums)[topology.rank :: topology.world_size]:
-            if not (folder / name).is_file():
+            if not is_plain_name(name) or not (folder / name).is_file():
                 raise DamagedCheckpointError("checkpoint", folder, f"lacks its file {name}", _REMEDY)
             if _crc32(folder / name) != checksums[name]:
                 problem = f"{name} is damaged: it does not match its recorded checksum"

@@ -14,7 +14,7 @@ from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.decoder import fused_name
-from nft_megatron.weights.hf_reader import HFReader
+from nft_megatron.weights.hf_reader import HFReader, refuse_non_finite
 from nft_megatron.weights.table import Entry, fill
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def load_weights(chunks: Sequence[torch.nn.Module], topology: Topology, shape: M
     """Fill every parameter from the Hugging Face folder, cast to the parameters' dtype. Call it before creating the optimizer.
 
     Raises:
-        UserError: for a folder without weights, with missing, unexpected or misshapen tensors, or with two different LM heads.
+        UserError: for a folder without weights, with tensors that are missing, unexpected, misshapen or not finite, or with two
+            different LM heads.
     """
     table = weight_table(shape)
     entries = table.by_name
@@ -69,3 +70,4 @@ def load_weights(chunks: Sequence[torch.nn.Module], topology: Topology, shape: M
                 for piece in entry.pieces(topology.tensor_size, topology.tensor_rank, rows)
             ]
             fill(parameter, pieces, entry.axis)
+            refuse_non_finite("model.path", Path(folder), " or ".join(entry.sources), parameter)

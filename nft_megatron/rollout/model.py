@@ -24,7 +24,13 @@ class CausalModel:
     """The model in ``folder``, in ``dtype`` on the CPU. Its weights are arbitrary until :meth:`load` returns."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        config = readable_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        try:
+            config = readable_config(folder) or AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers raises many kinds
+            problem = f"transformers cannot read its config.json: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            raise UserError("model.path", folder, problem, "check config.json, above all its model_type") from error
         if any("sliding" in kind for kind in getattr(config, "layer_types", None) or ()):
             raise UserError("model", folder, "the embedded engine has no sliding-window attention", "use the vLLM engine")
         self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)

@@ -48,7 +48,8 @@ from nft_megatron.run.run import Run
 from nft_megatron.run.weight_sync import WeightSync
 from nft_megatron.verify.modes import check_for_training
 from nft_megatron.verify.rules import rules_of
-from nft_megatron.weights import ModelShape, read_shape
+from nft_megatron.weights import ModelShape, read_shape, weight_table
+from nft_megatron.weights.hf_reader import HFReader
 
 CHANGEABLE = (
     "run_dir",
@@ -211,6 +212,8 @@ def _open_rank0_services(
     check_for_training(config.verify.mode)
     _check_same_run(config, folder)
     _check_steps(config, folder)
+    with HFReader(config.model.path) as reader:
+        reader.check(weight_table(shape))
     tokenizer = load_tokenizer(config.model.path)
     questions, held_out = read_questions(config, folder, tokenizer)
     progress = LifeSigns(open_progress(config.train.num_steps), watchdog)

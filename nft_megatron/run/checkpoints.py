@@ -125,7 +125,10 @@ class Checkpoints:
         topology, path = self._topology, self._folder.checkpoint(step)
         together(topology, lambda: self._check_is_there(path))
         saved_step = self._trainer.load(path)
-        assert saved_step == step, f"{path} holds step {saved_step}"
+        if saved_step != step:
+            raise UserError(
+                "checkpoints/latest", path.name, f"that folder holds step {saved_step}", "give folders their own names"
+            )
         return CollectorState.load(path / _COLLECTOR) if topology.is_main else None
 
     def _check_is_there(self, path: Path) -> None:

@@ -155,8 +155,9 @@ def save_replay(path: Path, replayed: Replayed) -> None:
 def _load_metrics(path: Path) -> MetricsRow:
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[_METRICS_KEY])
-    except (OSError, KeyError, SafetensorError) as error:
+            metrics = json.loads((file.metadata() or {})[_METRICS_KEY])
+        return {str(name): value for name, value in metrics.items() if isinstance(value, int | float)}
+    except (OSError, KeyError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError("--against", path, f"is not a saved replay: {error}", "write one with --save") from error
 
 

@@ -34,7 +34,7 @@ def compare(answer: str, gold: str) -> Verdict | Undecided:
     """The verdict on ``answer``, both in the spelling of :func:`~nft_megatron.verify.spelling.plain`."""
     if answer == gold:
         return verdict("exact", STRICT)
-    if gold.isdigit() and len(gold) < MAX_DIGITS:
+    if gold.isdecimal() and len(gold) < MAX_DIGITS:
         return _compare_number(stated_part(answer) if "=" in answer else answer, Fraction(gold), gold)
     if same_spelling(answer, gold):
         return verdict("exact", STRICT)

@@ -1,9 +1,10 @@
-r"""Decides what exact comparison can decide. Pure functions.
+r"""Decides what exact comparison can decide. Pure functions, run in the caller's process: linear in an answer's length, and
+whatever takes longer sees at most ``MAX_BOX_CHARS`` characters of answer and gold.
 
 The strict route; the first rule that applies decides:
 
 1. the engine aborted the answer: unknown. Cut at the token limit: wrong, as in the paper.
-2. no closed box, an empty one, or one of more than ``MAX_BOX_CHARS`` characters: wrong.
+2. no closed box, one of more than ``MAX_BOX_CHARS`` characters, or an empty one: wrong. A gold of more cannot be met: unknown.
 3. several different boxes side by side when the gold is one number: wrong.
 4. what exact rules can tell of box and gold in plain spelling (:mod:`~nft_megatron.verify.comparison`): correct or wrong.
 5. otherwise computer algebra must compare the box (not the text around it) with the gold: :class:`Undecided`.
@@ -28,7 +29,7 @@ from nft_megatron.verify.spelling import plain
 DAPO = "dapo/2"
 DAPO_WINDOW = 300
 
-_ANSWER_LINE = re.compile(r"answer\W*?:\**(.*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"answer[^\w:]*+:\**+(.*+)", re.IGNORECASE)
 _SMALL_CACHE = 4096  # enough for the answers of a few groups
 
 
@@ -57,12 +58,12 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
     boxes = last_boxes(text)
     if not boxes:
         return verdict("no closed box", STRICT)
+    if boxes[-1].end - boxes[0].start > MAX_BOX_CHARS:
+        return verdict("box too long", STRICT)
     contents = tuple(unboxed(box.content) for box in boxes)
     if not contents[-1]:
         return verdict("empty box", STRICT)
-    if boxes[-1].end - boxes[0].start > MAX_BOX_CHARS:
-        return verdict("box too long", STRICT)
-    return _compare(contents, gold.strip())
+    return _compare(contents, gold.rpartition("####")[2].strip())
 
 
 def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
@@ -88,8 +89,10 @@ def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
 @functools.lru_cache(_SMALL_CACHE)
 def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     """Compare the boxes that together form the answer with the gold."""
-    if not gold.isdigit():
-        gold = plain(unboxed(gold.rpartition("####")[2]))
+    if len(gold) > MAX_BOX_CHARS:
+        return verdict("unreadable gold", STRICT)
+    if not gold.isdecimal():
+        gold = plain(unboxed(gold))
     contents = tuple(map(plain, contents))
     if len(contents) == 1:
         return compare(contents[0], gold)
@@ -103,6 +106,8 @@ def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
 
 @functools.lru_cache(_SMALL_CACHE)
 def _compare_exactly(answer: str, gold: str) -> Verdict:
+    if len(gold) > MAX_BOX_CHARS:
+        return verdict("unreadable gold", DAPO)
     answer, gold = plain(answer), plain(gold)
     number, gold_number = read_number(stated_part(answer)), read_bare_number(gold)
     if "".join(answer.split()) == "".join(gold.split()) or (number is not None and number == gold_number):

@@ -26,7 +26,7 @@ _SPELLED_OTHERWISE = re.compile(r"[\\\s~{−–]")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s++|\s++(?![0-9A-Za-z])|(?<=[0-9])\s++(?=[A-Za-z])")
 # What may surround a number without changing it: math mode, fonts, one pair of brackets, a full stop, a currency.
 _WRAPPERS = [
-    re.compile(r"\$+([^$]*)\$+"),
+    re.compile(r"\$++([^$]++)\$++"),
     re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]"),
     re.compile(_FONTS + _GROUP),
     re.compile(_GROUP),
@@ -34,7 +34,7 @@ _WRAPPERS = [
     re.compile(r"(.*[^.])\."),
     re.compile(r"(?:\\\$|[£€])(.*)"),
 ]
-_DEGREE = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
+_DEGREE = re.compile(r"(?:\^\s*+\{?\s*+\\circ\s*+\}?|°|\\degree)$")
 _PERCENT = re.compile(r"\\?%$")
 _TEXT_UNIT = re.compile(_FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
 _BARE_UNIT = re.compile(
@@ -97,7 +97,7 @@ def read_number(text: str) -> Fraction | None:
     >>> [read_number(text) for text in (r"15\mbox{ cm}^2", r"120^\circ", r"5 \text{ million}", r"5 \text{ or more}")]
     [Fraction(15, 1), Fraction(120, 1), Fraction(5000000, 1), None]
     """
-    if text.isdigit():
+    if text.isdecimal():
         return read_bare_number(text)
     text = _peel(_respell(text))
     if scale := _SCALE.search(text):

@@ -33,7 +33,7 @@ MAX_ALGEBRA_CHARS = 1000
 
 _RELATIVE_ERROR = 1e-4
 _LAST_WORDS = ("he answer is", "final answer is")
-_NUMBER = re.compile(r"-?\d*\.?\d+")
+_NUMBER = re.compile(r"-?(?:\d++(?:\.\d++)?+|\.\d++)")
 _UNIT = (
     r"(?:degrees?|deg|percent|units?|ways?|dollars?|cents?|(?:kilo|centi|milli)?met(?:er|re)s?|inch(?:es)?|feet|foot|ft|miles?|yards?|"
     r"[kcm]m|km/h|kmh|mph|kg|grams?|lit(?:er|re)s?|gallons?|hours?|hrs?|minutes?|min|seconds?|sec|days?|weeks?|months?|years?|"
@@ -64,7 +64,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
         (r"\\([{}])", r"\1"),
         (r"\\leq(?:slant)?(?![A-Za-z])", r"\\le"),
         (r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", ""),
+        (r"\^\s*+\{?\s*+\\circ\s*+\}?|°|\\degree", ""),
         (r"\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])", ","),
         (r"(?<=\S)\s*\\(?:text|mbox|textrm|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\.?$", ""),
         (r"(?<=\d)\s*(?:" + _UNIT + r"(?:\s*\^\s*\{?[23]\}?)?(?:\s+|$))+$", ""),

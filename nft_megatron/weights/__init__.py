@@ -6,7 +6,6 @@ A new family is a file with ``ARCHITECTURE``, ``shape(config)``, ``table(shape)`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import check_model_folder
+from nft_megatron.base.untrusted import read_json_object
 from nft_megatron.weights import llama, mistral, qwen2, qwen3, qwen3_moe
 from nft_megatron.weights.shape import ModelShape
 from nft_megatron.weights.table import WeightTable
@@ -36,11 +36,7 @@ def read_shape(folder: Path | str, field: str = "model.path") -> ModelShape:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(field, folder, "has no config.json", "give the path of a complete Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(field, path, f"is not JSON ({error})", "copy the model folder again") from error
-    return shape_of(config)
+    return shape_of(read_json_object(path, field, "copy the model folder again"))
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
@@ -49,8 +45,9 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         UserError: naming the entry that is malformed, or that no family here can express.
     """
-    architectures = config.get("architectures") or [None]
-    return _family("config.json: architectures", architectures[0]).shape(config)
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    return _family("config.json: architectures", first).shape(config)
 
 
 def weight_table(shape: ModelShape) -> WeightTable:
@@ -78,6 +75,6 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def _family(field: str, architecture: object) -> ModuleType:
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UserError(field, architecture, "no such model family", f"use one of {', '.join(FAMILIES)}")
     return FAMILIES[architecture]

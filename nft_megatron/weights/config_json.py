@@ -14,6 +14,10 @@ from nft_megatron.weights.shape import Experts, Llama3Scaling, ModelShape
 Config = Mapping[str, Any]
 
 _COMPLETE = "check that the model folder is complete"
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000
+_MOST_EXPERTS = 100_000
+"""Of all layers together. Tables have an entry for each."""
 _SHARED_REFUSALS = {
     "hidden_act": ("silu", "only silu (SwiGLU) is supported"),
     "use_sliding_window": (False, "sliding-window attention is not supported"),
@@ -45,16 +49,28 @@ def only(config: Config, field: str, allowed: object, problem: str) -> None:
 
 
 def positive_int(config: Config, field: str, default: int | None = None) -> int:
-    """A whole number > 0; ``default`` if absent or null.
+    """A whole number above 0 and below 2^31; ``default`` if absent or null.
 
     Raises:
         UserError: naming the field if it is anything else, or absent without a default.
     """
     value = config.get(field)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json: {field}", value, "must be a whole number above 0", _COMPLETE)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise UserError(f"config.json: {field}", value, "must be a whole number above 0 and below 2^31", _COMPLETE)
     return value
+
+
+def flag(config: Config, field: str) -> bool:
+    """True or false; false if absent or null.
+
+    Raises:
+        UserError: naming the field if it is anything else.
+    """
+    value = config.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"config.json: {field}", value, "must be true or false", _COMPLETE)
+    return bool(value)
 
 
 def positive_float(config: Config, field: str, default: float | None = None) -> float:
@@ -76,8 +92,9 @@ def read_decoder(
     """
     for field, (allowed, problem) in _SHARED_REFUSALS.items():
         only(config, field, allowed, problem)
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise refusal("layer_types", config["layer_types"], "only full attention is supported, not a sliding window")
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise refusal("layer_types", kinds, "only full attention is supported, not a sliding window")
     num_heads = positive_int(config, "num_attention_heads")
     num_groups = positive_int(config, "num_key_value_heads", num_heads)
     hidden_size = positive_int(config, "hidden_size")
@@ -86,10 +103,13 @@ def read_decoder(
     head_dim = positive_int(config, "head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise refusal("head_dim", head_dim, "must be even, because rotary positions rotate pairs")
+    num_layers = positive_int(config, "num_hidden_layers")
+    if num_layers > _MOST_LAYERS or (experts is not None and num_layers * experts.num_experts > _MOST_EXPERTS):
+        raise refusal("num_hidden_layers", num_layers, "more layers or experts than any model has")
     rope_theta, rope_scaling = _read_rope(config)
     return ModelShape(
         architecture=architecture,
-        num_layers=positive_int(config, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         ffn_hidden_size=positive_int(config, "intermediate_size"),
         num_attention_heads=num_heads,
@@ -99,7 +119,7 @@ def read_decoder(
         norm_epsilon=positive_float(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         max_positions=positive_int(config, "max_position_embeddings"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         rope_scaling=rope_scaling,
@@ -111,6 +131,8 @@ def _read_rope(config: Config) -> tuple[float, Llama3Scaling | None]:
     """Base and scaling. transformers 4 has ``rope_theta`` and ``rope_scaling``, transformers 5 both in ``rope_parameters``."""
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # in transformers 5's order
     rope = config.get(field) or {}
+    if not isinstance(rope, dict):
+        raise refusal(field, rope, "must be an object")
     theta = positive_float({"rope_theta": config.get("rope_theta"), **rope}, "rope_theta", 10_000.0)
     only(rope, "partial_rotary_factor", *_SHARED_REFUSALS["partial_rotary_factor"])
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -1,12 +1,11 @@
 """Locates and slices the tensors of a Hugging Face model folder: one ``model.safetensors``, or shards with an index.
 
-Headers are parsed here and bytes are read with plain positioned reads. Nothing is memory-mapped, because on network disks every
-page is a separate request, which is very slow.
+The safetensors library reads headers; the bytes of tensors are read with plain positioned reads. They are not memory-mapped,
+because on network disks every page is a separate request, which is very slow.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import check_model_folder
+from nft_megatron.base.untrusted import is_plain_name, read_json_object
 from nft_megatron.weights.copies import UNTIE, Pair
 from nft_megatron.weights.table import WeightTable, is_buffer, note_on_buffers
 
@@ -104,8 +105,8 @@ class HFReader:
     def check(self, table: WeightTable) -> tuple[str, ...]:
         """Notes for the user on stored tensors that are not read: copies of others, constants.
 
-        Raises :class:`UserError` unless the folder holds exactly the table's other tensors, in its shapes, or if one
-        of the copies differs.
+        Raises :class:`UserError` unless the folder holds exactly the table's other tensors, floating-point, in its shapes, or
+        if one of the copies differs.
         """
         expected = table.shapes
         unexpected = {name for name in self.names - expected.keys() - table.copies.keys() if not is_buffer(name)}
@@ -125,6 +126,9 @@ class HFReader:
                     f"{name} has shape {list(self.shape(name))}, but config.json implies {list(shape)}",
                     "check config.json against the weights",
                 )
+            if not self.places[name].dtype.is_floating_point:
+                problem = f"{name} holds {str(self.places[name].dtype).removeprefix('torch.')}, not floating-point numbers"
+                raise UserError(self._field, self._folder, problem, _COPY_AGAIN)
         return (*self._compare_copies(table), *note_on_buffers(self.names - expected.keys()))
 
     def _compare_copies(self, table: WeightTable) -> Iterator[str]:
@@ -158,10 +162,10 @@ class HFReader:
                 f"has no weights: neither {SINGLE} nor {INDEX}",
                 "give a folder with safetensors weights",
             )
-        try:
-            file_of = dict(json.loads(path.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(self._field, path, f"is not an index of weights ({error})", _COPY_AGAIN) from error
+        file_of = read_json_object(path, self._field, _COPY_AGAIN).get("weight_map")
+        if not isinstance(file_of, dict) or not all(is_plain_name(name) for name in file_of.values()):
+            problem = "is not an index of weights: its weight_map must give each tensor the name of a file of this folder"
+            raise UserError(self._field, path, problem, _COPY_AGAIN)
         places: dict[str, TensorPlace] = {}
         for name in sorted(set(file_of.values())):
             if not (self._folder / name).is_file():
@@ -173,28 +177,35 @@ class HFReader:
         return places
 
     def _read_header(self, path: Path) -> dict[str, TensorPlace]:
-        """The tensors of one file. Its length must match its header, so that a truncated file is noticed before it is read."""
+        """The tensors of one file, as the safetensors library reads its header.
+
+        It refuses gaps and overlaps, so tensors follow one another from the end of the header, in the order of their offsets.
+        """
+        places = {}
         try:
             with path.open("rb") as file:
-                num_bytes = int.from_bytes(file.read(8), "little")
-                size, start = path.stat().st_size, 8 + num_bytes
-                if start > size:
-                    raise ValueError(f"its header of {num_bytes} bytes exceeds its {size} bytes")
-                header = json.loads(file.read(num_bytes))
-            places, end = {}, 0
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"{name} has an unknown dtype, {entry['dtype']}")
-                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-                first, last = entry["data_offsets"]
-                if last - first != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} of shape {list(shape)} does not take {last - first} bytes")
-                places[name] = TensorPlace(path, start + first, dtype, shape)
-                end = max(end, last)
-            if start + end != size:
-                raise ValueError(f"its tensors end at byte {start + end}, but the file at {size}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                offset = 8 + int.from_bytes(file.read(8), "little")
+            with safe_open(path, framework="numpy") as header:
+                for name in header.offset_keys():
+                    tensor = header.get_slice(name)
+                    if tensor.get_dtype() not in DTYPES:
+                        raise ValueError(f"{name} has an unknown dtype, {tensor.get_dtype()}")
+                    places[name] = TensorPlace(path, offset, DTYPES[tensor.get_dtype()], tuple(tensor.get_shape()))
+                    offset += math.prod(places[name].shape) * places[name].dtype.itemsize
+        except (SafetensorError, ValueError) as error:
             raise UserError(self._field, path, f"is not a complete safetensors file ({error})", _COPY_AGAIN) from error
+        assert offset == path.stat().st_size, path
         return places
+
+
+def refuse_non_finite(field: str, folder: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself, if all of its numbers are finite.
+
+    Raises:
+        UserError: naming ``field``, the folder and the tensor if one is infinite or NaN.
+    """
+    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in numbers.aminmax()):
+        problem = f"{name} holds numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}"
+        raise UserError(field, folder, problem, "copy the model folder again, or find the step that broke it")
+    return tensor

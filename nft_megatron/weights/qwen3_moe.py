@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.weights.config_json import Config, decoder_config, only, positive_int, read_decoder, refusal
+from nft_megatron.weights.config_json import Config, decoder_config, flag, only, positive_int, read_decoder, refusal
 from nft_megatron.weights.decoder import decoder_table
 from nft_megatron.weights.shape import Experts, ModelShape
 
@@ -37,7 +37,7 @@ def shape(config: Config) -> ModelShape:
         num_experts=positive_int(config, count),
         experts_per_token=positive_int(config, "num_experts_per_tok"),
         ffn_hidden_size=positive_int(config, "moe_intermediate_size"),
-        normalise_topk=bool(config.get("norm_topk_prob", False)),
+        normalise_topk=flag(config, "norm_topk_prob"),
     )
     if experts.experts_per_token > experts.num_experts:
         raise refusal("num_experts_per_tok", experts.experts_per_token, f"exceeds the {experts.num_experts} experts")

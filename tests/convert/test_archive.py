@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.convert.archive import TensorAt, read_archive, saved_bytes, tensor_frame
+from nft_megatron.convert.archive import saved_bytes, tensor_frame
+from nft_megatron.weights.archive import TensorAt, read_archive
 
 
 def read(path: Path, start: int = 0):

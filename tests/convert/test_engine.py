@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.convert.blocks import Checksum, whole
+from nft_megatron.convert.blocks import whole
 from nft_megatron.convert.engine import Files, cast_band, first_non_finite, read_band, run_all
+from nft_megatron.weights.archive import Checksum
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

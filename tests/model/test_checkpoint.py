@@ -41,6 +41,40 @@ def test_damage_is_found_before_anything_is_loaded(messages: dict, case: str, te
     assert changed == []
 
 
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("index executes", ".metadata: is not the metadata of a torch_dist checkpoint"),
+        ("index executes and is right", ".metadata: is not the metadata of a torch_dist checkpoint"),
+        ("index of another file", "the file '../good/__0_0.distcp' is not in its folder"),
+        ("index with a negative offset", "a size or offset that is none"),
+        ("index beyond the file", "__0_0.distcp: is truncated within"),
+        ("common part executes", "names __builtin__.eval, which is not data"),
+        ("common part of another program", "is not of a run of nft_megatron"),
+        ("object executes", "names __builtin__.eval, which is not data"),
+        ("object is none", "no usable states of random generators"),
+        ("state of a module executes", "_extra_state/shard_0_2 is more than an empty state of Transformer Engine"),
+        ("deep metadata.json", "is nested too deeply"),
+        ("other metadata.json", "is not Megatron-Core's"),
+    ],
+)
+def test_a_hostile_checkpoint_is_refused(messages: dict, case: str, text: str):
+    """Its checksums are right: whoever can write a checkpoint can write them too."""
+    kind, message, _ = messages[case]
+    assert kind == "UserError"
+    assert text in message
+
+
+def test_nothing_in_a_hostile_checkpoint_is_executed(messages: dict):
+    assert messages["executed"] == []
+
+
+def test_weights_that_are_not_finite_are_refused(messages: dict):
+    kind, message, _ = messages["not finite"]
+    assert kind == "UserError"
+    assert "model.norm.weight holds numbers that are not finite in float32" in message
+
+
 def test_the_checkpoint_of_another_model_is_refused(messages: dict):
     kind, message, _ = messages["another model"]
     assert kind == "UserError"
