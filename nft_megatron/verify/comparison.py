@@ -15,7 +15,7 @@ from nft_megatron.verify.expressions import same_value
 from nft_megatron.verify.forms import compare_forms
 from nft_megatron.verify.intervals import as_interval, is_interval, without_member
 from nft_megatron.verify.listings import compare_listings, is_named, read_listing
-from nft_megatron.verify.numbers import MAX_DIGITS, is_arithmetic, is_decimal, nearly_equal, read_number, same_spelling, tight
+from nft_megatron.verify.numbers import is_arithmetic, is_decimal, is_digits, nearly_equal, read_number, same_spelling, tight
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.units import units_clash
 
@@ -34,8 +34,8 @@ def compare(answer: str, gold: str) -> Verdict | Undecided:
     """The verdict on ``answer``, both in the spelling of :func:`~nft_megatron.verify.spelling.plain`."""
     if answer == gold:
         return verdict("exact", STRICT)
-    if gold.isdigit() and len(gold) < MAX_DIGITS:
-        return _compare_number(stated_part(answer) if "=" in answer else answer, Fraction(gold), gold)
+    if is_digits(gold):
+        return _compare_number(stated_part(answer), Fraction(int(gold)), gold)
     if same_spelling(answer, gold):
         return verdict("exact", STRICT)
     if "=" in gold and not is_named(gold) and len(sides(gold)) > 1:

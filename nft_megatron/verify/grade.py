@@ -21,7 +21,7 @@ from fractions import Fraction
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
 from nft_megatron.verify.comparison import STRICT, Undecided, compare, read_gold_number, stated_part
-from nft_megatron.verify.numbers import read_bare_number, read_number
+from nft_megatron.verify.numbers import is_digits, read_bare_number, read_number
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.spelling import plain
 
@@ -30,6 +30,7 @@ DAPO_WINDOW = 300
 
 _ANSWER_LINE = re.compile(r"answer\W*?:\**(.*)", re.IGNORECASE)
 _SMALL_CACHE = 4096  # enough for the answers of a few groups
+_EXACT, _ANOTHER = verdict("exact", STRICT), verdict("another number", STRICT)
 
 
 def cut_off(finish_reason: FinishReason, verifier: str) -> Verdict | None:
@@ -62,7 +63,10 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
         return verdict("empty box", STRICT)
     if boxes[-1].end - boxes[0].start > MAX_BOX_CHARS:
         return verdict("box too long", STRICT)
-    return _compare(contents, gold.strip())
+    gold = gold.strip()
+    if len(contents) == 1 and is_digits(gold) and is_digits(contents[0]):  # on most data, nearly all that are right
+        return _EXACT if contents[0].lstrip("0") == gold.lstrip("0") else _ANOTHER
+    return _compare(contents, gold)
 
 
 def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
@@ -88,7 +92,7 @@ def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
 @functools.lru_cache(_SMALL_CACHE)
 def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     """Compare the boxes that together form the answer with the gold."""
-    if not gold.isdigit():
+    if not is_digits(gold):
         gold = plain(unboxed(gold.rpartition("####")[2]))
     contents = tuple(map(plain, contents))
     if len(contents) == 1:

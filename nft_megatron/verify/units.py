@@ -7,7 +7,10 @@ applied. A word that is not in the table (ways, people) is no unit.
 
 from __future__ import annotations
 
+import functools
 import re
+
+from nft_megatron.verify.numbers import is_digits
 
 _NAMES = """
 mm: millimeter millimeters millimetre millimetres · cm: centimeter centimeters centimetre centimetres
@@ -35,7 +38,9 @@ _TAIL = re.compile(
     r"(?:(?<=[0-9})])|(?<=[A-Za-z])(?=[~\s\\]))[~\s]*+"
     r"((?:[A-Za-z/.~\s{}]|\\,|\^\{?-?[1-9]\}?|\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z]))++)$"
 )
+_REMEMBERED = 4096  # units of texts: a gold meets the answers of its group
 _MAX_TAIL = 60  # characters
+_NO_UNIT_ENDS = ("", ")", "]", "!", "'", ":")
 _DEGREE = re.compile(r"\^\s*+\{?\s*+\\circ\s*+\}?|\\degree(?![A-Za-z])|°")
 _PERCENT = re.compile(r"\\?%$")
 _FONT = re.compile(r"\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z])|\\,")
@@ -58,18 +63,21 @@ def units_clash(answer: str, gold: str) -> bool:
     return bool(unit) and unit != gold_unit
 
 
+@functools.lru_cache(_REMEMBERED)
 def unit_of(text: str) -> dict[str, int]:
     """The unit at the end of ``text`` (a currency: at its beginning) as powers of base units; empty if there is none."""
+    if is_digits(text):
+        return {}
     text = text.strip().strip("$" if text.count("$") % 2 == 0 else "").rstrip(".").strip()
     money = text.removeprefix("\\")[:1] if text[:1] in ("\\", *_CURRENCY) else ""
     if money in _CURRENCY:
         return {_CURRENCY[money]: 1}
     if _PERCENT.search(text):
         return {"percent": 1}
-    if signs := list(_DEGREE.finditer(text)):
+    if signs := list(_DEGREE.finditer(text)) if "circ" in text or "degree" in text or "°" in text else []:
         scale = re.sub(r"\\[a-z]++|[^A-Za-z]", "", text[signs[-1].end() :])
         return {f"degree{scale}": 1} if scale in ("", "C", "F") else {}
-    tail = _TAIL.search(text[-_MAX_TAIL:])
+    tail = _TAIL.search(text[-_MAX_TAIL:]) if text[-1:] not in _NO_UNIT_ENDS else None
     return _read(re.sub("[{}]", "", _FONT.sub(" ", tail[1]))) if tail else {}
 
 
