@@ -45,6 +45,10 @@ _DEGREE = re.compile(r"\^\s*+\{?\s*+\\circ\s*+\}?|\\degree(?![A-Za-z])|°")
 _PERCENT = re.compile(r"\\?%$")
 _FONT = re.compile(r"\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z])|\\,")
 _WORD = re.compile(r"([A-Za-z]++)\s*+(?:\^\s*+(-?[1-9]))?+|(/)")
+_BRACE = re.compile("[{}]")
+# (K-1)/L is no number per liter: a single letter without a font is a unit only behind plain digits.
+_SINGLE_LETTER = re.compile("(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+_DECIMAL = re.compile(r"\s*+[-+]?+\s*+[0-9][0-9.,{}]*+[~\s]*+")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -60,7 +64,7 @@ def units_clash(answer: str, gold: str) -> bool:
     if not gold_unit:
         return False
     unit = unit_of(answer)
-    return bool(unit) and unit != gold_unit
+    return bool(unit) and unit != gold_unit and "".join(answer.split()) != "".join(gold.split())
 
 
 @functools.lru_cache(_REMEMBERED)
@@ -77,8 +81,10 @@ def unit_of(text: str) -> dict[str, int]:
     if signs := list(_DEGREE.finditer(text)) if "circ" in text or "degree" in text or "°" in text else []:
         scale = re.sub(r"\\[a-z]++|[^A-Za-z]", "", text[signs[-1].end() :])
         return {f"degree{scale}": 1} if scale in ("", "C", "F") else {}
-    tail = _TAIL.search(text[-_MAX_TAIL:]) if text[-1:] not in _NO_UNIT_ENDS else None
-    return _read(re.sub("[{}]", "", _FONT.sub(" ", tail[1]))) if tail else {}
+    tail = _TAIL.search(text, max(len(text) - _MAX_TAIL, 0)) if text[-1:] not in _NO_UNIT_ENDS else None
+    if tail is None or (_SINGLE_LETTER.search(tail[1]) and "\\" not in tail[1] and not _DECIMAL.fullmatch(text, 0, tail.start(1))):
+        return {}
+    return _read(_BRACE.sub("", _FONT.sub(" ", tail[1])))
 
 
 def _read(words: str) -> dict[str, int]:
