@@ -22,7 +22,7 @@ REASONS: dict[str, tuple[Label, str]] = {
     "engine fault": ("unknown", "the engine aborted the answer"),
     "unreadable gold": ("unknown", "the grader cannot read the gold"),
     "soft limit": ("unknown", "the grader gave up after verify.soft_seconds of processor time"),
-    "hard limit": ("unknown", "the grader was killed after verify.hard_seconds"),
+    "hard limit": ("unknown", "the grader was stuck twice, the second time alone (verify.hard_seconds)"),
     "crash": ("unknown", "the grader raised an error"),
     "worker died": ("unknown", "the grader's process died, and so did the one that took over"),
     "worker did not start": ("unknown", "no grader process was ready in time"),

@@ -1,4 +1,4 @@
-r"""Other spellings of a gold that mean exactly the same, to find out whether a verifier reads what models write. Pure functions.
+r"""Other spellings of a gold with exactly its meaning, to find out whether a verifier reads what models write. Pure functions.
 
 A verifier that accepts ``\frac{3}{4}`` beside itself may still refuse ``0.75``, and the question would then be trained as wrong
 whenever a model prefers decimals.
@@ -28,7 +28,9 @@ _ATOM = r"(?:[0-9]++(?:\.[0-9]++)?+|[A-Za-z]|\\(?:pi|theta|alpha|beta|lambda|mu)
 _FACTOR = rf"(?:{_ATOM}|\\sqrt\s*+(?:\[[0-9]++\])?+(?:\{{{_ATOM}\}}|[0-9]))"
 _SINGLE = re.compile(_ATOM)
 _PRODUCT = re.compile(rf"{_FACTOR}++")
-_FREE_BEFORE = re.compile(r"(?:^|[(\[,{=<>;&]|\\(?:left\s*+[(\[]|text\s*+\{\s*+(?:or|and)\s*+\}|pm|cup)|\\\{)\s*+[-+]?+\s*+$|[-+]\s*+$")
+_FREE_BEFORE = re.compile(
+    r"(?:^|[(\[,{=<>;&]|\\(?:left\s*+[(\[]|text\s*+\{\s*+(?:or|and)\s*+\}|pm|cup)|\\\{)\s*+[-+]?+\s*+$|[-+]\s*+$"
+)
 _FREE_AFTER = re.compile(r"\s*+(?:$|[)\],}=<>;&]|[-+]|\\(?:right|text|cup|pm|\}|\\))")
 _MIXED_BEFORE = re.compile(r"(?:^|[(,\[])\s*+-?[0-9]++$")
 _DIFFERENTIAL = re.compile(r"d(?:\^\{?[0-9]\}?)?\s*+[A-Za-z]")
@@ -37,7 +39,9 @@ _SLASH = re.compile(r"(?<![\w/.,}])([0-9]++)/([0-9]++)(?![\w/.,^({!])")
 _PAIRS = {"(": ")", "[": "]", r"\{": r"\}"}
 _BRACKET = re.compile(r"\\sqrt\s*+\[[^\[\]]*+\]|\\\\\[[^\[\]]*+\]|\\[{}]|[()\[\]]")
 _LEFT_RIGHT = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*+(?!\.)")
-_NO_VALUE = re.compile(r"[,=<>%:;&|~_$]|\\(?!frac|dfrac|tfrac|sqrt|pi|cdot|times|left|right)[A-Za-z]|[A-Za-z]{2}|\\[^A-Za-z]")
+_NO_VALUE = re.compile(
+    r"[,=<>%:;&|~_$]|\\(?!frac|dfrac|tfrac|sqrt|pi|cdot|times|left|right)[A-Za-z]|(?<![\\A-Za-z])[A-Za-z]{2}|\\[^A-Za-z]"
+)
 _WORD = re.compile(r"[A-Z]|[A-Za-z]{2,}")
 _ONLY_TEXT = re.compile(r"\\text\s*+\{([A-Za-z0-9 .]++)\}")
 _PLAIN_NUMBER = re.compile(r"-?[0-9]++(?:\.[0-9]++)?+")
@@ -47,8 +51,8 @@ _NUMBER = re.compile(r"[-+0-9.,/{}() eE]++|[-+]?\s*+[0-9]*+\s*+\\[dt]?frac[0-9{}
 def respellings(gold: str) -> dict[str, str]:
     r"""Spellings of ``gold`` with the same meaning, by their kind; a kind that would change nothing or the meaning is absent.
 
-    >>> respellings(r"-\frac{3}{4}")
-    {'dfrac': '-\\dfrac{3}{4}', 'slash': '-3/4', 'brackets': '\\left(-\\frac{3}{4}\\right)', 'decimal': '-0.75'}
+    >>> respellings(r"\frac{\pi}{4}")
+    {'dfrac': '\\dfrac{\\pi}{4}', 'slash': '\\pi/4', 'brackets': '\\left(\\frac{\\pi}{4}\\right)'}
     >>> respellings("4.5e33")["times"], respellings("x^2+1")["spaces"], respellings("(0,1]")["brackets"]
     ('4.5 \\times 10^{33}', 'x^2 + 1', '\\left(0,1\\right]')
     >>> respellings("Evelyn"), respellings(r"\text{(B)}")

@@ -82,9 +82,12 @@ def unit_of(text: str) -> dict[str, int]:
         scale = re.sub(r"\\[a-z]++|[^A-Za-z]", "", text[signs[-1].end() :])
         return {f"degree{scale}": 1} if scale in ("", "C", "F") else {}
     tail = _TAIL.search(text, max(len(text) - _MAX_TAIL, 0)) if text[-1:] not in _NO_UNIT_ENDS else None
-    if tail is None or (_SINGLE_LETTER.search(tail[1]) and "\\" not in tail[1] and not _DECIMAL.fullmatch(text, 0, tail.start(1))):
+    if tail is None:
         return {}
-    return _read(_BRACE.sub("", _FONT.sub(" ", tail[1])))
+    words = tail[1]
+    if "\\" not in words and _SINGLE_LETTER.search(words) and not _DECIMAL.fullmatch(text, 0, tail.start(1)):
+        return {}
+    return _read(_BRACE.sub("", _FONT.sub(" ", words)))
 
 
 def _read(words: str) -> dict[str, int]:

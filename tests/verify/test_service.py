@@ -1,7 +1,6 @@
 """The verifier with real worker processes, which are killed, run away and lose their parent."""
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from grader_processes import kill_workers, workers_of
 from waiting import until
 
 from nft_megatron.config.sections import VerifyConfig
@@ -36,26 +36,6 @@ CASES = [
     (r"\boxed{34}", "34", "correct"),
     ("no box", "34", "wrong"),
 ]
-
-
-def workers_of(parent: int) -> list[int]:
-    """Process ids of the graders that ``parent`` started and that still run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, ppid = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(ppid) == parent and state != "Z" and b"nft_megatron.verify.worker" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return found
-
-
-def kill_workers() -> set[int]:
-    """Those that it killed."""
-    pids = set(workers_of(os.getpid()))
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return pids
 
 
 @pytest.fixture(scope="module")
@@ -142,34 +122,6 @@ def test_soft_limit() -> None:
         assert (verdict.label, verdict.reason) == ("unknown", "soft limit")
         assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct"
         assert workers_of(os.getpid()) == pids, "the worker that gave up was kept"
-
-
-def test_the_soft_limit_counts_processor_time_alone() -> None:
-    """Waiting, for instance for a core on a busy machine, does not count; computing does."""
-    program = """
-import time
-from nft_megatron.verify.worker import SoftLimit, limits
-with limits(0.2, 60.0):
-    time.sleep(0.6)
-print("waited")
-try:
-    with limits(0.2, 60.0):
-        while True:
-            pass
-except SoftLimit:
-    print("gave up", time.process_time() >= 0.2)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert result.stdout.splitlines() == ["waited", "gave up True"], result.stderr
-
-
-def test_hard_limit_kills_and_replaces_the_worker() -> None:
-    with Verifier(VerifyConfig(workers=1, soft_seconds=600.0, hard_seconds=1.0)) as verifier:
-        verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(60)
-        assert (verdict.label, verdict.reason) == ("unknown", "hard limit")
-        assert verdict.seconds >= 0.8, "a fifth is kept for the killing"
-        # The successor has one second too: on a machine that is busier than that it is asked again.
-        until(lambda: verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(60).label == "correct")
 
 
 def test_killed_worker_gives_unknown_and_the_next_task_works() -> None:
