@@ -124,14 +124,15 @@ def _closed_group(text: str) -> list[Box]:
 
 
 def unboxed(content: str) -> str:
-    r"""The content of a box, with any number of boxes that hold nothing but another box removed.
+    r"""The content of a box without the boxes in it.
 
-    >>> unboxed(r" \boxed{\fbox{34}} "), unboxed(r"\boxed{3} or 4")
-    ('34', '\\boxed{3} or 4')
+    >>> unboxed(r" \boxed{\fbox{34}} "), unboxed(r"x = \boxed{3}")
+    ('34', 'x = 3')
     """
     content = content.strip()
-    while "box" in content and (inner := closed_boxes(content)) and (inner[0].start, inner[0].end) == (0, len(content)):
-        content = inner[0].content.strip()
+    while "box" in content and (inner := closed_boxes(content)):
+        last = inner[-1]
+        content = (content[: last.start] + last.content + content[last.end :]).strip()
     return content
 
 

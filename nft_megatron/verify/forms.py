@@ -14,6 +14,8 @@ _BASE = re.compile(r"\(?([0-9A-Z]++)\)?_\{?([0-9]++|[a-z]++)\}?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|textnormal)\s*+\{([^{}]*+)\}")
 _CLOCK = re.compile(r"([0-9]{1,2}+):([0-5][0-9])(?::([0-5][0-9]))?+\s*+([ap])?+(?:\.?m\.?)?+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '.-]*+")
+_LETTERS = re.compile("[A-Za-z]++")
+_TO = re.compile(r"(?<=[0-9}])\s*+to\s*+(?=[0-9\\])")
 _NO_WORD = re.compile(r"[0-9^_=+*/<>\[\]()]")
 _DIGIT_NAMES = {
     name: str(number)
@@ -73,7 +75,7 @@ def _compare_ratios(answer: str, gold: str) -> bool | None:
     if ":" not in gold or "=" in gold + answer or r"\{" in gold:
         return None
     gold_parts = _untext(gold).split(":")
-    parts = _untext(answer).split(":")
+    parts = _TO.sub(":", _untext(answer)).split(":")
     if len(parts) == 1 and len(gold_parts) == 2 and (value := read_bare_number(answer)) is not None:
         numbers: list[Fraction | None] = [value, Fraction(1)]
     else:
@@ -99,20 +101,23 @@ def _compare_ratios(answer: str, gold: str) -> bool | None:
 
 
 def _compare_words(answer: str, gold: str) -> bool | None:
-    """Words are the same if spelled the same, in any case. Three letters side by side are a word, two may be a product."""
+    """Words are the same if spelled the same, in any case.
+
+    Three letters side by side are a word; two may be a product, but not with an o (no, on).
+    """
     if _NO_WORD.search(gold):
         return None
     words, gold_words = _untext(answer), _untext(gold)
     if not (_WORDS.fullmatch(words) and _WORDS.fullmatch(gold_words)):
         return None
-    is_text = "{" in answer or "{" in gold or any(len(word) > 2 for word in re.findall("[A-Za-z]++", gold_words))
+    is_text = "{" in answer or "{" in gold or any(len(word) > 2 or "o" in word for word in _LETTERS.findall(gold_words))
     if not is_text:
         return None
     return _bare(words) == _bare(gold_words)
 
 
 def _bare(words: str) -> str:
-    return " ".join(re.sub("[.'-]", " ", words).lower().split())
+    return "".join(re.sub("[.'-]", " ", words).lower().split())
 
 
 @functools.lru_cache(_REMEMBERED)

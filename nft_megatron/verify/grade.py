@@ -25,10 +25,10 @@ from nft_megatron.verify.numbers import is_digits, read_bare_number, read_number
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.spelling import plain
 
-DAPO = "dapo/2"
+DAPO = "dapo/3"
 DAPO_WINDOW = 300
 
-_ANSWER_LINE = re.compile(r"answer\W*?:\**(.*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"answer\W*?:[\s*]*+(.*)", re.IGNORECASE)  # the answer may be on a line below
 _SMALL_CACHE = 4096  # enough for the answers of a few groups
 _EXACT, _ANOTHER = verdict("exact", STRICT), verdict("another number", STRICT)
 
@@ -48,7 +48,7 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
     >>> grade(r"so the total is \boxed{1{,}234}.", "1234", "stop").label
     'correct'
     >>> grade(r"\boxed{2x = 34}", "34", "stop")
-    Verdict(label='wrong', reason='not a number', verifier='strict/3', seconds=0.0)
+    Verdict(label='wrong', reason='not a number', verifier='strict/4', seconds=0.0)
     >>> grade(r"hence \boxed{\sqrt{2}/2}", r"\frac{1}{\sqrt{2}}", "stop")
     Undecided(text='\\boxed{\\sqrt{2}/2}', gold='\\frac{1}{\\sqrt{2}}')
     """

@@ -19,6 +19,9 @@ _RESPELL = [
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
     (re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
     (re.compile(r",\s*\\!\s*|\\!\s*,\s*|\{\s*,\s*\}"), ","),
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|\\thinspace(?![A-Za-z])|[~\s\u2009\u202f\u00a0]"), " "),
@@ -39,9 +42,11 @@ _DEGREE = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)$")
 _PERCENT = re.compile(r"\\?%$")
 _TEXT_UNIT = re.compile(_FONTS + r"\{([A-Za-z .,/^23²³()-]*)\}(?:\s*\^\s*\{?[23]\}?)?$")
 _BARE_UNIT = re.compile(
-    r"(?<![A-Za-z])(?:[ckm]m|kg|degrees?|percent(?:age)?|pct|units?|ways|dollars?|cents?|hours?|minutes?|seconds?|days?|years?|feet|inches|meters?|miles)"
-    r"(?:\s*\^\s*\{?[23]\}?)?$"
+    r"(?<![A-Za-z])(?:[ckm]m|[km]g|ml|mL|ft|in|yd|mi|lbs?|oz|hrs?|mins?|secs?|mph|kph|km/h|m/s|USD|EUR|degrees?|percent(?:age)?|pct|units?|ways"
+    r"|dollars?|cents?|euros?|pounds?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|feet|foot|inch(?:es)?|yards?|miles?"
+    r"|(?:kilo|centi|milli)?(?:meter|metre|gram|liter|litre)s?|gallons?|ounces?)(?:\s*\^\s*\{?[23]\}?)?$"
 )
+_MONEY = re.compile(r"(?:\\\$|[€£])$")
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(r"(?<=[0-9])\s*+(?:" + _FONTS + r"\{)?\s*+(" + "|".join(_ZEROS) + r")\s*+\}?$")
 # Words that make "5 \text{ …}" something other than the number 5, and single letters that are not units.
@@ -58,11 +63,20 @@ _DIGITS = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})
 _DECIMAL = re.compile(rf"([+-]?)\s*({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)")
 _SCIENTIFIC = re.compile(
     r"([+-]?)\s*+(?:([0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)"
-    r"(?:[eE]([+-]?[0-9]{1,4}+)|\s*+(?:\\times|\\cdot|\*)\s*+10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
+    r"(?:[eE]([+-]?[0-9]{1,4}+)|\s*+(?:\\times|\\cdot|\*|x)\s*+10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
     r"|10\s*+\^\s*+(?:([0-9])|\{\s*+([+-]?\s*+[0-9]{1,4}+)\s*+\}))"
 )
 _RECURRING = re.compile(
     r"([+-]?)\s*+([0-9]*+)\.([0-9]*+)(?:\\(?:overline|bar|dot)\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|\(([0-9]++)\))"
+)
+# Three times the same digit, or twice the same digits, and dots.
+_GOES_ON = re.compile(
+    r"([+-]?)\s*+([0-9]*+)\.([0-9]*?)(?:([0-9])\4{2,}|([0-9]{2,6}?)\5+)\s*+(?:\\(?:[lc]?dots)(?![A-Za-z])|\.\.\.|…)"
+)
+_MAX_RECURRING = 100  # characters
+_ATOM = r"[0-9]++|[A-Za-z](?![A-Za-z])|\\[A-Za-z]++(?![\[{A-Za-z])|\\sqrt\{[^{}]*+\}"
+_SLASH = re.compile(
+    rf"(?:(?<![A-Za-z0-9_^}}])\(([^()]++)\)|(?<![A-Za-z0-9_^}}).])({_ATOM}))/(?:\(([^()]++)\)|({_ATOM}))(?![A-Za-z0-9_^\\({{!])"
 )
 _MIXED = re.compile(
     r"([+-]?)\s*+([0-9]++)\s*+(?:\\frac\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))\s*+(?:\{\s*+([0-9]++)\s*+\}|([0-9]))|(?<=\s)([0-9]++)/([0-9]++))"
@@ -112,7 +126,7 @@ def read_number(text: str) -> Fraction | None:
     if scale := _SCALE.search(text):
         number = read_bare_number(text[: scale.start()])
         return number * 10 ** _ZEROS[scale[1]] if number is not None else None
-    for unit in (_DEGREE, _PERCENT, _TEXT_UNIT, _BARE_UNIT):
+    for unit in (_DEGREE, _PERCENT, _MONEY, _TEXT_UNIT, _BARE_UNIT):
         match = unit.search(text)
         if match and not (unit is _TEXT_UNIT and _NOT_UNIT.search(match[1])):
             text = text[: match.start()]
@@ -121,7 +135,7 @@ def read_number(text: str) -> Fraction | None:
 
 def is_decimal(text: str) -> bool:
     """Whether ``text`` has a decimal point, but no recurring digits."""
-    return "." in text.rstrip(".") and _RECURRING.fullmatch(_peel(_respell(text))) is None
+    return "." in text.rstrip(".") and _recurring(_peel(_respell(text))) is None
 
 
 def nearly_equal(number: Fraction, other: Fraction) -> bool:
@@ -146,6 +160,36 @@ def same_spelling(text: str, other: str) -> bool:
     (True, False)
     """
     return tight(text) == tight(other)
+
+
+def same_value_spelling(text: str, other: str) -> bool:
+    r"""Like :func:`same_spelling`, but brackets around all of it do not count, and ``a/b`` is ``\frac{a}{b}``.
+
+    >>> same_value_spelling(r"\left(6m\right)", "6m"), same_value_spelling("(K-1)/L", r"\frac{K-1}{L}")
+    (True, True)
+    """
+    return _with_fractions(_without_brackets(tight(text))) == _with_fractions(_without_brackets(tight(other)))
+
+
+def _without_brackets(text: str) -> str:
+    if text[:1] != "(" or text[-1:] != ")" or "," in text:
+        return text
+    depth = 0
+    for position, symbol in enumerate(text):
+        depth += (symbol == "(") - (symbol == ")")
+        if depth == 0:
+            return text[1:-1] if position == len(text) - 1 else text
+    return text
+
+
+def _with_fractions(text: str) -> str:
+    """Where nothing beside the slash could be meant to stand above or below it."""
+    return _SLASH.sub(_as_fraction, text) if "/" in text else text
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    above, below = found[1] or found[2], found[3] or found[4]
+    return rf"\frac{{{above}}}{{{below}}}"
 
 
 @functools.lru_cache(_REMEMBERED)
@@ -196,15 +240,14 @@ def _scientific(text: str) -> Fraction | None:
 
 
 def _recurring(text: str) -> Fraction | None:
-    r"""``0.1\overline{6}``, ``0.1\bar6`` and ``0.1(6)``."""
-    match = _RECURRING.fullmatch(text) if "." in text and len(text) < MAX_DIGITS else None
+    r"""``0.1\overline{6}``, ``0.1\bar6``, ``0.1(6)`` and ``0.1666\ldots``."""
+    match = (_RECURRING.fullmatch(text) or _GOES_ON.fullmatch(text)) if "." in text and len(text) < _MAX_RECURRING else None
     if match is None:
         return None
-    period, before = match[4] or match[5] or match[6], match[3]
-    value = Fraction(
-        int(match[2] + before + period or 0) - int(match[2] + before or 0), 10 ** len(before) * (10 ** len(period) - 1)
-    )
-    return -value if match[1] == "-" else value
+    sign, whole, before, *periods = match.groups()
+    period = next(filter(None, periods))
+    value = Fraction(int(whole + before + period) - int(whole + before or 0), 10 ** len(before) * (10 ** len(period) - 1))
+    return -value if sign == "-" else value
 
 
 @functools.lru_cache(_REMEMBERED)

@@ -20,6 +20,7 @@ REASONS: dict[str, tuple[Label, str]] = {
     "no answer found": ("wrong", "the text has nothing that could be an answer"),
     "not equal": ("wrong", "answer and gold differ"),
     "engine fault": ("unknown", "the engine aborted the answer"),
+    "unmatched gold": ("unknown", "the grader does not even match the gold with itself"),
     "unreadable gold": ("unknown", "the grader cannot read the gold"),
     "soft limit": ("unknown", "the grader gave up after verify.soft_seconds of processor time"),
     "hard limit": ("unknown", "the grader was stuck twice, the second time alone (verify.hard_seconds)"),

@@ -34,6 +34,7 @@ _FREE_BEFORE = re.compile(
 _FREE_AFTER = re.compile(r"\s*+(?:$|[)\],}=<>;&]|[-+]|\\(?:right|text|cup|pm|\}|\\))")
 _MIXED_BEFORE = re.compile(r"(?:^|[(,\[])\s*+-?[0-9]++$")
 _DIFFERENTIAL = re.compile(r"d(?:\^\{?[0-9]\}?)?\s*+[A-Za-z]")
+_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _SLASH = re.compile(r"(?<![\w/.,}])([0-9]++)/([0-9]++)(?![\w/.,^({!])")
 
 _PAIRS = {"(": ")", "[": "]", r"\{": r"\}"}
@@ -68,7 +69,8 @@ def respellings(gold: str) -> dict[str, str]:
 
 def _spaces(gold: str) -> str:
     """Spaces around signs and after commas; none around signs where there are some."""
-    loose = _outside_text(gold, lambda part: _BEFORE_COMMAND.sub(r" \1", _COMMA.sub(r"\1 ", _BINARY.sub(r" \1 ", part))))
+    loose = _outside_text(gold, lambda part: _COMMA.sub(r"\1 ", _BINARY.sub(r" \1 ", part)))
+    loose = _BEFORE_COMMAND.sub(r" \1", loose)
     return loose if loose != gold else _outside_text(gold, lambda part: _BINARY.sub(r"\1", part))
 
 
@@ -103,7 +105,7 @@ def _slash(gold: str) -> str:
             text = before + gold[found.start() : below[1]]
         end = below[1]
     text += gold[end:]
-    return text if text != gold else _SLASH.sub(r"\\frac{\1}{\2}", gold)
+    return text if text != gold or _WORDS.search(gold) else _SLASH.sub(r"\\frac{\1}{\2}", gold)
 
 
 def _argument(text: str, start: int) -> tuple[str, int] | None:
@@ -153,7 +155,7 @@ def _numbers(gold: str, number: Fraction) -> dict[str, str]:
     if exact is None or len(exact) > _MAX_DECIMALS:
         return {"fraction": fraction, **_powers(number, gold)}
     decimal = exact if "." in exact else f"{exact}.0"
-    return {"fraction": fraction, "decimal": decimal if gold != exact else "", **_powers(number, gold)}
+    return {"fraction": fraction, "decimal": decimal, **_powers(number, gold)}
 
 
 def _exact_decimal(number: Fraction) -> str | None:

@@ -39,7 +39,7 @@ from nft_megatron.verify.reasons import reason_of, verdict
 from nft_megatron.verify.rules import rules_of
 from nft_megatron.verify.turns import Turns
 
-_START_SECONDS = 60.0  # for imports, on a busy machine
+_START_SECONDS = 300.0  # for imports, on a busy machine
 _ALONE = 10  # times the hard limit: a tenth of a core is enough for a task that has the pool to itself
 _KERNEL = 2  # times the soft limit: the processor time after which the kernel ends a process that does not give up
 _LOST = ("hard limit", "worker died", "worker did not start")

@@ -35,7 +35,7 @@ _CANONICAL = {
 _SAME = {"mph": {"mi": 1, "h": -1}, "kph": {"km": 1, "h": -1}}
 _CURRENCY = {"$": "dollar", "£": "pound", "€": "euro", "¢": "cent", "₹": "rupee"}
 _TAIL = re.compile(
-    r"(?:(?<=[0-9})])|(?<=[A-Za-z])(?=[~\s\\]))[~\s]*+"
+    r"(?:(?<=[0-9})])|(?<=[A-Za-z])(?=[~\s\\]))[~\s]*+(?!\^)"
     r"((?:[A-Za-z/.~\s{}]|\\,|\^\{?-?[1-9]\}?|\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z]))++)$"
 )
 _REMEMBERED = 4096  # units of texts: a gold meets the answers of its group
@@ -65,6 +65,28 @@ def units_clash(answer: str, gold: str) -> bool:
         return False
     unit = unit_of(answer)
     return bool(unit) and unit != gold_unit and "".join(answer.split()) != "".join(gold.split())
+
+
+def without_same_unit(answer: str, gold: str) -> tuple[str, str] | None:
+    r"""Both without their unit, if it is the same and stands behind them in letters.
+
+    >>> without_same_unit("2 h", r"2\text{ hours}"), without_same_unit("2", r"2\text{ hours}")
+    (('2', '2'), None)
+    """
+    if not unit_of(gold) or unit_of(answer) != unit_of(gold):
+        return None
+    answer, gold = _without_unit(answer), _without_unit(gold)
+    return (answer, gold) if answer and gold else None
+
+
+def _without_unit(text: str) -> str:
+    """What stands before the unit in letters; empty if there is none."""
+    tail = _TAIL.search(text, max(len(text) - _MAX_TAIL, 0))
+    if tail is None:
+        return ""
+    start = tail.end() - len(tail[1].lstrip("} "))  # the brace of a fraction before the unit
+    before = text[:start].strip("~ ")
+    return before if before.count("{") == before.count("}") else ""
 
 
 @functools.lru_cache(_REMEMBERED)

@@ -58,12 +58,12 @@ def judge_strict(gold: str, text: str) -> tuple[str, str]:
     """Like :func:`judge_math_verify` on a box alone, but equations are compared as such, and equality is confirmed."""
     from math_verify.grader import verify
 
-    from nft_megatron.verify.algebra import are_equal_complex, compare_equations, is_confirmed
+    from nft_megatron.verify.algebra import are_equal_complex, are_equal_factorials, compare_equations, is_confirmed
 
     def are_equal(expected: Any, given: Any) -> bool:
         if verify(expected, given, timeout_seconds=None, raise_on_error=True):
             return is_confirmed(expected, given)
-        return are_equal_complex(expected, given)
+        return are_equal_complex(expected, given) or are_equal_factorials(expected, given)
 
     if (same := compare_equations(gold, text)) is not None:
         return ("equal" if same else "not equal"), ""

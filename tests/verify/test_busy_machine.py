@@ -12,7 +12,7 @@ from grader_processes import workers_of
 from waiting import until
 
 from nft_megatron.base.records import Verdict
-from nft_megatron.config.schema import VerifyConfig
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify import service
 from nft_megatron.verify.comparison import Undecided
 from nft_megatron.verify.reasons import verdict
@@ -91,8 +91,8 @@ def test_a_task_that_lost_its_worker_is_tried_once_more_alone(
         later = verifier.submit("an answer", "later", "stop")
         assert script.num_attempts("lost") == 1, "not while another task runs"
         done.set()
-        assert tried.result(60).label == label
-        assert [future.result(60).label for future in (long, later)] == ["correct"] * 2
+        assert tried.result(240).label == label
+        assert [future.result(240).label for future in (long, later)] == ["correct"] * 2
     first, second = [(limit, running) for gold, limit, running in script.attempts if gold == "lost"]
     assert first == (4.0, {"long", "lost"})
     assert second == (40.0, {"lost"}), "nothing else, and ten times as long"
@@ -105,7 +105,7 @@ def test_what_a_grader_says_itself_is_final(monkeypatch: pytest.MonkeyPatch, rea
     monkeypatch.setattr(Grader, "script", script, raising=False)
     monkeypatch.setattr(service, "Worker", Grader)
     with Verifier(VerifyConfig(mode="math-verify", workers=2)) as verifier:
-        assert verifier.submit("an answer", "gold", "stop").result(60).reason == reason
+        assert verifier.submit("an answer", "gold", "stop").result(240).reason == reason
     assert script.num_attempts("gold") == 1
 
 
@@ -135,18 +135,18 @@ def test_turns_of_many_threads() -> None:
 def test_a_stopped_worker_changes_no_verdict() -> None:
     """It gets no processor time, as on a machine that is busy with something else, until it is killed."""
     with Verifier(VerifyConfig(workers=1, soft_seconds=20.0, hard_seconds=1.0)) as verifier:
-        assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(120).label == "correct"
+        assert verifier.submit(r"\boxed{\sqrt{4}}", "2", "stop").result(240).label == "correct"
         first = min(workers_of(os.getpid()))
         os.kill(first, signal.SIGSTOP)
         right, wrong = (verifier.submit(r"\boxed{\sqrt{9}}", gold, "stop") for gold in ("3", "4"))
-        assert (right.result(120).label, wrong.result(120).label) == ("correct", "wrong")
+        assert (right.result(240).label, wrong.result(240).label) == ("correct", "wrong")
         assert first not in workers_of(os.getpid())
 
 
 def test_processor_time_ends_what_python_cannot_interrupt() -> None:
     """A huge power is one step of Python's: the kernel ends it, long before the wall-clock limit; it is not tried again."""
     with Verifier(VerifyConfig(workers=1, soft_seconds=0.2, hard_seconds=600.0)) as verifier:
-        verdict = verifier.submit(r"\boxed{9^{9^{9}}}", "x+1", "stop").result(120)
+        verdict = verifier.submit(r"\boxed{9^{9^{9}}}", "x+1", "stop").result(240)
     assert verdict.label == "unknown"
     assert verdict.reason.startswith("soft limit")
 
@@ -172,7 +172,7 @@ except SoftLimit:
 
 def test_the_hard_limit_kills_and_replaces_a_worker_that_never_answers() -> None:
     with Verifier(VerifyConfig(workers=1, soft_seconds=600.0, hard_seconds=0.3)) as verifier:
-        verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(120)
+        verdict = verifier.submit(r"\boxed{(x+y+z)^{60}}", "x+y", "stop").result(240)
         assert (verdict.label, verdict.reason) == ("unknown", "hard limit")
         assert verdict.seconds >= 3.0, "the second time it had ten times as long"
-        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(120).label == "correct"
+        assert verifier.submit(r"\boxed{\sqrt{9}}", "3", "stop").result(240).label == "correct"
