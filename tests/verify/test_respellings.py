@@ -73,10 +73,12 @@ def test_golds_of_our_own_are_read_in_every_spelling(mode: Any, tmp_path: Any) -
 
 
 def test_strict_mode_reads_the_golds_of_its_cases_in_every_spelling() -> None:
-    assert exceptions([gold for cases in CONTENTS.values() for _, gold, _ in cases][::3], "strict") == []
+    golds = [gold for cases in CONTENTS.values() for _, gold, _ in cases if "####" not in gold]
+    assert exceptions(golds[::3], "strict") == []
 
 
 @recorded(*(f"{name}.jsonl" for name in BENCHMARKS))
+@pytest.mark.slow  # 7,000 comparisons in each mode
 @pytest.mark.parametrize("mode", ["strict", "simplerl"])
 def test_golds_of_the_benchmarks_are_read_in_every_spelling(mode: Any) -> None:
     golds = [row["answer"] for name in BENCHMARKS for row in bench_rows(f"{name}.jsonl")]
