@@ -1,6 +1,6 @@
 """The training verifier against math-verify on the whole text, one answer after the other, as in the reference implementation.
 
-    python benchmarks/verifiers.py [--stress]
+    python benchmarks/verifiers.py [--stress | --beside FOLDER]
 
 1. Fast path: time for one long answer with an integer gold, every answer another, from `Verifier.submit` to its verdict.
 2. A rollout step in small: 64 prompts x 16 answers of 6,000 to 26,000 characters, some cut off, some without a box, some
@@ -10,6 +10,9 @@
 3. --stress: 20,000 comparisons, and a grader killed at every 400th: lost, swapped, unknown verdicts; and the longest that any
    of a few endless answers keeps its grader.
 
+4. --beside: time of strict mode's own decisions, without any grader, in this checkout and in the one in FOLDER, in turns:
+   answers to integer golds; to expressions, as in part 2; to every gold of tests/own_answers.py; 16 answers to a gold.
+
 CPU time, not wall-clock, and both ways take turns: other load on the machine hits both alike.
 
 Goals: fast path <= 20 us; CPU time <= 1/8.
@@ -18,11 +21,14 @@ Goals: fast path <= 20 us; CPU time <= 1/8.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -221,16 +227,70 @@ def stress(rng: random.Random, count: int) -> None:
     )
 
 
+# Prints the microseconds of a decision for each set of (text, gold) pairs on the standard input; in either checkout.
+_DECIDE = """
+import json, sys, time
+from nft_megatron.verify import grade
+for line in sys.stdin:
+    pairs = json.loads(line)
+    for text, gold in pairs[:50]:
+        grade.grade(text, gold, "stop")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("nft_megatron.verify"):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+    started = time.process_time()
+    for text, gold in pairs:
+        grade.grade(text, gold, "stop")
+    print((time.process_time() - started) / len(pairs) * 1e6)
+"""
+
+
+def decisions(rng: random.Random, folder: Path, repeats: int = 9) -> None:
+    """Compare with the checkout in ``folder``, in turns."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from own_answers import GENERAL_GOLDS
+
+    opening = "We collect the terms, and so $x^{2}+%d=%d$. "
+    sets: dict[str, list[tuple[str, str]]] = {"integer golds": [], "expressions": [], "golds of every kind": []}
+    for prompt in range(64):
+        number = rng.randint(1, 10**6)
+        given = [(str(number), [str(number), f"{number}.0"], [str(number + 1), str(number + 7)])]
+        given += [expression(rng, prompt), GENERAL_GOLDS[prompt % len(GENERAL_GOLDS)][1:]]
+        for pairs, (gold, right, wrong) in zip(sets.values(), given, strict=True):
+            for answer in range(16):
+                start = opening % (prompt, answer)
+                pairs.append((rf"{start}Hence $\boxed{{{rng.choice([*right, gold] if answer % 2 else wrong)}}}$.", gold))
+    lines = "".join(json.dumps(pairs) + "\n" for pairs in sets.values())
+    micros: dict[Path, list[list[float]]] = {Path(__file__).parents[1]: [], folder.absolute(): []}
+    for _ in range(repeats):
+        for checkout, rounds in micros.items():
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            command = [sys.executable, "-c", _DECIDE]
+            outcome = subprocess.run(command, input=lines, capture_output=True, text=True, check=True, env=environment)
+            rounds.append([float(line) for line in outcome.stdout.splitlines()])
+    ours, others = micros.values()
+    print(f"4. decisions of strict mode, us an answer, the least of {repeats} turns, beside {folder}")
+    for i, (name, pairs) in enumerate(sets.items()):
+        mine, other = (min(turn[i] for turn in rounds) for rounds in (ours, others))
+        print(f"   {name:20} {len(pairs):5} answers   {mine:6.1f}  beside {other:6.1f}   ratio {mine / other:.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stress", action="store_true", help="part 3 alone (minutes)")
     parser.add_argument("--comparisons", type=int, default=20000, help="in part 3 (%(default)s)")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="part 4 alone, beside another checkout")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     rng = random.Random(0)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     if options.stress:
         stress(rng, options.comparisons)
+        return
+    if options.beside:
+        decisions(rng, options.beside)
         return
     fast_path(rng)
     for one_expression_in in (0, 8, 3):

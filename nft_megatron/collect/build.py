@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from nft_megatron.base.records import Question, Sampling
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.schema import Config
 from nft_megatron.config.sections import VerifyConfig
-from nft_megatron.data.golds import unmatched_golds
+from nft_megatron.data.gold_check import Unmatched, counts_of, refuse_unmatched, unmatched_golds
 from nft_megatron.data.prompts import PromptSet, make_prompts
 from nft_megatron.data.questions import HELD_OUT_SPLIT, TRAIN_SPLIT, Columns, read_data_set
 from nft_megatron.data.tokenizer import stop_token_ids
@@ -28,13 +28,10 @@ from nft_megatron.observe.progress import Progress
 from nft_megatron.rollout.embedded import EmbeddedEngine
 from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.exclusive import ExclusiveEngine
-from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier
 from nft_megatron.weights import ModelShape
 
 log = logging.getLogger(__name__)
-MAX_UNMATCHED = 0.01
-"""Share of questions that may be left out because no answer can match their gold."""
 
 
 def num_cores() -> int:
@@ -53,8 +50,8 @@ def read_prompts(
 ) -> PromptSet:
     """The prompts of the data sets that ``field`` (``data.train`` or ``evaluate.data``) lists; empty when it lists none.
 
-    Questions whose gold no answer can match are left out; :class:`UserError` if they are more than 1 %. ``now`` is the date for
-    templates that print it. ``is_v0_1``: as version 0.1 did, which left out no golds and gave its instruction only to
+    Questions whose gold right answers may not match are left out; :class:`UserError` if they are more than 1 %. ``now`` is the
+    date for templates that print it. ``is_v0_1``: as version 0.1 did, which left out no golds and gave its instruction only to
     questions in DAPO's wording.
     """
     is_train = field == "data.train"
@@ -64,12 +61,12 @@ def read_prompts(
     data = read_data_set(paths, field, TRAIN_SPLIT if is_train else HELD_OUT_SPLIT, columns_of(config, field))
     unmatched = {} if is_v0_1 else unmatched_questions(data.questions, config.verify, field)
     questions = [question for question in data.questions if question.gold not in unmatched]
-    reasons = Counter(unmatched[question.gold] for question in data.questions if question.gold in unmatched)
+    left_out = [unmatched[question.gold] for question in data.questions if question.gold in unmatched]
     prompts = make_prompts(questions, tokenizer, config.data, field, now, instructs_all=not is_v0_1)
-    prompts = replace(prompts, unmatched=dict(reasons), num_rows=data.num_rows)
-    if reasons:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        log.warning("%s: %d golds that no answer can match are left out (%s)", field, reasons.total(), counts)
+    prompts = replace(prompts, unmatched=Counter(gold.kind for gold in left_out), num_rows=data.num_rows)
+    if left_out:
+        counts = counts_of(left_out)
+        log.warning("%s: %d golds that right answers may not match are left out (%s)", field, len(left_out), counts)
     if prompts.num_conflicting or prompts.num_overlong:
         log.warning(
             "%s: of %d questions, %d are left out because they also occur with another gold answer, %d because they are longer "
@@ -83,32 +80,20 @@ def read_prompts(
     return prompts
 
 
-def unmatched_questions(questions: Sequence[Question], settings: VerifyConfig, field: str) -> dict[str, str]:
-    """The golds of ``questions`` that the verifier does not match with themselves, each with the reason.
+def unmatched_questions(questions: Sequence[Question], settings: VerifyConfig, field: str) -> dict[str, Unmatched]:
+    """The golds of ``questions`` that the verifier does not match in every spelling.
 
-    A comparison that takes too long says nothing about the gold. Raises :class:`UserError` if more than 1 % of the questions
-    have such a gold, with the first one.
+    Raises :class:`UserError` if more than 1 % of the questions have such a gold.
     """
-
-    def verify(answers: Iterable[tuple[str, str]]) -> Iterator[str]:
-        for verdict in verifier.verify_many((text, gold, "stop") for text, gold in answers):
-            reason = reason_of(verdict)
-            yield reason if verdict.label == "wrong" or reason in ("unreadable gold", "crash") else ""
-
     with Verifier(settings) as verifier:
-        unmatched = unmatched_golds([question.gold for question in questions], verify)
-    concerned = [question for question in questions if question.gold in unmatched]
-    if len(concerned) > MAX_UNMATCHED * len(questions):
-        first, counts = concerned[0], Counter(unmatched[question.gold] for question in concerned)
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
-        gold = first.gold if len(first.gold) <= 200 else f"{first.gold[:200]}…"
-        raise UserError(
-            field,
-            f"{len(concerned)} of {len(questions)} questions",
-            f"have a gold that no answer can match under verify.mode={settings.mode} ({reasons}); the first is {gold!r} in "
-            f"{first.place or first.question_id}",
-            "name the column of the final answers with data.answer_field, correct them, or choose another verify.mode",
-        )
+        unmatched = unmatched_golds((question.gold for question in questions), verifier)
+    refuse_unmatched(
+        ((question.gold, question.place or question.question_id) for question in questions),
+        unmatched,
+        field,
+        f"verify.mode={settings.mode}",
+        "name the column of the final answers with data.answer_field, correct them, or choose another verify.mode",
+    )
     return unmatched
 
 

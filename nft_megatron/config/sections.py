@@ -127,9 +127,11 @@ class VerifyConfig(ConfigModel):
     workers: PositiveInt = 2
     """Grader processes, started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
-    """CPU time after which a grader gives up: verdict unknown. A busy machine therefore changes no verdict."""
+    """CPU time after which a grader gives up (or, at twice that, is ended by the kernel): verdict unknown. A busy machine
+    therefore changes no verdict."""
     hard_seconds: PositiveFloat = 3.0
-    """Wall-clock time after which a grader is killed and replaced: verdict unknown."""
+    """Wall-clock time after which a grader that has not answered is killed and replaced. Its task is tried once more, alone and
+    for up to ten times as long, before its verdict is unknown."""
 
 
 class OptimizerConfig(ConfigModel):

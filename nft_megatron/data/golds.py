@@ -18,12 +18,10 @@ import contextlib
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
 from nft_megatron.verify.boxes import last_boxes
-from nft_megatron.verify.numbers import read_bare_number
 
 _NOT_A_VALUE = ("nan", "<na>", "nat", "null", "n/a", "#n/a", "[]")
 """Lower case: what is left of a missing value once a program has written it as text. "None" and "inf" may be answers."""
@@ -138,15 +136,3 @@ def is_whole_text(gold: str) -> str:
     if len([line for line in gold.splitlines() if line.strip()]) > 1 and not _ONE_EXPRESSION.search(gold):
         return "several lines"
     return "a whole text" if _MANY_WORDS.search(gold) else ""
-
-
-def unmatched_golds(golds: Sequence[str], verify: Callable[[Iterable[tuple[str, str]]], Iterable[str]]) -> dict[str, str]:
-    """The golds that no answer can match, each with the reason.
-
-    ``verify`` takes (answer, gold) pairs and gives for each the reason it is wrong, or an empty text. It is not asked about
-    plain numbers, which every mode reads: math-verify takes about a second for twenty golds.
-    """
-    different = [gold for gold in dict.fromkeys(golds) if read_bare_number(gold) is None]
-    reasons = verify((rf"\boxed{{{gold}}}", gold) for gold in different)
-    found = {gold: is_whole_text(gold) or reason for gold, reason in zip(different, reasons, strict=True)}
-    return {gold: reason for gold, reason in found.items() if reason}

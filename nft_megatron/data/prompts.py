@@ -31,7 +31,7 @@ class PromptSet:
     num_conflicting: int = 0
     num_overlong: int = 0
     unmatched: Mapping[str, int] = field(default_factory=dict)
-    """Questions whose gold no answer can match, by reason."""
+    """Questions whose gold right answers may not match, by reason."""
     num_rows: int = 0
     """Rows read, repeated ones included."""
 

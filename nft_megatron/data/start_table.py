@@ -19,7 +19,7 @@ def start_table(questions: PromptSet, tokenizer: Any, field: str, num_examples: 
         "rows read": questions.num_rows,
         "repeated rows": questions.num_rows - questions.num_questions,
         "left out: another gold for the same question": questions.num_conflicting,
-        **{f"left out: no answer matches the gold ({reason})": count for reason, count in questions.unmatched.items()},
+        **{f"left out: unmatched gold ({reason})": count for reason, count in questions.unmatched.items()},
         "left out: too long": questions.num_overlong,
         "questions asked": len(asked),
     }

@@ -20,6 +20,7 @@ from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.load import config_from
 from nft_megatron.config.schema import Config
 from nft_megatron.config.sections import VerifyConfig
+from nft_megatron.data.gold_check import by_themselves, counts_of, refuse_unmatched, unmatched_golds
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.data.overlap import read_overlapping_ids
 from nft_megatron.data.prompts import tokenize
@@ -33,6 +34,7 @@ from nft_megatron.evaluate.summary import Scores, comparison, read_scores, reaso
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.rules import rules_of
+from nft_megatron.verify.service import Verifier
 from nft_megatron.weights import ModelShape, read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader, refuse_non_finite
 
@@ -144,6 +146,7 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     shape, tokenizer = read_shape(model_folder, "MODEL"), load_tokenizer(model_folder, "MODEL")
     sampling = _sampling(config, model_folder, shape, tokenizer, options)
     tasks = [_read_task(benchmark, path, config, tokenizer, options) for benchmark, path in find_benchmarks(options.paths)]
+    unmatched = _unmatched(tasks, config.verify)
     asked = {prompt.question_id for task in tasks for prompt in task.prompts}
     if overlapping and not overlapping & asked:
         log.warning("%s: none of its questions are in these benchmarks; was it made from the same files?", options.overlap)
@@ -151,13 +154,15 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     _answer(parts, config, model_folder, shape, tokenizer, sampling)
     results = [(task.benchmark, read_answers(own)) for task, own in zip(tasks, parts, strict=True)]
     settings = {"grader": options.grader, "rules": rules_of(options.grader), "sampling": asdict(sampling), "seed": config.seed}
-    summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping)}
+    summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping), "unmatched_golds": unmatched}
     _write_json(options.out / "summary.json", summary)
     print(
         f"{model_folder}, in percent (temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most "
         f"{sampling.max_tokens} tokens, grader {options.grader})\n"
     )
     print(table_of(results, overlapping))
+    for name, golds in unmatched.items():
+        print(f"\n{name} includes {len(golds)} questions whose gold right answers may not match (summary.json names them)")
     print("\n" + reasons_table({benchmark.title: result for benchmark, result in results}))
     if others:
         print("\n" + comparison([Scores(str(model_folder), summary["scores"]), *others]))
@@ -203,6 +208,34 @@ def _read_task(benchmark: Benchmark, path: Path, config: Config, tokenizer: Any,
     return Task(benchmark, tuple(prompts), options.samples or benchmark.samples)
 
 
+def _unmatched(tasks: Sequence[Task], settings: VerifyConfig) -> dict[str, dict[str, str]]:
+    """For each benchmark, the questions whose gold right answers may not match under its grader, with the reason.
+
+    A benchmark's score is over all of its questions, so these are asked too, and a warning names them. Raises
+    :class:`UserError` if more than 1 % of a benchmark's golds are not even matched by themselves.
+    """
+    found: dict[str, dict[str, str]] = {}
+    with Verifier(settings) as verifier:
+        for task in tasks:
+            unmatched = unmatched_golds((prompt.gold for prompt in task.prompts), verifier)
+            places = [(prompt.gold, prompt.question_id) for prompt in task.prompts]
+            field, remedy = f"--benchmarks ({task.benchmark.title})", "choose another --grader, or remove them from the file"
+            refuse_unmatched(places, by_themselves(unmatched), field, f"--grader {settings.mode}", remedy)
+            golds = {place: unmatched[gold].kind for gold, place in places if gold in unmatched}
+            if golds:
+                found[task.benchmark.name] = golds
+                log.warning(
+                    "%s: right answers may not match %d of %d golds under --grader %s and then count as wrong (%s), such as %s",
+                    task.benchmark.title,
+                    len(golds),
+                    len(places),
+                    settings.mode,
+                    counts_of(unmatched[gold] for gold, _ in places if gold in unmatched),
+                    ", ".join(list(golds)[:3]),
+                )
+    return found
+
+
 def _answer(
     parts: Sequence[Sequence[Part]],
     config: Config,
@@ -229,28 +262,9 @@ def _answer(
         }
         for part in done:
             check_part(part, settings[part.task.benchmark.name])
-        if len(done) < len(everything):
-            _check_golds([own[0].task for own in parts], client, config.verify.mode)
         for number, part in enumerate((part for part in everything if part not in done), start=len(done) + 1):
             result = answer_part(part, client, sampling, settings[part.task.benchmark.name])
             client.progress.step_done({"step": number, "eval_accuracy": result.accuracy})
-
-
-def _check_golds(tasks: Sequence[Task], client: RolloutClient, grader: str) -> None:
-    """Warn of questions that no answer can get right: the grader does not accept their gold in a box."""
-    for task in tasks:
-        golds = [prompt.gold for prompt in task.prompts]
-        verdicts = client.verifier.verify_many((rf"\boxed{{{gold}}}", gold, "stop") for gold in golds)
-        missed = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.label != "correct"]
-        if missed:
-            log.warning(
-                "%s: %d of %d golds are not judged correct by the grader %s themselves, such as %s",
-                task.benchmark.title,
-                len(missed),
-                len(golds),
-                grader,
-                ", ".join(missed[:3]),
-            )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,16 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason, Label
 from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.files import rows_of
+from nft_megatron.data.gold_check import by_themselves, counts_of, refuse_unmatched, unmatched_golds
 from nft_megatron.data.golds import GoldError, read_gold
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import REASONS, reason_of
+from nft_megatron.verify.reasons import verdict as unknown
 from nft_megatron.verify.rules import rules_of
 from nft_megatron.verify.service import Verifier
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 LABELS: tuple[str, ...] = get_args(Label)
 _GOLDS = ("gold", "ground_truth", "final_answer", "answer")
@@ -78,14 +82,21 @@ def verify_file(
     ``out`` gets each row unchanged plus ``verdict`` and ``reason`` (fields of that name are replaced), and with several files
     also ``file``. A row whose ``finish_reason`` is "length" or "abort", as in a ledger, is judged so. ``workers``: grader
     processes, by default one per core. Without ``answer_field`` or ``gold_field`` each file's first row decides; see
-    :meth:`Fields.of`. Where rows have an earlier verdict, as in a ledger, changes are counted too.
+    :meth:`Fields.of`. Where rows have an earlier verdict, as in a ledger, changes are counted too. A row whose gold is not even
+    matched by itself is unknown.
 
-    Raises :class:`UserError` with file and line if a line is not a row, lacks a field, or has no text there.
+    Raises :class:`UserError` with file and line if a line is not a row, lacks a field, or has no text there; and at the end,
+    with everything written, if more than 1 % of the golds are not matched by themselves: the shares say nothing then.
     """
     if mode not in MODES:
         raise UserError("--mode", mode, "no such mode", f"use one of {', '.join(MODES)}")
     settings = VerifyConfig.model_validate({"mode": mode, "workers": workers or os.cpu_count() or 1})
     num_rows = sum(map(_count, paths))
+
+    def golds() -> Iterator[tuple[str, str]]:
+        rows = _rows_of_all(paths, answer_field, gold_field, whole=False)
+        return ((_answer_of(row, where, fields)[1], where) for _, where, row, fields in rows)
+
     rows, to_grade = itertools.tee(_rows_of_all(paths, answer_field, gold_field, whole=out is not None))
     counts: Counter[str] = Counter()
     changes: Counter[str] = Counter()
@@ -94,17 +105,22 @@ def verify_file(
         sink = stack.enter_context(_open_out(out)) if out else None
         progress = stack.enter_context(open_progress(1))
         verifier = stack.enter_context(Verifier(settings))
+        respelled = unmatched_golds((gold for gold, _ in golds()), verifier)
+        unmatched = by_themselves(respelled)
         progress.phase("verify", total=num_rows)
         answers = (_answer_of(row, where, fields) for _, where, row, fields in to_grade)
-        for (path, _, row, _), verdict in zip(rows, verifier.verify_many(answers), strict=True):
+        for (path, where, row, fields), graded in zip(rows, verifier.verify_many(answers), strict=True):
+            gold = _answer_of(row, where, fields)[1] if unmatched else ""
+            is_matched = gold not in unmatched
+            verdict = graded if is_matched else unknown("unmatched gold", graded.verifier, detail=unmatched[gold].kind)
             counts[reason_of(verdict)] += 1
             if row.get("label") in LABELS and "verifier" in row:
                 earlier[str(row["verifier"])] = None
                 changes[f"{row['label']} → {verdict.label}"] += row["label"] != verdict.label
             if sink:
                 of_file = {"file": str(path)} if len(paths) > 1 else {}
-                graded = {**row, **of_file, "verdict": verdict.label, "reason": verdict.reason}
-                sink.write(json.dumps(graded, default=str) + "\n")
+                judged = {**row, **of_file, "verdict": verdict.label, "reason": verdict.reason}
+                sink.write(json.dumps(judged, default=str) + "\n")
             progress.advance()
     print(table_of(counts))
     if earlier:
@@ -113,8 +129,17 @@ def verify_file(
             f"{changes.total():,} verdicts differ from the recorded ones by {', '.join(earlier)}; these are by {rules_of(mode)}"
             + (f" ({kinds})" if kinds else "")
         )
+    if num_respelled := len(respelled) - len(unmatched):
+        log.warning(
+            "%d golds are not matched in every spelling under --mode %s, so right answers may count as wrong (%s)",
+            num_respelled,
+            mode,
+            counts_of(reason for reason in respelled.values() if reason.spelling),
+        )
     if out:
         print(out)
+    remedy = "name the column of the final answers with --gold-field, correct them, or choose another --mode"
+    refuse_unmatched(golds() if unmatched else (), unmatched, "FILE", f"--mode {mode}", remedy)
 
 
 def table_of(counts: Counter[str]) -> str:

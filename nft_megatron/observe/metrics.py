@@ -122,7 +122,7 @@ METRICS: dict[str, Metric] = {
             "questions dropped from the data set: the same question also appears with another gold answer",
         ),
         Metric("questions_overlong", "count", "questions dropped from the data set: longer than data.max_prompt_tokens"),
-        Metric("questions_unmatched", "count", "questions dropped from the data set: no answer can match their gold"),
+        Metric("questions_unmatched", "count", "questions dropped from the data set: right answers may not match their gold"),
         Metric("correct_rate_histogram", "counts", "questions by r̂ in K+1 bins from 0 to 1, over all questions answered"),
         Metric("truncated_rate", "share", "answers cut at the length limit"),
         Metric("answer_length_mean", "tokens", "mean length of an answer"),

@@ -39,6 +39,15 @@ def is_confirmed(expected: Any, given: Any) -> bool:
         return True
 
 
+def are_equal_factorials(expected: Any, given: Any) -> bool:
+    """Whether two expressions are equal if factorials and binomials are cancelled; False if neither has any."""
+    from sympy import Expr, binomial, combsimp, factorial
+
+    if not (isinstance(expected, Expr) and isinstance(given, Expr)):
+        return False
+    return (expected.has(factorial, binomial) or given.has(factorial, binomial)) and bool(combsimp(expected - given) == 0)
+
+
 def are_equal_complex(expected: Any, given: Any) -> bool:
     """Whether two expressions are equal if the letter i is the imaginary unit; False if neither has it."""
     from sympy import Expr, I, simplify

@@ -3,7 +3,7 @@ r"""Finds the ``\boxed{}`` that holds the answer. Pure functions, linear in the 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_BOX_CHARS = 1000
 
@@ -28,8 +28,7 @@ _QUOTING = re.compile(r"(?<![A-Za-z])(?:in|into|inside|within|using|with|via)(?:
 _MAX_QUOTES = 8
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     r"""``\boxed{content}`` at ``text[start:end]``."""
 
     content: str
@@ -43,7 +42,8 @@ def closed_boxes(text: str, start: int = 0) -> list[Box]:
     >>> [box.content for box in closed_boxes(r"\boxed{1}, \fbox{\frac{1}{2}}, \boxed {\{3\}}, \boxed{4")]
     ['1', '\\frac{1}{2}', '\\{3\\}']
     """
-    first = _OPENING.search(text, start)
+    word = text.find("box", start)
+    first = _OPENING.search(text, max(word - len(r"\frame"), start)) if word >= 0 else None
     boxes: list[Box] = []
     open_braces: list[tuple[bool, int, int]] = []
     for token in _TOKEN.finditer(text, first.start()) if first else ():
@@ -85,12 +85,12 @@ def last_boxes(text: str) -> list[Box]:
 
 
 def _last_group(text: str) -> list[Box]:
-    opening = _last_opening(text)
-    boxes = (closed_boxes(text, max(opening - 2 * MAX_BOX_CHARS, 0)) or closed_boxes(text)) if opening >= 0 else []
-    end = boxes[-1].end if boxes else 0
-    tail = max(end, len(text) - 2 * MAX_BOX_CHARS)
+    boxes = _closed_group(text)
+    tail = max(boxes[-1].end if boxes else 0, len(text) - 2 * MAX_BOX_CHARS)
     for bare in _WITHOUT_BRACES.finditer(text, tail) if text.find("box", tail) >= 0 else ():
         boxes = [Box(bare[1], bare.start(), bare.end())]
+    if len(boxes) < 2:
+        return boxes
     first = len(boxes) - 1
     names: list[str] = []
     while first > 0 and (joint := _JOINT.fullmatch(text, boxes[first - 1].end, boxes[first].start)):
@@ -99,7 +99,7 @@ def _last_group(text: str) -> list[Box]:
         elif names:
             break
         first -= 1
-    group = boxes[max(first, 0) :]
+    group = boxes[first:]
     if not names:
         return group
     opening_name = _NAMED.search(text, max(group[0].start - _NAME_CHARS, 0), group[0].start)
@@ -110,23 +110,37 @@ def _last_group(text: str) -> list[Box]:
     ]
 
 
-def unboxed(content: str) -> str:
-    r"""The content of a box, with any number of boxes that hold nothing but another box removed.
+def _closed_group(text: str) -> list[Box]:
+    """The closed boxes near the last one; the usual one, alone and without braces inside, is found at once."""
+    opening = _last_opening(text)
+    if opening is None:
+        return []
+    begin, inside = opening.span()
+    start, end = max(begin - 2 * MAX_BOX_CHARS, 0), text.find("}", inside)
+    content = text[inside:end]
+    if end >= 0 and "{" not in content and not content.endswith("\\") and text.find("box", start, begin) < 0:
+        return [Box(content, begin, end + 1)]
+    return closed_boxes(text, start) or closed_boxes(text)
 
-    >>> unboxed(r" \boxed{\fbox{34}} "), unboxed(r"\boxed{3} or 4")
-    ('34', '\\boxed{3} or 4')
+
+def unboxed(content: str) -> str:
+    r"""The content of a box without the boxes in it.
+
+    >>> unboxed(r" \boxed{\fbox{34}} "), unboxed(r"x = \boxed{3}")
+    ('34', 'x = 3')
     """
     content = content.strip()
-    while "box" in content and (inner := closed_boxes(content)) and (inner[0].start, inner[0].end) == (0, len(content)):
-        content = inner[0].content.strip()
+    while "box" in content and (inner := closed_boxes(content)):
+        last = inner[-1]
+        content = (content[: last.start] + last.content + content[last.end :]).strip()
     return content
 
 
-def _last_opening(text: str) -> int:
-    """Where the last box opens, closed or not; -1 if there is none."""
+def _last_opening(text: str) -> re.Match[str] | None:
+    """Where the last box opens, closed or not."""
     word = len(text)
     while (word := text.rfind("box", 0, word)) >= 0:
         backslash = text.rfind("\\", max(word - len(r"\frame"), 0), word)
-        if backslash >= 0 and _OPENING.match(text, backslash):
-            return backslash
-    return -1
+        if backslash >= 0 and (opening := _OPENING.match(text, backslash)):
+            return opening
+    return None

@@ -21,10 +21,12 @@ _NAME = re.compile(
     r"|[a-zA-Z]\([xnt0-9]\)|E\[[A-Z]\]"
     r"|(?:\\angle|\\triangle|\\overline|\\overrightarrow|\\widehat|\\measuredangle|m\\angle)[\s{]*+[A-Z][A-Z0-9]*+\}?"
     r"|[A-Z]{2,4}|\((?:[A-Za-z],)++[A-Za-z]\)"
-    r"|\|[A-Za-z]++\||\[[A-Z]++\]"
+    r"|\|(?:[A-Z]++|[zwv])\||\[[A-Z]++\]"
     r"|\\(?:text|mathrm|textbf|mbox)\{[^{}]*+\}"
-    rf"|[A-Za-z](?:\+[A-Za-z])++)"
+    rf"|{_LETTER}(?:\+{_LETTER})++)"
 )
+_D = r"(?:d|\\partial)\s*+"
+_DERIVATIVE = re.compile(rf"\\frac\{{{_D}(?:\^\{{?[2-9]\}}?\s*+)?+[A-Za-z]\}}\{{{_D}[A-Za-z](?:\^\{{?[2-9]\}}?)?+\}}")
 _COMMAND_OF_A_VALUE = re.compile(
     r"\\(?:pi|infty|sqrt|frac|cdot|times|pm|mp|log|ln|sin|cos|tan|cot|sec|csc|exp|circ|emptyset|sum|int|lim)(?![A-Za-z])"
 )
@@ -32,6 +34,7 @@ _RELATION = re.compile(
     r"<|>|\\(?:n?[lg]eq?(?:slant)?|neq?|[lg]t|approx|sim|simeq|equiv|cong|pmod|bmod|iff|in|notin|implies|Rightarrow|quad)(?![A-Za-z])"
 )
 _NOT_EQUAL_SIGN = re.compile(r"[<>!:]=|\\(?:not|begin)|\|\||\\mid")
+_INDICES = re.compile(r"_(?:[0-9A-Za-z]|\{[^{}]*+\}|\\[a-z]++)")
 _LETTERS = re.compile(r"\\[A-Za-z]++|[A-Za-z]")
 
 
@@ -51,7 +54,7 @@ def is_name(text: str) -> bool:
     """
     text = tight(text)
     if _COMMAND_OF_A_VALUE.match(text):
-        return False
+        return _DERIVATIVE.fullmatch(text) is not None
     letters = re.split("[+,:]", text.strip("()"))
     return len(set(letters)) == len(letters) and _NAME.fullmatch(text) is not None
 
@@ -71,9 +74,10 @@ def assigned(text: str) -> tuple[str, str] | None:
 
 
 def _occurs(name: str, value: str) -> bool:
-    return (
-        "(" not in name and bool(set(_LETTERS.findall(name)) & set(_LETTERS.findall(value))) and not name.startswith("\\text")
-    )
+    """Arguments and indices do not count: ``f(x) = x^2`` and ``a_n = 2^n`` define f and a."""
+    if "(" in name or name.startswith((r"\text", r"\frac")):
+        return False
+    return not set(_LETTERS.findall(_INDICES.sub("", name))).isdisjoint(_LETTERS.findall(value))
 
 
 def same_equation(answer: str, gold: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import decimal
+import functools
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -34,12 +35,17 @@ _POINT = {letter: (Decimal(index + 2).sqrt(_CONTEXT) % 1) + 1 for index, letter 
 _LARGEST_FACTORIAL = 3000
 _MAX_BITS = 50_000  # of an exact number: enough for 2000! and 3^{10000}
 
+_REMEMBERED = 4096  # values and letters of expressions: a gold meets the answers of its group
 _TOKEN = re.compile(r"([0-9]+)|([A-Za-z])|\\([A-Za-z]+)\s*|([-+*/^(){}!])")
 _RATIONAL = re.compile(r"[0-9]+|[-+*/^(){}!]|\\(?:frac|binom|cdot|times)")
 _SHORT_FRACTION = [
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*\{"), r"\\frac{\1}{"),
 ]
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_LETTER = re.compile("[a-z]")
+_NAMED = re.compile("[A-Za-z]=")
+_NO_LETTER = re.compile("[^A-Za-z]")
 # Trailing letters after a digit or a brace may be a unit, unless they are these.
 _UNIT = re.compile(r"[0-9}\s](?!(?:[abruvw]|[knpqxyz]+)$)[A-Za-z]+$")
 _PRODUCT = {"*", r"\cdot", r"\times"}
@@ -81,6 +87,7 @@ def same_value(answer: str, gold: str) -> bool | None:
     return False if False in comparisons else None if None in comparisons else True
 
 
+@functools.lru_cache(_REMEMBERED)
 def value_of(text: str) -> Value | None:
     r"""The value of an expression in which each variable has its own number; None if it cannot be read unambiguously.
 
@@ -88,17 +95,14 @@ def value_of(text: str) -> Value | None:
     (Fraction(1, 2), None, None, None)
     """
     text = tight(text)
-    if len(text) > _MAX_CHARS or _UNIT.search(text) or not re.search("[^A-Za-z]", text):
+    if len(text) > _MAX_CHARS or _UNIT.search(text) or not _NO_LETTER.search(text):
         return None
-    for pattern, spelling in _SHORT_FRACTION:
+    for pattern, spelling in _SHORT_FRACTION if r"\frac" in text else ():
         text = pattern.sub(spelling, text)
-    tokens, end = [], 0
-    while end < len(text):
-        token = _TOKEN.match(text, end)
-        if token is None:
-            return None
-        tokens.append(token.group().strip())
-        end = token.end()
+    tokens = [token.group() for token in _TOKEN.finditer(text)]
+    if sum(map(len, tokens)) != len(text):  # something else between them
+        return None
+    tokens = [token.strip() for token in tokens]
     kinds: list[type[Value]] = [Fraction, Decimal] if all(map(_RATIONAL.fullmatch, tokens)) else [Decimal]
     with decimal.localcontext(_CONTEXT):
         for kind in kinds:
@@ -131,9 +135,10 @@ def _decimal(value: Value) -> Decimal:
     return _quotient(_bounded(Decimal(value.numerator)), _bounded(Decimal(value.denominator)))
 
 
-def _letters(text: str) -> set[str]:
+@functools.lru_cache(_REMEMBERED)
+def _letters(text: str) -> frozenset[str]:
     """The variables, without commands, in lower case as math-verify reads them."""
-    return set(re.findall("[a-z]", re.sub(r"\\[A-Za-z]+", "", text).lower()))
+    return frozenset(_LETTER.findall(_COMMAND.sub("", text).lower()))
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
@@ -141,7 +146,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
 
     ``(a,b]`` is not a point: to math-verify all empty intervals of that kind are equal.
     """
-    if re.match("[A-Za-z]=", text):
+    if _NAMED.match(text):
         return text[:2].lower(), [text[2:]]
     if text[:1] + text[-1:] not in ("()", "[]") or "," not in text:
         return "", [text]
@@ -161,11 +166,11 @@ class _Reader:
     """Reads and evaluates tokens from left to right, with one method per level of precedence."""
 
     def __init__(self, tokens: Sequence[str], kind: type[Value]) -> None:
-        self._tokens, self._kind, self._position = tokens, kind, 0
+        self._tokens, self._kind, self._position = [*tokens, ""], kind, 0
 
     @property
     def is_at_end(self) -> bool:
-        return self._position == len(self._tokens)
+        return not self._next
 
     def sum(self) -> Any:
         sign = self._take() if self._next in ("+", "-") else "+"
@@ -256,17 +261,18 @@ class _Reader:
 
     @property
     def _next(self) -> str:
-        return "" if self.is_at_end else self._tokens[self._position]
+        return self._tokens[self._position]
 
     @property
     def _starts_factor(self) -> bool:
         return self._next not in ("", "+", "-", "*", "/", "^", ")", "}", *_PRODUCT)
 
     def _take(self) -> str:
-        if self.is_at_end:
+        token = self._tokens[self._position]
+        if not token:
             raise _Unreadable("ends too early")
         self._position += 1
-        return self._tokens[self._position - 1]
+        return token
 
     def _expect(self, token: str) -> None:
         if self._take() != token:

@@ -2,15 +2,21 @@ r"""Answers that are no expressions: numbers of a base, ratios, clock times and 
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 
 from nft_megatron.verify.numbers import read_bare_number, same_spelling, tight
 
+_REMEMBERED = 4096  # texts without their fonts
+
 _BASE = re.compile(r"\(?([0-9A-Z]++)\)?_\{?([0-9]++|[a-z]++)\}?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|textnormal)\s*+\{([^{}]*+)\}")
 _CLOCK = re.compile(r"([0-9]{1,2}+):([0-5][0-9])(?::([0-5][0-9]))?+\s*+([ap])?+(?:\.?m\.?)?+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '.-]*+")
+_LETTERS = re.compile("[A-Za-z]++")
+_TO = re.compile(r"(?<=[0-9}])\s*+to\s*+(?=[0-9\\])")
+_NO_WORD = re.compile(r"[0-9^_=+*/<>\[\]()]")
 _DIGIT_NAMES = {
     name: str(number)
     for number, name in enumerate(
@@ -35,6 +41,8 @@ def compare_forms(answer: str, gold: str) -> bool | None:
 
 def _compare_bases(answer: str, gold: str) -> bool | None:
     """The base belongs to the number: 20_3 is not 110_2. An answer without a base is left to the digits."""
+    if "_" not in gold or "_" not in answer:
+        return None
     base, gold_base = _BASE.fullmatch(_untext(answer)), _BASE.fullmatch(_untext(gold))
     if base is None or gold_base is None or not _is_base(base[2]) or not _is_base(gold_base[2]):
         return None
@@ -67,7 +75,7 @@ def _compare_ratios(answer: str, gold: str) -> bool | None:
     if ":" not in gold or "=" in gold + answer or r"\{" in gold:
         return None
     gold_parts = _untext(gold).split(":")
-    parts = _untext(answer).split(":")
+    parts = _TO.sub(":", _untext(answer)).split(":")
     if len(parts) == 1 and len(gold_parts) == 2 and (value := read_bare_number(answer)) is not None:
         numbers: list[Fraction | None] = [value, Fraction(1)]
     else:
@@ -93,20 +101,26 @@ def _compare_ratios(answer: str, gold: str) -> bool | None:
 
 
 def _compare_words(answer: str, gold: str) -> bool | None:
-    """Words are the same if spelled the same, in any case. Three letters side by side are a word, two may be a product."""
+    """Words are the same if spelled the same, in any case.
+
+    Three letters side by side are a word; two may be a product, but not with an o (no, on).
+    """
+    if _NO_WORD.search(gold):
+        return None
     words, gold_words = _untext(answer), _untext(gold)
     if not (_WORDS.fullmatch(words) and _WORDS.fullmatch(gold_words)):
         return None
-    is_text = "{" in answer or "{" in gold or any(len(word) > 2 for word in re.findall("[A-Za-z]++", gold_words))
+    is_text = "{" in answer or "{" in gold or any(len(word) > 2 or "o" in word for word in _LETTERS.findall(gold_words))
     if not is_text:
         return None
     return _bare(words) == _bare(gold_words)
 
 
 def _bare(words: str) -> str:
-    return " ".join(re.sub("[.'-]", " ", words).lower().split())
+    return "".join(re.sub("[.'-]", " ", words).lower().split())
 
 
+@functools.lru_cache(_REMEMBERED)
 def _untext(text: str) -> str:
     """Without fonts and the formula's dollars, and without a full stop at the end."""
     return _TEXT.sub(r"\1", tight(text).replace("$", "")).replace("~", " ").strip().removesuffix(".").strip()

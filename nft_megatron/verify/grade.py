@@ -22,15 +22,16 @@ from fractions import Fraction
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
 from nft_megatron.verify.comparison import STRICT, Undecided, compare, read_gold_number, stated_part
-from nft_megatron.verify.numbers import read_bare_number, read_number
+from nft_megatron.verify.numbers import is_digits, read_bare_number, read_number
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.spelling import plain
 
-DAPO = "dapo/2"
+DAPO = "dapo/3"
 DAPO_WINDOW = 300
 
-_ANSWER_LINE = re.compile(r"answer[^\w:]*+:\**+(.*+)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"answer[^\w:]*+:[\s*]*+(.*+)", re.IGNORECASE)  # the answer may be on a line below
 _SMALL_CACHE = 4096  # enough for the answers of a few groups
+_EXACT, _ANOTHER = verdict("exact", STRICT), verdict("another number", STRICT)
 
 
 def cut_off(finish_reason: FinishReason, verifier: str) -> Verdict | None:
@@ -48,7 +49,7 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
     >>> grade(r"so the total is \boxed{1{,}234}.", "1234", "stop").label
     'correct'
     >>> grade(r"\boxed{2x = 34}", "34", "stop")
-    Verdict(label='wrong', reason='not a number', verifier='strict/3', seconds=0.0)
+    Verdict(label='wrong', reason='not a number', verifier='strict/4', seconds=0.0)
     >>> grade(r"hence \boxed{\sqrt{2}/2}", r"\frac{1}{\sqrt{2}}", "stop")
     Undecided(text='\\boxed{\\sqrt{2}/2}', gold='\\frac{1}{\\sqrt{2}}')
     """
@@ -63,7 +64,10 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
     contents = tuple(unboxed(box.content) for box in boxes)
     if not contents[-1]:
         return verdict("empty box", STRICT)
-    return _compare(contents, gold.rpartition("####")[2].strip())
+    gold = gold.rpartition("####")[2].strip()
+    if len(contents) == 1 and is_digits(gold) and is_digits(contents[0]):  # on most data, nearly all that are right
+        return _EXACT if contents[0].lstrip("0") == gold.lstrip("0") else _ANOTHER
+    return _compare(contents, gold)
 
 
 def grade_dapo(text: str, gold: str, finish_reason: FinishReason) -> Verdict:
@@ -91,7 +95,7 @@ def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     """Compare the boxes that together form the answer with the gold."""
     if len(gold) > MAX_BOX_CHARS:
         return verdict("unreadable gold", STRICT)
-    if not gold.isdecimal():
+    if not is_digits(gold):
         gold = plain(unboxed(gold))
     contents = tuple(map(plain, contents))
     if len(contents) == 1:

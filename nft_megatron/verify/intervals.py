@@ -12,6 +12,8 @@ _OR = re.compile(
 )
 _NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]++)(?:_(?:[0-9A-Za-z]|\{[0-9A-Za-z]*+\}))?+")
 _MEMBER = re.compile(r"\s*+(?:[A-Za-z]|\\[a-z]++)\s*+\\in(?![A-Za-z])\s*+(?=[\[(\\])")
+_BOUND = r"((?:[^,=<>{}\\]|\\[A-Za-z]++|\{[^{}]*+\})++)"
+_EXCEPT = re.compile(rf"([A-Za-z])\\neq?(?![A-Za-z])\s*+{_BOUND}|(?:[A-Za-z]\\in)?+\\mathbb\{{R\}}\\setminus\\\{{{_BOUND}\\\}}")
 _INTERVAL = re.compile(r"[\[(][^\[\]=<>,]++,[^\[\]=<>,]++")
 _LETTERS = re.compile(r"\\[A-Za-z]++|[A-Za-z]")
 
@@ -32,9 +34,13 @@ def as_interval(text: str) -> str | None:
 
     >>> as_interval(r"m \ge \sqrt{3}"), as_interval(r"2 \le x < 5"), as_interval("x^2 < 4")
     ('[\\sqrt{3},\\infty)', '[2,5)', None)
-    >>> as_interval(r"x < -1 \text{ or } 1 < x")
-    '(-\\infty,-1)\\cup(1,\\infty)'
+    >>> as_interval(r"x < -1 \text{ or } 1 < x"), as_interval(r"x \ne 2") == as_interval(r"\mathbb{R} \setminus \{2\}")
+    ('(-\\infty,-1)\\cup(1,\\infty)', True)
     """
+    if "\\ne" in text or "setminus" in text:
+        excluded = _EXCEPT.fullmatch(tight(text))
+        name, bound = (excluded[1], excluded[2] or excluded[3]) if excluded else ("", "")
+        return rf"(-\infty,{bound})\cup({bound},\infty)" if bound and not (name and name in bound) else None
     if not _SIGN.search(text):
         return None
     pairs = [_interval(part) for part in _OR.split(text)]

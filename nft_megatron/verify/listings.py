@@ -48,7 +48,7 @@ def read_listing(text: str) -> Listing | None:
     >>> read_listing(r"\left(3, \frac{\pi}{2}\right]"), read_listing(r"x = 1 \text{ or } x = 2").items, read_listing("f(1,2)")
     (Listing(bracket='(', closing=']', items=['3', '\\frac{\\pi}{2}']), ['x=1', 'x=2'], None)
     """
-    if not ("," in text or "{" in text or _AND.search(text)):
+    if "," not in text and r"\{" not in text and not _AND.search(text):
         return None
     text = tight(_AND.sub(",", text)).rstrip(".")
     if r"\begin" in text or "|" in text or ":" in text or r"\mid" in text:

@@ -1,14 +1,14 @@
 """The verifier: decides what it can at once and lets killable processes compare the rest.
 
-Each worker has one thread, which hands its process one task at a time and waits until shortly before the hard limit. It kills
-and replaces a process that has not answered by then, so that the caller has a verdict within the limit even on a busy machine.
-The hard limit (``verify.hard_seconds``) is wall-clock time, for processes that hang; a comparison that is merely long hits the
-soft limit (``verify.soft_seconds``) first, which counts the worker's processor time. A warm spare takes over, so that the
-next task does not wait for imports. No process starts before the first task that needs one: data sets with integer answers
-hardly ever do.
+Each worker has one thread, which hands its process one task at a time. Processor time decides what takes too long: a comparison
+ends at ``verify.soft_seconds`` of it, and where Python cannot interrupt itself the kernel ends the process at twice that.
+Wall-clock time (``verify.hard_seconds``) only finds processes that are stuck, and on a busy machine a healthy one may look like
+that. So a task that loses its process, by that limit or because the process dies (killed from outside, out of memory), is tried
+once more alone: no other task runs meanwhile, and the limit is ``_ALONE`` times as long. If it fails again, it is *unknown*,
+never wrong.
 
-A task whose process dies (killed from outside, out of memory) is retried once, within the time that is left. A judgement that
-times out, crashes, or loses its process again is *unknown*, never wrong.
+A warm spare takes over from a process that is gone, so that the next task does not wait for imports. No process starts before
+the first task that needs one: data sets with integer answers hardly ever do.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ from nft_megatron.verify.comparison import Undecided
 from nft_megatron.verify.modes import MODES, JudgeName
 from nft_megatron.verify.reasons import reason_of, verdict
 from nft_megatron.verify.rules import rules_of
+from nft_megatron.verify.turns import Turns
 
-_START_SECONDS = 60.0  # for imports, on a busy machine
-_PATIENCE = 0.8  # of the hard limit; the rest allows for the kill and for this process to be scheduled
+_START_SECONDS = 300.0  # for imports, on a busy machine
+_ALONE = 10  # times the hard limit: a tenth of a core is enough for a task that has the pool to itself
+_KERNEL = 2  # times the soft limit: the processor time after which the kernel ends a process that does not give up
+_LOST = ("hard limit", "worker died", "worker did not start")
+"""How a task loses its process without having used up its processor time."""
 _AHEAD = 1024  # answers
 _CACHE_SIZE = 65536  # verdicts, keyed by digests because an answer in math-verify mode is a whole text
 
@@ -54,7 +58,7 @@ class Worker:
         self.num_tasks = 0
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
-        limits = (os.getpid(), settings.soft_seconds, settings.hard_seconds, memory_bytes)
+        limits = (os.getpid(), settings.soft_seconds, _KERNEL * settings.soft_seconds, memory_bytes)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nft_megatron.verify.worker", judge, str(theirs.fileno()), *map(str, limits)],
@@ -95,8 +99,8 @@ class Worker:
                 self.process.wait(1)  # it closed its socket: let it say why
             code = self.process.returncode
             self.kill()
-            if code == -signal.SIGPROF:  # the kernel's own hard limit came first
-                return verdict("hard limit", "", seconds=time.monotonic() - started)
+            if code == -signal.SIGPROF:
+                return verdict("soft limit", "", detail="ended by the kernel", seconds=time.monotonic() - started)
             return verdict(
                 "worker died", "", detail=f"exit code {code}" if code is not None else "", seconds=time.monotonic() - started
             )
@@ -157,6 +161,7 @@ class Verifier:
         self._name = rules_of(settings.mode)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._turns = Turns()
         self._lock = threading.Lock()  # of everything below
         self._cache: OrderedDict[bytes, Future[Verdict]] = OrderedDict()
         self._workers: set[Worker] = set()
@@ -166,7 +171,7 @@ class Verifier:
     def submit(self, text: str, gold: str, finish_reason: FinishReason) -> Future[Verdict]:
         """The verdict on one answer. From asyncio: ``await asyncio.wrap_future(verifier.submit(…))``.
 
-        Unblocked by: the mode's own decision, at once; else a worker's reply or the hard limit, after tasks queued before.
+        Unblocked by: the mode's own decision, at once; else a worker's reply or the limits, after tasks queued before.
         """
         decision = self._mode.decide(text, gold, finish_reason)
         if isinstance(decision, Undecided):
@@ -245,17 +250,21 @@ class Verifier:
             future.set_result(replace(result, verifier=self._name))
 
     def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
-        """The verdict and the worker for the next task. A crashed worker is replaced once, for the time left."""
-        seconds = _PATIENCE * self._settings.hard_seconds
-        for is_last in (False, True):
+        """The verdict and the worker for the next task. A task that loses its worker is tried once more, alone."""
+        with self._turns.together():
             worker = self._usable(worker)
-            if worker is None:
-                break
-            result = worker.judge(task, seconds)
-            seconds -= result.seconds
-            if is_last or reason_of(result) != "worker died" or seconds <= 0:
-                return worker, result
-        return None, verdict("verifier closed", "")
+            self._keep_spare()
+            result = self._result(worker, task, self._settings.hard_seconds)
+        if reason_of(result) in _LOST:
+            with self._turns.alone():  # the next spare's imports would not leave it alone
+                worker = self._usable(worker)
+                result = self._result(worker, task, _ALONE * self._settings.hard_seconds)
+            self._keep_spare()
+        return worker, result
+
+    @staticmethod
+    def _result(worker: Worker | None, task: Undecided, seconds: float) -> Verdict:
+        return worker.judge(task, seconds) if worker else verdict("verifier closed", "")
 
     def _forget(self, task: Undecided) -> None:
         with self._lock:
@@ -273,9 +282,14 @@ class Verifier:
             if self._is_closed:
                 return None
             fresh = self._spare if self._spare and self._spare.is_alive else self._start()
-            self._spare = self._start()
+            self._spare = None
             self._workers.add(fresh)
         return fresh
+
+    def _keep_spare(self) -> None:
+        with self._lock:
+            if self._spare is None and not self._is_closed:
+                self._spare = self._start()
 
     def _start(self) -> Worker:
         assert self._mode.judge is not None

@@ -97,9 +97,12 @@ _SUBSCRIPT_RUN = re.compile(f"[{''.join(_SUBSCRIPTS)}]++")
 # What a root sign covers: a number, a letter, a bracket without brackets inside, or a group that follows as it is.
 _ROOT = re.compile(r"([√∛∜])\s*+(?:([0-9]++(?:\.[0-9]++)?+|[A-Za-z])|\(([^()]*+)\)|(?=[{\\]))")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
-_NOT_PLAIN = re.compile(r"[^\x00-\x7f]|[*_`\"']|\\(?:text)?color|\\phantom|\{,\}")
+_NOT_PLAIN = re.compile(r"[^\x00-\x7f]|[*_`\"']|\\f?(?:text)?color|\\phantom|\{,\}")
 _FORMULA = re.compile(r"\$\$([^$]++)\$\$|\$([^$]++)\$|\\\(((?:[^\\]|\\[^()])*+)\\\)|\\\[((?:[^\\]|\\[^\[\]])*+)\\\]")
-_COLOUR = re.compile(r"\\(?:textcolor|colorbox|color)(?![A-Za-z])\s*+(?:\[[^\[\]{}]*+\])?+\s*+\{[^{}]*+\}")
+_COLOUR = re.compile(
+    r"\\(?:textcolor|colorbox|color|fcolorbox\s*+\{[^{}]*+\})(?![A-Za-z])\s*+(?:\[[^\[\]{}]*+\])?+\s*+\{[^{}]*+\}"
+)
+_CONSTANT = re.compile(r"\\mathrm\s*+\{\s*+([eid])\s*+\}")
 _THOUSANDS = re.compile(r"(?<![0-9.,}])([1-9][0-9]{0,2}+)((?:\{,\}[0-9]{3})++)(?![0-9])")
 _QUOTES = [
     ("**", "**"),
@@ -124,6 +127,10 @@ def plain(text: str) -> str:
     text = text.strip().removeprefix("+")
     if text.startswith(("$", r"\(", r"\[")) and (formula := _FORMULA.fullmatch(text)):
         text = next(inside for inside in formula.groups() if inside is not None).strip()
+    if text.count("$") == 1 and r"\$" not in text:
+        text = text.replace("$", r"\$")
+    if r"\mathrm" in text:
+        text = _CONSTANT.sub(r"\1 ", text)
     if not _NOT_PLAIN.search(text):
         return text
     text = _unquoted(_COLOUR.sub("", text))

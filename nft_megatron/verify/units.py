@@ -7,7 +7,10 @@ applied. A word that is not in the table (ways, people) is no unit.
 
 from __future__ import annotations
 
+import functools
 import re
+
+from nft_megatron.verify.numbers import is_digits
 
 _NAMES = """
 mm: millimeter millimeters millimetre millimetres · cm: centimeter centimeters centimetre centimetres
@@ -32,14 +35,20 @@ _CANONICAL = {
 _SAME = {"mph": {"mi": 1, "h": -1}, "kph": {"km": 1, "h": -1}}
 _CURRENCY = {"$": "dollar", "£": "pound", "€": "euro", "¢": "cent", "₹": "rupee"}
 _TAIL = re.compile(
-    r"(?:(?<=[0-9})])|(?<=[A-Za-z])(?=[~\s\\]))[~\s]*+"
+    r"(?:(?<=[0-9})])|(?<=[A-Za-z])(?=[~\s\\]))[~\s]*+(?!\^)"
     r"((?:[A-Za-z/.~\s{}]|\\,|\^\{?-?[1-9]\}?|\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z]))++)$"
 )
+_REMEMBERED = 4096  # units of texts: a gold meets the answers of its group
 _MAX_TAIL = 60  # characters
+_NO_UNIT_ENDS = ("", ")", "]", "!", "'", ":")
 _DEGREE = re.compile(r"\^\s*+\{?\s*+\\circ\s*+\}?|\\degree(?![A-Za-z])|°")
 _PERCENT = re.compile(r"\\?%$")
 _FONT = re.compile(r"\\(?:text|textrm|mathrm|mbox|rm|operatorname)(?![A-Za-z])|\\,")
 _WORD = re.compile(r"([A-Za-z]++)\s*+(?:\^\s*+(-?[1-9]))?+|(/)")
+_BRACE = re.compile("[{}]")
+# (K-1)/L is no number per liter: a single letter without a font is a unit only behind plain digits.
+_SINGLE_LETTER = re.compile("(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+_DECIMAL = re.compile(r"\s*+[-+]?+\s*+[0-9][0-9.,{}]*+[~\s]*+")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -55,22 +64,52 @@ def units_clash(answer: str, gold: str) -> bool:
     if not gold_unit:
         return False
     unit = unit_of(answer)
-    return bool(unit) and unit != gold_unit
+    return bool(unit) and unit != gold_unit and "".join(answer.split()) != "".join(gold.split())
 
 
+def without_same_unit(answer: str, gold: str) -> tuple[str, str] | None:
+    r"""Both without their unit, if it is the same and stands behind them in letters.
+
+    >>> without_same_unit("2 h", r"2\text{ hours}"), without_same_unit("2", r"2\text{ hours}")
+    (('2', '2'), None)
+    """
+    if not unit_of(gold) or unit_of(answer) != unit_of(gold):
+        return None
+    answer, gold = _without_unit(answer), _without_unit(gold)
+    return (answer, gold) if answer and gold else None
+
+
+def _without_unit(text: str) -> str:
+    """What stands before the unit in letters; empty if there is none."""
+    tail = _TAIL.search(text, max(len(text) - _MAX_TAIL, 0))
+    if tail is None:
+        return ""
+    start = tail.end() - len(tail[1].lstrip("} "))  # the brace of a fraction before the unit
+    before = text[:start].strip("~ ")
+    return before if before.count("{") == before.count("}") else ""
+
+
+@functools.lru_cache(_REMEMBERED)
 def unit_of(text: str) -> dict[str, int]:
     """The unit at the end of ``text`` (a currency: at its beginning) as powers of base units; empty if there is none."""
+    if is_digits(text):
+        return {}
     text = text.strip().strip("$" if text.count("$") % 2 == 0 else "").rstrip(".").strip()
     money = text.removeprefix("\\")[:1] if text[:1] in ("\\", *_CURRENCY) else ""
     if money in _CURRENCY:
         return {_CURRENCY[money]: 1}
     if _PERCENT.search(text):
         return {"percent": 1}
-    if signs := list(_DEGREE.finditer(text)):
+    if signs := list(_DEGREE.finditer(text)) if "circ" in text or "degree" in text or "°" in text else []:
         scale = re.sub(r"\\[a-z]++|[^A-Za-z]", "", text[signs[-1].end() :])
         return {f"degree{scale}": 1} if scale in ("", "C", "F") else {}
-    tail = _TAIL.search(text[-_MAX_TAIL:])
-    return _read(re.sub("[{}]", "", _FONT.sub(" ", tail[1]))) if tail else {}
+    tail = _TAIL.search(text, max(len(text) - _MAX_TAIL, 0)) if text[-1:] not in _NO_UNIT_ENDS else None
+    if tail is None:
+        return {}
+    words = tail[1]
+    if "\\" not in words and _SINGLE_LETTER.search(words) and not _DECIMAL.fullmatch(text, 0, tail.start(1)):
+        return {}
+    return _read(_BRACE.sub("", _FONT.sub(" ", words)))
 
 
 def _read(words: str) -> dict[str, int]:

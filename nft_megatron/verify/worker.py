@@ -1,11 +1,11 @@
 """The program of one judge, a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
 
-    python -m nft_megatron.verify.worker JUDGE SOCKET_FD PARENT_PID SOFT_SECONDS HARD_SECONDS MEMORY_BYTES
+    python -m nft_megatron.verify.worker JUDGE SOCKET_FD PARENT_PID SOFT_SECONDS KERNEL_SECONDS MEMORY_BYTES
 
 It reads one JSON object per line, {"gold", "text"}, and writes one, {"reason", "detail", "seconds"}. The judge runs in the main
 thread with math-verify's own alarms off: those count whole seconds of wall-clock time and restart with every call, whereas here
 one timer covers the comparison. It counts the worker's own processor time, so that a busy machine delays a verdict but does not
-change it. Where Python cannot interrupt itself (a power of huge integers), the kernel ends the process after HARD_SECONDS of
+change it. Where Python cannot interrupt itself (a power of huge integers), the kernel ends the process after KERNEL_SECONDS of
 processor time, even if nobody is left to kill it; and it dies with its parent.
 """
 
@@ -58,12 +58,12 @@ def judge_strict(gold: str, text: str) -> tuple[str, str]:
     """Like :func:`judge_math_verify` on a box alone, but equations are compared as such, and equality is confirmed."""
     from math_verify.grader import verify
 
-    from nft_megatron.verify.algebra import are_equal_complex, compare_equations, is_confirmed
+    from nft_megatron.verify.algebra import are_equal_complex, are_equal_factorials, compare_equations, is_confirmed
 
     def are_equal(expected: Any, given: Any) -> bool:
         if verify(expected, given, timeout_seconds=None, raise_on_error=True):
             return is_confirmed(expected, given)
-        return are_equal_complex(expected, given)
+        return are_equal_complex(expected, given) or are_equal_factorials(expected, given)
 
     if (same := compare_equations(gold, text)) is not None:
         return ("equal" if same else "not equal"), ""
@@ -111,8 +111,8 @@ JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {
 
 
 @contextmanager
-def limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
-    """Raise :class:`SoftLimit` after ``soft_seconds`` of processor time in the body; die after ``hard_seconds``."""
+def limits(soft_seconds: float, kernel_seconds: float) -> Iterator[None]:
+    """Raise :class:`SoftLimit` after ``soft_seconds`` of processor time in the body; die after ``kernel_seconds`` of it."""
 
     def give_up(signum: int, frame: FrameType | None) -> None:
         raise SoftLimit
@@ -120,7 +120,7 @@ def limits(soft_seconds: float, hard_seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGVTALRM, give_up)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
-        signal.setitimer(signal.ITIMER_PROF, hard_seconds)
+        signal.setitimer(signal.ITIMER_PROF, kernel_seconds)
         signal.setitimer(signal.ITIMER_VIRTUAL, soft_seconds)
         yield
     finally:
@@ -140,7 +140,7 @@ def _die_with_parent(parent: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until the socket closes or memory runs out."""
-    name, descriptor, parent, soft_seconds, hard_seconds, memory_bytes = arguments
+    name, descriptor, parent, soft_seconds, kernel_seconds, memory_bytes = arguments
     _die_with_parent(int(parent))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     logging.disable(logging.CRITICAL)
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
             task = json.loads(line)
             started = time.perf_counter()
             try:
-                with limits(float(soft_seconds), float(hard_seconds)):
+                with limits(float(soft_seconds), float(kernel_seconds)):
                     reason, detail = judge(task["gold"], task["text"])
             except SoftLimit:
                 reason, detail = "soft limit", ""

@@ -44,7 +44,7 @@ def test_up_to_a_hundredth_is_left_out_and_counted(tmp_path: Path, tokenizer: An
     assert sum(prompts.unmatched.values()) == 2 and prompts.unmatched["several lines"] == 1
     assert prompts.left_out == {"questions_conflicting": 0, "questions_overlong": 0, "questions_unmatched": 2}
     assert (prompts.num_rows, prompts.num_questions) == (200, 200)
-    assert "data.train: 2 golds that no answer can match are left out (several lines: 1, " in caplog.text
+    assert "data.train: 2 golds that right answers may not match are left out (several lines: 1, " in caplog.text
 
 
 def test_more_are_refused_with_the_first(tmp_path: Path, tokenizer: Any) -> None:
@@ -54,7 +54,7 @@ def test_more_are_refused_with_the_first(tmp_path: Path, tokenizer: Any) -> None
             read_prompts(config, tokenizer, field)
         message = str(caught.value)
         assert message.startswith(
-            f"{field} = 3 of 200 questions: have a gold that no answer can match under verify.mode=strict ("
+            f"{field} = 3 of 200 questions: have a gold that right answers may not match under verify.mode=strict ("
         )
         assert f"(several lines: 3); the first is {PROSE!r} in {tmp_path / 'a.jsonl'}, row 197; name the column" in message
     assert len(read_prompts(config, tokenizer, "data.train", is_v0_1=True).prompts) == 200
@@ -85,7 +85,7 @@ def test_the_table_at_the_start(tmp_path: Path, tokenizer: Any) -> None:
         "rows read": 126,
         "repeated rows": 1,
         "left out: another gold for the same question": 2,
-        "left out: no answer matches the gold (several lines)": 1,
+        "left out: unmatched gold (several lines)": 1,
         "left out: too long": 1,
         "questions asked": 121,
     }

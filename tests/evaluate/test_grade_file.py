@@ -161,6 +161,26 @@ def test_a_ledgers_verdicts_are_compared_with_the_recorded_ones(tmp_path, capsys
     assert printed.startswith(capsys.readouterr().out.rstrip()), "the same without the long columns"
 
 
+def test_golds_that_are_not_matched_are_unknown_and_refused_if_many(tmp_path, capsys, caplog):
+    rows = [{"text": rf"\boxed{{{i}}}", "gold": str(i)} for i in range(198)]
+    rows += [{"text": r"\boxed{1}", "gold": "several\nlines"}, {"text": r"\boxed{\sqrt2/2}", "gold": r"\frac{\sqrt{2}}{2}"}]
+    options = FIELDS | {"mode": "dapo", "out": tmp_path / "out.jsonl"}
+    verify_file(write_jsonl(tmp_path / "a.jsonl", rows), **options)
+    graded = read_jsonl(tmp_path / "out.jsonl")
+    assert [(row["verdict"], row["reason"]) for row in graded[197:]] == [
+        ("correct", "exact"),
+        ("unknown", "unmatched gold: several lines"),
+        ("wrong", "not equal"),  # as dapo judges it, which the warning says
+    ]
+    assert "unknown unmatched gold 1 0.50%" in " ".join(capsys.readouterr().out.split())
+    assert "1 golds are not matched in every spelling under --mode dapo" in caplog.text
+    with pytest.raises(
+        UserError, match=r"FILE = 3 of 200 questions: .*--mode dapo \(several lines: 3\); the first is 'a\\nb' in"
+    ):
+        verify_file(write_jsonl(tmp_path / "a.jsonl", rows[:197] + [{"text": "x", "gold": "a\nb"}] * 3), **options)
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 200, "written all the same"
+
+
 def test_the_command_line(tmp_path, command):
     path = write_jsonl(tmp_path / "answers.jsonl", [{"pred_text": "Answer: 34", "gold": "34"}])
     outcome = command("verify", path, "--answer-field", "pred_text", "--mode", "dapo", "--out", tmp_path / "out.jsonl")

@@ -204,12 +204,33 @@ def test_mistakes(model, sums, command, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_golds_that_nobody_can_answer_are_named(model, command, tmp_path):
-    path = tmp_path / "math500.jsonl"
-    path.write_text("".join(json.dumps({"id": g, "question": "1", "answer": g}) + "\n" for g in ("3", r"\boxed{x", "4")))
-    done = command("eval", model, "--benchmarks", path, *OPTIONS, "--grader", "dapo", "--out", tmp_path / "out")
+def write_golds(path: Path, golds: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": f"q{i}", "question": "1", "answer": g}) + "\n" for i, g in enumerate(golds)))
+    return path
+
+
+def test_golds_that_are_not_matched_are_asked_and_named(model, command, tmp_path):
+    """A text of two lines is matched by nothing, and dapo reads no other spelling of a root."""
+    path = write_golds(tmp_path / "math500.jsonl", [*map(str, range(98)), "a\nb", r"\frac{\sqrt{2}}{2}"])
+    options = [*OPTIONS, "--grader", "dapo", "--samples", "1", "--out", tmp_path / "out"]
+    done = command("eval", model, "--benchmarks", path, *options)
     assert done.returncode == 0, done.stderr
-    assert r"MATH500: 1 of 3 golds are not judged correct by the grader dapo themselves, such as \boxed{x" in done.stderr
+    assert "MATH500: right answers may not match 2 of 100 golds under --grader dapo and then count as wrong (" in done.stderr
+    assert table(done.stdout)["MATH500"][0] == "100"
+    assert "math500 includes 2 questions whose gold right answers may not match" in done.stdout
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["unmatched_golds"] == {
+        "math500": {"q98": "several lines", "q99": "not equal, respelled"}
+    }
+
+
+def test_more_golds_that_nothing_matches_are_refused(model, command, tmp_path):
+    path = write_golds(tmp_path / "math500.jsonl", [*map(str, range(97)), "a\nb", "c\nd"])
+    done = command("eval", model, "--benchmarks", path, *OPTIONS, "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert (
+        r"--benchmarks (MATH500) = 2 of 99 questions: have a gold that right answers may not match under --grader simplerl "
+        r"(several lines: 2); the first is 'a\nb' in q97; choose another --grader"
+    ) in " ".join(done.stderr.split())
 
 
 REASONS = ("exact", "another number", "not a number", "no closed box", "truncated", "several answers")
@@ -323,7 +344,7 @@ def test_all_six_benchmarks(model, command, tmp_path):
     """Of own questions; the model's answers are a box or none, so that the share of right ones is that of equal texts."""
     written = write_benchmarks(tmp_path / "benchmarks")
     rows, messages = measure_all_six([tmp_path / "benchmarks"], model, command, tmp_path / "out")
-    assert "not judged correct" not in messages
+    assert "questions: have a gold" not in messages
     num_right = 0
     for benchmark in BENCHMARKS:
         golds = {question_id: gold for question_id, _, gold in written[benchmark.name][1]}

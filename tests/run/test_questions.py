@@ -140,7 +140,7 @@ def test_lost_prompts_are_made_anew_by_the_rules_of_the_run(config: Config, fold
 def test_a_run_of_version_0_1_leaves_no_golds_out(config: Config, folder: RunFolder) -> None:
     (path,) = config.data.train
     path.write_text(json.dumps({"question": "1+1?", "answer": "One and one.\nTwo."}))
-    with pytest.raises(UserError, match="no answer can match"):
+    with pytest.raises(UserError, match="right answers may not match"):
         read_questions(config, folder, tokenizer())
     as_v0_1_left_it(folder, config)
     questions, _ = read_questions(config, folder, tokenizer())

@@ -201,7 +201,7 @@ def test_reasons_and_version() -> None:
     assert grade(r"\boxed{1},\boxed{2}", "2", "stop").reason == "several answers"
     assert grade(r"\boxed{1}", "2", "stop").reason == "another number"
     assert grade(r"\boxed{x}", "2", "stop").reason == "not a number"
-    assert grade(r"\boxed{2}", "2", "stop").verifier == "strict/3"
+    assert grade(r"\boxed{2}", "2", "stop").verifier == "strict/4"
 
 
 @given(st.integers(-(10**12), 10**12), st.booleans())
