@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nft_megatron.base.errors import UserError
 
-_OPTION = re.compile(r"(--?[\w-]+)(=|\s+)(.*)", re.DOTALL)
+_OPTION = re.compile(r"(--?[\w-]++)(=|\s++)(.*+)", re.DOTALL)
 
 
 def sbatch_word(text: str) -> str:
