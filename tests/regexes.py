@@ -7,7 +7,8 @@ behavior of backtracking regular expression matchers by using ambiguity of NFA",
 ``re._parser`` gives.
 
 Possessive repeats and atomic groups never come back to what they have read, so their insides are judged on their own. Not
-judged: the scan of ``search`` for a place to begin (``benchmarks/regex_growth.py`` measures that), and back references.
+judged: the scan of ``search`` for a place to begin (``benchmarks/regex_growth.py`` measures that), and the length of what a back
+reference repeats.
 """
 
 import ast
@@ -193,6 +194,8 @@ class _Builder:
                 self.apart.append(list(value[2]))
                 self.repeat(*value, start, end, possessive=True)
             self.automaton.atomic.append(range(first, self.automaton.num_states))
+        elif kind is op.GROUPREF:  # what a group has read: one character stands for it
+            self.automaton.reads[start].append((self.bits(lambda _: True), end))
         else:
             raise NotImplementedError(str(kind))
 
