@@ -7,8 +7,8 @@ behavior of backtracking regular expression matchers by using ambiguity of NFA",
 ``re._parser`` gives.
 
 Possessive repeats and atomic groups never come back to what they have read, so their insides are judged on their own. Not
-judged: the scan of ``search`` for a place to begin (``benchmarks/regex_growth.py`` measures that), and the length of what a back
-reference repeats.
+judged: the scan of ``search`` for a place to begin (``benchmarks/regex_growth.py`` measures that), and the length of what a
+back reference repeats.
 """
 
 import ast
