@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.errors import UserError
@@ -115,7 +115,7 @@ class BenchmarkOptions:
     grader: str = "simplerl"
     overlap: Path | None = None
     beside: tuple[Path, ...] = ()
-    instruction: str | None = None
+    instruction: Literal["boxed", "answer", "keep", "none"] | None = None
     """``boxed``, ``answer``, ``keep`` or ``none``, as ``data.instruction``, for every benchmark.
 
     None: as in the paper, AIME and AMC in the wording of training; other files as they stand.
