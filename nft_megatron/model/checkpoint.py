@@ -27,7 +27,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -176,7 +176,7 @@ def save_checkpoint(
 def _write_common(common: dict[str, Any], folder: Path) -> None:
     """Write rank 0's part: what is not sharded."""
     try:
-        TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
+        torch.save(common, folder / COMMON_STATE_FNAME)
     except (RuntimeError, OSError) as error:
         raise _not_written(folder, error) from error
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nft_megatron.model.attention as attention_module
-from nft_megatron.model.attention import PackedAttention, pack_sequences, rotary_cos_sin
+from nft_megatron.model.attention import PackedAttention, rotary_cos_sin
+from nft_megatron.model.packed_sequences import pack_sequences
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, DIM = 4, 2, 8
