@@ -42,6 +42,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.model.checkpoint_reader import REMEDY, StoredCheckpoint
 from nft_megatron.model.checksums import verify_checksums, write_checksums
 from nft_megatron.model.control import on_main, together
+from nft_megatron.model.engine_state import load_weights_of, without_engine_state
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import policy_model
 from nft_megatron.model.topology import Topology
@@ -65,8 +66,10 @@ def _generators(topology: Topology) -> ShardedObject:
     return ShardedObject("generators", states, tuple(_layout(topology)), place, replica_id=0)
 
 
-def _set_generators(states: dict[str, Any]) -> None:
+def _set_generators(states: dict[str, Any], topology: Topology) -> None:
     torch.set_rng_state(states["cpu"])
+    if (states["device"] is None) != (topology.device.type == "cpu"):
+        return  # a GPU's generators have other states than a CPU's; this device's keep their seeds, as on another layout
     if states["device"] is not None:
         torch.cuda.set_rng_state(states["device"])
     get_cuda_rng_tracker().set_states(states["tracker"])
@@ -212,8 +215,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore what :meth:`Snapshot.write` wrote, under this run's layout, and return its ``extra``. A collective.
 
-    On the layout that wrote it, training continues bit for bit as if it had not stopped. On another, generators keep their
-    seeds. The optimizer keeps its own settings: a changed config takes effect.
+    On the layout and kind of device that wrote it, training continues bit for bit as if it had not stopped. On others,
+    generators keep their seeds. The optimizer keeps its own settings: a changed config takes effect.
 
     Raises:
         UserError: on every rank, for a folder that is incomplete, damaged, or of another version or model; in the last case
@@ -249,6 +252,7 @@ def _load(
     common: dict[str, Any],
 ) -> None:
     state = _sharded_state(chunks, optimizer, topology, is_loading=True)
+    without_engine_state(state["model"], stored.metadata.state_dict_metadata)
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
     try:
@@ -264,12 +268,12 @@ def _load(
             "use the run's original model.path, or another run_dir",
         ) from error
     for part, chunk in enumerate(chunks):
-        policy_model(chunk).load_state_dict(loaded["model"][str(part)])
+        load_weights_of(policy_model(chunk), loaded["model"][str(part)])
     optimizer.num_updates = common["num_updates"]
     _load_optimizer(optimizer, loaded["optimizer"])
     if "generators" in loaded:
         try:
-            _set_generators(loaded["generators"])
+            _set_generators(loaded["generators"], topology)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             problem = f"has no usable states of random generators ({_first_line(error)})"
             raise UserError("checkpoint", stored.folder, problem, REMEDY) from error
