@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,7 @@ def _write_shards(shards: dict[str, Any], folder: Path, control_group: dist.Proc
 
 def _not_written(folder: Path, cause: BaseException) -> OSError:
     """The cause with its errno. torch's zip writer reports a full disk as a RuntimeError about positions, so ask the disk."""
+    _free_writer(cause)
     if not isinstance(cause, OSError):
         try:
             with (folder / "probe").open("wb") as probe:
@@ -208,6 +210,17 @@ def _not_written(folder: Path, cause: BaseException) -> OSError:
     if isinstance(cause, OSError):
         return OSError(cause.errno, f"{cause.strerror} while saving a checkpoint", str(folder))
     return OSError(f"{folder}: the checkpoint could not be written: {cause}")
+
+
+def _free_writer(error: BaseException | None) -> None:
+    """Free torch's zip writer, which the frames of its failed write hold in a cycle.
+
+    Its destructor writes the end of the file through a Python object. If the garbage collector calls it, that object may have
+    been taken apart: a segmentation fault, seen on Python 3.12 once the disk had room again.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def load_checkpoint(
