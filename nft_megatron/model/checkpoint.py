@@ -195,12 +195,14 @@ def _write_shards(shards: dict[str, Any], folder: Path, control_group: dist.Proc
             process_group=control_group,
         )
     except CheckpointException as error:
+        # The frames of the failed write hold, in a cycle, a view of a BytesIO. Python 3.12's collector may take the BytesIO
+        # apart before the view, and crashes when it releases the view (Modules/_io/bytesio.c, bytesiobuf_releasebuffer).
+        traceback.clear_frames(error.__traceback__)
         raise _not_written(folder, next(iter(error.failures.values()))[0]) from error
 
 
 def _not_written(folder: Path, cause: BaseException) -> OSError:
     """The cause with its errno. torch's zip writer reports a full disk as a RuntimeError about positions, so ask the disk."""
-    _free_writer(cause)
     if not isinstance(cause, OSError):
         try:
             with (folder / "probe").open("wb") as probe:
@@ -210,17 +212,6 @@ def _not_written(folder: Path, cause: BaseException) -> OSError:
     if isinstance(cause, OSError):
         return OSError(cause.errno, f"{cause.strerror} while saving a checkpoint", str(folder))
     return OSError(f"{folder}: the checkpoint could not be written: {cause}")
-
-
-def _free_writer(error: BaseException | None) -> None:
-    """Free torch's zip writer, which the frames of its failed write hold in a cycle.
-
-    Its destructor writes the end of the file through a Python object. If the garbage collector calls it, that object may have
-    been taken apart: a segmentation fault, seen on Python 3.12 once the disk had room again.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 def load_checkpoint(
