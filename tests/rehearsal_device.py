@@ -1,0 +1,399 @@
+"""A pretended GPU: tensors that say cuda:0 and hold CPU memory, under rules at least as strict as a real one's.
+
+What it is for: every place where host and device meet. What it cannot show: kernels, their speed, memory, real concurrency.
+
+    device and host tensors in one operation            DeviceMismatch, but for 0-dimensional host tensors, as in torch
+    host tensors as an index of device tensors          DeviceMismatch: torch allows it, by a hidden copy that waits
+    a copy "non_blocking" from or to ordinary memory    PageableCopy: torch allows it, and waits
+    host memory read before its copy has arrived        EarlyRead; until then it holds NaN or the largest integer
+    host memory changed before its copy has left        LateWrite
+    a host tensor in a collective of NCCL               DeviceMismatch, and so is a device tensor in one of gloo
+    a generator of the other kind, or its state         WrongGenerator
+    the host waits for the device                       counted in ``SYNCS`` with the place in the code
+
+Copies without ``non_blocking`` wait in either direction (ATen's copy_kernel_cuda synchronises the stream), so they count.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+_META = torch.device("meta")
+
+
+class DeviceMismatch(RuntimeError):
+    pass
+
+
+class PageableCopy(RuntimeError):
+    pass
+
+
+class EarlyRead(RuntimeError):
+    pass
+
+
+class LateWrite(RuntimeError):
+    pass
+
+
+class WrongGenerator(RuntimeError):
+    pass
+
+
+FAULTS = (DeviceMismatch, PageableCopy, EarlyRead, LateWrite, WrongGenerator)
+
+
+# ------------------------------------------------------------------------------------------------------ waits of the host
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Where the host waited: the nearest line of the project or of Megatron, and whether inside a micro-batch."""
+
+    what: str
+    file: str
+    line: int
+    in_micro_batch: bool
+
+    @property
+    def is_ours(self) -> bool:
+        return self.file.startswith("nft_megatron/")
+
+
+SYNCS: Counter[Sync] = Counter()
+_ROOTS = ("nft_megatron/", "megatron/core/")
+_PASSES = {"forward_step", "backward_step"}  # of megatron.core.pipeline_parallel.schedules
+
+
+def count_sync(what: str) -> None:
+    frame, place, inside = sys._getframe(1), None, False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if place is None:
+            start = max(name.rfind(root) for root in _ROOTS)
+            if start >= 0:
+                place = (name[start:], frame.f_lineno)
+        inside |= frame.f_code.co_name in _PASSES and name.endswith("schedules.py")
+        frame = frame.f_back
+    file, line = place or ("elsewhere", 0)
+    SYNCS[Sync(what, file, line, inside)] += 1
+    HOST.finish_copies()
+
+
+# ------------------------------------------------------------------------------------------------------------ host memory
+
+
+@dataclass
+class _Copy:
+    """To the host: ``target`` gets ``value`` when it is finished. From it: ``target`` must still be ``value`` then."""
+
+    number: int
+    target: torch.Tensor
+    value: torch.Tensor
+    to_host: bool
+
+
+@dataclass
+class HostMemory:
+    """Which host memory is pinned, and the copies on their way, in order."""
+
+    pinned: dict[int, Any] = field(default_factory=dict)  # storages, kept so that no address is used again
+    copies: list[_Copy] = field(default_factory=list)
+    number: int = 0
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.pinned[storage.data_ptr()] = storage
+        return tensor
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in self.pinned
+
+    def begin_copy(self, target: torch.Tensor, value: torch.Tensor, to_host: bool) -> None:
+        self.number += 1
+        self.copies.append(_Copy(self.number, target, value.clone(), to_host))
+        if to_host:
+            target.fill_(_poison(target.dtype))
+
+    def finish_copies(self, until: int | None = None) -> None:
+        """What the device had been given up to ``until`` is done."""
+        done = [copy for copy in self.copies if until is None or copy.number <= until]
+        self.copies = [copy for copy in self.copies if copy not in done]
+        for copy in done:
+            if copy.to_host:
+                copy.target.copy_(copy.value)
+            elif not torch.equal(copy.target.nan_to_num(), copy.value.nan_to_num()):
+                raise LateWrite(f"host memory {tuple(copy.target.shape)} changed before its copy to the device was finished")
+
+    def arriving(self, tensor: torch.Tensor) -> _Copy | None:
+        place = tensor.untyped_storage().data_ptr()
+        return next((copy for copy in self.copies if copy.to_host and copy.target.untyped_storage().data_ptr() == place), None)
+
+
+HOST = HostMemory()
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max
+
+
+# ---------------------------------------------------------------------------------------------------------- random numbers
+
+
+class DeviceGenerator:
+    """The device's generator: its state has 16 bytes (seed, offset), as CUDA's has, and a CPU's is refused."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.offset = seed, 0
+
+    def manual_seed(self, seed: int) -> None:
+        self.seed, self.offset = seed, 0
+
+    def get_state(self) -> torch.Tensor:
+        return torch.tensor([self.seed, self.offset], dtype=torch.int64).view(torch.uint8).clone()
+
+    def set_state(self, state: torch.Tensor) -> None:
+        if isinstance(state, DeviceTensor) or state.dtype is not torch.uint8 or state.numel() != 16:
+            raise WrongGenerator(f"a state of {state.numel()} bytes is not one of a CUDA generator, which has 16")
+        self.seed, self.offset = state.view(torch.int64).tolist()
+
+    def draw(self, call: Any) -> Any:
+        """What ``call`` returns, with random numbers of this generator."""
+        self.offset += 4
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + self.offset)
+            return call()
+
+
+GENERATOR = DeviceGenerator()
+_RANDOM = frozenset(
+    ("bernoulli", "bernoulli_", "exponential_", "multinomial", "normal_", "rand", "randint", "randn", "randperm", "uniform_")
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------- tensors
+
+
+def on_device(value: Any) -> bool:
+    return isinstance(value, DeviceTensor) and not value.is_parked
+
+
+def _inner(value: Any) -> Any:
+    return value.memory if isinstance(value, DeviceTensor) else value
+
+
+class DeviceTensor(torch.Tensor):
+    """``memory`` is where the numbers are. ``is_parked``: a parameter whose ``data`` was replaced by a host tensor."""
+
+    memory: torch.Tensor
+    is_parked: bool
+
+    @staticmethod
+    def __new__(cls, memory: torch.Tensor) -> DeviceTensor:
+        assert type(memory) is torch.Tensor and memory.device == CPU, (type(memory), memory.device)
+        layout = {"strides": memory.stride(), "storage_offset": memory.storage_offset(), "dtype": memory.dtype}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, memory.size(), **layout, device=_META)
+        tensor.memory, tensor.is_parked = memory, False
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+    device = property(lambda self: CPU if self.is_parked else DEVICE)
+    is_cuda = property(on_device)
+    is_cpu = property(lambda self: self.is_parked)
+    is_meta = property(lambda self: False)
+
+    def get_device(self) -> int:
+        return -1 if self.is_parked else 0
+
+    def __repr__(self, **_: Any) -> str:
+        return f"{type(self).__name__}({self.memory!r})"
+
+    def untyped_storage(self) -> Any:
+        return self.memory.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.memory.data_ptr()
+
+    def is_pinned(self, *_: Any) -> bool:
+        return self.is_parked and HOST.is_pinned(self.memory)
+
+    def pin_memory(self, *_: Any) -> torch.Tensor:
+        raise RuntimeError("cannot pin a CUDA tensor: only dense CPU tensors can be pinned")
+
+    def item(self) -> Any:
+        if on_device(self):
+            count_sync("item")
+        return self.memory.detach().item()
+
+    def tolist(self) -> Any:
+        if on_device(self):
+            count_sync("tolist")
+        return self.memory.detach().tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        if on_device(self):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu() first")
+        return self.memory.detach().numpy()
+
+    def type(self, *arguments: Any, **options: Any) -> Any:
+        if arguments or options:
+            return super().type(*arguments, **options)
+        return self.memory.type() if self.is_parked else self.memory.type().replace("torch.", "torch.cuda.", 1)
+
+    def __deepcopy__(self, memo: Any) -> DeviceTensor:
+        return DeviceTensor(self.memory.detach().clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a device tensor must not be pickled: copy it to host memory first")
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return self.memory.detach() if self.is_parked else DeviceTensor(self.memory.detach())
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        self.is_parked = not on_device(value)
+        self.memory = _inner(value).detach()
+        if isinstance(value, DeviceTensor):
+            with torch.no_grad():
+                torch.Tensor.data.__set__(self, value.detach())  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------------------------- operations
+
+_WAITS = frozenset(("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "unique_dim", "masked_select"))
+_INDEXES = frozenset(("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"))
+KERNELS: dict[str, Any] = {}
+"""Kernels without a CPU form, by the operation's name: torch stand-ins that take and give host tensors."""
+
+
+class Device(TorchDispatchMode):
+    """Inside, the pretended device is there. See the top of this file."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+
+def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    space, name = func._schema.name.split("::")
+    if space == "c10d":
+        return _collective(func, name, args, kwargs)
+    flat = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    here, there = [value for value in flat if on_device(value)], [value for value in flat if not on_device(value)]
+    if name == "_to_copy" or name == "copy_":
+        return _copy(func, name, args, kwargs)
+    target = kwargs.get("device")
+    makes_device = bool(here) if target is None else _names_device(target)
+    for value in there:
+        if HOST.copies and HOST.arriving(_inner(value)) is not None:
+            raise EarlyRead(f"{func} reads {tuple(value.shape)} in host memory before its copy has arrived")
+    if here and (bad := [tuple(value.shape) for value in there if value.dim() or name in _INDEXES]):
+        raise DeviceMismatch(f"{func}: tensors on cuda:0 and, of shape {bad}, in host memory")
+    if here and (name in _WAITS or (name in _INDEXES and _has_mask(args)) or (name == "repeat_interleave" and not kwargs)):
+        count_sync(name)
+    if makes_device and kwargs.get("generator") is not None:
+        raise WrongGenerator(f"{name} on cuda:0 with a generator of the CPU")
+    pins = kwargs.get("pin_memory")
+    inner_args, inner = pytree.tree_map(_inner, (args, kwargs))
+    inner = {key: value for key, value in inner.items() if key != "pin_memory"}
+    if target is not None:
+        inner["device"] = CPU
+    kernel = KERNELS.get(name) or func
+    if makes_device and name in _RANDOM:
+        result = GENERATOR.draw(lambda: kernel(*inner_args, **inner))
+    else:
+        result = kernel(*inner_args, **inner)
+    if not makes_device:
+        return HOST.pin(result) if pins else _same(result, inner_args, args)
+    return _wrap(result, inner_args, args, kwargs, inner)
+
+
+def _names_device(target: Any) -> bool:
+    """Code in C++ reads a wrapper's meta device and asks for more of it."""
+    return torch.device(target).type in ("cuda", "meta")
+
+
+def _same(result: Any, inner_args: Any, args: Any) -> Any:
+    """An operation in place gives back the very tensor that it was given: a parked parameter, not its memory."""
+    return args[0] if args and isinstance(args[0], DeviceTensor) and result is inner_args[0] else result
+
+
+def _wrap(result: Any, inner_args: Any, args: Any, kwargs: Any, inner: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        if args and isinstance(args[0], DeviceTensor) and result is inner_args[0]:
+            return args[0]
+        if "out" in kwargs and result is inner["out"]:
+            return kwargs["out"]
+    return pytree.tree_map(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
+
+
+def _has_mask(args: Any) -> bool:
+    return any(value is not None and value.dtype in (torch.bool, torch.uint8) for value in args[1])
+
+
+def _copy(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``_to_copy(source, device=…)`` and ``copy_(target, source)``: the only way between host and device."""
+    is_new = name == "_to_copy"
+    source = args[0] if is_new else args[1]
+    non_blocking = kwargs.get("non_blocking") or (not is_new and len(args) > 2 and args[2])
+    wanted = kwargs.get("device")
+    to_device = (on_device(source) if wanted is None else _names_device(wanted)) if is_new else on_device(args[0])
+    crosses = on_device(source) != to_device and _inner(source).numel() > 0
+    memory = _inner(source)
+    early = HOST.arriving(memory) if HOST.copies and not on_device(source) else None
+    if early is not None and not (crosses and non_blocking):  # on the device's own stream the copies take their turn
+        raise EarlyRead(f"{func} reads {tuple(memory.shape)} in host memory before its copy has arrived")
+    if early is not None:
+        HOST.finish_copies(early.number)
+    target = None if is_new else _inner(args[0])
+    if crosses and non_blocking:
+        host = memory if to_device else target
+        if host is not None and not HOST.is_pinned(host):
+            raise PageableCopy(f"{func} {tuple(memory.shape)} is to be non_blocking, but the host's memory is not pinned")
+    elif crosses:
+        count_sync("copy to the device" if to_device else "copy to the host")
+    options = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking", "pin_memory")}
+    result = func(memory, **options) if is_new else target.copy_(memory)
+    if crosses and non_blocking and to_device:
+        HOST.begin_copy(memory, memory, to_host=False)
+    elif crosses and non_blocking:
+        HOST.begin_copy(HOST.pin(result) if is_new else result, result.clone(), to_host=True)
+    if not is_new:
+        return args[0]
+    return DeviceTensor(result) if to_device else result
+
+
+# ------------------------------------------------------------------------------------------------------------ collectives
+
+GROUPS: dict[str, str] = {}
+"""The backend that each process group was created with, by the group's name; all of them are gloo's underneath."""
+
+
+def _collective(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    flat = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    objects = [value for value in args if isinstance(value, torch.ScriptObject)]
+    group = next((value for value in objects if "ProcessGroup" in str(value._type())), None)
+    if group is not None and flat:
+        backend = GROUPS.get(torch.distributed.ProcessGroup.unbox(group).group_name, "nccl")
+        if wrong := [tuple(value.shape) for value in flat if on_device(value) != (backend == "nccl")]:
+            place = "in host memory" if backend == "nccl" else "on cuda:0"
+            raise DeviceMismatch(f"{func} of {backend} with tensors {place}, of shape {wrong}")
+    inner_args, inner_kwargs = pytree.tree_map(_inner, (args, kwargs))
+    return func(*inner_args, **inner_kwargs)
