@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
@@ -58,12 +58,12 @@ FAULTS = (DeviceMismatch, PageableCopy, EarlyRead, LateWrite, WrongGenerator)
 
 @dataclass(frozen=True)
 class Sync:
-    """Where the host waited: the nearest line of the project or of Megatron, and whether inside a micro-batch."""
+    """Where the host waited: the nearest line of the project or of Megatron, and whether within the pipeline schedule."""
 
     what: str
     file: str
     line: int
-    in_micro_batch: bool
+    in_schedule: bool
 
     @property
     def is_ours(self) -> bool:
@@ -72,7 +72,6 @@ class Sync:
 
 SYNCS: Counter[Sync] = Counter()
 _ROOTS = ("nft_megatron/", "megatron/core/")
-_PASSES = {"forward_step", "backward_step"}  # of megatron.core.pipeline_parallel.schedules
 
 
 def count_sync(what: str) -> None:
@@ -83,7 +82,7 @@ def count_sync(what: str) -> None:
             start = max(name.rfind(root) for root in _ROOTS)
             if start >= 0:
                 place = (name[start:], frame.f_lineno)
-        inside |= frame.f_code.co_name in _PASSES and name.endswith("schedules.py")
+        inside |= name.endswith("megatron/core/pipeline_parallel/schedules.py")
         frame = frame.f_back
     file, line = place or ("elsewhere", 0)
     SYNCS[Sync(what, file, line, inside)] += 1
@@ -120,6 +119,9 @@ class HostMemory:
         return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in self.pinned
 
     def begin_copy(self, target: torch.Tensor, value: torch.Tensor, to_host: bool) -> None:
+        if to_host:  # copies from this memory come before it on the stream
+            for copy in [copy for copy in self.copies if not copy.to_host and _shares(copy.target, target)]:
+                self._finish(copy)
         self.number += 1
         self.copies.append(_Copy(self.number, target, value.clone(), to_host))
         if to_host:
@@ -127,20 +129,25 @@ class HostMemory:
 
     def finish_copies(self, until: int | None = None) -> None:
         """What the device had been given up to ``until`` is done."""
-        done = [copy for copy in self.copies if until is None or copy.number <= until]
-        self.copies = [copy for copy in self.copies if copy not in done]
-        for copy in done:
-            if copy.to_host:
-                copy.target.copy_(copy.value)
-            elif not torch.equal(copy.target.nan_to_num(), copy.value.nan_to_num()):
-                raise LateWrite(f"host memory {tuple(copy.target.shape)} changed before its copy to the device was finished")
+        for copy in [copy for copy in self.copies if until is None or copy.number <= until]:
+            self._finish(copy)
+
+    def _finish(self, copy: _Copy) -> None:
+        self.copies = [other for other in self.copies if other is not copy]
+        if copy.to_host:
+            copy.target.copy_(copy.value)
+        elif not torch.equal(copy.target.nan_to_num(), copy.value.nan_to_num()):
+            raise LateWrite(f"host memory {tuple(copy.target.shape)} changed before its copy to the device was finished")
 
     def arriving(self, tensor: torch.Tensor) -> _Copy | None:
-        place = tensor.untyped_storage().data_ptr()
-        return next((copy for copy in self.copies if copy.to_host and copy.target.untyped_storage().data_ptr() == place), None)
+        return next((copy for copy in self.copies if copy.to_host and _shares(copy.target, tensor)), None)
 
 
 HOST = HostMemory()
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _poison(dtype: torch.dtype) -> float | int | bool:
@@ -192,6 +199,28 @@ def on_device(value: Any) -> bool:
 
 def _inner(value: Any) -> Any:
     return value.memory if isinstance(value, DeviceTensor) else value
+
+
+def _map(change: Callable[[Any], Any], tree: Any) -> Any:
+    """``change`` of every leaf of nested lists, tuples and dictionaries. torch's own pytree takes half of a rehearsal."""
+    kind = type(tree)
+    if kind is list or kind is tuple:
+        return kind([_map(change, each) for each in tree])
+    if kind is dict:
+        return {key: _map(change, value) for key, value in tree.items()}
+    return change(tree)
+
+
+def _tensors(*trees: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for tree in trees:
+        if isinstance(tree, torch.Tensor):
+            found.append(tree)
+        elif isinstance(tree, list | tuple):
+            found += _tensors(*tree)
+        elif isinstance(tree, dict):
+            found += _tensors(*tree.values())
+    return found
 
 
 class DeviceTensor(torch.Tensor):
@@ -295,7 +324,7 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     space, name = func._schema.name.split("::")
     if space == "c10d":
         return _collective(func, name, args, kwargs)
-    flat = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    flat = _tensors(args, kwargs)
     here, there = [value for value in flat if on_device(value)], [value for value in flat if not on_device(value)]
     if name == "_to_copy" or name == "copy_":
         return _copy(func, name, args, kwargs)
@@ -306,12 +335,12 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise EarlyRead(f"{func} reads {tuple(value.shape)} in host memory before its copy has arrived")
     if here and (bad := [tuple(value.shape) for value in there if value.dim() or name in _INDEXES]):
         raise DeviceMismatch(f"{func}: tensors on cuda:0 and, of shape {bad}, in host memory")
-    if here and (name in _WAITS or (name in _INDEXES and _has_mask(args)) or (name == "repeat_interleave" and not kwargs)):
+    if here and _waits(name, args, kwargs):
         count_sync(name)
     if makes_device and kwargs.get("generator") is not None:
         raise WrongGenerator(f"{name} on cuda:0 with a generator of the CPU")
     pins = kwargs.get("pin_memory")
-    inner_args, inner = pytree.tree_map(_inner, (args, kwargs))
+    inner_args, inner = _map(_inner, (args, kwargs))
     inner = {key: value for key, value in inner.items() if key != "pin_memory"}
     if target is not None:
         inner["device"] = CPU
@@ -341,11 +370,16 @@ def _wrap(result: Any, inner_args: Any, args: Any, kwargs: Any, inner: Any) -> A
             return args[0]
         if "out" in kwargs and result is inner["out"]:
             return kwargs["out"]
-    return pytree.tree_map(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
+    return _map(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
 
 
-def _has_mask(args: Any) -> bool:
-    return any(value is not None and value.dtype in (torch.bool, torch.uint8) for value in args[1])
+def _waits(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether the host must learn a number from the device: how many places of a mask are true, how long a result is."""
+    if name in _INDEXES:
+        has_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        is_fill = "put" in name and args[2].numel() == 1  # ATen's canDispatchToMaskedFill
+        return has_mask and not is_fill
+    return name in _WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None)
 
 
 def _copy(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -387,7 +421,7 @@ GROUPS: dict[str, str] = {}
 
 
 def _collective(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    flat = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    flat = _tensors(args, kwargs)
     objects = [value for value in args if isinstance(value, torch.ScriptObject)]
     group = next((value for value in objects if "ProcessGroup" in str(value._type())), None)
     if group is not None and flat:
@@ -395,5 +429,5 @@ def _collective(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         if wrong := [tuple(value.shape) for value in flat if on_device(value) != (backend == "nccl")]:
             place = "in host memory" if backend == "nccl" else "on cuda:0"
             raise DeviceMismatch(f"{func} of {backend} with tensors {place}, of shape {wrong}")
-    inner_args, inner_kwargs = pytree.tree_map(_inner, (args, kwargs))
+    inner_args, inner_kwargs = _map(_inner, (args, kwargs))
     return func(*inner_args, **inner_kwargs)
