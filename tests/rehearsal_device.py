@@ -286,6 +286,9 @@ class DeviceTensor(torch.Tensor):
             return super().type(*arguments, **options)
         return self.memory.type() if self.is_parked else self.memory.type().replace("torch.", "torch.cuda.", 1)
 
+    def record_stream(self, stream: Any) -> None:
+        """Memory is freed when nobody has it: nothing to do."""
+
     def __deepcopy__(self, memo: Any) -> DeviceTensor:
         return DeviceTensor(self.memory.detach().clone())
 

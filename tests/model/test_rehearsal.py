@@ -83,7 +83,7 @@ class Stage:
 
     def add(self, name: str, rehearsal: Rehearsal, **options) -> None:
         if rehearsal.model not in self.models:
-            self.models[rehearsal.model] = save_tiny(rehearsal.model, self.root / rehearsal.model)
+            self.models[rehearsal.model] = save_tiny(rehearsal.model, self.root / "families" / rehearsal.model)
         layout, folder = rehearsal.layout, self.root / f"case {len(self._cases)}"
         changed = Layout(layout.num_processes, layout.parallel, layout.model, {**layout.train, **TOKENS}, layout.optimizer)
         config = write_config(folder, self.models[rehearsal.model], changed, dtype=rehearsal.dtype)

@@ -1,5 +1,5 @@
-"""Runs that were recorded (tests/recorded_runs) by earlier versions, and by both ends of the supported versions of Megatron-Core,
-still resume, replay and convert: so each end loads and continues what the other wrote."""
+"""Runs that were recorded (tests/recorded_runs) by earlier versions, and with both ends of the supported versions of
+Megatron-Core, still resume, replay and convert: so each end loads and continues what the other wrote."""
 
 import json
 import shutil
