@@ -126,6 +126,19 @@ def _pinned(pin: Any) -> Any:
     return pin_memory
 
 
+def _module_moved(to: Any) -> Any:
+    def moved(self: torch.nn.Module, *arguments: Any, **options: Any) -> torch.nn.Module:
+        """torch gives a parameter that moves between CPU and GPU new data. A wrapper is a new parameter: attributes move too."""
+        before = dict(self.named_parameters())
+        result = to(self, *arguments, **options)
+        for name, parameter in self.named_parameters():
+            if parameter is not before[name]:
+                vars(parameter).update(vars(before[name]))
+        return result
+
+    return moved
+
+
 def install() -> None:
     """For the rest of this process. Call it before Megatron's first use and work inside ``with Device()``."""
     generator = types.SimpleNamespace(
@@ -163,6 +176,7 @@ def install() -> None:
     torch.accelerator.current_stream = torch.cuda.current_stream
     torch.cuda.random.get_rng_state, torch.cuda.random.set_rng_state = torch.cuda.get_rng_state, torch.cuda.set_rng_state
     torch.Tensor.to = _moved(torch.Tensor.to)  # type: ignore[method-assign]
+    torch.nn.Module.to = _module_moved(torch.nn.Module.to)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *_, **__: self.to(DEVICE)  # type: ignore[method-assign]
     torch.Tensor.pin_memory = _pinned(torch.Tensor.pin_memory)  # type: ignore[method-assign]
     torch.Tensor.is_pinned = lambda self, *_: HOST.is_pinned(self)  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ What it is for: every place where host and device meet. What it cannot show: ker
     device and host tensors in one operation            DeviceMismatch, but for 0-dimensional host tensors, as in torch
     host tensors as an index of device tensors          DeviceMismatch: torch allows it, by a hidden copy that waits
     a copy "non_blocking" from or to ordinary memory    PageableCopy: torch allows it, and waits
-    host memory read before its copy has arrived        EarlyRead; until then it holds NaN or the largest integer
+    host memory read before its copy has arrived        EarlyRead; or, by what goes around torch, NaN or the largest integer
     host memory changed before its copy has left        LateWrite
     a host tensor in a collective of NCCL               DeviceMismatch, and so is a device tensor in one of gloo
     a generator of the other kind, or its state         WrongGenerator
@@ -333,7 +333,7 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _copy(func, name, args, kwargs)
     target = kwargs.get("device")
     makes_device = bool(here) if target is None else _names_device(target)
-    for value in there:
+    for value in () if func.is_view else there:
         if HOST.copies and HOST.arriving(_inner(value)) is not None:
             raise EarlyRead(f"{func} reads {tuple(value.shape)} in host memory before its copy has arrived")
     if here and (bad := [tuple(value.shape) for value in there if value.dim() or name in _INDEXES]):

@@ -32,7 +32,7 @@ FAULTS = {
     "states of a CPU's generators": "WrongGenerator",
     "a copy read before it has arrived": "EarlyRead",
 }
-"""What finds each; the ninth fault, an item in every micro-batch, is found by counting."""
+"""What finds each; one more, an item in every micro-batch, is found by counting."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def rehearse(tmp_path_factory, models, ledger, rehearsals: dict[str, Rehearsal],
     for name, rehearsal in rehearsals.items():
         stage.add(name, rehearsal)
     for fault in faults:
-        stages = "all" if fault == "a copy read before it has arrived" else "updates"
-        stage.add(fault, Rehearsal(), fault=fault, stages=stages)
+        stage.add(fault, Rehearsal(), fault=fault, stages="updates")
     stage.run()
     return stage
 
@@ -150,7 +149,8 @@ def check(stage: Stage, name: str, rehearsal: Rehearsal) -> None:
     assert stage.distance(name, reference, rehearsal.model) <= DISTANCE[rehearsal.dtype]
     tolerance = 1e-2 if rehearsal.dtype == "bfloat16" else 1e-5
     for metric in ("loss_positive", "loss_negative", "grad_norm", "kl_old"):
-        assert ranks[0]["summary"][metric] == pytest.approx(of_cpu["summary"][metric], rel=tolerance), metric
+        expected = of_cpu["summary"][metric]
+        assert ranks[0]["summary"][metric] == pytest.approx(expected, rel=tolerance, abs=tolerance / 10), metric
     assert ranks[0]["metrics"]["entropy"] == pytest.approx(of_cpu["metrics"]["entropy"], rel=tolerance)
     for rank in ranks:
         assert rank["overlaps"]
