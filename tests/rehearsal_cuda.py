@@ -128,7 +128,7 @@ def _pinned(pin: Any) -> Any:
 
 def _module_moved(to: Any) -> Any:
     def moved(self: torch.nn.Module, *arguments: Any, **options: Any) -> torch.nn.Module:
-        """torch gives a parameter that moves between CPU and GPU new data. A wrapper is a new parameter: attributes move too."""
+        """torch gives a parameter that moves new data. A wrapper is a new parameter, so its attributes move too."""
         before = dict(self.named_parameters())
         result = to(self, *arguments, **options)
         for name, parameter in self.named_parameters():
