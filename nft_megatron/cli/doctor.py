@@ -72,7 +72,8 @@ def _packages() -> Iterator[Finding]:
         if extra == FOR_DEVELOPERS:
             continue
         found, wanted = installed(package.name), f"{package.name}{package.specifier}"
-        install = f"pip install 'nft_megatron[{extra}]'" if extra else f"pip install '{wanted}'"
+        options = "--no-build-isolation " if extra == "te" else ""  # compiled against the torch that is there
+        install = f"pip install {options}'nft_megatron[{extra}]'" if extra else f"pip install '{wanted}'"
         if found is None:
             yield Finding(package.name, "not installed" if extra else "missing", install, is_fault=not extra)
         elif not package.specifier.contains(found, prereleases=True):
@@ -110,7 +111,7 @@ def _fast_paths() -> Iterator[Finding]:
             "layers",
             "Transformer Engine" if has_engine else "",
             "Megatron-Core's local layers, torch's attention",
-            "pip install 'nft_megatron[te]'; NVIDIA's PyTorch containers have it",
+            "pip install --no-build-isolation 'nft_megatron[te]'; NVIDIA's PyTorch containers have it",
         ),
         (
             "Adam",
