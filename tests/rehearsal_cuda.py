@@ -18,7 +18,8 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 import torch.distributed as dist
-from rehearsal_device import DEVICE, GENERATOR, GROUPS, HOST, KERNELS, DeviceTensor, count_sync, on_device
+from rehearsal_device import DEVICE, GROUPS, KERNELS, DeviceTensor, on_device
+from rehearsal_host import GENERATOR, HOST, count_sync
 
 
 class Event:

@@ -30,7 +30,8 @@ import rehearsal_cuda  # noqa: E402
 import rehearsal_faults  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from rehearsal_device import FAULTS, SYNCS, Device  # noqa: E402
+from rehearsal_device import Device  # noqa: E402
+from rehearsal_host import FAULTS, SYNCS  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from nft_megatron.config.load import load_config  # noqa: E402
