@@ -19,10 +19,15 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
+
+def _silence(logger: str, known: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: known not in record.getMessage())
+
+
+# What a build of torch for CUDA says on a machine without a GPU, when Megatron-Core imports its compiler.
+_silence("torch.utils.cpp_extension", "No CUDA runtime is found")
+
 # What 0.19 announces for later versions; megatron.py says how each is answered.
-for _logger, _message in (
-    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
-    ("distributed.distributed_data_parallel", "full_param_layout not provided"),
-    ("dist_checkpointing.strategies.common", "load_common is deprecated"),
-):
-    logging.getLogger(f"megatron.core.{_logger}").addFilter(lambda record, known=_message: known not in record.getMessage())
+_silence("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED")
+_silence("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided")
+_silence("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated")

@@ -235,7 +235,7 @@ def test_a_server_that_is_paused_for_new_weights_and_says_503_is_not_at_fault(fo
 
         def publish_while_asked(tensors, version):
             behave(servers, fault="paused")
-            calls.append(background.submit(list, engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))))
+            calls.append(background.submit(list, engine.generate(requests, sampling(MAX_TOKENS))))
             until(lambda: all(server.seen["requests"] for server in servers) and seen(servers, "requests") > before)
             behave(servers, fault="")
             return publish(tensors, version)
@@ -250,7 +250,7 @@ def test_503_from_a_server_that_nobody_paused_is_a_fault(folder, servers):
     requests = make_requests(num=8)
     with opened(folder, servers) as (engine, fleet):
         servers[0].behave(fault="paused")
-        check(list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))), requests)
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
     assert {name for name, _ in fleet.reports} == {"s0"} and "503" in fleet.reports[0][1]
 
 
