@@ -201,7 +201,7 @@ class PackedAttention(torch.nn.Module):
 
 
 @cache
-def _grouped_heads() -> dict[str, bool]:
+def _grouped_heads() -> dict[str, Any]:
     """What tells the variable-length kernel that keys have fewer heads. torch 2.11 has no such argument and does not ask."""
     from torch.nn.attention.varlen import varlen_attn
 
