@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -34,7 +33,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
@@ -260,8 +258,7 @@ def _load(
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
     try:
-        folder = str(stored.folder)
-        loaded = dist_checkpointing.load(state, folder, strict=StrictHandling.RAISE_UNEXPECTED, **stored.strategies)
+        loaded = stored.load(state)
     except (CheckpointException, CheckpointingException) as error:
         if isinstance(first := _first(error), UserError):
             raise first from error

@@ -17,7 +17,7 @@ _NAME = "_extra_state"
 
 
 def without_engine_state(model: dict[str, dict[str, Any]], keys: Iterable[str]) -> None:
-    """Remove from the sharded state of every part of the model the extra states that are not among the checkpoint's ``keys``."""
+    """Remove from the sharded state of every part of the model the extra states that the checkpoint's ``keys`` lack."""
     wanted = {
         (part, name): value.key
         for part, state in model.items()

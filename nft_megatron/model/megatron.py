@@ -12,6 +12,14 @@ Everything else in this package is the same call on every version. What 0.19 ann
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.mapping import StateDict
+from megatron.core.dist_checkpointing.strategies import common as common_files
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -21,3 +29,20 @@ def gradients_for_norm(optimizer: DistributedOptimizer) -> list[Tensor]:
     if hasattr(optimizer, "get_grads_for_grad_norm"):
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
+
+
+def load_through(state: StateDict, folder: str, strategy: TorchDistLoadShardedStrategy, common: StateDict) -> StateDict:
+    """``dist_checkpointing.load`` by ``strategy``, with a ``common`` part that has been read already.
+
+    Until 0.16 a strategy gives the common part; from 0.17 on ``load`` reads it itself, with pickle, through a function that is
+    replaced here. Keys that the checkpoint lacks raise.
+    """
+    options: dict[str, Any] = {"strict": StrictHandling.RAISE_UNEXPECTED, "sharded_strategy": strategy}
+    if "common_strategy" in signature(serialization.load).parameters:
+        given = type("_Given", (common_files.TorchCommonLoadStrategy,), {"load_common": lambda self, checkpoint_dir: common})
+        return serialization.load(state, folder, common_strategy=given(), **options)
+    read, serialization.load_common_state_dict = serialization.load_common_state_dict, lambda checkpoint_dir: common
+    try:
+        return serialization.load(state, folder, **options)
+    finally:
+        serialization.load_common_state_dict = read
