@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 # For another build of torch (CPU, CUDA): make TORCH=torch==2.13.0+cpu …
 TORCH ?= torch==2.13.0
-# CI's pinned versions, for Python 3.11; leave empty for the newest that pyproject.toml allows: make CONSTRAINTS= …
-CONSTRAINTS ?= -c constraints.txt
+# CI's pinned versions, by the version of $(PYTHON); for the newest that pyproject.toml allows: make CONSTRAINTS= …
+MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+PINS_3.11 := constraints/py311-mcore016.txt
+PINS_3.12 := constraints/py312-mcore019.txt
+PINS_3.13 := $(PINS_3.12)
+PINS := $(PINS_$(MINOR))
+CONSTRAINTS ?= -c $(PINS)
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-$(MINOR)
 VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
 # Quickest first.
@@ -14,15 +19,17 @@ BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory tra
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm nemo quickstart test test-rest test-all check format bench clean
+.PHONY: help setup vllm nemo quickstart test test-rest test-megatron test-all check format bench clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
 
 setup: $(READY)  ## Install everything into .venv
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(READY): pyproject.toml $(PINS)
+	@$(if $(PINS),,echo '$(PYTHON) $(if $(MINOR),is Python $(MINOR),does not run): install Python 3.11, 3.12 or 3.13 and name it:' \
+	    'make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 2)
+	$(PYTHON) -m venv $(if $(wildcard $(VENV)/lib/python$(MINOR)),,--clear) $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet '$(TORCH)' $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
@@ -52,6 +59,9 @@ test: $(READY)  ## Test what you must trust, on the real Megatron-Core, vLLM and
 
 test-rest: $(READY)
 	$(PYTEST) -m slow tests
+
+test-megatron: $(READY)  ## Test only what the version of Megatron-Core can break: model, converters, training
+	$(PYTEST) -m 'not slow' tests/model tests/convert tests/run
 
 test-all: test test-rest  ## The same and random kills, soak and the remaining layouts
 

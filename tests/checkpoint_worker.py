@@ -10,9 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from nft_megatron.config.sections import OptimizerConfig
+from nft_megatron.model import checkpoint
+from nft_megatron.model.attention import PackedAttention
 from nft_megatron.model.build import build_model
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.checksums import write_checksums
@@ -166,6 +170,24 @@ def _measure(model_folder: Path, folder: Path, topology: Topology) -> dict:
 
     results["intact"] = outcome(lambda: results.update(extra=load_checkpoint(good, fresh, fresh_optimizer, topology)), fresh)
 
+    # As Transformer Engine's attention does, which a run may meet only when it resumes.
+    PackedAttention.get_extra_state = lambda self: torch.zeros(0, dtype=torch.uint8)
+    PackedAttention.set_extra_state = lambda self, state: None
+    with_state = folder / "with extra state"
+    with_state.mkdir()
+    engine, engine_optimizer = make(shape)
+    results["begun without extra state"] = outcome(
+        lambda: load_checkpoint(good, engine, engine_optimizer, topology), engine
+    ) or _differing(engine, chunks)
+    save_checkpoint(with_state, engine, engine_optimizer, topology, {})
+    del PackedAttention.get_extra_state, PackedAttention.set_extra_state
+    plain, plain_optimizer = make(shape)
+    results["begun with extra state"] = outcome(
+        lambda: load_checkpoint(with_state, plain, plain_optimizer, topology), plain
+    ) or _differing(plain, chunks)
+    stored = [FileSystemReader(path).read_metadata().state_dict_metadata for path in (good, with_state)]
+    results["states of attention"] = [sum("core_attention._extra_state" in key for key in keys) for keys in stored]
+
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for space in (100, 20_000):
@@ -175,4 +197,29 @@ def _measure(model_folder: Path, folder: Path, topology: Topology) -> dict:
         results[full.name] = outcome(lambda full=full: save_checkpoint(full, chunks, optimizer, topology, {}), chunks)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, before)
+    return results
+
+
+def _differing(one, other) -> list[str]:
+    expected = dict(table_parameters(other))
+    return [name for name, parameter in table_parameters(one) if not torch.equal(parameter, expected[name])]
+
+
+def generators_of_another_device(model_folder: Path) -> dict:
+    """States as a CPU and as a GPU save them, restored on a CPU; the second kind must leave its generators alone."""
+    topology = init_topology(threads=1)
+    torch.manual_seed(5)
+    saved = checkpoint._generators(topology).data
+    expected = torch.rand(3)
+    checkpoint._set_generators(saved, topology)
+    results = {"same device": torch.equal(torch.rand(3), expected)}
+    tracker = get_cuda_rng_tracker()
+    before = {name: state.clone() for name, state in tracker.get_states().items()}
+    of_gpu = {name: torch.zeros(16, dtype=torch.uint8) for name in before}
+    checkpoint._set_generators(saved | {"device": torch.zeros(16, dtype=torch.uint8), "tracker": of_gpu}, topology)
+    results["cpu generator"] = torch.equal(torch.rand(3), expected)
+    results["tracker kept"] = all(torch.equal(state, before[name]) for name, state in tracker.get_states().items())
+    del topology
+    gc.collect()
+    shutdown()
     return results

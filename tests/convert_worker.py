@@ -14,12 +14,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.convert import engine
 from nft_megatron.convert.commands import to_hf, to_megatron
-from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import Chunks, build_model, build_parts
 from nft_megatron.model.checkpoint import save_checkpoint
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.meta import _fake_place
 from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.packed_sequences import pack_sequences
 from nft_megatron.model.policy import lm_head_weight, policy_model
 from nft_megatron.model.settings import transformer_config
 from nft_megatron.model.topology import Topology, init_topology, shutdown

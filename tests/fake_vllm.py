@@ -121,6 +121,8 @@ class FakeServer:
                 return await self.pour(self.changed_answers(asked), writer)
             if self.fault(asked) == "fail":
                 return self.reply(writer, "500 Internal Server Error", b'{"error":"dead"}')
+            if self.fault(asked) == "paused":
+                return self.reply(writer, "503 Service Unavailable", b'{"error":"paused"}')
             return await self.stream(asked, reader, writer)
         except ConnectionError:
             self.seen["broken_off"] += 1

@@ -13,13 +13,13 @@ from tiny_families import VOCAB
 from torch import Tensor
 
 from nft_megatron.config.sections import OptimizerConfig
-from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, build_model, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import load_checkpoint, save_checkpoint
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.packed_sequences import pack_sequences
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.topology import Topology, init_topology, shutdown
 from nft_megatron.weights import read_shape

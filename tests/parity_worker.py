@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nft_megatron.batching import context
 from nft_megatron.config.load import load_config
-from nft_megatron.model import attention, objective, step
+from nft_megatron.model import attention, objective, packed_sequences, step
 from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
@@ -246,7 +246,7 @@ def _not_unzigzagged(topology: Topology) -> Iterator[None]:
     def consecutive(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         return torch.arange(int(cu_seqlens[-1])).chunk(size)[rank]
 
-    with mock.patch.object(attention, "zigzag_index", consecutive):
+    with mock.patch.object(packed_sequences, "zigzag_index", consecutive):
         yield
 
 

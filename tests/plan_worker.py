@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import build_model
+from nft_megatron.model.packed_sequences import pack_sequences
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology, init_topology, shutdown

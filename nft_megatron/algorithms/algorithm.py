@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from nft_megatron.base.config_model import ConfigModel
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Coupling = Literal["token", "sequence", "group"]
@@ -56,14 +55,11 @@ class AnswerBatch(NamedTuple):
 
     def take(self, index_A: Tensor) -> AnswerBatch:
         """The answers at ``index_A``, their groups numbered from 0 again."""
-        taken = self._each(lambda value_A: value_A[index_A])
+        taken = self.each(lambda value_A: value_A[index_A])
         return taken._replace(group_A=taken.group_A.unique(return_inverse=True)[1])
 
-    def to(self, device: torch.device) -> AnswerBatch:
-        """The same with its tensors on ``device``."""
-        return self._each(lambda value_A: value_A.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
+        """The same with ``change`` applied to every tensor."""
         fields: dict[str, Any] = self._asdict()
         tensors = {name: value for name, value in fields.items() if value is not None and name != "length_limit"}
         return AnswerBatch(**fields | {name: change(value) for name, value in tensors.items()})

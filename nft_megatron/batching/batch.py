@@ -17,6 +17,7 @@ from torch import Tensor
 from nft_megatron.algorithms import Algorithm, AnswerBatch
 from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard
+from nft_megatron.batching.device import to_device
 from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches
 from nft_megatron.batching.packing import PackedBatch, pack
 from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
@@ -145,6 +146,6 @@ def _micro_batch(
 
 def _to(device: torch.device, batch: MicroBatch) -> MicroBatch:
     """The same micro-batch with its tensors on ``device``."""
-    movable = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor | PackedBatch | AnswerBatch)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in movable.items()}
-    return replace(batch, **moved)
+    moved: dict[str, Any] = {n: to_device(value, device) for n, value in vars(batch).items() if isinstance(value, Tensor)}
+    answers = None if batch.answers is None else batch.answers.each(lambda value_A: to_device(value_A, device))
+    return replace(batch, packed=batch.packed.to(device), answers=answers, **moved)

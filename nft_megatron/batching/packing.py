@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import AnswerTokens
+from nft_megatron.batching.device import to_device
 
 Count = TypeVar("Count", int, np.ndarray)
 
@@ -40,7 +41,8 @@ class PackedBatch:
 
     input_ids_T: prompt, answer, padding, prompt, answer, padding … (int64). A sequence's padding is at its end, where the
     causal mask hides it from the real tokens. position_ids_T: position within the sequence, padding included (int64).
-    cu_seqlens: the start of each sequence, then T (int32). Padding of the pack, if any, is the last sequence.
+    cu_seqlens: the start of each sequence, then T (int32), always in host memory. Padding of the pack, if any, is the last
+    sequence.
     loss_positions_N: indices into T whose next token is an answer token (int64), ascending.
     targets_N: that answer token (int64). answer_N: its answer in the order given to :func:`pack` (int64), so that
     ``quantity_A[answer_N]`` expands per-answer values to loss tokens.
@@ -61,9 +63,14 @@ class PackedBatch:
     targets_N: Tensor
     answer_N: Tensor
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on ``device``."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each sequence."""
+        return self.cu_seqlens.diff().tolist()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors, but for ``cu_seqlens``, on ``device``."""
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in vars(self).items() if name != "cu_seqlens"}
         return replace(self, **moved)
 
 

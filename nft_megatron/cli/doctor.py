@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.cli.arguments import describe
+from nft_megatron.cli.arguments import add_config, describe
+from nft_megatron.config.load import load_config
+from nft_megatron.config.schema import Config
+from nft_megatron.rollout.fleet.nccl import nccl_problem, nccl_version, servers_python
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -34,12 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        "Check the packages, the GPUs and the fast paths of this environment. Exits with 2 if something required is missing.",
+        "Check the packages, the GPUs and the fast paths of this environment, and with CONFIG also whether its vLLM servers "
+        "can receive weights from here. Exits with 2 if something required is missing.",
     )
+    add_config(parser, optional=True)
 
 
 def _run(options: argparse.Namespace) -> None:
-    found = findings()
+    config = load_config(Path(options.config), options.overrides) if options.config else None
+    found = findings(config)
     names, states = max(len(finding.name) for finding in found), max(len(finding.state) for finding in found)
     for finding in found:
         mark = "✗" if finding.is_fault else "·" if finding.remedy else "✓"
@@ -49,9 +56,9 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError("environment", faults[0].name, faults[0].state, faults[0].remedy)
 
 
-def findings() -> list[Finding]:
+def findings(config: Config | None = None) -> list[Finding]:
     """All findings of ``nft-megatron doctor``, packages first. ``is_fault`` marks what training cannot do without."""
-    return [*_packages(), *_devices(), *_fast_paths()]
+    return [*_packages(), *_devices(), *_fast_paths(), *_broadcasts(config)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -65,7 +72,8 @@ def _packages() -> Iterator[Finding]:
         if extra == FOR_DEVELOPERS:
             continue
         found, wanted = installed(package.name), f"{package.name}{package.specifier}"
-        install = f"pip install 'nft_megatron[{extra}]'" if extra else f"pip install '{wanted}'"
+        options = "--no-build-isolation " if extra == "te" else ""  # compiled against the torch that is there
+        install = f"pip install {options}'nft_megatron[{extra}]'" if extra else f"pip install '{wanted}'"
         if found is None:
             yield Finding(package.name, "not installed" if extra else "missing", install, is_fault=not extra)
         elif not package.specifier.contains(found, prereleases=True):
@@ -103,7 +111,7 @@ def _fast_paths() -> Iterator[Finding]:
             "layers",
             "Transformer Engine" if has_engine else "",
             "Megatron-Core's local layers, torch's attention",
-            "pip install 'nft_megatron[te]'; NVIDIA's PyTorch containers have it",
+            "pip install --no-build-isolation 'nft_megatron[te]'; NVIDIA's PyTorch containers have it",
         ),
         (
             "Adam",
@@ -121,6 +129,19 @@ def _fast_paths() -> Iterator[Finding]:
     for name, fast, slow, remedy in paths:
         is_fast = bool(fast) and torch.cuda.is_available()
         yield Finding(name, fast if is_fast else slow, remedy if torch.cuda.is_available() and not is_fast else "")
+
+
+def _broadcasts(config: Config | None) -> Iterator[Finding]:
+    """Whether trainer and servers have the same NCCL, where weights go from one to the other over it."""
+    own = nccl_version()
+    if own is None:
+        return
+    python = servers_python(config) if config else None
+    theirs = nccl_version(python) if python else None
+    if problem := nccl_problem(own, theirs):
+        yield Finding("NCCL", problem, "install the same version of torch in both environments", is_fault=True)
+    else:
+        yield Finding("NCCL", f"{own}, {theirs} in {python}" if theirs else own)
 
 
 def installed(package: str) -> str | None:

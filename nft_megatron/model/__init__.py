@@ -4,15 +4,30 @@
 ``export`` reverses that, ``logprob`` scores tokens, ``step`` trains, ``optimizer`` updates, ``checkpoint`` saves and restores.
 """
 
+import logging
 import warnings
 
-# Warnings that Megatron-Core 0.16.1 prints in every run: missing fast paths (`nft-megatron doctor` lists them), and its own
-# calls that torch 2.13 deprecates.
+# Warnings that Megatron-Core prints in every run: missing fast paths (`nft-megatron doctor` lists them), and its own calls that
+# torch 2.13 deprecates.
 for _message in (
     ".*(Apex is not installed|Apex are not installed).*",
     "full scope is deprecated",
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead and we are deprecating ShardedTensor",
+    "MimoModelConfig is experimental",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+
+def _silence(logger: str, known: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: known not in record.getMessage())
+
+
+# What a build of torch for CUDA says on a machine without a GPU, when Megatron-Core imports its compiler.
+_silence("torch.utils.cpp_extension", "No CUDA runtime is found")
+
+# What 0.19 announces for later versions; megatron.py says how each is answered.
+_silence("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED")
+_silence("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided")
+_silence("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated")

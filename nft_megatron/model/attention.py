@@ -4,19 +4,17 @@ A pack is one row of T tokens that holds n sequences end to end; a token sees it
 
 **Context parallelism.** Each of c ranks holds two chunks of every sequence, chunk r and chunk 2c − 1 − r of 2c equal ones, so
 that all do the same work (Transformer Engine's order, :mod:`nft_megatron.batching.context`). Keys and values are gathered over
-the ranks, which is cheap under grouped-query attention; queries stay where they are. A *chunk* is a range of queries together
-with their visible keys: the last of its queries sees all of its keys. Without context parallelism a sequence is one chunk with
-as many queries as keys; with it a rank has two chunks of every sequence, each with the keys from the sequence's start to the
-chunk's end. In the backward pass every rank has gradients for keys of all ranks: they are summed in float32 and each rank gets
-its own.
+the ranks, which is cheap under grouped-query attention; queries stay where they are. In the backward pass every rank has
+gradients for keys of all ranks: they are summed in float32 and each rank gets its own.
 
-On the CPU, chunks of nearly equal length are stacked into a batch (``_ChunkBatch``) and go through torch's own attention: a
-padded range costs its square, so batches whose longest chunk is at most ``_MAX_STRETCH`` times the shortest do two thirds of
-the work of one padded batch. Padding is at the end of a range, so the causal mask alone hides it from every real token. On
-CUDA, torch's variable-length kernel reads the chunks as they are.
+Three kinds (:func:`.attention_kind`). ``padded``: chunks of nearly equal length are stacked into a batch (``ChunkBatch``) and
+go through torch's scaled-dot-product attention. A padded range costs its square, so batches whose longest chunk is at most
+``_MAX_STRETCH`` times the shortest do two thirds of the work of one padded batch. Padding is at the end of a range, so the
+causal mask alone hides it from every real token. ``varlen``: torch's variable-length kernel, which exists on CUDA for 16-bit
+dtypes, reads the chunks as they are. ``engine``: Transformer Engine does it all, and needs the bounds of the sequences only.
 
 What depends on the lengths and not on the layer (indices, cosines, sines) is computed once per micro-batch and carried by
-:class:`PackedSequences`. Rotary positions are applied here rather than by Megatron, which splits the pack by sequence and
+:class:`.PackedSequences`. Rotary positions are applied here rather than by Megatron, which splits the pack by sequence and
 recomputes cosines for the query and the key of every layer.
 
 Shapes: T tokens of the pack on this rank, K keys of all its chunks, R tokens of all padded ranges, n chunks of a batch, L the
@@ -25,136 +23,16 @@ longest of them, A query heads and G key-value heads of this tensor rank, D head
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn import functional
 
-from nft_megatron.batching.context import zigzag_index
-
-_MAX_STRETCH = 1.125
-
-
-@dataclass(frozen=True)
-class _ChunkBatch:
-    """``num_chunks`` consecutive ranges of ``num_queries`` padded queries, and as many of ``num_keys`` padded keys."""
-
-    num_chunks: int
-    num_queries: int
-    num_keys: int
-
-
-@dataclass(frozen=True)
-class _PaddedRanges:
-    """All query or key ranges, padded: the token at every padded position, and the padded position of every token."""
-
-    tokens_R: Tensor
-    positions_T: Tensor
-
-
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron's ``PackedSeqParams`` and what else our attention needs. Made by :func:`pack_sequences`.
-
-    key_index_K: indices of all chunks' keys in the gathered keys of all context ranks; None without context parallelism.
-    """
-
-    key_index_K: Tensor | None = None
-    query_ranges: _PaddedRanges | None = None
-    key_ranges: _PaddedRanges | None = None
-    batches: tuple[_ChunkBatch, ...] = ()
-    chunk_starts_q: Tensor | None = None
-    chunk_starts_k: Tensor | None = None
-    longest_chunk: tuple[int, int] = (0, 0)
-    cos_T1D: Tensor | None = None
-    sin_T1D: Tensor | None = None
-
-
-def pack_sequences(
-    lengths: Sequence[int], device: torch.device, context_rank: int = 0, context_size: int = 1
-) -> PackedSequences:
-    """Describe a pack of sequences of these lengths, in this order, as one context-parallel rank sees it.
-
-    The lengths are those of the whole pack; with ``context_size`` > 1, multiples of 2 · ``context_size``.
-
-    >>> packed = pack_sequences([3, 2, 3], torch.device("cpu"))
-    >>> packed.cu_seqlens_q.tolist(), packed.max_seqlen_q
-    ([0, 3, 5, 8], 3)
-    >>> packed.query_ranges.tokens_R.tolist(), packed.query_ranges.positions_T.tolist()
-    ([0, 1, 2, 5, 6, 7, 3, 4], [0, 1, 2, 6, 7, 3, 4, 5])
-    >>> second_rank = pack_sequences([8], torch.device("cpu"), context_rank=1, context_size=2)  # tokens 2 3 4 5 of 8
-    >>> second_rank.key_index_K.tolist()  # 0 1 2 3 and 0 1 2 3 4 5, in 0 1 6 7 of the first rank and 2 3 4 5 of the second
-    [0, 1, 4, 5, 0, 1, 4, 5, 6, 7]
-    """
-    starts = [0, *itertools.accumulate(lengths)]
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-    packed = PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-    chunks = [(length, length) for length in lengths]  # numbers of queries and of visible keys
-    if context_size > 1:
-        sizes = [length // (2 * context_size) for length in lengths]
-        places = (context_rank, 2 * context_size - 1 - context_rank)
-        chunks = [(size, (place + 1) * size) for size in sizes for place in places]
-        in_turn = torch.cat([zigzag_index(cu_seqlens.cpu(), rank, context_size) for rank in range(context_size)])
-        gathered_T = torch.empty_like(in_turn)
-        gathered_T[in_turn] = torch.arange(len(in_turn))
-        firsts = [start for start in starts[:-1] for _ in places]
-        keys = [gathered_T[first : first + num_keys] for first, (_, num_keys) in zip(firsts, chunks, strict=True)]
-        packed.key_index_K = torch.cat(keys).to(device)
-    if device.type == "cpu":
-        packed.batches, packed.query_ranges, packed.key_ranges = _batch_chunks(chunks)
-    else:
-        for name, counts in (("chunk_starts_q", [q for q, _ in chunks]), ("chunk_starts_k", [k for _, k in chunks])):
-            setattr(packed, name, torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device))
-        packed.longest_chunk = (max(q for q, _ in chunks), max(k for _, k in chunks))
-    return packed
-
-
-def _batch_chunks(chunks: Sequence[tuple[int, int]]) -> tuple[tuple[_ChunkBatch, ...], _PaddedRanges, _PaddedRanges]:
-    """Batches of chunks (queries, keys), and the padded query ranges and key ranges.
-
-    Chunks with as many queries as keys may be padded to the longest of their batch; others are only batched with equal ones,
-    because padding at the end would shift which keys a query sees.
-    """
-    members: list[list[int]] = []
-    for chunk in sorted(range(len(chunks)), key=lambda chunk: (chunks[chunk][1], chunks[chunk][0]), reverse=True):
-        queries, keys = chunks[chunk]
-        first = chunks[members[-1][0]] if members else (0, 0)
-        fits = chunks[chunk] == first or (queries == keys and first[0] == first[1] <= keys * _MAX_STRETCH)
-        if members and fits:
-            members[-1].append(chunk)
-        else:
-            members.append([chunk])
-    batches = tuple(_ChunkBatch(len(batch), *chunks[batch[0]]) for batch in members)
-    ranges = [_pad_ranges([chunk[side] for chunk in chunks], members) for side in (0, 1)]
-    return batches, ranges[0], ranges[1]
-
-
-def _pad_ranges(lengths: Sequence[int], members: Sequence[Sequence[int]]) -> _PaddedRanges:
-    """Lay out ranges of tokens of these lengths batch by batch; padding repeats its range's last token."""
-    starts = [0, *itertools.accumulate(lengths)]
-    tokens, offset = [], 0
-    positions_T = torch.empty(starts[-1], dtype=torch.long)
-    for batch in members:
-        longest = lengths[batch[0]]
-        position_L = torch.arange(longest)
-        for member in batch:
-            start, own = starts[member], lengths[member]
-            tokens.append(start + position_L.clamp(max=own - 1))
-            positions_T[start : start + own] = offset + position_L[:own]
-            offset += longest
-    return _PaddedRanges(torch.cat(tokens), positions_T)
+from nft_megatron.model.packed_sequences import ChunkBatch, PackedSequences
 
 
 class _ContextKeys(torch.autograd.Function):
@@ -295,7 +173,7 @@ class PackedAttention(torch.nn.Module):
                 query,
                 key,
                 value,
-                attn_mask=None if is_square else _visible_keys(batch),
+                attn_mask=None if is_square else _visible_keys(batch, query.device),
                 is_causal=is_square,
                 scale=self.softmax_scale,
                 enable_gqa=True,
@@ -304,7 +182,7 @@ class PackedAttention(torch.nn.Module):
         return _Unpad.apply(torch.cat(outputs), query_ranges.positions_T)
 
     def _attend_in_pack(self, query_TAD: Tensor, key_KGD: Tensor, value_KGD: Tensor, packed: PackedSequences) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # absent from torch before 2.10
+        from torch.nn.attention.varlen import varlen_attn
 
         assert packed.chunk_starts_q is not None
         output_TAD = varlen_attn(
@@ -316,13 +194,21 @@ class PackedAttention(torch.nn.Module):
             *packed.longest_chunk,
             scale=self.softmax_scale,
             window_size=(-1, 0),  # causal, counted from the last query and the last key
-            enable_gqa=True,
+            **_grouped_heads(),
         )
         assert isinstance(output_TAD, Tensor)  # a tuple only if the log-sum-exp is requested
         return output_TAD
 
 
-def _visible_keys(batch: _ChunkBatch) -> Tensor:
+@cache
+def _grouped_heads() -> dict[str, Any]:
+    """What tells the variable-length kernel that keys have fewer heads. torch 2.11 has no such argument and does not ask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+def _visible_keys(batch: ChunkBatch, device: torch.device) -> Tensor:
     """Mask ``[queries, keys]``, True where a query sees a key: the last query sees all, each earlier one one fewer."""
-    whole = torch.ones(batch.num_queries, batch.num_keys, dtype=torch.bool)
+    whole = torch.ones(batch.num_queries, batch.num_keys, dtype=torch.bool, device=device)
     return whole.tril(batch.num_keys - batch.num_queries)

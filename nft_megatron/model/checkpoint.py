@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
@@ -42,6 +41,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.model.checkpoint_reader import REMEDY, StoredCheckpoint
 from nft_megatron.model.checksums import verify_checksums, write_checksums
 from nft_megatron.model.control import on_main, together
+from nft_megatron.model.engine_state import load_weights_of, without_engine_state
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import policy_model
 from nft_megatron.model.topology import Topology
@@ -65,8 +65,10 @@ def _generators(topology: Topology) -> ShardedObject:
     return ShardedObject("generators", states, tuple(_layout(topology)), place, replica_id=0)
 
 
-def _set_generators(states: dict[str, Any]) -> None:
+def _set_generators(states: dict[str, Any], topology: Topology) -> None:
     torch.set_rng_state(states["cpu"])
+    if (states["device"] is None) != (topology.device.type == "cpu"):
+        return  # a GPU's generators have other states than a CPU's; this device's keep their seeds, as on another layout
     if states["device"] is not None:
         torch.cuda.set_rng_state(states["device"])
     get_cuda_rng_tracker().set_states(states["tracker"])
@@ -176,7 +178,7 @@ def save_checkpoint(
 def _write_common(common: dict[str, Any], folder: Path) -> None:
     """Write rank 0's part: what is not sharded."""
     try:
-        TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
+        torch.save(common, folder / COMMON_STATE_FNAME)
     except (RuntimeError, OSError) as error:
         raise _not_written(folder, error) from error
 
@@ -191,6 +193,9 @@ def _write_shards(shards: dict[str, Any], folder: Path, control_group: dist.Proc
             process_group=control_group,
         )
     except CheckpointException as error:
+        # The frames of the failed write hold, in a cycle, a view of a BytesIO. Python 3.12's collector may take the BytesIO
+        # apart before the view, and crashes when it releases the view (Modules/_io/bytesio.c, bytesiobuf_releasebuffer).
+        traceback.clear_frames(error.__traceback__)
         raise _not_written(folder, next(iter(error.failures.values()))[0]) from error
 
 
@@ -212,8 +217,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore what :meth:`Snapshot.write` wrote, under this run's layout, and return its ``extra``. A collective.
 
-    On the layout that wrote it, training continues bit for bit as if it had not stopped. On another, generators keep their
-    seeds. The optimizer keeps its own settings: a changed config takes effect.
+    On the layout and kind of device that wrote it, training continues bit for bit as if it had not stopped. On others,
+    generators keep their seeds. The optimizer keeps its own settings: a changed config takes effect.
 
     Raises:
         UserError: on every rank, for a folder that is incomplete, damaged, or of another version or model; in the last case
@@ -249,11 +254,11 @@ def _load(
     common: dict[str, Any],
 ) -> None:
     state = _sharded_state(chunks, optimizer, topology, is_loading=True)
+    without_engine_state(state["model"], stored.metadata.state_dict_metadata)
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
     try:
-        folder = str(stored.folder)
-        loaded = dist_checkpointing.load(state, folder, strict=StrictHandling.RAISE_UNEXPECTED, **stored.strategies)
+        loaded = stored.load(state)
     except (CheckpointException, CheckpointingException) as error:
         if isinstance(first := _first(error), UserError):
             raise first from error
@@ -264,12 +269,12 @@ def _load(
             "use the run's original model.path, or another run_dir",
         ) from error
     for part, chunk in enumerate(chunks):
-        policy_model(chunk).load_state_dict(loaded["model"][str(part)])
+        load_weights_of(policy_model(chunk), loaded["model"][str(part)])
     optimizer.num_updates = common["num_updates"]
     _load_optimizer(optimizer, loaded["optimizer"])
     if "generators" in loaded:
         try:
-            _set_generators(loaded["generators"])
+            _set_generators(loaded["generators"], topology)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             problem = f"has no usable states of random generators ({_first_line(error)})"
             raise UserError("checkpoint", stored.folder, problem, REMEDY) from error

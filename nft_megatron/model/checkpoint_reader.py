@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, StateDict
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     TorchDistLoadShardedStrategy,
@@ -45,6 +43,7 @@ from torch.futures import Future
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.inert_pickle import UnreadablePickle, read_pickle
 from nft_megatron.base.untrusted import read_json_object
+from nft_megatron.model.megatron import load_through
 from nft_megatron.weights.archive import load_archive, load_file
 from nft_megatron.weights.torch_dist_index import TorchDistIndex, read_index
 
@@ -60,19 +59,17 @@ class StoredCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            CheckpointingConfig(**read_json_object(folder / "metadata.json", "checkpoint", REMEDY))
-        except TypeError as error:
-            raise UserError("checkpoint", folder / "metadata.json", f"is not Megatron-Core's ({error})", REMEDY) from error
+        config = read_json_object(folder / "metadata.json", "checkpoint", REMEDY)
+        if config.get("sharded_backend") != "torch_dist":  # the other fields differ between versions of Megatron-Core
+            raise UserError("checkpoint", folder / "metadata.json", "is not Megatron-Core's: no backend torch_dist", REMEDY)
         self.common = load_file(folder / "common.pt", "checkpoint")
         self.metadata = _metadata(read_index(folder, "checkpoint"))
         if not isinstance(self.common, dict):
             raise UserError("checkpoint", folder / "common.pt", "holds no state", REMEDY)
 
-    @property
-    def strategies(self) -> dict[str, Any]:
-        """What ``dist_checkpointing.load`` needs to read through here."""
-        return {"sharded_strategy": _Sharded(self), "common_strategy": _Common(self)}
+    def load(self, state: ShardedStateDict) -> StateDict:
+        """``dist_checkpointing.load``, reading through here. Keys that the checkpoint lacks raise."""
+        return load_through(state, str(self.folder), _Sharded(self), self.common)
 
 
 def _metadata(index: TorchDistIndex) -> Metadata:
@@ -91,14 +88,6 @@ def _metadata(index: TorchDistIndex) -> Metadata:
     return Metadata(keys, storage_data=storage, storage_meta=StorageMeta())
 
 
-class _Common(TorchCommonLoadStrategy):
-    def __init__(self, stored: StoredCheckpoint) -> None:
-        self._stored = stored
-
-    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        return self._stored.common
-
-
 class _Sharded(TorchDistLoadShardedStrategy):
     """Megatron-Core's strategy with another reader and planner (dist_checkpointing/strategies/torch.py:770)."""
 
@@ -106,7 +95,7 @@ class _Sharded(TorchDistLoadShardedStrategy):
         super().__init__()
         self._stored = stored
 
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, *_: Any) -> StateDict:
         tensors = [shard for shard in nested_values(sharded_state_dict) if isinstance(shard, ShardedTensor)]
         by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(by_key, True)

@@ -1,11 +1,11 @@
-"""What lets Megatron-Core 0.16.1 run without a GPU. All such knowledge is in this file.
+"""What lets Megatron-Core run without a GPU. All such knowledge is in this file.
 
 Megatron's modules use ``torch.cuda.current_device()`` and ``device="cuda"`` freely. Here each of them gets, in place of its
 global name ``torch``, a view of torch whose accelerator is the CPU. torch itself is unchanged, so nothing else in the process
 (Transformers' ``torch.device("meta")``, ``torch.cuda.is_available()``) notices, and no operation gets slower.
 Only ``Tensor.cuda``, ``Module.cuda`` and ``Tensor.type`` are methods of torch's own classes and have to be replaced there.
 
-Files and lines are those of megatron-core 0.16.1.
+Files and lines are those of megatron-core 0.16.1; 0.19 needs the same.
 """
 
 from __future__ import annotations

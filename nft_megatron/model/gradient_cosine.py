@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nft_megatron.model.megatron import gradients_for_norm
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.topology import Topology
 
@@ -27,18 +28,17 @@ def gradient_shards(optimizer: PolicyOptimizer) -> list[Tensor]:
     with optimizer.state_on_device():
         optimizer.megatron.prepare_grads()
         return [
-            gradient.clone()
-            for megatron in optimizer.megatron.chained_optimizers
-            for gradient in megatron.get_main_grads_for_grad_norm()
+            gradient.clone() for megatron in optimizer.megatron.chained_optimizers for gradient in gradients_for_norm(megatron)
         ]
 
 
 def gradient_cosine(positive: Sequence[Tensor], whole: Sequence[Tensor], topology: Topology) -> float:
     """cos(g₊, g − g₊) of all ranks' shards of g₊ and g; NaN if one part is zero."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
     for right, both in zip(positive, whole, strict=True):
         wrong = both.double() - right.double()
-        sums += torch.stack([(right * wrong).sum(), right.double().square().sum(), wrong.square().sum()]).cpu()
+        sums += torch.stack([(right * wrong).sum(), right.double().square().sum(), wrong.square().sum()])
+    sums = sums.cpu()
     dist.all_reduce(sums, group=topology.control_group)
     product, squared_right, squared_wrong = sums.tolist()
     length = math.sqrt(squared_right * squared_wrong)

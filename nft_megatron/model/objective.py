@@ -67,7 +67,7 @@ def measure(algorithm: Algorithm, batch: MicroBatch, logprob_N: Tensor, context_
             share, is_correct = loss / context_group.size(), batch.answers.is_correct_A  # every rank has the whole loss
         (gradient_N,) = torch.autograd.grad(loss.sum(), logprob_N)
     share = share.detach()
-    return Measured(share[is_correct].sum(), share[~is_correct].sum(), gradient_N, clamped_N)
+    return Measured(share.where(is_correct, 0.0).sum(), share.where(~is_correct, 0.0).sum(), gradient_N, clamped_N)
 
 
 class _SumOverRanks(torch.autograd.Function):

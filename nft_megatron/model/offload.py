@@ -67,7 +67,7 @@ class OffloadedState:
         for parameter in self._parameters:
             for name, tensor in parameter.tensors().items():
                 parameter.host[name].copy_(tensor, non_blocking=True)
-        if self._device.type == "cuda":
+        if self._parameters and self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # before the device's memory is released
         for parameter in self._parameters:
             parameter.put(parameter.host)

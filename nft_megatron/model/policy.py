@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from nft_megatron.model.attention import PackedAttention, PackedSequences, rotary_cos_sin
+from nft_megatron.model.attention import PackedAttention, rotary_cos_sin
+from nft_megatron.model.packed_sequences import PackedSequences
 from nft_megatron.weights import ModelShape
 from nft_megatron.weights.rotary import inverse_frequencies
 

@@ -32,7 +32,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's settings for this rank; arguments and errors are those of :func:`.build.build_model`."""
     _check_layout(shape, topology, sequence_parallel)
-    with_engine, on_cuda = _has_transformer_engine(topology), topology.device.type == "cuda"
+    with_engine, on_cuda = _has_transformer_engine(topology, dtype), topology.device.type == "cuda"
     interleaved = topology.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -136,8 +136,9 @@ def padded_vocab(shape: ModelShape, topology: Topology) -> int:
     return shape.padded_vocab(multiple * topology.tensor_size)
 
 
-def _has_transformer_engine(topology: Topology) -> bool:
-    return gpt_layer_specs.HAVE_TE and topology.device.type == "cuda"
+def _has_transformer_engine(topology: Topology, dtype: torch.dtype) -> bool:
+    """Its attention over packed sequences takes 16-bit dtypes alone; a float32 model gets the local layers."""
+    return gpt_layer_specs.HAVE_TE and topology.device.type == "cuda" and dtype is not torch.float32
 
 
 def _finalize(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -23,7 +23,6 @@ from nft_megatron.algorithms import Algorithm, build_algorithm
 from nft_megatron.batching.batch import MicroBatch, MiniBatch, read_minibatches
 from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.model import objective
-from nft_megatron.model.attention import pack_sequences
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from nft_megatron.model.control import together
@@ -32,12 +31,13 @@ from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
 from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.packed_sequences import attention_kind, pack_sequences
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.model.update_stats import UpdateStats, summarize
 from nft_megatron.observe.metrics import MetricsRow
-from nft_megatron.observe.mismatch import MismatchSums
+from nft_megatron.observe.mismatch import MismatchSums, mismatch_sums
 from nft_megatron.observe.rate_buckets import RateBuckets, bucket_sums
 from nft_megatron.weights import ModelShape
 
@@ -92,7 +92,7 @@ class Trainer:
         with torch.no_grad():
             recomputed = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
         num_tokens = sum(minibatch.num_tokens for minibatch in minibatches)
-        metrics = {"trained_tokens": num_tokens} | self._old_policy_metrics(micro_batches, recomputed, num_tokens)
+        metrics = {"trained_tokens": num_tokens} | self._old_policy_metrics([sums for _, sums in recomputed], num_tokens)
         if self.topology.is_last_stage:
             micro_batches = [
                 self._with_old_policy(micro_batch, logprob_N)
@@ -120,15 +120,11 @@ class Trainer:
             weight_N = weight_N * (old_logprob_N - engine_N).exp().clamp(max=self.importance_cap)
         return replace(micro_batch, old_logprob_N=old_logprob_N, weight_N=weight_N)
 
-    def _old_policy_metrics(self, micro_batches: Sequence[MicroBatch], recomputed: Sequence, num_tokens: int) -> MetricsRow:
+    def _old_policy_metrics(self, sums: Sequence[Tensor], num_tokens: int) -> MetricsRow:
         """Entropy, and how far the engine's log-probs are from the trainer's if both have the same weights."""
-        entropy, mismatch = 0.0, MismatchSums()
-        for micro_batch, (logprob_N, entropy_N) in zip(micro_batches, recomputed, strict=False):  # other stages have none
-            entropy += float(entropy_N.sum())
-            mismatch = mismatch.add((logprob_N - micro_batch.engine_logprob_N)[~micro_batch.is_stale_N])
-        entropy, *sums = self._reduce([entropy, *mismatch.sums], dist.ReduceOp.SUM)
-        largest = self._reduce([mismatch.largest], dist.ReduceOp.MAX)[0]
-        return {"entropy": entropy / max(num_tokens, 1)} | MismatchSums(tuple(sums), largest).metrics()
+        largest, *mismatch, entropy = self._over_all(sums, 7)
+        metrics = MismatchSums(tuple(mismatch), max(largest, 0.0)).metrics()
+        return {"entropy": entropy / max(num_tokens, 1)} | metrics
 
     def mismatch(self, ledger: Path, step: int) -> MetricsRow:
         """How far the log-probs of ``ledger``'s answers are from this model's, in the metrics of the step after ``step`` − 1.
@@ -142,8 +138,11 @@ class Trainer:
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
             targets_N = micro_batch.packed.targets_N
-            result = token_logprobs(hidden_NH, lm_head_weight(chunk), targets_N, entropy="value", **self._head)
-            return hidden_NH.new_zeros(()), NO_TOKEN_COUNT, (result.logprob_N, result.entropy_N)
+            logprob_N, entropy_N = token_logprobs(hidden_NH, lm_head_weight(chunk), targets_N, entropy="value", **self._head)
+            assert entropy_N is not None
+            mismatch = mismatch_sums(logprob_N - micro_batch.engine_logprob_N, ~micro_batch.is_stale_N)
+            sums = torch.cat((mismatch, entropy_N.sum(dtype=torch.float64)[None]))
+            return hidden_NH.new_zeros(()), NO_TOKEN_COUNT, (logprob_N, sums)
 
         return function
 
@@ -157,11 +156,8 @@ class Trainer:
         cosine = None
         if positive is not None:
             cosine = gradient_cosine(positive, gradient_shards(self.optimizer), self.topology)
-        totals = torch.stack([total for total, *_ in sums]).sum(0).tolist() if sums else [0.0] * 5  # other stages have none
-        loss_positive, loss_negative, kl, clamped, wrong = self._reduce(totals, dist.ReduceOp.SUM)
+        largest, loss_positive, loss_negative, kl, clamped, wrong, *buckets = self._over_all(sums, 6 + len(RateBuckets().sums))
         applied = self.optimizer.step(loss_positive + loss_negative)
-        largest = max((float(log_ratio) for _, log_ratio, _ in sums), default=-torch.inf)
-        buckets = sum((buckets for *_, buckets in sums), start=torch.zeros(len(RateBuckets().sums)))
         return UpdateStats(
             loss_positive=loss_positive,
             loss_negative=loss_negative,
@@ -169,8 +165,8 @@ class Trainer:
             num_clamped=clamped,
             num_wrong_tokens=wrong,
             num_tokens=minibatch.num_tokens,
-            log_ratio_max=self._reduce([largest], dist.ReduceOp.MAX)[0],
-            buckets=RateBuckets(tuple(self._reduce(buckets.tolist(), dist.ReduceOp.SUM))),
+            log_ratio_max=largest,
+            buckets=RateBuckets(tuple(buckets)),
             gradient_cosine=cosine,
             applied=applied,
         )
@@ -208,12 +204,13 @@ class Trainer:
 
         return function
 
-    def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
-        """The terms that :class:`UpdateStats` sums over micro-batches, in its order, the largest log R, and the sums by r̂."""
+    def _sums(self, micro_batch: MicroBatch, logprob_N: Tensor) -> Tensor:
+        """The largest log R, the terms that :class:`UpdateStats` sums, in its order, and those by r̂; float64."""
         measured = objective.measure(self.algorithm, micro_batch, logprob_N, self.topology.context_group)
         assert micro_batch.old_logprob_N is not None
         delta_N = logprob_N - micro_batch.old_logprob_N
         sums = [
+            delta_N.max() if len(delta_N) else delta_N.new_full((), -torch.inf),
             measured.right,
             measured.wrong,
             # KL(π_old ‖ π_θ) from answers of π_old, each term ≥ 0: R − 1 − log R
@@ -224,7 +221,7 @@ class Trainer:
         buckets = bucket_sums(
             delta_N, micro_batch.is_correct_N, micro_batch.correct_rate_N, measured.clamped_N, measured.gradient_N
         )
-        return torch.stack(sums), delta_N.max() if len(delta_N) else -torch.inf, buckets
+        return torch.cat((torch.stack(sums).double(), buckets))
 
     def summary(self, updates: Sequence[UpdateStats]) -> MetricsRow:
         """The metrics of a rollout step's updates."""
@@ -261,11 +258,14 @@ class Trainer:
     ) -> list:
         """Megatron's pipeline schedule over ``micro_batches``; returns the loss functions' results on the last stage."""
 
+        config = self.chunks[0].config
+        attention = attention_kind(config.transformer_impl, config.params_dtype, self.topology.device)
+
         def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, LossFunction]:
             micro_batch = next(data)
             packed, topology = micro_batch.packed, self.topology
-            lengths = packed.cu_seqlens.diff().tolist()
-            sequences = pack_sequences(lengths, topology.device, topology.context_rank, topology.context_size)
+            place = topology.context_rank, topology.context_size
+            sequences = pack_sequences(packed.lengths, topology.device, *place, attention)
             output = chunk(packed.input_ids_T[None], packed.position_ids_T[None], sequences, packed.loss_positions_N)
             return output, loss_of(micro_batch, chunk)
 
@@ -280,6 +280,15 @@ class Trainer:
             "vocab_size": self.shape.vocab_size,
             "group": self.topology.tensor_group,
         }
+
+    def _over_all(self, rows: Sequence[Tensor], width: int) -> list[float]:
+        """The rows of all micro-batches and ranks added up, but of the first number the largest. Waits for the device once."""
+        own = [-torch.inf] + [0.0] * (width - 1)
+        if rows:  # other stages have none
+            table = torch.stack(list(rows))
+            own = torch.cat((table[:, :1].amax(0), table[:, 1:].sum(0))).tolist()
+        assert len(own) == width, (len(own), width)
+        return self._reduce(own[:1], dist.ReduceOp.MAX) + self._reduce(own[1:], dist.ReduceOp.SUM)
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         """Sum over all ranks, counting each share of the tokens once: on the last stage's first tensor rank."""

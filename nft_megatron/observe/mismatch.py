@@ -25,31 +25,16 @@ _LARGEST_EXPONENT = 20.0
 
 @dataclass(frozen=True)
 class MismatchSums:
-    """Sums over tokens, to be added up over micro-batches and ranks: N, Σ|Δ|, Σ(e^Δ − 1 − Δ), Σe^Δ, Σe^2Δ; and max |Δ|.
-
-    >>> sums = MismatchSums().add(torch.tensor([0.1, -0.3])).add(torch.tensor([0.2]))
-    >>> sums.sums[0], round(sums.largest, 3)
-    (3.0, 0.3)
-    """
+    """Over all tokens: N, Σ|Δ|, Σ(e^Δ − 1 − Δ), Σe^Δ, Σe^2Δ; and max |Δ|."""
 
     sums: tuple[float, ...] = (0.0,) * 5
     largest: float = 0.0
 
-    def add(self, delta_N: Tensor) -> MismatchSums:
-        """These sums and those of ``delta_N``, log π − log μ of more tokens."""
-        if not len(delta_N):
-            return self
-        delta_N = delta_N.double()
-        ratio_N = delta_N.clamp(max=_LARGEST_EXPONENT).exp()
-        kl_N = torch.expm1(delta_N.clamp(max=_LARGEST_EXPONENT)) - delta_N
-        more = torch.stack([delta_N.abs().sum(), kl_N.sum(), ratio_N.sum(), ratio_N.square().sum()]).tolist()
-        sums = tuple(a + b for a, b in zip(self.sums, [len(delta_N), *more], strict=True))
-        return MismatchSums(sums, max(self.largest, float(delta_N.abs().max())))
-
     def metrics(self) -> MetricsRow:
         """The four numbers in nats (the last a share); of no tokens 0, 0, 0 and 1.
 
-        >>> MismatchSums().add(torch.tensor([0.1, -0.1], dtype=torch.float64)).metrics()["mismatch_mean"]
+        >>> largest, *sums = mismatch_sums(torch.tensor([0.1, -0.1], dtype=torch.float64), torch.tensor([True, True])).tolist()
+        >>> MismatchSums(tuple(sums), largest).metrics()["mismatch_mean"]
         0.1
         >>> MismatchSums().metrics()["mismatch_ess"]
         1.0
@@ -61,3 +46,22 @@ class MismatchSums:
             "mismatch_kl": kl / max(num, 1.0),
             "mismatch_ess": ratio * ratio / (num * squares) if num else 1.0,
         }
+
+
+def mismatch_sums(delta_N: Tensor, counts_N: Tensor) -> Tensor:
+    """Max |Δ| and then the sums of :class:`MismatchSums`, of the tokens where ``counts_N`` (bool); float64 [6].
+
+    To be added up over micro-batches and ranks, but of the first the largest. ``delta_N``: log π − log μ.
+
+    >>> mismatch_sums(torch.tensor([0.25, -0.5, 9.0]), torch.tensor([True, True, False]))[:3]
+    tensor([0.5000, 2.0000, 0.7500], dtype=torch.float64)
+    """
+    delta_N = delta_N.double().where(counts_N, 0.0)
+    if not len(delta_N):
+        return delta_N.new_zeros(6)
+    capped_N = delta_N.clamp(max=_LARGEST_EXPONENT)
+    ratio_N = capped_N.exp().where(counts_N, 0.0)
+    kl_N = torch.expm1(capped_N) - delta_N
+    gap_N = delta_N.abs()
+    num = counts_N.double().sum()
+    return torch.stack([gap_N.max(), num, gap_N.sum(), kl_N.sum(), ratio_N.sum(), ratio_N.square().sum()])

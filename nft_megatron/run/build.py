@@ -12,6 +12,7 @@ import torch
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.garbage import frozen
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.records import Prompt, Sampling
 from nft_megatron.base.run_folder import RunFolder
@@ -109,7 +110,7 @@ def build_run(config: Config) -> Iterator[Run]:
         with run.progress, run.folder.expected():
             with watchdog.phase("setup"):
                 run.start()
-            with watchdog.phase("other"):
+            with watchdog.phase("other"), frozen():
                 yield run
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nft_megatron.base.background import in_background
 from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.base.garbage import collected_afterwards
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.batching.batch import MiniBatch
 from nft_megatron.collect.async_collector import AsyncCollector
@@ -162,7 +163,7 @@ class Run:
     def prepare(self, dataset: Dataset, step: int) -> StepBatch:
         """Balance the step over ranks, pack it, recompute old log-probs; refuse answers of another policy."""
         self._update = 0
-        with self.phase("prepare"):
+        with self.phase("prepare"), collected_afterwards():
             batch = self.trainer.prepare(dataset.ledger, step)
         self._check_mismatch(batch.metrics, f"the answers of step {step}")
         return batch
@@ -170,7 +171,8 @@ class Run:
     def update(self, minibatch: MiniBatch) -> UpdateStats:
         """One optimizer step. Raises after ``train.max_skipped_updates`` non-finite updates in a row."""
         self._update += 1
-        stats = self.trainer.update(minibatch)
+        with collected_afterwards():
+            stats = self.trainer.update(minibatch)
         self._num_skipped = self._num_skipped + 1 if stats.applied.problem else 0
         if self._num_skipped == self.config.train.max_skipped_updates:
             raise RuntimeError(

@@ -1,7 +1,8 @@
 """A check of every node before an attempt: ``srun python -m nft_megatron.slurm.preflight FOLDER --gpus N``.
 
 The first task of a node checks the node and writes FOLDER/<node>.json. Once all nodes have written theirs, which proves that
-the shared folder can be read and written, and none has a problem, all tasks run an all-reduce over the network.
+the shared folder can be read and written, and none has a problem, all tasks run an all-reduce over the network. Where weights
+will go to vLLM by broadcast, the first task then compares the versions of NCCL.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.deadline import Deadline
+from nft_megatron.rollout.fleet.nccl import nccl_problem, nccl_version
 
 _SERIOUS_XIDS = {48, 62, 64, 74, 79, 95, 119, 120, 140}
 """Double-bit ECC, halted firmware, failed row remapping, NVLink, off the bus, uncontained ECC, GSP, unrecovered ECC:
@@ -139,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that a node should have; 0: do not check")
     parser.add_argument("--command", help="the site's own check")
+    parser.add_argument("--servers-python", help="Python of the vLLM servers that get weights by broadcast")
     parser.add_argument("--seconds", type=float, default=300.0)
     options = parser.parse_args(arguments)
     deadline = Deadline.of(options.seconds)
@@ -152,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if reports is None or any(report["problems"] for report in reports):
         return
     problem = all_reduce(rank, world, local_rank, max(1.0, deadline.left))
+    if rank == 0 and options.gpus and options.servers_python:
+        problem = problem or nccl_problem(nccl_version(), nccl_version(options.servers_python))
     if rank == 0:
         with atomic_file(options.folder / _ALL_REDUCE, make_folder=False) as temporary:
             temporary.write_text(json.dumps({"problem": problem}))

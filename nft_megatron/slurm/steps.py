@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nft_megatron.config.schema import Config
+from nft_megatron.rollout.fleet.nccl import servers_python
 from nft_megatron.slurm.quoting import file_pattern
 
 SECONDS_AFTER_FIRST_END = 60
@@ -88,6 +89,8 @@ def preflight_step(config: Config, nodes: Sequence[str], cpus_per_node: int, fol
     ]
     if config.slurm.preflight_command:
         command.append(f"--command={config.slurm.preflight_command}")
+    if python := servers_python(config):
+        command.append(f"--servers-python={python}")
     return command
 
 

@@ -196,6 +196,9 @@ def test_an_empty_answer_has_no_loss_token():
     assert batch.answer_N.tolist() == [0, 0, 0, 2, 2]
 
 
-def test_to_moves_every_tensor():
-    batch = pack(make_answers([(2, 3)])).to("meta")
-    assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}
+def test_all_but_the_bounds_of_the_sequences_moves():
+    batch = pack(make_answers([(2, 3), (1, 1)])).to(torch.device("meta"))
+    devices = {name: value.device.type for name, value in vars(batch).items()}
+    assert devices.pop("cu_seqlens") == "cpu"
+    assert set(devices.values()) == {"meta"}
+    assert batch.lengths == [5, 2]

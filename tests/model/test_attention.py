@@ -1,3 +1,4 @@
+import importlib
 import itertools
 from types import SimpleNamespace
 from unittest import mock
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nft_megatron.model.attention as attention_module
-from nft_megatron.model.attention import PackedAttention, pack_sequences, rotary_cos_sin
+from nft_megatron.model.attention import PackedAttention, rotary_cos_sin
+from nft_megatron.model.packed_sequences import pack_sequences
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -108,6 +110,48 @@ def test_context_ranks_together_attend_as_one(chunks: list[int], size: int, seed
         torch.testing.assert_close(output[:, 0], expected[own], rtol=0, atol=2e-5)
 
 
+def test_the_engine_needs_the_bounds_of_the_sequences_alone():
+    packed = pack_sequences([8, 16], CPU, 1, 2, attention="engine")
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 8, 24]
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 16
+    own = {"key_index_K", "query_ranges", "key_ranges", "chunk_starts_q", "chunk_starts_k"}
+    assert all(getattr(packed, name) is None for name in own) and packed.batches == ()
+
+
+@pytest.mark.parametrize("has_argument", [True, False], ids=["torch 2.12 and newer", "torch 2.11"])
+def test_the_variable_length_kernel_gets_what_its_version_knows(monkeypatch, has_argument):
+    """A stand-in with the signature of that version, which attends as the padded kind does."""
+    lengths, generator = [5, 9, 1], torch.Generator().manual_seed(0)
+    qkv = [torch.randn(15, heads, DIM, generator=generator) for heads in (HEADS, GROUPS, GROUPS)]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    seen = []
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        seen.append((cu_seq_q.tolist(), cu_seq_k.tolist(), max_q, max_k, window_size))
+        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        heads_first = ([x.transpose(0, 1) for x in part] for part in parts)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outputs = [attend(*part, is_causal=True, scale=scale, enable_gqa=True) for part in heads_first]
+        return torch.cat([output.transpose(0, 1) for output in outputs])
+
+    def newer_kernel(*tensors, enable_gqa=False, **options):
+        assert enable_gqa, "refused: the keys have fewer heads"
+        return kernel(*tensors, **options)
+
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", newer_kernel if has_argument else kernel)
+    attention_module._grouped_heads.cache_clear()
+    outputs = []
+    for kind in ("padded", "varlen"):
+        packed = pack_sequences(lengths, CPU, attention=kind)
+        packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, FREQUENCIES, torch.float32)
+        attention = PackedAttention(SimpleNamespace(kv_channels=DIM), SimpleNamespace(cp=None))
+        outputs.append(attention(*qkv, None, packed_seq_params=packed))
+    attention_module._grouped_heads.cache_clear()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-6)
+    assert seen == [([0, 5, 14, 15], [0, 5, 14, 15], 9, 9, (-1, 0))]
+
+
 @pytest.mark.gpu
 def test_the_variable_length_kernel_agrees_on_cuda():
     if not torch.cuda.is_available():
@@ -118,7 +162,7 @@ def test_the_variable_length_kernel_agrees_on_cuda():
     frequencies = 1e4 ** (-torch.arange(0, 64, 2) / 64)
     outputs = []
     for place in (CPU, device):
-        packed = pack_sequences(lengths, place)
+        packed = pack_sequences(lengths, place, attention="varlen" if place is device else "padded")
         positions = torch.cat([torch.arange(length) for length in lengths]).to(place)
         packed.cos_T1D, packed.sin_T1D = rotary_cos_sin(positions, frequencies.to(place), torch.bfloat16)
         attention = PackedAttention(SimpleNamespace(kv_channels=64), SimpleNamespace(cp=None))

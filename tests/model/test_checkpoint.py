@@ -7,7 +7,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from checkpoint_worker import measure
+from checkpoint_worker import generators_of_another_device, measure
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +90,18 @@ def test_a_full_disk_is_an_os_error(messages: dict, space: str):
     errno_and_text, filename = message.split(": ")
     assert errno_and_text == f"[Errno {errno.EFBIG}] File too large while saving a checkpoint"
     assert Path(filename.strip("'")).name == space, "the folder"
+
+
+def test_a_run_may_begin_without_transformer_engine_and_resume_with_it_and_the_other_way_round(messages: dict):
+    without, with_it = messages["states of attention"]
+    assert (without, with_it > 0) == (0, True), "the case is real"
+    assert messages["begun without extra state"] == []
+    assert messages["begun with extra state"] == []
+
+
+def test_generators_of_another_kind_of_device_are_not_restored(world, model_folder: Path):
+    assert world(1)(generators_of_another_device, model_folder) == {
+        "same device": True,
+        "cpu generator": True,
+        "tracker kept": True,
+    }

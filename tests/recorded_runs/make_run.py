@@ -4,7 +4,9 @@
 
 FOLDER gets the run as the killed process left it (checkpoint of step 2, finished rounds of step 3), its model and questions,
 and ``expected_step_3.json``, the metrics of step 3 of a run that nobody killed. ``v0_1`` was recorded by this script at commit
-bc1da0b, with that version's names for the modules, keys and functions that it uses.
+bc1da0b, with that version's names for the modules, keys and functions that it uses, and Megatron-Core 0.16.1 on Python 3.11;
+``v0_2_mcore019`` with Megatron-Core 0.19.2 and torch 2.13.0 on Python 3.12, without the folders ``whole`` and ``run/logs``, the
+export of step 1 and the lock.
 """
 
 import json

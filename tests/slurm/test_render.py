@@ -198,6 +198,12 @@ def test_steps_put_every_process_where_it_belongs(config, tmp_path):
     assert serve[serve.index("serve") :] == ["serve", str(path), "--devices=auto", "fleet.host=0.0.0.0"]
     look = preflight_step(settings, ["n1", "n2", "n3"], 96, tmp_path)
     assert {"--ntasks=24", "--gpus=8"} <= set(look)
+    assert not [option for option in look if "servers-python" in option]
+
+
+def test_the_preflight_compares_nccl_where_weights_go_by_broadcast_to_another_environment(config, tmp_path):
+    settings, _ = config("fleet.weights=transfer", "fleet.python=/vllm/bin/python", "rollout.engine=vllm")
+    assert "--servers-python=/vllm/bin/python" in preflight_step(settings, ["n1"], 96, tmp_path)
 
 
 def test_containers_are_for_the_steps_and_not_for_the_agent(config, tmp_path):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nft_megatron.rollout.fleet.nccl import agree
+
 _ALIGNMENT = 64
 SENDER = 0
 
@@ -75,12 +77,14 @@ class Group:
     """One rank of the process group that meets at ``store``. ``seconds`` limits the meeting and each broadcast.
 
     NCCL has no such limit: torch's watchdog ends the whole process instead, after twice as long. The sender enforces the limit.
+    A receiver with another version of NCCL than the sender raises ``RuntimeError``.
     """
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int, device: torch.device, seconds: float) -> None:
         self._group: Any  # torch has no public name for what these two have in common
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
+            agree(store, rank, ".".join(map(str, torch.cuda.nccl.version())))
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = datetime.timedelta(seconds=2 * seconds)
             self._group = dist.ProcessGroupNCCL(store, rank, num_ranks, options)

@@ -171,7 +171,9 @@ async def generate(
         async with open_reply(session, "POST", url, _ROUTE, credentials, body) as reply:
             if reply.status != 200:
                 problem = f"{reply.status} {excerpt(await read_up_to(reply, 500))}"
-                raise Refused(problem) if reply.status in (400, 404, 422) else ServerFault(problem)
+                if reply.status in (400, 404, 422):
+                    raise Refused(problem)
+                raise ServerFault(problem, is_unavailable=reply.status == 503)
             async for event in _events(reply, max_bytes):
                 choice, tokens, logprobs = _parse(event)
                 answer = unfinished.get(choice.index)

@@ -249,7 +249,9 @@ class RequestLoop:
             if stream.fault:
                 self._failed(stream, stream.fault)
         except ServerFault as fault:
-            if not fault.is_abort:
+            if fault.is_unavailable and self._loading is not None:
+                await self._no_load.wait()  # paused for the new weights, not at fault; the answers then wait for a server again
+            elif not fault.is_abort:
                 self._failed(stream, str(fault))
         except Refused as refusal:
             self._refused(stream, call, str(refusal))

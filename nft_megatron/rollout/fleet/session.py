@@ -21,11 +21,15 @@ _VERSION = re.compile(r"[0-9]{1,15}")
 
 
 class ServerFault(Exception):
-    """A server did not do what it was asked. ``is_abort``: the request was aborted; the server is not at fault."""
+    """A server did not do what it was asked.
 
-    def __init__(self, reason: str, is_abort: bool = False) -> None:
+    ``is_abort``: the request was aborted; the server is not at fault. ``is_unavailable``: it takes no request now (503), as
+    vLLM 0.33 answers from ``/pause?mode=wait`` to ``/resume``.
+    """
+
+    def __init__(self, reason: str, is_abort: bool = False, is_unavailable: bool = False) -> None:
         super().__init__(reason)
-        self.is_abort = is_abort
+        self.is_abort, self.is_unavailable = is_abort, is_unavailable
 
 
 HTTP_ERRORS = (aiohttp.ClientError, OSError, ValueError, RuntimeError)

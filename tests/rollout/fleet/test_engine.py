@@ -228,6 +228,32 @@ def test_a_server_that_is_never_silent_may_not_take_forever(folder, servers, bac
     assert fleet.reports[0] == (asked.member.name, "did not finish a request within 2000 s")
 
 
+def test_a_server_that_is_paused_for_new_weights_and_says_503_is_not_at_fault(folder, servers, background):
+    requests, calls = make_requests(num=8), []
+    with opened(folder, servers) as (engine, fleet):
+        publish, before = fleet.publish, seen(servers, "requests")
+
+        def publish_while_asked(tensors, version):
+            behave(servers, fault="paused")
+            calls.append(background.submit(list, engine.generate(requests, sampling(MAX_TOKENS))))
+            until(lambda: all(server.seen["requests"] for server in servers) and seen(servers, "requests") > before)
+            behave(servers, fault="")
+            return publish(tensors, version)
+
+        fleet.publish = publish_while_asked
+        engine.load([], 4)
+        check(calls[0].result(), requests, version=4)
+    assert fleet.reports == []
+
+
+def test_503_from_a_server_that_nobody_paused_is_a_fault(folder, servers):
+    requests = make_requests(num=8)
+    with opened(folder, servers) as (engine, fleet):
+        servers[0].behave(fault="paused")
+        check(list(engine.generate(requests, sampling(MAX_TOKENS))), requests)
+    assert {name for name, _ in fleet.reports} == {"s0"} and "503" in fleet.reports[0][1]
+
+
 def test_silence(folder, servers, background, monkeypatch):
     """The clock advances only once the silent server alone has work left."""
     monkeypatch.setattr(request_loop, "time", clock := Clock())
