@@ -58,7 +58,7 @@ def test_mistakes_in_the_command_line(capsys):
     assert code == 2 and "invalid choice: 'trian'" in message and "train" in message
     code, _, message = output_of(capsys)
     assert code == 2 and "COMMAND" in message
-    code, _, message = output_of(capsys, "doctor", "now")
+    code, _, message = output_of(capsys, "completion", "bash", "now")
     assert code == 2 and "unrecognized arguments: now" in message
     code, _, message = output_of(capsys, "plan", "config.yaml", "--gpus", "two")
     assert code == 2 and "invalid int value: 'two'" in message
