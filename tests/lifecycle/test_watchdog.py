@@ -117,7 +117,9 @@ def test_a_stopped_rank_ends_the_run_with_the_phase_named(run_config, start, met
         train={"num_steps": 500},
         checkpoint={"every": 1000},
         parallel={"timeout_seconds": 600.0},
-        deadlines=dict.fromkeys([f"{name}_seconds" for name in ("update", "publish", "save", "collect", "other")], 8.0),
+        deadlines=dict.fromkeys(
+            [f"{name}_seconds" for name in ("update", "publish", "save", "collect", "evaluate", "other")], 8.0
+        ),
         rollout={"step_deadline_seconds": 600.0},
         evaluate={"data": []},
     )
