@@ -94,8 +94,8 @@ def test_integer_golds() -> None:
     ]
 
 
-@pytest.mark.slow
 @recorded("verifier_cases.jsonl")
+@pytest.mark.slow
 def test_strict_differs_from_math_verify_only_in_the_classes_of_the_docs(
     by_strict: list[Verdict], by_math_verify: list[Verdict], math_verify: Verifier
 ) -> None:
@@ -142,8 +142,8 @@ def test_human_solutions(by_strict: list[Verdict]) -> None:
     assert all(is_right == label for is_right, label in verdicts)
 
 
-@pytest.mark.slow
 @recorded("verifier_cases.jsonl")
+@pytest.mark.slow
 def test_simplerl_agrees_with_math_verify(by_math_verify: list[Verdict]) -> None:
     """On recorded answers and human solutions; its tolerance of 1e-4 takes 9999 for 10000."""
     kinds = ("aime_human", "math500_pos", "math500_neg", "qwen_recorded")
