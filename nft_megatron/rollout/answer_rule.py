@@ -46,7 +46,7 @@ class AnswerRule:
             return f"sent tokens outside the vocabulary of {self._vocab_size}"
         end = self._stop.first(tokens, prompt_tokens)
         if end is not None and end < len(tokens):
-            return f"went on after an answer had ended with its token {end} of {len(tokens)}"
+            return f"continued after an answer had ended with its token {end} of {len(tokens)}"
         if finish_reason == "stop" and end is None:
             return "ended an answer that no stop token or text ends"
         if finish_reason == "length" and end is not None:

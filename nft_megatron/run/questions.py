@@ -23,7 +23,7 @@ def read_questions(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[P
 
     A run that has begun keeps its prompts and the date in its templates as long as the data files have the same content. If
     they differ they are read anew, and the collector refuses prompts that are not those it began with. A run that version 0.1
-    began has no prompts in its folder; it goes on by the rules of that version.
+    began has no prompts in its folder; it keeps the rules of that version.
     """
     kept = KeptPrompts.read(folder.prompts) if folder.has_begun else None
     now = kept.started if kept else datetime.now()

@@ -71,8 +71,8 @@ def test_without_a_stop_rule_only_the_length_ends_an_answer():
     ("answer", "reason", "problem"),
     [
         ("so 7. END", "stop", None),
-        ("so 7. END.", "stop", "went on after an answer had ended with its token 9 of 10"),
-        ("END and more than that END", "stop", "went on after an answer had ended with its token 3 of 26"),
+        ("so 7. END.", "stop", "continued after an answer had ended with its token 9 of 10"),
+        ("END and more than that END", "stop", "continued after an answer had ended with its token 3 of 26"),
         ("so 7. EN", "stop", "no stop token or text ends"),
         ("答えは", "stop", None),
         ("so 7. END", "length", "calls an answer truncated"),
