@@ -3,7 +3,7 @@ r"""Reads a gold, whatever a data set has in its place: text, a number, a list, 
 | in the data set | gold |
 |---|---|
 | ``Add: 1+1=<<1+1=2>>2\n#### 2`` (GSM8K) | what follows ``####`` on the last line; a line "The answer is …" may follow |
-| ``Adding gives \boxed{2}.`` | the content of the last box; several boxes side by side become a list |
+| ``Adding gives \boxed{2}.`` | the content of the last box; several boxes of one sentence become a list |
 | ``27.0`` and ``1e-07``, as numbers | ``27`` and ``0.0000001`` |
 | ``["1", "2"]``, also as text | ``1, 2`` |
 
@@ -21,7 +21,7 @@ import unicodedata
 from decimal import Decimal
 from typing import Any
 
-from nft_megatron.verify.boxes import last_boxes
+from nft_megatron.verify.boxes import gold_in_boxes
 
 _NOT_A_VALUE = ("nan", "<na>", "nat", "null", "n/a", "#n/a", "[]")
 """Lower case: what is left of a missing value once a program has written it as text. "None" and "inf" may be answers."""
@@ -86,11 +86,11 @@ def _from_text(text: str) -> str:
         text = marked[1].strip()
         if not text:
             raise GoldError("has no answer after its last '####'")
-    if "box" in text and (boxes := last_boxes(text)):
-        inside = [box.content.strip() for box in boxes]
-        if not all(inside):
+    inside = gold_in_boxes(text)
+    if inside != text:
+        if not all(item.strip() for item in inside.split(",")):
             raise GoldError("has an empty box")
-        text = ", ".join(inside)
+        text = inside
     elif _OPEN_BOX.search(text):
         raise GoldError(f"has a box that is not closed: {text!r}"[:200])
     return text

@@ -84,6 +84,26 @@ def last_boxes(text: str) -> list[Box]:
     return boxes
 
 
+def gold_in_boxes(text: str) -> str:
+    r"""What the boxes of a gold hold, as a list if its last sentence has several; ``text`` itself if it has none.
+
+    >>> gold_in_boxes(r"We need \boxed{1} paper and \boxed{2} bins."), gold_in_boxes(r"x \in \boxed{[0,1)}."), gold_in_boxes("3")
+    ('1, 2', '[0,1)', '3')
+    """
+    boxes = last_boxes(text) if "box" in text else []
+    if not boxes:
+        return text
+    for box in reversed(closed_boxes(text)):
+        if box.end <= boxes[0].start and _lists(text[box.end : boxes[0].start]):
+            boxes.insert(0, box)
+    return ", ".join(unboxed(box.content) for box in boxes)
+
+
+def _lists(words: str) -> bool:
+    """Whether ``words`` stand between two items of one list, as in "1 sheet of paper and 2 bins"."""
+    return len(words) <= _NAME_CHARS and words.rstrip(" $").endswith((" and", " or", ",")) and not set(words) & set(".:;!?=\n")
+
+
 def _last_group(text: str) -> list[Box]:
     boxes = _closed_group(text)
     tail = max(boxes[-1].end if boxes else 0, len(text) - 2 * MAX_BOX_CHARS)

@@ -20,7 +20,7 @@ import re
 from fractions import Fraction
 
 from nft_megatron.base.records import FinishReason, Verdict
-from nft_megatron.verify.boxes import MAX_BOX_CHARS, last_boxes, unboxed
+from nft_megatron.verify.boxes import MAX_BOX_CHARS, gold_in_boxes, last_boxes, unboxed
 from nft_megatron.verify.comparison import STRICT, Undecided, compare, read_gold_number, stated_part
 from nft_megatron.verify.numbers import is_digits, read_bare_number, read_number
 from nft_megatron.verify.reasons import verdict
@@ -96,7 +96,7 @@ def _compare(contents: tuple[str, ...], gold: str) -> Verdict | Undecided:
     if len(gold) > MAX_BOX_CHARS:
         return verdict("unreadable gold", STRICT)
     if not is_digits(gold):
-        gold = plain(unboxed(gold))
+        gold = plain(gold_in_boxes(gold))
     contents = tuple(map(plain, contents))
     if len(contents) == 1:
         return compare(contents[0], gold)
