@@ -29,13 +29,14 @@ from nft_megatron.config.sections import (
 )
 from nft_megatron.config.slurm import SlurmConfig
 
+DEFAULT_ALGORITHM = "nft"
 if TYPE_CHECKING:
     AlgorithmConfig = Algorithm
 else:
     AlgorithmConfig = Annotated[
         Union[tuple(ALGORITHMS.values())],  # noqa: UP007 (known only at run time)
         Field(discriminator="name"),
-        BeforeValidator(lambda value: {"name": "nft", **value} if isinstance(value, dict) else value),
+        BeforeValidator(lambda value: {"name": DEFAULT_ALGORITHM, **value} if isinstance(value, dict) else value),
     ]
 
 
@@ -48,19 +49,19 @@ class Config(ConfigModel):
     """Seed of the order of questions, of every answer and of the mini-batches; 64 bits, as torch takes them."""
     model: ModelConfig
     data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    fleet: FleetConfig = FleetConfig()
-    verify: VerifyConfig = VerifyConfig()
-    algorithm: AlgorithmConfig = ALGORITHMS["nft"](name="nft")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    fleet: FleetConfig = Field(default_factory=FleetConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=ALGORITHMS[DEFAULT_ALGORITHM])
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig
-    parallel: ParallelConfig = ParallelConfig()
-    deadlines: DeadlinesConfig = DeadlinesConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    slurm: SlurmConfig = SlurmConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    observe: ObserveConfig = ObserveConfig()
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:
