@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -96,6 +96,13 @@ class Config(ConfigModel):
                 f"rollout.group_size × {self.max_sequence_tokens} = {group_tokens} tokens",
                 f"raise it to at least {group_tokens}, or lower rollout.group_size or rollout.max_answer_tokens",
             )
+        if self.algorithm.coupling == "group" and train.minibatch_of == "answers":
+            raise UserError(
+                "train.minibatch_of",
+                train.minibatch_of,
+                f"the loss of {self.algorithm.name} couples the answers to a question",
+                "leave it out, or use questions",
+            )
         if self.algorithm.coupling != "token" and train.importance_cap is not None:
             raise UserError(
                 "train.importance_cap",
@@ -168,6 +175,11 @@ class Config(ConfigModel):
         """Whether questions on which all answers agree are dropped: ``rollout.prompt_filter`` or the algorithm's need."""
         choice = self.rollout.prompt_filter
         return self.algorithm.needs_mixed_groups if choice is None else choice
+
+    @property
+    def minibatch_of(self) -> Literal["answers", "questions"]:
+        """``train.minibatch_of``, or what null stands for."""
+        return self.train.minibatch_of or ("questions" if self.algorithm.coupling == "group" else "answers")
 
     @property
     def max_sequence_tokens(self) -> int:
