@@ -14,16 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from quickstart_runs import prepare_start, train_from
 
-from nft_megatron.observe.metrics import read_metrics
-
-QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 STALENESS = (0, 1)
 
 
@@ -47,35 +43,16 @@ def measure_pair(seed: int, overrides: list[str]) -> list[tuple[float, float, fl
     """Of each staleness: waiting in percent, seconds, accuracy in percent."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        start = Path(folder) / "start"
-        run(sys.executable, QUICKSTART / "prepare.py", "--out", start, "--seed", seed)
+        start = prepare_start(Path(folder), seed)
         for staleness in STALENESS:
-            run_dir = Path(folder) / f"run{staleness}"
-            run(
-                Path(sys.executable).parent / "nft-megatron",
-                "train",
-                QUICKSTART / "config.yaml",
-                f"seed={seed}",
-                f"run_dir={run_dir}",
-                f"rollout.max_staleness={staleness}",
-                f"model.path={start / 'model'}",
-                f"data.train={start / 'train.parquet'}",
-                f"evaluate.data={start / 'held_out.parquet'}",
-                *overrides,
-            )
-            steps = read_metrics(run_dir)
+            choice = f"rollout.max_staleness={staleness}"
+            steps = train_from(start, Path(folder) / f"run{staleness}", seed, [choice, *overrides])
             seconds = sum(row["time/step"] for row in steps)
             waiting = 100 * sum(row["time/generate"] + row["time/verify"] for row in steps) / seconds
             accuracy = 100 * next(row["eval_accuracy"] for row in reversed(steps) if "eval_accuracy" in row)
             print(f"| {seed:4} | {staleness:9} | {waiting:6.1f}% | {seconds:7.1f} | {accuracy:7.2f}% |", flush=True)
             rows.append((waiting, seconds, accuracy))
     return rows
-
-
-def run(*command: object) -> None:
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-3000:]}")
 
 
 if __name__ == "__main__":

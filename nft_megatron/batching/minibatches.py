@@ -1,12 +1,12 @@
 """A step's answers → mini-batches → micro-batches of every data-parallel rank. Pure: all ranks compute the same plan.
 
-A mini-batch, one optimizer step, is a random part of the step's questions with all their answers.
+A mini-batch, one optimizer step, is a random part of the step's answers, or of its questions with all their answers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class BatchingRules:
     count_multiple: the number of micro-batches per mini-batch is a multiple of it; the interleaved pipeline schedule needs a
     multiple of its stages.
     pad_to_budget: every pack has exactly ``token_budget`` tokens; otherwise it is padded to the next multiple of ``multiple``.
+    minibatch_of: what is dealt out over the mini-batches. Answers to one question have correlated gradients, so a mini-batch of
+    answers to many questions has the less noisy one.
     keep_groups: all answers of a group are in one micro-batch, for losses that couple them.
     length_limit: tokens at which answers are truncated, for rewards that depend on it; 0 if none does.
 
@@ -51,6 +53,7 @@ class BatchingRules:
     context_size: int
     count_multiple: int
     pad_to_budget: bool
+    minibatch_of: Literal["answers", "questions"] = "answers"
     keep_groups: bool = False
     length_limit: int = 0
 
@@ -79,6 +82,7 @@ class BatchingRules:
             context_size=context,
             count_multiple=pipeline if virtual_pipeline > 1 else 1,
             pad_to_budget=config.train.pad_to_budget,
+            minibatch_of=config.minibatch_of,
             keep_groups=config.algorithm.coupling == "group",
             length_limit=config.rollout.max_answer_tokens,
         )
@@ -125,17 +129,19 @@ class MiniBatchPlan:
 def plan_minibatches(answers: LedgerIndex, is_forwarded: np.ndarray, step: int, rules: BatchingRules) -> list[MiniBatchPlan]:
     """Split a step's judged answers into mini-batches.
 
-    There are ``num_updates`` of them, or one per group if there are fewer groups; their numbers of groups differ by at most
-    one. Which groups meet depends only on (seed, step), not on ranks or budgets. Empty answers are left out.
+    There are ``num_updates`` of them, or fewer if there are fewer answers (groups, with ``minibatch_of`` = questions); the
+    numbers of answers (groups) in them differ by at most one. Which ones meet depends only on (seed, step), not on ranks or
+    budgets. Empty answers are left out.
 
     ``is_forwarded`` is False for an answer that cannot contribute to the loss (a wrong one under RFT): it counts in D, since a
     token with zero loss is still a token, but is in no micro-batch.
     """
     has_tokens = answers.answer_length > 0
-    groups = np.unique(answers.group_id[has_tokens])
-    order = np.random.default_rng([rules.seed, step]).permutation(groups)
-    parts = np.array_split(order, min(rules.num_updates, len(groups)))
-    return [_plan(answers, np.isin(answers.group_id, part) & has_tokens, is_forwarded, rules) for part in parts]
+    unit_A = answers.group_id if rules.minibatch_of == "questions" else np.arange(len(has_tokens))
+    units = np.unique(unit_A[has_tokens])
+    order = np.random.default_rng([rules.seed, step]).permutation(units)
+    parts = np.array_split(order, min(rules.num_updates, len(units)))
+    return [_plan(answers, np.isin(unit_A, part) & has_tokens, is_forwarded, rules) for part in parts]
 
 
 def _plan(answers: LedgerIndex, is_member: np.ndarray, is_forwarded: np.ndarray, rules: BatchingRules) -> MiniBatchPlan:

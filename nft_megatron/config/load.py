@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import expand
 from nft_megatron.config.renamed import RENAMED, is_record, translate
-from nft_megatron.config.schema import Config
+from nft_megatron.config.schema import DEFAULT_ALGORITHM, Config
 from nft_megatron.config.yaml import dump_yaml, parse_yaml, read_sections
 
 
@@ -123,7 +123,7 @@ def _default(section: str, name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if section == "algorithm" and name == "name" and value != Config.model_fields["algorithm"].default.name:
+    if section == "algorithm" and name == "name" and value != DEFAULT_ALGORITHM:
         return "required"
     return f"default {_shown(value)}"
 

@@ -1,4 +1,4 @@
-"""Renamed keys: a user's old key is an error that names the new one; an earlier run's own files are translated."""
+"""Renamed and added keys: a user's old key is an error that names the new one; an earlier run's own files are translated."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def is_record(path: Path) -> bool:
 
 
 def translate(tree: dict[str, Any]) -> None:
-    """Rename the old keys of ``tree``, in place.
+    """Rename the old keys of ``tree``, in place, and say what an earlier version did where it had no key for it.
 
     >>> tree = {"rollout": {"answers_per_question": 8}}
     >>> translate(tree)
     >>> tree
-    {'rollout': {'group_size': 8}}
+    {'rollout': {'group_size': 8}, 'train': {'minibatch_of': 'questions'}}
     """
     for old, new in RENAMED.items():
         section, _, leaf = old.partition(".")
         if isinstance(fields := tree.get(section), dict) and leaf in fields:
             fields[new.rpartition(".")[2]] = fields.pop(leaf)
+    if isinstance(train := tree.setdefault("train", {}), dict):
+        train.setdefault("minibatch_of", "questions")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -29,13 +29,14 @@ from nft_megatron.config.sections import (
 )
 from nft_megatron.config.slurm import SlurmConfig
 
+DEFAULT_ALGORITHM = "nft"
 if TYPE_CHECKING:
     AlgorithmConfig = Algorithm
 else:
     AlgorithmConfig = Annotated[
         Union[tuple(ALGORITHMS.values())],  # noqa: UP007 (known only at run time)
         Field(discriminator="name"),
-        BeforeValidator(lambda value: {"name": "nft", **value} if isinstance(value, dict) else value),
+        BeforeValidator(lambda value: {"name": DEFAULT_ALGORITHM, **value} if isinstance(value, dict) else value),
     ]
 
 
@@ -48,19 +49,19 @@ class Config(ConfigModel):
     """Seed of the order of questions, of every answer and of the mini-batches; 64 bits, as torch takes them."""
     model: ModelConfig
     data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    fleet: FleetConfig = FleetConfig()
-    verify: VerifyConfig = VerifyConfig()
-    algorithm: AlgorithmConfig = ALGORITHMS["nft"](name="nft")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    fleet: FleetConfig = Field(default_factory=FleetConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=ALGORITHMS[DEFAULT_ALGORITHM])
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig
-    parallel: ParallelConfig = ParallelConfig()
-    deadlines: DeadlinesConfig = DeadlinesConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    slurm: SlurmConfig = SlurmConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    observe: ObserveConfig = ObserveConfig()
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:
@@ -94,6 +95,13 @@ class Config(ConfigModel):
                 f"{self.algorithm.name} keeps the answers to a question together, and these may take "
                 f"rollout.group_size × {self.max_sequence_tokens} = {group_tokens} tokens",
                 f"raise it to at least {group_tokens}, or lower rollout.group_size or rollout.max_answer_tokens",
+            )
+        if self.algorithm.coupling == "group" and train.minibatch_of == "answers":
+            raise UserError(
+                "train.minibatch_of",
+                train.minibatch_of,
+                f"the loss of {self.algorithm.name} couples the answers to a question",
+                "leave it out, or use questions",
             )
         if self.algorithm.coupling != "token" and train.importance_cap is not None:
             raise UserError(
@@ -167,6 +175,11 @@ class Config(ConfigModel):
         """Whether questions on which all answers agree are dropped: ``rollout.prompt_filter`` or the algorithm's need."""
         choice = self.rollout.prompt_filter
         return self.algorithm.needs_mixed_groups if choice is None else choice
+
+    @property
+    def minibatch_of(self) -> Literal["answers", "questions"]:
+        """``train.minibatch_of``, or what null stands for."""
+        return self.train.minibatch_of or ("questions" if self.algorithm.coupling == "group" else "answers")
 
     @property
     def max_sequence_tokens(self) -> int:

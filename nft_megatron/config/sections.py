@@ -171,6 +171,10 @@ class TrainConfig(ConfigModel):
     """Rollout steps."""
     updates_per_step: PositiveInt = 16
     """Optimizer updates per rollout step."""
+    minibatch_of: Literal["answers", "questions"] | None = None
+    """Deal the step's answers out over the mini-batches one by one, or keep the answers to a question together. Dealing
+    makes the gradient less noisy: the answers to a question push in similar directions. null: answers; but questions for a loss
+    that couples the answers to a question, and in a run that began before this choice existed."""
     micro_batch_tokens: PositiveInt = 16384
     """Tokens packed into one forward pass of a data-parallel rank; every prompt with its answer must fit.
     Context-parallel ranks divide them."""

@@ -87,8 +87,8 @@ class PolicyOptimizer:
         """Set Adam's step counters to ``num_updates``: torch's are per parameter, those of the fused optimizers per group."""
         for megatron in self.megatron.chained_optimizers:
             if isinstance(megatron.optimizer, torch.optim.AdamW):
-                for state in megatron.optimizer.state.values():
-                    state["step"] = torch.tensor(float(self.num_updates))
+                for parameter, state in megatron.optimizer.state.items():
+                    state["step"] = torch.tensor(float(self.num_updates), device=parameter.device)
             else:
                 for group in megatron.optimizer.param_groups:
                     group["step"] = self.num_updates
@@ -96,8 +96,13 @@ class PolicyOptimizer:
     def _apply_settings(self) -> None:
         """Set what Megatron keeps with its parameter groups.
 
-        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
+        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294), and
+        without Transformer Engine and apex it creates torch's AdamW, which by default passes over memory once per operation.
         """
+        for megatron in self.megatron.chained_optimizers:
+            if isinstance(megatron.optimizer, torch.optim.AdamW):
+                for group in megatron.optimizer.param_groups:
+                    group |= {"fused": True, "foreach": False}
         for group in self.megatron.param_groups:
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
             group["betas"] = (self.settings.beta1, self.settings.beta2)

@@ -92,6 +92,7 @@ def build_run(config: Config) -> Iterator[Run]:
 
     All user input is checked before the model is built.
     """
+    config = _as_begun(config)
     here = rank_info()
     remove_exit_report(config.run_dir, here.rank)
     if here.rank == 0:
@@ -266,6 +267,15 @@ def _open_probe(
 
 def _fleet_metrics(engine: Engine) -> Callable[[], MetricsRow]:
     return engine.metrics if isinstance(engine, FleetEngine) else dict
+
+
+def _as_begun(config: Config) -> Config:
+    """``config`` with the ``train.minibatch_of`` that its run began with, where it leaves that open."""
+    folder = RunFolder(config.run_dir)
+    if config.train.minibatch_of or not folder.has_begun:
+        return config
+    begun = load_config(folder.config).train.minibatch_of
+    return config.model_copy(update={"train": config.train.model_copy(update={"minibatch_of": begun})})
 
 
 def _check_same_run(config: Config, folder: RunFolder) -> None:

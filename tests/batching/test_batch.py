@@ -54,6 +54,7 @@ def one_rank(**fields) -> BatchingRules:
             "context_size": 1,
             "count_multiple": 1,
             "pad_to_budget": False,
+            "minibatch_of": "questions",
             **fields,
         }
     )
@@ -79,6 +80,7 @@ def cases(draw):
         context_size=context,
         count_multiple=draw(st.sampled_from([1, 2, 3])),
         pad_to_budget=draw(st.booleans()),
+        minibatch_of="questions",
         keep_groups=keep_groups,
     )
     fresh = itertools.count(1)
@@ -197,6 +199,22 @@ def test_all_ranks_together_read_every_token_once_with_its_values(case):
         seen = count(token for shards in micro_batches for shard in shards for token in read_tokens_of(shard))
         assert seen == count(expected)
         check_packs([[shard.packed for shard in shards] for shards in micro_batches], members, rules, name)
+
+
+def test_answers_dealt_out_over_mini_batches_are_read_once_with_their_values(tmp_path):
+    """Each token is the same as with whole questions, r̂ and ω of its group included; an unknown answer is nowhere."""
+    fresh = itertools.count(1)
+    verdicts = ["correct", "wrong", "unknown", "wrong", "correct"]
+    groups = [make_group(n, 3, [(2 + n + k, verdicts[(n + k) % 5], 2) for k in range(4)], fresh) for n in range(5)]
+    write_ledger(tmp_path / "ledger.parquet", groups, fates=["train"] * 5, meta={})
+    rules = one_rank(num_updates=3, token_budget=128, minibatch_of="answers", denominator=100.0)
+    minibatches = read_minibatches(tmp_path / "ledger.parquet", STEP, build_algorithm("nft"), rules, 0, 0, CPU)
+    seen = [[token for pack in each.micro_batches for token in read_tokens_of(pack)] for each in minibatches]
+    assert count(itertools.chain(*seen)) == count(expected_tokens(groups, 100.0, "nft"))
+    group_of = {token: g.group_id for g in groups for a in g.answers for token in a.completion.tokens.tolist()}
+    assert sum(len({group_of[token["target"]] for token in part}) for part in seen) > len(groups)  # groups are split
+    first = {a.completion.tokens[0] for g in groups for a in judged(g)}
+    assert [sum(token["target"] in first for token in part) for part in seen] == [6, 5, 5]
 
 
 def test_a_group_too_long_for_a_micro_batch_is_reported(tmp_path):

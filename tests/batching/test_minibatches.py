@@ -20,6 +20,7 @@ RULES = BatchingRules(
     context_size=1,
     count_multiple=1,
     pad_to_budget=False,
+    minibatch_of="questions",
 )
 
 
@@ -80,6 +81,21 @@ def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answe
         assert plan.num_tokens == sum(answers.answer_length[row] for row in members if IS_FORWARDED[row])
 
 
+def test_answers_are_dealt_out_one_by_one(answers):
+    """Whatever their question, by a permutation of (seed, step); an empty one is in no mini-batch."""
+    answers.answer_length[[3, 30]] = 0
+    plans = plan_minibatches(answers, IS_FORWARDED, 7, change(minibatch_of="answers"))
+    order = np.random.default_rng([5, 7]).permutation([row for row in range(32) if row not in (3, 30)])
+    assert [len(part) for part in np.array_split(order, 3)] == [10, 10, 10]
+    for plan, part in zip(plans, np.array_split(order, 3), strict=True):
+        assert members_of(plan) == sorted(row for row in part.tolist() if IS_FORWARDED[row])
+        assert plan.denominator == answers.answer_length[part].sum()
+        assert len(set(answers.group_id[part].tolist())) > 3
+    few = index_of(np.zeros(2, int), np.array([1, 1]), np.array([4, 4]))
+    assert len(plan_minibatches(few, np.array([True, True]), 7, change(minibatch_of="answers"))) == 2
+
+
+@pytest.mark.parametrize("minibatch_of", ["answers", "questions"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -90,8 +106,11 @@ def test_mini_batches_share_out_the_groups_and_count_what_is_not_forwarded(answe
         {"keep_groups": True},
     ],
 )
-def test_no_layout_changes_the_mini_batches(answers, fields):
-    usual, other = (plan_minibatches(answers, IS_FORWARDED, 7, rules) for rules in (RULES, change(**fields)))
+def test_no_layout_changes_the_mini_batches(answers, fields, minibatch_of):
+    if "keep_groups" in fields and minibatch_of == "answers":
+        return  # refused by the configuration
+    rules = change(minibatch_of=minibatch_of)
+    usual, other = (plan_minibatches(answers, IS_FORWARDED, 7, each) for each in (rules, dataclasses.replace(rules, **fields)))
     assert [(members_of(p), p.denominator, p.num_tokens) for p in other] == [
         (members_of(p), p.denominator, p.num_tokens) for p in usual
     ]

@@ -28,6 +28,7 @@ def test_the_configuration_in_the_folder_of_an_earlier_run_is_translated(run_con
     beside.touch()
     record.write_text(yaml.safe_dump(tree))
     config = load_config(record)
+    assert config.train.minibatch_of == "questions"  # the only way there was
     assert (config.rollout.group_size, config.rollout.probe_questions, config.rollout.probe_tokens) == (5, 5, 7)
     with pytest.raises(UserError, match=r"it is now called 'rollout\.group_size'"):
         load_config(record, ["rollout.answers_per_question=5"])
