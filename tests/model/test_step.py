@@ -130,9 +130,7 @@ def instruments_reference(model_folder, ledger, name) -> dict:
 
 @pytest.mark.parametrize(
     "layout",
-    slow_beside(
-        ["alone", "context 2", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"], ["alone", "context 2", "data 2"]
-    ),
+    slow_beside(["alone", "context 2", "tensor 2 × context 2", "pipeline 2 interleaved", "data 2"], ["context 2"]),
 )
 def test_instruments_are_what_their_definitions_say(world, models, ledger, tmp_path, layout):
     """By r̂: clamped tokens, mean implicit negative ratio, share of the gradient; and the cosine of its two parts."""

@@ -63,6 +63,7 @@ def test_a_run_is_requeued_and_continues(slurm_run):
 
 
 @needs_nemo_run
+@pytest.mark.slow
 def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
     run = slurm_run(slurm={"account": "us", "python": sys.executable, "setup": ["module load cuda"]})
     printed = run.lab.run(PYTHON, RECIPE, run.config, "slurm.time=2:00:00", "--dry-run", timeout=240).stdout

@@ -157,13 +157,13 @@ def test_simplerl_agrees_with_math_verify(by_math_verify: list[Verdict]) -> None
 
 
 @recorded("verifier_cases.jsonl")
-def test_math_verify_mode_agrees_with_the_reference_implementation(by_math_verify: list[Verdict]) -> None:
+def test_math_verify_mode_agrees_with_the_reference_implementation(math_verify: Verifier) -> None:
     """Against verifier.py of the public NFT code: math_metric called directly, in the main thread."""
     from math_verify.metric import math_metric
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
     rows = bench_rows("verifier_cases.jsonl")[::12]
-    verdicts = by_math_verify[::12]
+    verdicts = verdicts_of(math_verify, rows)
     metric = math_metric((LatexExtractionConfig(),), (ExprExtractionConfig(), LatexExtractionConfig()))
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     expected = [metric([rf"\boxed{{{row['gold']}}}"], [row["pred_text"]])[0] > 0.5 for row in rows]
