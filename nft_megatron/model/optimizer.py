@@ -96,8 +96,8 @@ class PolicyOptimizer:
     def _apply_settings(self) -> None:
         """Set what Megatron keeps with its parameter groups.
 
-        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294), and
-        without Transformer Engine and apex it creates torch's AdamW, which by default passes over memory once per operation.
+        Megatron leaves it to its own scheduler to apply ``wd_mult``, 0 for biases and norms (optimizer_param_scheduler.py:294).
+        Without Transformer Engine and apex it creates torch's AdamW, which by default passes over memory once per operation.
         """
         for megatron in self.megatron.chained_optimizers:
             if isinstance(megatron.optimizer, torch.optim.AdamW):

@@ -87,8 +87,8 @@ def last_boxes(text: str) -> list[Box]:
 def gold_in_boxes(text: str) -> str:
     r"""What the boxes of a gold hold, as a list if its last sentence has several; ``text`` itself if it has none.
 
-    >>> gold_in_boxes(r"We need \boxed{1} paper and \boxed{2} bins."), gold_in_boxes(r"x \in \boxed{[0,1)}."), gold_in_boxes("3")
-    ('1, 2', '[0,1)', '3')
+    >>> gold_in_boxes(r"We need \boxed{1} sheet and \boxed{2} bins."), gold_in_boxes(r"x \in \boxed{[0,1)}.")
+    ('1, 2', '[0,1)')
     """
     boxes = last_boxes(text) if "box" in text else []
     if not boxes:
