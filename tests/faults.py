@@ -33,7 +33,7 @@ def train_with_broken_update(config: str) -> None:
 
 
 def train_without_locks(config: str, number: int) -> None:
-    """``nft-megatron train`` on a file system whose locks fail with the error ``number``, as on Lustre mounted without flock."""
+    """``nft-megatron train`` on a file system whose locks fail with error ``number``, as on Lustre mounted without them."""
     with mock.patch("fcntl.flock", side_effect=OSError(number, os.strerror(number))):
         main(["train", config])
 

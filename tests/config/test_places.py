@@ -33,7 +33,7 @@ SHARED = {
     "the model in its checkpoints": (["model.path={0}/run/checkpoints/step_000003"], r"run_dir = .*: contains model\.path = "),
     "the model in its exports": (["model.path={0}/run/hf/step_000003"], r"run_dir = .*: contains model\.path = "),
     "the questions in its ledger": (
-        ["data.train={0}/run/ledger/step_000001.parquet"],
+        ["data.train={0}/run/ledger/a.parquet"],
         r"run_dir = .*: contains data\.train = ",
     ),
     "weights in the model folder": (["fleet.weights_dir={0}/model"], r"fleet\.weights_dir = .*: would write into model\.path"),
