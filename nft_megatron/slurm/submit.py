@@ -15,7 +15,7 @@ from nft_megatron.config.places import check_places
 from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job_folder import JobFolder
 from nft_megatron.slurm.options import excluded_nodes
-from nft_megatron.slurm.render import job_name, render, render_rollouts
+from nft_megatron.slurm.render import check, job_name, render, render_rollouts
 from nft_megatron.slurm.tools import SlurmError, call, jobs_named, show_job
 
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -29,6 +29,7 @@ def prepare(config: Config) -> Config:
     """
     config = _absolute(config)
     check_places(config)
+    check(config)
     folder = JobFolder(RunFolder(config.run_dir))
     _check_files(config)
     if (job_id := active_job(folder, job_name(config))) is not None:
