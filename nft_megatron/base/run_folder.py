@@ -177,18 +177,18 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             is_known = os.path.lexists(self._lock) or (self.config.exists() and self.ledgers.exists())
             lock = self._take(Deadline.of(wait_seconds))
+            try:
+                self._refuse_foreign(is_known)
+            except BaseException:
+                if not is_known:
+                    self._lock.unlink(missing_ok=True)
+                lock.close()
+                raise
         except OSError as error:
             if error.errno in PASSING:
                 raise
             problem = f"cannot be written ({error.filename}: {error.strerror})"
             raise UserError("run_dir", self.root, problem, "choose another folder") from error
-        try:
-            self._refuse_foreign(is_known)
-        except UserError:
-            if not is_known:
-                self._lock.unlink()
-            lock.close()
-            raise
         if is_known:
             for folder in self.folders:
                 remove_leftovers(folder)

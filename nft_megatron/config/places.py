@@ -27,12 +27,12 @@ def check_places(config: Config) -> None:
     """Raise :class:`ForeignFolderError` if the run would write to a folder it reads from, or read from one it writes to."""
     run = config.run_dir.resolve()
     written = [("run_dir", folder.resolve()) for folder in RunFolder(run).folders]
-    written += [("run_dir", run / name) for name in ("fleet", "slurm")]
+    written += [("run_dir", (run / name).resolve()) for name in ("fleet", "slurm")]
     written.append(("fleet.weights_dir", weights_folder(config)))
     for read, place in _read(config):
         for field, folder in written:
             if folder.is_relative_to(place) or (folder != run and place.is_relative_to(folder)):
-                value = config.run_dir if field == "run_dir" else config.fleet.weights_dir
+                value = config.run_dir if field == "run_dir" else folder
                 where = "is" if run == place else "would write into" if folder.is_relative_to(place) else "contains"
                 problem = f"{where} {read} = {place}"
                 raise ForeignFolderError(field, value, problem, "choose a folder that holds nothing but this run")

@@ -88,14 +88,19 @@ class Checkpoints:
         try:
             on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
             snapshot.write(temporary, topology)  # ends with checksums over all files
-            on_main(topology, lambda: publish_folder(temporary, target))
+            on_main(topology, lambda: self._publish(temporary, target))
         finally:
             if topology.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
         on_main(topology, lambda: self._keep_newest(step))
         return time.monotonic() - begin
 
+    def _publish(self, temporary: Path, target: Path) -> None:
+        self._folder.check_is_open()
+        publish_folder(temporary, target)
+
     def _keep_newest(self, step: int) -> None:
+        self._folder.check_is_open()
         self._folder.set_latest(step)
         for old in [other for other in self._folder.checkpoint_steps() if other <= step][: -self._num_kept]:
             remove(self._folder.checkpoint(old))

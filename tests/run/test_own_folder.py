@@ -6,6 +6,7 @@ import shutil
 import pytest
 from faults import train_without_locks
 from launcher import Ranks
+from waiting import until
 
 from nft_megatron.base.run_folder import RunFolder
 
@@ -66,3 +67,16 @@ def test_a_checkpoint_that_is_a_link_is_used_and_its_target_stays(run_config, co
     assert command("train", config, "train.num_steps=2").returncode == 0
     assert [path.name for path in run.checkpoints.glob("step_*")] == ["step_000002"]
     assert content(tmp_path / "elsewhere") == before
+
+
+def test_a_run_whose_lock_another_process_has_taken_ends_and_writes_no_more(run_config, start, tmp_path):
+    """As if somebody had deleted the lock of a run that he believed dead, and started it again."""
+    process, run = start("train", run_config(train={"num_steps": 1_000_000}, evaluate={"data": []})), tmp_path / "run"
+    until((run / "checkpoints" / "latest").exists, process=process)
+    (run / "lock").unlink()
+    with RunFolder(run).open():
+        ended = process.wait()
+        assert ended.returncode == 75 and "the same command" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+        rows = (run / "metrics.jsonl").read_text().splitlines()
+        newest = RunFolder(run).latest_step()
+        assert newest is not None and len(rows) - 1 <= newest <= len(rows)
