@@ -56,7 +56,15 @@ def check(config: Config) -> None:
     for field, path in (("run_dir", config.run_dir.resolve()), ("the current folder", Path.cwd())):
         if not re.fullmatch(r"[\w/.,:=@+-]+", str(path)):
             raise UserError(field, path, "NeMo-Run writes it unquoted into its batch script", "use no spaces, quotes, % and #")
-    sbatch_options(config.slurm.sbatch)
+    for field in ("account", "partition", "gres"):
+        _check_unquoted(f"slurm.{field}", getattr(config.slurm, field) or "")
+    for name, value in sbatch_options(config.slurm.sbatch).items():
+        _check_unquoted("slurm.sbatch", f"--{name}={value}")
+
+
+def _check_unquoted(field: str, value: str) -> None:
+    if re.search(r"[\s\"'#\\]", value):
+        raise UserError(field, value, "NeMo-Run writes it unquoted into its batch script", "use no spaces, quotes and #")
 
 
 def submit(config: Config, dry_run: bool) -> str | None:

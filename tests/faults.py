@@ -32,6 +32,12 @@ def train_with_broken_update(config: str) -> None:
         main(["train", config])
 
 
+def train_without_locks(config: str, number: int) -> None:
+    """``nft-megatron train`` on a file system whose locks fail with error ``number``, as on Lustre mounted without them."""
+    with mock.patch("fcntl.flock", side_effect=OSError(number, os.strerror(number))):
+        main(["train", config])
+
+
 def train_with_infinite_loss(config: str, *numbers: int) -> None:
     """``nft-megatron train`` in which the updates ``numbers`` (from 1) have an infinite loss but finite gradients."""
     update, measure, calls = Trainer.update, objective.measure, []

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = ".tmp-"
+_LEFTOVER = re.compile(rf"{re.escape(_PREFIX)}(old-)?[0-9]+-.+")
 
 
 def fsync_path(path: Path) -> None:
@@ -70,7 +72,7 @@ def make_temporary_folder(path: Path, *, make_parent: bool = True) -> Path:
     ``make_parent``: as ``make_folder`` of :func:`atomic_file`.
     """
     temporary = path.parent / f"{_PREFIX}{os.getpid()}-{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=make_parent)
     return temporary
 
@@ -82,14 +84,24 @@ def publish_folder(temporary: Path, path: Path) -> None:
             fsync_path(Path(folder) / name)
         fsync_path(Path(folder))
     aside = path.parent / f"{_PREFIX}old-{os.getpid()}-{path.name}"
-    if path.exists():
+    if os.path.lexists(path):
         os.replace(path, aside)
     os.replace(temporary, path)
     fsync_path(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(aside)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half-written in ``folder``."""
     for leftover in Path(folder).glob(f"{_PREFIX}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if _LEFTOVER.fullmatch(leftover.name):
+            remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that it contains, or a link, whose target stays. Nothing may be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.base.file_lock import PASSING, leads_to, open_to_lock, try_to_lock
+from nft_megatron.base.own_folder import ForeignFolderError, claim
 from nft_megatron.base.untrusted import read_text
 
 _LOCK_POLL_SECONDS = 0.5
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
-"""Errors of a file system that can be temporary."""
 TAKEN = "another process is training in it"
 _STEP = re.compile(r"step_[0-9]{6,12}")
 
@@ -41,6 +40,8 @@ class RunFolder:
     """
 
     root: Path
+    _opened: list[IO[bytes]] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The lock file, once this process has opened it. While it is open, no other file gets its inode."""
 
     @property
     def config(self) -> Path:
@@ -164,73 +165,107 @@ class RunFolder:
         names = (folder.name for folder in self.checkpoints.glob("step_*"))
         return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
 
-    def open(self, wait_seconds: float = 0.0) -> IO[str]:
+    def open(self, wait_seconds: float = 0.0) -> IO[bytes]:
         """Create the folder, take its lock and delete what a killed process left. Keep the returned file open.
 
-        Raises :class:`RunFolderTakenError` if another process is still training in this folder after ``wait_seconds``.
+        Raises:
+            RunFolderTakenError: another process is still training in this folder after ``wait_seconds``.
+            ForeignFolderError: what lies there, or where its links lead, is not this run's.
+            UserError: it cannot be written, or its file system has no locks.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = self._lock.open("w")
+            is_known = os.path.lexists(self._lock) or (self.config.exists() and self.ledgers.exists())
+            lock = self._take(Deadline.of(wait_seconds))
+            try:
+                self._refuse_foreign(is_known)
+            except BaseException:
+                if not is_known:
+                    self._lock.unlink(missing_ok=True)
+                lock.close()
+                raise
         except OSError as error:
             if error.errno in PASSING:
                 raise
-            raise UserError("run_dir", self.root, f"cannot be written: {error.strerror}", "choose another folder") from error
-        self._take(lock, Deadline.of(wait_seconds))
-        for folder in self._folders:
-            remove_leftovers(folder)
+            problem = f"cannot be written ({error.filename}: {error.strerror})"
+            raise UserError("run_dir", self.root, problem, "choose another folder") from error
+        if is_known:
+            for folder in self.folders:
+                remove_leftovers(folder)
+        self._opened[:] = [lock]
         return lock
 
     def make_folders(self) -> None:
         """Create the folders that a run writes into. Nothing creates them later: if one is missing, so is the run folder."""
-        for folder in self._folders:
+        for folder in self.folders:
             folder.mkdir(exist_ok=True)
 
     @property
-    def _folders(self) -> tuple[Path, ...]:
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that a run writes into: its own first, then those in it."""
         return self.root, self.logs, self.checkpoints, self.ledgers, self._rounds, self.root / "hf"
 
     def check_is_open(self) -> None:
         """Raise :class:`OSError` if the path no longer leads to the folder that this rank or another opened.
 
-        Once a file system is unmounted, writes to its paths land in the empty mount point.
+        Once a file system is unmounted, writes to its paths land in the empty mount point; and once the folder or its lock is
+        deleted, another run may begin under the same name.
         """
-        if not os.path.exists(self._lock):
+        if not (leads_to(self._lock, self._opened[0]) if self._is_open_here else os.path.exists(self._lock)):
             raise OSError(errno.ESTALE, "the run folder has disappeared", str(self.root))
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
-        """The folder is open. A failure inside the ``with`` block because the folder disappeared, such as a missing ledger,
-        becomes :class:`StoppedEarly`.
+        """The folder is open, by this rank or another. A failure inside the ``with`` block because the folder disappeared, such
+        as a missing ledger, becomes :class:`StoppedEarly`.
         """
-        try:
-            yield
-        except StoppedEarly:
-            raise
-        except Exception as error:
+        with contextlib.ExitStack() as stack:
+            if not self._is_open_here:
+                with contextlib.suppress(OSError):
+                    self._opened[:] = [stack.enter_context(self._lock.open("rb", buffering=0))]
             try:
-                self.check_is_open()
-            except OSError:
-                raise StoppedEarly(
-                    f"{self.root} has disappeared; once it is back, the same command resumes from its newest checkpoint"
-                ) from error
-            raise
+                yield
+            except StoppedEarly:
+                raise
+            except Exception as error:
+                try:
+                    self.check_is_open()
+                except OSError:
+                    raise StoppedEarly(
+                        f"{self.root} has disappeared; once it is back, the same command resumes from its newest checkpoint"
+                    ) from error
+                raise
 
     @property
     def _lock(self) -> Path:
         return self.root / "lock"
 
-    def _take(self, lock: IO[str], deadline: Deadline) -> None:
+    @property
+    def _is_open_here(self) -> bool:
+        return bool(self._opened) and not self._opened[0].closed
+
+    def _take(self, deadline: Deadline) -> IO[bytes]:
+        """The lock file, locked, once the path leads to it."""
         while True:
+            lock = open_to_lock(self._lock)
             try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if deadline.has_passed:
-                    lock.close()
-                    raise RunFolderTakenError(
-                        "run_dir",
-                        self.root,
-                        TAKEN,
-                        "wait for it, stop it, or choose another folder",
-                    ) from error
+                is_ours = try_to_lock(lock, "run_dir", self.root) and leads_to(self._lock, lock)
+            except BaseException:
+                lock.close()
+                raise
+            if is_ours:
+                return lock
+            lock.close()
+            if deadline.has_passed:
+                raise RunFolderTakenError("run_dir", self.root, TAKEN, "wait for it, stop it, or choose another folder")
             time.sleep(_LOCK_POLL_SECONDS)
+
+    def _refuse_foreign(self, is_known: bool) -> None:
+        """Raise :class:`ForeignFolderError` where files could be replaced or deleted that are not the run's."""
+        if not is_known:
+            for steps in (self.checkpoints, self.root / "hf"):
+                if found := [path.name for path in steps.glob("step_*") if _STEP.fullmatch(path.name)]:
+                    problem = f"holds no run, but {steps.name}/{min(found)}"
+                    raise ForeignFolderError("run_dir", self.root, problem, "choose another folder, or move that away")
+        for folder in self.folders[1:]:
+            claim(folder, self.root)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nft_megatron.base.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
+from nft_megatron.base.own_folder import ForeignFolderError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
 from nft_megatron.lifecycle.exit_report import ExitReport, phase_of, write_exit_report, write_if_responsive
@@ -74,7 +75,9 @@ def _leave_fault(options: argparse.Namespace, error: Exception) -> None:
 
 
 def _leave_exit_report(options: argparse.Namespace, code: int, message: str, error: BaseException) -> None:
-    """Write an exit report for whoever started this rank, unless the folder belongs to another process."""
+    """Write an exit report for whoever started this rank, unless the folder belongs to another process or is no run's."""
     run_dir: Path | None = getattr(options, "run_dir", None)
-    if run_dir is not None and (is_attempt() or not isinstance(error, RunFolderTakenError)):
+    if isinstance(error, ForeignFolderError) or (isinstance(error, RunFolderTakenError) and not is_attempt()):
+        return
+    if run_dir is not None:
         write_exit_report(run_dir, ExitReport.here(code, message, phase_of(error)))

@@ -22,7 +22,7 @@ from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.rounds import Rounds
 from nft_megatron.collect.verdict_counts import describe_verdicts
 from nft_megatron.config.sections import RolloutConfig
-from nft_megatron.data.ledger import Fate, read_groups, read_meta, write_ledger
+from nft_megatron.data.ledger import Fate, check_step, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.observe.collected import sampled_metrics, trained_metrics
 from nft_megatron.observe.metrics import MetricsRow
@@ -112,12 +112,14 @@ class Collector:
     def collect(self, step: int, state: CollectorState) -> tuple[Dataset, CollectorState]:
         """The step's ledger, read back if it exists already, and the state that the next step starts from.
 
-        Raises :class:`UserError` if no question got both right and wrong answers, or if the questions differ from those that
-        the run started with; :class:`~nft_megatron.base.errors.StoppedEarly` if interrupted, with finished groups saved.
+        Raises :class:`UserError` if no question got both right and wrong answers, if the questions differ from those that the
+        run started with, or if the ledger is another step's; :class:`~nft_megatron.base.errors.StoppedEarly` if interrupted,
+        with finished groups saved.
         """
         path = self.folder.ledger(step)
         self._check_questions(state.questions)
         generated_tokens = 0 if path.exists() else self._fill(path, step, state)
+        check_step(path, step, oldest=step - self.settings.max_staleness)
         for part in self.folder.rounds(step):
             part.unlink()
         with self.client.timer.phase("ledger"):
@@ -180,6 +182,7 @@ class Collector:
             }
             fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
             meta = {
+                "step": step,
                 "cursor": cursor,
                 "mixed_rate": mixed_rate,
                 "questions": self.questions,

@@ -18,7 +18,7 @@ from nft_megatron.base.records import Group, Sampling
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.config.sections import RolloutConfig
-from nft_megatron.data.ledger import read_groups, read_meta, write_ledger
+from nft_megatron.data.ledger import check_step, read_groups, read_meta, write_ledger
 from nft_megatron.data.prompts import PromptOrder
 
 _NUM_ASKED = "num_asked"
@@ -53,10 +53,13 @@ class Rounds:
     def ask(self, step: int, number: int, cursor: int, num_questions: int, missing: int, label: str) -> Round:
         """Run round ``number`` of ``step``: ask ``num_questions`` questions from ``cursor`` on to get ``missing`` mixed groups.
 
-        Raises :class:`StoppedEarly` if interrupted, with the groups finished by then on disk.
+        Raises :class:`StoppedEarly` if interrupted, with the groups finished by then on disk; :class:`UserError` for parts of
+        another step.
         """
         with self.client.timer.phase("ledger"):
             parts = self.folder.round_parts(step, number)
+            for part in parts:
+                check_step(part, step, oldest=step)
             earlier = [group for part in parts for group, _ in read_groups(part)]
             num_asked = next((meta[_NUM_ASKED] for meta in map(read_meta, reversed(parts)) if _NUM_ASKED in meta), None)
         if num_asked is not None:

@@ -73,7 +73,8 @@ class FleetConfig(ConfigModel):
     """How weights reach the servers. ``folder``: as files in weights_dir, which all machines must see. ``transfer``: a
     broadcast over the network (NCCL between GPUs, gloo otherwise), straight from the trainer's shards."""
     weights_dir: LoosePath | None = None
-    """null: RUN/weights. A folder in /dev/shm is faster when all servers run on the trainer's machine."""
+    """null: RUN/weights. A folder in /dev/shm is faster when all servers run on the trainer's machine. Runs may share it: each
+    has a folder of its own in it."""
     keep_copy: bool = True
     """With ``transfer``: also write files, for servers that join or restart later. false: they wait for the next weights."""
     bucket_bytes: PositiveInt = 1 << 30

@@ -7,7 +7,6 @@ verifies the journal's tensors by reading them back; with any other it starts ov
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nft_megatron.base.atomic_io import fsync_path, publish_folder
+from nft_megatron.base.atomic_io import fsync_path, publish_folder, remove
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.file_lock import leads_to, try_to_lock
 from nft_megatron.convert.manifest import NAME as MANIFEST
 
 _JOURNAL = "journal.jsonl"
@@ -45,10 +45,11 @@ class PartialFolder:
         self._lock = threading.Lock()
         self._journal = (self.path / _JOURNAL).open("a+")
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            if not (try_to_lock(self._journal, "DST", final) and leads_to(self.path / _JOURNAL, self._journal)):
+                raise UserError("DST", final, "is being written by another process", "wait for it, or give another name")
+        except BaseException:
             self._journal.close()
-            raise UserError("DST", final, "is being written by another process", "wait for it, or give another name") from error
+            raise
         self.done: Mapping[str, Mapping[str, Any]] = self._take_up()
         self._refuse_full_disk(num_bytes)
 
@@ -91,7 +92,7 @@ class PartialFolder:
         kept = {_JOURNAL, *(self._identity["files"] if is_same else ())}
         for path in self.path.iterdir():
             if path.name not in kept:  # another conversion's, or an earlier process's last writes
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
         self._journal.truncate(0)
         self._journal.writelines(json.dumps(line) + "\n" for line in good)
         self._journal.flush()

@@ -117,6 +117,23 @@ def read_meta(path: Path) -> dict[str, Any]:
         return json.loads(ledger.schema_arrow.metadata[_META_KEY])
 
 
+def check_step(path: Path, step: int, oldest: int) -> None:
+    """Refuse the file of another step, such as a copy under another name.
+
+    ``oldest``: the first step whose groups ``step`` may train on; before ``step`` itself where steps are collected ahead.
+
+    Raises:
+        UserError: naming the step that the file was written for, or a row's.
+    """
+    with _open(path) as ledger:
+        written_for = json.loads(ledger.schema_arrow.metadata[_META_KEY]).get("step", step)
+        steps = ledger.read(columns=["step"])["step"].unique().to_pylist()
+    others = [written_for] if written_for != step else [each for each in steps if each is None or not oldest <= each <= step]
+    if others:
+        problem = f"holds the answers of step {others[0]}, not of step {step}"
+        raise UserError("ledger", path, problem, "restore the file of that name, or delete it to collect its step anew")
+
+
 def read_verifiers(path: Path) -> list[str]:
     """The verifiers that judged the answers in the file, each once, in order: versions of rules, as in a verdict."""
     with _open(path) as ledger:

@@ -23,6 +23,7 @@ from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.logprob_probe import LogprobProbe
 from nft_megatron.collect.rules import earlier_rules
 from nft_megatron.config.load import dump_config, flatten, load_config
+from nft_megatron.config.places import check_places
 from nft_megatron.config.schema import Config
 from nft_megatron.data.prompts import PromptOrder
 from nft_megatron.data.tokenizer import load_tokenizer
@@ -94,6 +95,7 @@ def build_run(config: Config) -> Iterator[Run]:
     """
     config = _as_begun(config)
     here = rank_info()
+    check_places(config)
     remove_exit_report(config.run_dir, here.rank)
     if here.rank == 0:
         stop = StopRequests(RunFolder(config.run_dir).stop, TimeLimit.of_job(config.deadlines.leave_seconds))

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-from nft_megatron.base.atomic_io import make_temporary_folder, publish_folder
+from nft_megatron.base.atomic_io import make_temporary_folder, publish_folder, remove
 from nft_megatron.base.background import in_background
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
@@ -88,17 +88,22 @@ class Checkpoints:
         try:
             on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
             snapshot.write(temporary, topology)  # ends with checksums over all files
-            on_main(topology, lambda: publish_folder(temporary, target))
+            on_main(topology, lambda: self._publish(temporary, target))
         finally:
             if topology.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
         on_main(topology, lambda: self._keep_newest(step))
         return time.monotonic() - begin
 
+    def _publish(self, temporary: Path, target: Path) -> None:
+        self._folder.check_is_open()
+        publish_folder(temporary, target)
+
     def _keep_newest(self, step: int) -> None:
+        self._folder.check_is_open()
         self._folder.set_latest(step)
         for old in [other for other in self._folder.checkpoint_steps() if other <= step][: -self._num_kept]:
-            shutil.rmtree(self._folder.checkpoint(old))
+            remove(self._folder.checkpoint(old))
 
     def restore(self) -> tuple[int, CollectorState | None]:
         """Restore the newest good checkpoint: returns its step (0 if there is none) and, on rank 0, the collector's state.

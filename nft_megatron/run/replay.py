@@ -25,7 +25,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import config_from, load_config
 from nft_megatron.config.schema import Config
-from nft_megatron.data.ledger import read_verifiers
+from nft_megatron.data.ledger import check_step, read_verifiers
 from nft_megatron.model.control import on_main, together
 from nft_megatron.observe.metrics import MetricsRow, read_metrics
 from nft_megatron.run.build import build_trainer
@@ -59,7 +59,7 @@ def replay(run_dir: Path, step: int, overrides: Sequence[str], save: Path | None
     folder = RunFolder(run_dir)
     config = replay_config(folder, overrides)
     with init_distributed(config) as topology:
-        on_main(topology, lambda: _check_is_there(folder, step))
+        on_main(topology, lambda: _check_is_there(folder, step, config.rollout.max_staleness))
         on_main(topology, lambda: _tell_rules(folder.ledger(step), config.verify.mode))
         reference = on_main(topology, lambda: _recorded(folder, step) if against is None else _load_metrics(against))
         trainer = together(topology, lambda: build_trainer(config, topology, read_shape(config.model.path)))
@@ -94,7 +94,7 @@ def replay_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
     return config_from(tree, overrides)
 
 
-def _check_is_there(folder: RunFolder, step: int) -> None:
+def _check_is_there(folder: RunFolder, step: int, max_staleness: int) -> None:
     ledgers = sorted(int(path.stem.removeprefix("step_")) for path in folder.ledgers.glob("step_*.parquet"))
     possible = [each for each in ledgers if each == 1 or folder.checkpoint(each - 1).is_dir()]
     if step not in possible:
@@ -105,6 +105,7 @@ def _check_is_there(folder: RunFolder, step: int) -> None:
             f"has no {lacks}",
             f"one of {', '.join(map(str, possible)) or 'none'}; checkpoint.every and checkpoint.keep decide what a run keeps",
         )
+    check_step(folder.ledger(step), step, oldest=step - max_staleness)
 
 
 def _tell_rules(ledger: Path, mode: str) -> None:

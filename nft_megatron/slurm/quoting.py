@@ -39,6 +39,36 @@ def own_option(text: str) -> str:
     return sbatch_word(f"{name}={value}") if separator == "=" else f"{name} {sbatch_word(value)}"
 
 
+def words(line: str) -> list[str]:
+    r"""The words that sbatch reads in a #SBATCH line.
+
+    >>> words(r'--comment="a \"b\" #1" --wr"ap"=ls # not this')
+    ['--comment=a "b" #1', '--wrap=ls']
+
+    Raises ``ValueError`` for a quote that is not closed.
+    """
+    found: list[str] = []
+    word: list[str] | None = None
+    quote, letters = "", iter(line)
+    for letter in letters:
+        if letter == "\\":
+            word = [*(word or []), next(letters, letter)]
+        elif letter == quote:
+            quote = ""
+        elif not quote and letter in "\"'":
+            quote, word = letter, word or []
+        elif not quote and (letter.isspace() or letter == "#"):
+            found += ["".join(word)] if word is not None else []
+            word = None
+            if letter == "#":
+                break
+        else:
+            word = [*(word or []), letter]
+    if quote:
+        raise ValueError(f"has a {quote} that is not closed")
+    return [*found, "".join(word)] if word is not None else found
+
+
 def file_pattern(path: Path) -> str:
     """``path`` where Slurm expects a pattern: its own percent signs are no symbols.
 

@@ -13,6 +13,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job_folder import JobFolder
+from nft_megatron.slurm.options import check_own_options
 from nft_megatron.slurm.quoting import file_pattern, own_option, sbatch_word
 from nft_megatron.slurm.steps import gres_of, python_of
 
@@ -38,7 +39,7 @@ def render(config: Config, config_path: Path, overrides: Sequence[str] = ()) -> 
     That command reads ``config_path`` and ``overrides``. The job starts in the current folder.
 
     Raises:
-        UserError: rollout nodes that would never be used.
+        UserError: rollout nodes that would never be used; an option, a folder or a path that the script cannot have.
     """
     check(config)
     folder = _folder(config).root
@@ -109,7 +110,11 @@ def _folder(config: Config) -> JobFolder:
 
 
 def check(config: Config, *, rollouts: bool = False) -> None:
-    """Raise ``UserError`` if nodes would be idle."""
+    """Raise ``UserError`` if nodes would be idle, or for what a batch script cannot say."""
+    check_own_options(config.slurm.sbatch)
+    if not str(Path.cwd()).isprintable():
+        problem, remedy = "the batch script cannot name it", "start from a folder without line breaks and tabs in its path"
+        raise UserError("the current folder", Path.cwd(), problem, remedy)
     if (config.cluster.rollout_nodes or rollouts) and config.rollout.engine != "vllm":
         raise UserError(
             "rollout.engine",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nft_megatron.config.schema import Config
+from nft_megatron.config.slurm import GPUS_PER_NODE
 from nft_megatron.rollout.fleet.nccl import servers_python
 from nft_megatron.slurm.quoting import file_pattern
 
@@ -122,4 +123,4 @@ def _srun(config: Config, nodes: Sequence[str], *, tasks_per_node: int, cpus_per
 
 def gres_of(config: Config) -> str:
     """The resources requested of each node."""
-    return config.slurm.gres.format(gpus_per_node=config.cluster.gpus_per_node)
+    return config.slurm.gres.replace(GPUS_PER_NODE, str(config.cluster.gpus_per_node))

@@ -11,9 +11,11 @@ from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import dump_config
+from nft_megatron.config.places import check_places
 from nft_megatron.config.schema import Config
 from nft_megatron.slurm.job_folder import JobFolder
-from nft_megatron.slurm.render import job_name, render, render_rollouts
+from nft_megatron.slurm.options import excluded_nodes
+from nft_megatron.slurm.render import check, job_name, render, render_rollouts
 from nft_megatron.slurm.tools import SlurmError, call, jobs_named, show_job
 
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -26,6 +28,8 @@ def prepare(config: Config) -> Config:
         UserError: a file is missing, the run does not fit its GPUs, one of its jobs is active, or Slurm refuses the script.
     """
     config = _absolute(config)
+    check_places(config)
+    check(config)
     folder = JobFolder(RunFolder(config.run_dir))
     _check_files(config)
     if (job_id := active_job(folder, job_name(config))) is not None:
@@ -96,8 +100,7 @@ def active_job(folder: JobFolder, name: str) -> str | None:
 
 def _without(folder: JobFolder, config: Config) -> list[str]:
     """sbatch's option that keeps jobs off bad nodes and those that the user excludes."""
-    own = [option.removeprefix("--exclude=") for option in config.slurm.sbatch if option.startswith("--exclude=")]
-    nodes = ",".join([*own, *folder.excluded()])
+    nodes = ",".join([*excluded_nodes(config.slurm.sbatch), *folder.excluded()])
     return [f"--exclude={nodes}"] if nodes else []
 
 

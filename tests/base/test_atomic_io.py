@@ -1,6 +1,6 @@
 import pytest
 
-from nft_megatron.base.atomic_io import atomic_file, atomic_folder, remove_leftovers
+from nft_megatron.base.atomic_io import atomic_file, atomic_folder, remove, remove_leftovers
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
 
@@ -46,6 +46,20 @@ def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path):
     (tmp_path / ".hidden").touch()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "step_000001"]
+
+
+def test_links_are_replaced_and_deleted_and_their_targets_stay(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("kept")
+    for name in ("a", "b", "c"):
+        (tmp_path / name).symlink_to("precious" if name != "c" else "absent")
+    for name in ("a", "c"):
+        with atomic_folder(tmp_path / name) as temporary:
+            (temporary / "file").write_text("new")
+    remove(tmp_path / "b")
+    remove(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "precious"]
+    assert [(tmp_path / name / "file").read_text() for name in ("a", "c", "precious")] == ["new", "new", "kept"]
 
 
 def test_run_folder_is_locked_once_and_finds_its_checkpoints(tmp_path):

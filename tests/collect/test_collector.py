@@ -417,6 +417,46 @@ def test_round_size(collector, tmp_path, missing, rate, expected):
     assert collector(tmp_path, oversample=3.0)._round_size(missing, rate) == expected
 
 
+def rewritten(source, target, *, with_step: bool):
+    """A copy of a ledger; without ``with_step`` as earlier versions wrote it, whose file did not name its step."""
+    meta = {key: value for key, value in read_meta(source).items() if with_step or key != "step"}
+    groups, fates = zip(*read_groups(source), strict=True)
+    write_ledger(target, groups, fates=fates, meta=meta)
+
+
+@pytest.mark.parametrize("with_step", [True, False])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_the_ledger_of_another_step_is_refused(collector, tmp_path, with_step, staleness):
+    built = collector(tmp_path / "run", max_staleness=staleness)
+    collected, state = built.collect(1, CollectorState())
+    later = built.folder.ledger(2 + staleness)
+    rewritten(collected.ledger, later, with_step=with_step)
+    with pytest.raises(UserError, match=rf"^ledger = .*{later.name}: holds the answers of step 1, not of step {2 + staleness}"):
+        built.collect(2 + staleness, state)
+    later.rename(built.folder.ledger(1))
+    assert built.collect(1, CollectorState())[1].cursor == state.cursor, "under its own name it is right"
+
+
+def test_a_ledger_of_groups_from_the_step_before_is_right(collector, tmp_path):
+    built = collector(tmp_path / "run", questions_per_step=2, oversample=4.0, max_staleness=1)
+    _, state = built.collect(1, CollectorState())
+    assert len(state.surplus) >= 2, "or nothing is shown"
+    second, _ = built.collect(2, state)
+    assert set(read_index(second.ledger).step.tolist()) == {1}
+    assert built.collect(2, state)[0].metrics == second.metrics, "read back"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_parts_of_a_round_of_another_step_are_refused(collector, tmp_path, number):
+    broken = collector(tmp_path / "run", fails_in=1, questions_per_step=12)
+    with pytest.raises(ConnectionError):
+        broken.collect(1, CollectorState())
+    (part,) = broken.folder.rounds(1)
+    part.rename(broken.folder.round_part(2, number, 0))
+    with pytest.raises(UserError, match=r"^ledger = .*step_000002_round_0\d_part_0000.*: holds the answers of step 1, not"):
+        collector(tmp_path / "run", questions_per_step=12).collect(2, CollectorState())
+
+
 def test_a_run_folder_that_has_disappeared_is_not_recreated(collector, tmp_path):
     collect = collector(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

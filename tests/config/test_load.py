@@ -196,10 +196,10 @@ def test_a_file_is_yaml_1_2(minimal):
     "text", ["on", "24:00:00", "1e3", "0895", "0o17", "null", "~", "é😀", "a\nb ", " #x", "2026-01-02", "y: z", "="]
 )
 def test_a_text_that_looks_like_something_else_is_dumped_as_a_text(minimal, tmp_path, text):
-    tree = MINIMAL | {"slurm": {"account": text}, "rollout": {"stop": [text, "b"]}}
+    tree = MINIMAL | {"slurm": {"preflight_command": text}, "rollout": {"stop": [text, "b"]}}
     config = config_from(tree)
     (tmp_path / "dumped.yaml").write_text(dump_config(config), encoding="utf-8")
-    assert load_config(tmp_path / "dumped.yaml").slurm.account == text
+    assert load_config(tmp_path / "dumped.yaml").slurm.preflight_command == text
     assert load_config(tmp_path / "dumped.yaml") == config
 
 
@@ -207,7 +207,7 @@ def test_a_text_that_looks_like_something_else_is_dumped_as_a_text(minimal, tmp_
 def test_a_record_that_pyyaml_wrote_reads_back_equal(minimal, tmp_path, text):
     """As every run folder's was, before ruamel.yaml wrote them."""
     config = config_from(
-        MINIMAL | {"slurm": {"account": text}, "optimizer": {"learning_rate": 1e-6}, "rollout": {"stop": [text]}}
+        MINIMAL | {"slurm": {"preflight_command": text}, "optimizer": {"learning_rate": 1e-6}, "rollout": {"stop": [text]}}
     )
     written = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (tmp_path / "config.yaml").write_text(written, encoding="utf-8")

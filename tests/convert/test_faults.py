@@ -310,6 +310,28 @@ def test_an_existing_name_and_a_second_process_are_refused(sources, converted: P
             to_megatron(sources["untied"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_not_another_process(sources, tmp_path: Path, monkeypatch, number: int):
+    def no_lock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    with pytest.raises(UserError, match=r"^DST = .*/out: cannot be locked: .*; mount its file system with locks"):
+        to_megatron(sources["untied"], tmp_path / "out")
+
+
+def test_what_a_conversion_links_to_stays(sources, tmp_path: Path):
+    """A link in the folder of an earlier conversion is deleted, and so is one in its place; what they lead to is not."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "weights").write_text("kept")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.jsonl").touch()
+    (tmp_path / "out.partial" / "link").symlink_to(tmp_path / "precious")
+    to_megatron(sources["untied"], tmp_path / "out")
+    assert (tmp_path / "precious" / "weights").read_text() == "kept"
+    assert not (tmp_path / "out" / "link").is_symlink()
+
+
 def test_exit_codes_and_messages(command, sources, changed, tmp_path: Path):
     assert command("convert", "to-megatron", sources["untied"], tmp_path / "megatron").returncode == 0
     same = command("convert", "check", sources["untied"], tmp_path / "megatron")

@@ -79,6 +79,11 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(slurm_run):
         ("run_dir=/shared/nemo_runs/a", "run_dir = /shared/nemo_runs/a: contains /nemo_run"),
         ("slurm.restart=chain", "slurm.restart = chain: is not supported with NeMo-Run"),
         ('slurm.sbatch=["-q high"]', "slurm.sbatch = -q high: is not of the form --option=value"),
+        ('slurm.sbatch=["--comment=a --uid=0"]', "slurm.sbatch = --comment=a --uid=0: NeMo-Run writes it unquoted"),
+        ("slurm.account='a --uid=root'", "slurm.account = a --uid=root: NeMo-Run writes it unquoted"),
+        ("slurm.partition='a\"'", 'slurm.partition = a": NeMo-Run writes it unquoted'),
+        ("slurm.gres='gpu:1 #'", "slurm.gres = gpu:1 #: NeMo-Run writes it unquoted"),
+        ("slurm.sbatch=--uid=0", "slurm.sbatch = --uid=0: would run the job as another user"),
     ],
 )
 def test_what_it_has_no_way_for_is_refused_before_anything_is_written(

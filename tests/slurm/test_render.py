@@ -1,12 +1,16 @@
 """The batch script, and the steps under srun."""
 
 import json
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.cli.main import main
 from nft_megatron.config.load import load_config
 from nft_megatron.config.slurm import SlurmConfig
 from nft_megatron.slurm.render import job_name, render, render_rollouts
@@ -140,6 +144,74 @@ def test_paths_that_slurm_cannot_write_to_are_refused(config, path):
     settings = config()[0].model_copy(update={"run_dir": Path("runs") / path})
     with pytest.raises(UserError, match=r"run_dir = .*Slurm cannot write files to such a path; use no backslash"):
         render(settings, Path("config.yaml"))
+
+
+LINE_BREAKS = {
+    ("job_name", "account", "partition"): [r'"x\ntouch PWNED\n#"', r'"x\rid"', r'"x\x85id"'],
+    ("gres", "sbatch", "python"): [r'"/a:1\nid"', r'"/a\eid"', r'"/a\x85id"'],
+    ("container_image", "container_mounts"): [r'"/a:/b\nid"', r'"/a\tid"'],
+}
+HOSTILE = {
+    **{f"slurm.{key}": values for keys, values in LINE_BREAKS.items() for key in keys},
+    "run_dir": [r'"runs/a\nid\n/run"', r'"runs/a\tb"', r'"runs/a\x7f"'],
+    "slurm.gres ": ["gpu:{gpu}", "'gpu:{'", "'gpu:}'", "'{}'", "'{0}'", "'{{gpus_per_node}}'"],
+    "slurm.gres  ": ["gpu:{gpus_per_node.__class__.__mro__}", "'{gpus_per_node!r}'", "'{gpus_per_node:>9}'"],
+    "slurm.time": ["-5", "'-5'", "'-1:00:00'", "1:-5", "0", "'0'", "0:00:00", "0-0", "99999999999-00", "99999-0"],
+    "slurm.time ": [r"'1:00:00\nid'", r'"1:00:00\nid"', "1:2:3:4", "٣", "1e3", "true", "-0.5", "''"],
+    **{f"slurm.{key}": [0, -5] for key in ("signal_seconds", "preflight_seconds", "chain_jobs", "max_failures")},
+}
+"""Values by key, as an override has them; white space tells several lines of a key apart."""
+
+
+@pytest.mark.parametrize(("key", "value"), [(key.strip(), value) for key, values in HOSTILE.items() for value in values])
+def test_what_would_add_to_the_script_is_refused_by_its_key(config, key, value):
+    with pytest.raises(UserError) as refused:
+        config(f"{key}={value}")
+    assert str(refused.value).startswith(f"{key} = ") and "; " in str(refused.value) and str(refused.value).isprintable()
+
+
+def test_render_says_so_with_exit_code_2(config, monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    _, path = config()
+    for override in ('slurm.account="a\\nrm -rf $HOME"', "slurm.sbatch=--uid=0"):
+        with pytest.raises(SystemExit) as end:
+            main(["slurm", "render", str(path), override])
+        said = capsys.readouterr()
+        assert (end.value.code, said.out) == (2, "")
+        assert said.err.startswith(f"nft-megatron: {override.partition('=')[0]} = ") and said.err.count("\n") == 1
+
+
+ODD_TEXT = ("my job", "$(touch PWNED)`id`", "a --uid=root", "p\"'; id", "a #b", "100%j", "a\\", "ü", "-x", "--wrap=id", "'")
+
+
+@pytest.mark.parametrize("text", ODD_TEXT)
+def test_odd_text_of_one_line_stays_within_its_option(config, text):
+    settings, path = config()
+    fields = {"job_name": text, "account": text, "partition": text, "gres": text, "python": Path(text)}
+    settings = settings.model_copy(update={"slurm": SlurmConfig(**fields)})
+    plain = render(config()[0], path)
+    for script in (render(settings, path), render_rollouts(settings, path, 2)):
+        read = [words(line) for line in options_of(script)]
+        assert all(len(line) == 1 for line in read), "each line is one option"
+        found = dict(line[0].split("=", 1) for line in read if "=" in line[0])
+        assert (found["--account"], found["--partition"], found["--gres"]) == (text, text, text)
+        body = [line for line in script.splitlines() if line and not line.startswith("#")]
+        assert body[:-1] == [line for line in plain.splitlines() if line and not line.startswith("#")][:-1]
+        assert shlex.split(body[-1])[:2] == ["exec", text]
+
+
+def test_a_current_folder_that_no_line_can_hold_is_refused(config, tmp_path, monkeypatch):
+    settings, path = config()
+    (tmp_path / "a\nb").mkdir()
+    monkeypatch.chdir(tmp_path / "a\nb")
+    with pytest.raises(UserError, match=r"^the current folder = .*a\\nb: the batch script cannot name it; start from"):
+        render(settings, path)
+
+
+def test_placeholders_of_gres_are_filled_in(config):
+    for gres, filled in (("gpu:h100:{gpus_per_node}", "gpu:h100:8"), ("gpu:{gpus_per_node},nvme:1", "gpu:8,nvme:1")):
+        settings, path = config(f"slurm.gres={json.dumps(gres)}")
+        assert f"--gres={filled}" in options_of(render(settings, path))
 
 
 def test_a_real_sbatch_reads_it(lab, config, tmp_path, monkeypatch):

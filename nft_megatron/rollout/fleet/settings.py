@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from nft_megatron.config.places import weights_folder
 from nft_megatron.config.schema import Config
 from nft_megatron.rollout.fleet.fleet import Fleet
 from nft_megatron.rollout.fleet.registry import run_key
@@ -41,7 +42,6 @@ def open_fleet(config: Config, interrupted: Callable[[], str | None] = lambda: N
     """
     if config.fleet.servers:
         check_installed(str(config.fleet.python or sys.executable))
-    weights_dir = (config.fleet.weights_dir or config.run_dir / "weights").resolve()
-    fleet = Fleet(config.fleet, server_settings(config), weights_dir, seed=config.seed, interrupted=interrupted)
+    fleet = Fleet(config.fleet, server_settings(config), weights_folder(config), seed=config.seed, interrupted=interrupted)
     fleet.start()
     return fleet

@@ -5,8 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nft_megatron.base.errors import UserError
+from nft_megatron.base.errors import StoppedEarly, UserError
+from nft_megatron.config.load import load_config
 from nft_megatron.rollout.fleet.broadcast import fill_buckets, open_bucket
+from nft_megatron.rollout.fleet.settings import open_fleet
 from nft_megatron.rollout.fleet.versions import CheckedStream, VersionWriter, remove_versions
 from nft_megatron.weights.fingerprint import weights_fingerprint
 from nft_megatron.weights.hf_reader import HFReader
@@ -78,6 +80,40 @@ def test_old_versions_are_removed_and_other_folders_kept(tmp_path):
         (tmp_path / name).mkdir()
     remove_versions(tmp_path, keep={2, 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "version_000002", "version_000003", "version_x"]
+
+
+def test_a_version_that_is_a_link_costs_nothing_of_its_target(tensors, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "weights").write_text("kept")
+    for version in (1, 2):
+        (tmp_path / f"version_{version:06d}").symlink_to("precious")
+    remove_versions(tmp_path, keep=set())
+    VersionWriter(tmp_path, 2, shard_bytes=10_000).write(tensors.items())
+    assert (tmp_path / "version_000002" / "model-00001.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["weights"]
+
+
+def test_runs_that_share_a_folder_delete_nothing_of_each_other_or_of_others(model_folder, run_config, tmp_path):
+    shared = tmp_path / "weights"
+    (shared / "version_000001").mkdir(parents=True)
+    (shared / ".tmp-1-version_000002").write_text("kept")
+    options = ["rollout.engine=vllm", "fleet.wait_seconds=0.001", f"fleet.weights_dir={shared}"]
+    fleets = [open_fleet(load_config(run_config(name), options)) for name in ("a", "b")]
+    with HFReader(model_folder) as reader:
+        weights = {name: reader.read(name, 0, 0, reader.shape(name)[0]) for name in reader.names}
+
+    def folders(name):
+        return sorted(path.parent.name.rpartition("-")[0] for path in shared.glob("*-*/version_*") if path.name == name)
+
+    for version, fleet in ((1, fleets[0]), (1, fleets[1]), (2, fleets[1])):
+        with pytest.raises(StoppedEarly):
+            fleet.publish(weights.items(), version)
+    assert folders("version_000001") == ["a", "b"] and folders("version_000002") == ["b"]
+    fleets[1].close()
+    assert folders("version_000001") == ["a"], "a run's versions outlive those of others"
+    fleets[0].close()
+    assert {path.name for path in shared.iterdir() if "-" not in path.name} == {"version_000001"}
+    assert (shared / ".tmp-1-version_000002").exists() and not list(shared.glob("*-*/version_*"))
 
 
 @pytest.mark.parametrize("max_bytes", [64, 700, 1 << 20])
