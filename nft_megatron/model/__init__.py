@@ -7,6 +7,7 @@
 import importlib
 import logging
 import warnings
+from typing import Any
 
 import torch
 
@@ -36,6 +37,11 @@ _silence("megatron.core.distributed.distributed_data_parallel", "full_param_layo
 _silence("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated")
 
 
+def _eager(model: Any = None, **_: object) -> Any:
+    """torch.compile that compiles nothing, also as a decorator with options."""
+    return (lambda function: function) if model is None else model
+
+
 def _import_megatron() -> None:
     """Import Megatron-Core, without a GPU in about four fifths of the time.
 
@@ -43,12 +49,12 @@ def _import_megatron() -> None:
     """
     compiling = torch.compile
     if not torch.cuda.is_available():
-        torch.compile = lambda model=None, **options: (lambda function: function) if model is None else model
+        setattr(torch, "compile", _eager)  # noqa: B010 (mypy takes no other assignment to it)
     try:
         importlib.import_module("megatron.core.distributed")
         importlib.import_module("megatron.core.models.gpt")
     finally:
-        torch.compile = compiling
+        setattr(torch, "compile", compiling)  # noqa: B010
 
 
 _import_megatron()
