@@ -250,7 +250,13 @@ class ClusterConfig(ConfigModel):
     trainer_nodes: PositiveInt = 1
     """Nodes that train."""
     rollout_nodes: Annotated[int, Field(ge=0)] = 0
-    """Nodes that only generate answers. 0: the trainers' nodes do both."""
+    """Nodes that only generate answers. 0: the engine runs beside the trainers (the embedded one), on GPUs that fleet.devices
+    names, or at fleet.urls."""
+    node_memory_gb: PositiveFloat = 2000.0
+    """Host memory of a node, in GB of 10^9 bytes. The default is a DGX H100's; ``plan`` refuses a run that needs more."""
+    filesystem_gb_per_second: PositiveFloat = 10.0
+    """GB/s at which all nodes together read or write the shared file system of run_dir. The default suits a small parallel file
+    system; large ones reach 50 and more."""
 
 
 class CheckpointConfig(ConfigModel):

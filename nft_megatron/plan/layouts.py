@@ -12,17 +12,12 @@ from nft_megatron.weights import ModelShape
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs that train and GPUs that only generate; without rollout GPUs the trainers' GPUs do both."""
+    """GPUs that train and GPUs of nodes that only generate."""
 
     gpu: Accelerator
     gpus_per_node: int
     num_trainers: int
     num_rollout: int
-
-    @property
-    def num_generating(self) -> int:
-        """GPUs that generate answers."""
-        return self.num_rollout or self.num_trainers
 
     def bandwidth(self, size: int, stride: int) -> float:
         """Bytes/s, in each direction, of a GPU in a collective over ``size`` ranks that are ``stride`` apart.

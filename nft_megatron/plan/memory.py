@@ -29,6 +29,10 @@ GPU_RUNTIME = 4e9
 CPU_RUNTIME = 4e7
 """Assumed memory of the libraries. GPU: CUDA context, workspaces, NCCL's buffers for about ten groups. CPU: as observed."""
 
+FIT, UPDATE_FIT = 0.9, 0.95
+"""Share of a device's memory that a plan may use in the passes and in the update. The rest covers errors of the estimates and
+fragmentation; an update has few of the former and, without activations, little of the latter."""
+
 ELEMENT = {"bfloat16": 2, "float32": 4}
 
 
@@ -54,11 +58,25 @@ class StageMemory:
     runtime: float
 
     @property
+    def passes(self) -> float:
+        """Total in a backward pass, or while gradients are summed: mostly estimates."""
+        backward = self.activations + max(self.working, self.lm_head)
+        return self.update - self.offloaded + max(backward, self.summing)
+
+    @property
+    def update(self) -> float:
+        """Total in the optimizer's update, when no activations live: exact but for ``runtime``."""
+        return self.parameters + self.gradients + self.runtime + self.optimizer
+
+    @property
     def peak(self) -> float:
-        """The largest total: in a backward pass, while gradients are summed, or in the update."""
-        on_device = self.optimizer - self.offloaded
-        backward = on_device + self.activations + max(self.working, self.lm_head)
-        return self.parameters + self.gradients + self.runtime + max(backward, on_device + self.summing, self.optimizer)
+        """The largest total."""
+        return max(self.passes, self.update)
+
+    @property
+    def demand(self) -> float:
+        """The memory that a device must have: ``passes`` may take 90 % of it, ``update`` 95 %."""
+        return max(self.passes / FIT, self.update / UPDATE_FIT)
 
 
 def padded_vocab(shape: ModelShape, tensor: int, *, on_gpu: bool) -> int:

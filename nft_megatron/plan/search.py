@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
-from nft_megatron.plan.estimate import FIT, TrainPlan, plan_training
+from nft_megatron.plan.estimate import TrainPlan, plan_training
 from nft_megatron.plan.layouts import Cluster, ParallelLayout
+from nft_megatron.plan.memory import FIT
 from nft_megatron.plan.workload import Assumptions, workload_of
 from nft_megatron.weights import ModelShape
 
