@@ -62,7 +62,9 @@ def _too_large(plan: TrainPlan, found: Search) -> UserError:
         remedy = (
             f"the fastest layout that fits, with {best.peak / 1e9:.1f} GB: parallel.tensor={layout.tensor} "
             f"parallel.pipeline={layout.pipeline} parallel.virtual_pipeline={layout.virtual_pipeline} "
-            f"parallel.context={layout.context} model.recompute={layout.recompute}; --layouts lists others"
+            f"parallel.context={layout.context} "
+            + (f"parallel.expert={layout.expert} " if layout.expert > 1 else "")
+            + f"model.recompute={layout.recompute}; --layouts lists others"
         )
     else:
         remedy = f"no layout fits, the smallest needs {found.smallest / 1e9:.1f} GB: use more GPUs or shorter packs"

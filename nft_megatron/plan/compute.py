@@ -41,8 +41,11 @@ def attention_elements(shape: ModelShape) -> int:
 
 
 def mlp_elements(shape: ModelShape) -> int:
-    """Elements of a layer's MLP: gate, up and down."""
-    return 3 * shape.hidden_size * shape.ffn_hidden_size
+    """Elements that a token meets in a layer's MLP: gate, up and down; of experts those that it is sent to, and the router."""
+    if shape.experts is None:
+        return 3 * shape.hidden_size * shape.ffn_hidden_size
+    experts = shape.experts
+    return shape.hidden_size * (3 * experts.experts_per_token * experts.ffn_hidden_size + experts.num_experts)
 
 
 def expert_parameters(shape: ModelShape) -> int:
@@ -69,10 +72,11 @@ def attention_part(shape: ModelShape, tokens: float, pairs: float, element: int)
 
 def mlp_part(shape: ModelShape, tokens: float, element: int) -> Work:
     """Forward pass of the MLP half of one layer."""
-    return Work(
-        matmul=2 * tokens * mlp_elements(shape),
-        bytes=element * tokens * (5 * shape.hidden_size + 3 * shape.ffn_hidden_size),
-    )
+    values = 5 * shape.hidden_size + 3 * shape.ffn_hidden_size
+    if shape.experts is not None:  # every copy of a token is written for its expert, and its output read back
+        copies = shape.experts.experts_per_token
+        values = 5 * shape.hidden_size + copies * (4 * shape.hidden_size + 3 * shape.experts.ffn_hidden_size)
+    return Work(matmul=2 * tokens * mlp_elements(shape), bytes=element * tokens * values)
 
 
 def layer_passes(shape: ModelShape, tokens: float, pairs: float, element: int, recompute: str) -> tuple[Work, Work]:

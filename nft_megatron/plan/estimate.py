@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.compute import model_flops
 from nft_megatron.plan.generation import Generation, generation
@@ -154,12 +153,5 @@ def _utilisation(config: Config, shape: ModelShape, work: Workload, training: Tr
 
 
 def check_model(config: Config, shape: ModelShape) -> None:
-    """Raise :class:`UserError` for what no layout changes: experts, and a context longer than the model's."""
-    if shape.experts is not None:
-        raise UserError(
-            "model.path",
-            config.model.path,
-            "has experts, but plans support only dense models",
-            "train it without a plan, using the layout of a similar model",
-        )
+    """Raise :class:`UserError` for what no layout changes: a context longer than the model's."""
     config.check_context(shape.max_positions)

@@ -87,7 +87,9 @@ def _time(plan: Plan) -> str:
     parts = ", ".join(f"{name} {seconds:,.1f}" for name, seconds in plan.publish.parts.items())
     entries = [("generate", plan.generate, note), ("verify", plan.verify, "after generating")]
     entries += [
-        (field.name.replace("_", " "), getattr(train, field.name), notes.get(field.name, "")) for field in fields(train)
+        (field.name.replace("_", " "), getattr(train, field.name), notes.get(field.name, ""))
+        for field in fields(train)
+        if plan.shape.experts or field.name != "expert_communication"
     ]
     entries += [
         ("publish weights", plan.publish.seconds, f"{plan.publish.path}: {parts}"),
@@ -104,8 +106,8 @@ def _time(plan: Plan) -> str:
     title = (
         f"Time per rollout step, estimated by roofline (matrix products at {ACHIEVABLE.matmul:.0%} of their peak, attention "
         f"{ACHIEVABLE.attention:.0%}, memory {ACHIEVABLE.memory:.0%}, links {ACHIEVABLE.node:.0%};\n"
-        f"while generating, weights are read at {ACHIEVABLE.decoding_weights:.0%} of the memory's bandwidth, keys and values at "
-        f"{ACHIEVABLE.decoding_attention:.0%})"
+        f"while generating, weights are read at {ACHIEVABLE.decoding_weights:.0%} of the memory's bandwidth, keys and values "
+        f"at {ACHIEVABLE.decoding_attention:.0%})"
     )
     return f"{title}\n{_table(rows, left=(0, 3))}"
 
@@ -123,7 +125,8 @@ def _storage(plan: Plan) -> str:
         ("disk", f"{_bytes(disk.whole_run)} after the whole run, of it at most {kept}"),
         (
             "",
-            f"+ {_bytes(disk.per_100_steps)} per 100 steps: ledgers {_bytes(100 * disk.ledger)}, exports of {_bytes(disk.export)}",
+            f"+ {_bytes(disk.per_100_steps)} per 100 steps: ledgers {_bytes(100 * disk.ledger)}, "
+            f"exports of {_bytes(disk.export)}",
         ),
     ]
     if servers.overlaps:
@@ -145,10 +148,10 @@ def layouts_table(found: Search, limit: int = 12) -> str:
     fastest: dict[tuple[int, int, int], TrainPlan] = {}
     for plan in found.fitting:
         fastest.setdefault((plan.layout.tensor, plan.layout.pipeline, plan.layout.context), plan)
-    rows = [["tensor", "pipeline", "virtual", "context", "data", "recompute", "micro-batches", "peak GB", "train s"]]
+    rows = [["tensor", "pipeline", "virtual", "context", "data", "expert", "recompute", "micro-batches", "peak GB", "train s"]]
     for plan in list(fastest.values())[:limit]:
         cut = plan.layout
-        sizes = [cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.context, cut.data, cut.recompute]
+        sizes = [cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.context, cut.data, cut.expert, cut.recompute]
         seconds = f"{plan.time.total:,.0f}"
         rows.append([*map(str, sizes), str(plan.packs.num_micro_batches), f"{plan.peak / 1e9:.1f}", seconds])
     lines = [

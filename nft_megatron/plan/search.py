@@ -55,7 +55,8 @@ def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[
         if rest:
             continue
         parts = [part for part in _divisors(layers // pipeline) if part <= MAX_VIRTUAL] if pipeline > 1 else [1]
-        for virtual, recompute in itertools.product(parts, ("none", "selective", "full")):
+        experts = [1] if shape.experts is None else [size for size in powers_of_two if data * context % size == 0]
+        for virtual, recompute, expert in itertools.product(parts, ("none", "selective", "full"), experts):
             yield ParallelLayout(
                 tensor=tensor,
                 pipeline=pipeline,
@@ -65,6 +66,7 @@ def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[
                 sequence_parallel=config.parallel.sequence_parallel,
                 recompute=recompute,
                 micro_batch_tokens=config.train.micro_batch_tokens,
+                expert=expert,
             )
 
 

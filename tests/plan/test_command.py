@@ -121,29 +121,48 @@ def test_mistakes_are_named_with_their_remedy(plan, arguments: list[str], messag
     assert "Traceback" not in err
 
 
-def test_experts_are_refused(plan, tmp_path: Path):
+def test_a_mixture_of_experts_is_planned(plan, tmp_path: Path):
     folder = tmp_path / "experts"
     folder.mkdir()
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,
         "mlp_only_layers": [],
+        "max_position_embeddings": 40960,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    code, _, err = plan(f"model.path={folder}")
+    arguments = [f"model.path={folder}", "fleet.tensor_parallel=4", "cluster.trainer_nodes=2", "model.recompute=full"]
+    code, out, err = plan(*arguments, "parallel.expert=8", "parallel.tensor=2", "--json", str(tmp_path / "plan.json"))
+    assert (code, err) == (0, "")
+    assert "30.53 B parameters" in out  # Qwen3-30B-A3B, as published
+    assert "experts over 8" in out
+    assert re.search(r"expert communication +\d", out)
+    tree = json.loads((tmp_path / "plan.json").read_text())
+    experts = 48 * 128 * 3 * 2048 * 768
+    dense = 30_532_122_624 - experts
+    stage = tree["training"]["stages"][0]
+    assert stage["parameters"] == pytest.approx(2 * (experts / 8 / 2 + dense / 2), rel=0.01)
+    assert stage["optimizer"] == pytest.approx(12 * (experts / 16 + dense / 2 / 8), rel=0.01)  # one replica of the experts
+    code, _, err = plan(*arguments, "parallel.expert=3")
     assert code == 2
-    assert "has experts, but plans support only dense models" in err
+    assert "parallel.expert = 3: does not divide the 16 data × context ranks" in err
+
+
+def test_a_dense_model_has_no_experts_to_share(plan):
+    code, _, err = plan("parallel.expert=2", "parallel.tensor=4")
+    assert code == 2
+    assert "parallel.expert = 2: the model has no experts" in err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture):
