@@ -260,7 +260,8 @@ class ClusterConfig(ConfigModel):
 
 
 class CheckpointConfig(ConfigModel):
-    """Checkpoints. Each is written completely or not at all; a run resumes from the newest by itself."""
+    """Checkpoints, and what else of a run folder is kept. A checkpoint is written completely or not at all; a run resumes from
+    the newest by itself."""
 
     every: PositiveInt = 10
     """Rollout steps between checkpoints; the last step always has one."""
@@ -270,6 +271,11 @@ class CheckpointConfig(ConfigModel):
     """Write checkpoints during the next step, from a copy in host memory. false: wait until they are on disk."""
     export_every: Annotated[int, Field(ge=0)] = 0
     """Rollout steps between Hugging Face exports; 0: only the last step's."""
+    keep_exports: PositiveInt | None = None
+    """How many of the newest exports to keep. null: all."""
+    keep_ledgers: PositiveInt | None = None
+    """How many of the newest ledgers to keep, in addition to those that a kept checkpoint may need. null: all, for audits, the
+    report and `replay`."""
 
 
 class EvaluateConfig(ConfigModel):

@@ -50,7 +50,8 @@ class HostMemory:
 class Disk:
     """Bytes in the run folder: of one step's ledger, all checkpoints and all versions of the weights that are kept, one export.
 
-    ``per_100_steps``: what 100 steps add for good.
+    ``per_100_steps``: what 100 steps add. Ledgers and exports of which only a number is kept (checkpoint.keep_ledgers,
+    keep_exports) do not count there.
     """
 
     ledger: float
@@ -100,7 +101,14 @@ def disk(config: Config, shape: ModelShape, work: Workload, servers: Servers) ->
     answers = config.rollout.questions_per_step * config.rollout.group_size
     ledger = LEDGER_BYTES * answers * (work.mean_answer + work.prompt_tokens)
     export = export_bytes(config, shape)
-    num_exports = train.num_steps // checkpoint.export_every if checkpoint.export_every else 0
+    num_exports = max(1, train.num_steps // checkpoint.export_every if checkpoint.export_every else 0)
+    num_ledgers = train.num_steps
+    per_step = ledger + (export / checkpoint.export_every if checkpoint.export_every else 0.0)
+    if checkpoint.keep_exports is not None:
+        num_exports, per_step = min(num_exports, checkpoint.keep_exports), ledger
+    if checkpoint.keep_ledgers is not None:
+        needed = checkpoint.every * (checkpoint.keep + 1)  # after the oldest checkpoint
+        num_ledgers, per_step = min(num_ledgers, max(checkpoint.keep_ledgers, needed)), per_step - ledger
     has_files = servers.overlaps and (config.fleet.weights == "folder" or config.fleet.keep_copy)
     weights = KEPT_VERSIONS * 2.0 * num_parameters(shape) if has_files else 0.0
     checkpoints = (checkpoint.keep + 1) * checkpoint_bytes(config, shape)
@@ -109,6 +117,6 @@ def disk(config: Config, shape: ModelShape, work: Workload, servers: Servers) ->
         export=export,
         checkpoints=checkpoints,
         weights=weights,
-        per_100_steps=100 * (ledger + (export / checkpoint.export_every if checkpoint.export_every else 0.0)),
-        whole_run=train.num_steps * ledger + max(1, num_exports) * export + checkpoints + weights,
+        per_100_steps=100 * per_step,
+        whole_run=num_ledgers * ledger + num_exports * export + checkpoints + weights,
     )

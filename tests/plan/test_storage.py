@@ -44,6 +44,14 @@ def test_disk_grows_by_ledgers_and_exports_and_holds_what_is_kept(make_config):
     assert bare.whole_run == pytest.approx(10 * bare.ledger + 2 * NUMEL + bare.checkpoints)
 
 
+def test_limits_of_ledgers_and_exports_bound_the_disk(make_config):
+    checkpoint = {"keep": 1, "every": 2, "export_every": 2, "keep_exports": 3, "keep_ledgers": 1}
+    disk = plan(make_config(parallel={"tensor": 4}, checkpoint=checkpoint)).disk
+    assert disk.per_100_steps == 0
+    fixed = disk.checkpoints + disk.weights
+    assert disk.whole_run == pytest.approx(4 * disk.ledger + 3 * disk.export + fixed)  # 4 since the oldest checkpoint
+
+
 def test_stale_answers_are_generated_while_training(make_config):
     alternating = plan(make_config(parallel={"tensor": 4}))
     ahead = plan(make_config(parallel={"tensor": 4}, rollout={"max_staleness": 1}))
