@@ -114,8 +114,8 @@ def _num_servers(config: Config, cluster: Cluster) -> int:
         config.cluster.rollout_nodes,
         f"the trainers fill all {cluster.num_trainers} GPUs, and a vLLM server cannot share one with a trainer",
         "give the servers nodes of their own (cluster.rollout_nodes=1), GPUs that no trainer uses (fleet.servers and "
-        "fleet.devices, with cluster.gpus_per_node = the trainers per node), or name others' in fleet.urls; if servers of other "
-        "jobs join the run, plan with as many rollout nodes",
+        "fleet.devices, with cluster.gpus_per_node = the trainers per node), or name others' in fleet.urls; if servers of "
+        "other jobs join the run, plan with as many rollout nodes",
     )
 
 
