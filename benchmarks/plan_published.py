@@ -6,7 +6,7 @@ Exits with 1 if a training step is off by more than 8 %, an RL step by more than
 
 The shares of a GPU's memory bandwidth that generation reaches (``ACHIEVABLE.decoding_weights``, ``decoding_attention``) and the
 cost of an all-reduce (``COLLECTIVE_SECONDS``) are calibrated on the two on-policy RL steps; the others check them. Two steps do
-not determine three numbers: ``--calibrate`` prints the errors around the chosen ones, and of those that fit the two as well some
+not determine three numbers: ``--calibrate`` prints the errors around the chosen ones. Of those that fit the two as well, some
 fail the check by up to 26 %.
 
 Training: NVIDIA's DGX Cloud recipes 24.09 and 25.02 in BF16, with the batch and layout given there, and for 405B with GPT-2's
