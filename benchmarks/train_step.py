@@ -30,11 +30,11 @@ from nft_megatron.model.build import build_model
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, distributed
-from nft_megatron.plan.compute import model_flops, num_parameters
+from nft_megatron.plan.compute import model_flops
 from nft_megatron.plan.hardware import accelerator
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.plan.memory import stage_memory
-from nft_megatron.weights import ModelShape
+from nft_megatron.weights import ModelShape, num_parameters
 
 SIZES = {  # layers, hidden, MLP units, heads, key-value heads, vocabulary, tied
     "tiny": (4, 512, 1408, 8, 2, 8192, False),

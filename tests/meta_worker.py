@@ -8,6 +8,7 @@ from nft_megatron.model.meta import meta_ranks
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.plan.models import PUBLIC_MODELS
 from nft_megatron.weights import ModelShape
+from nft_megatron.weights.shape import Experts
 
 TINY = replace(
     PUBLIC_MODELS["Qwen2.5-0.5B"],
@@ -21,9 +22,18 @@ TINY = replace(
 )
 """Tied; its vocabulary needs padding."""
 
+EXPERTS = replace(
+    TINY,
+    architecture="Qwen3MoeForCausalLM",
+    tied_embeddings=False,
+    qkv_bias=False,
+    qk_norm=True,
+    experts=Experts(num_experts=4, experts_per_token=2, ffn_hidden_size=32, normalise_topk=True),
+)
 
-def case(shape: ModelShape, tensor: int, pipeline: int, virtual: int, context: int, data: int) -> tuple:
-    return shape, ParallelLayout(tensor, pipeline, virtual, context, data, True, "none", 16384)
+
+def case(shape: ModelShape, tensor: int, pipeline: int, virtual: int, context: int, data: int, expert: int = 1) -> tuple:
+    return shape, ParallelLayout(tensor, pipeline, virtual, context, data, True, "none", 16384, expert)
 
 
 CASES = {
@@ -34,6 +44,8 @@ CASES = {
     "tiny, tensor 4": case(TINY, 4, 1, 1, 2, 1),
     "tiny, two stages": case(TINY, 2, 2, 1, 1, 1),
     "tiny, interleaved": case(TINY, 2, 2, 2, 1, 2),
+    "experts, tensor 2": case(EXPERTS, 2, 1, 1, 1, 2),
+    "experts over 2": case(EXPERTS, 2, 2, 1, 2, 2, 2),
 }
 
 

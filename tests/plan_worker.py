@@ -14,10 +14,15 @@ from nft_megatron.model.packed_sequences import pack_sequences
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology, init_topology, shutdown
-from nft_megatron.weights.shape import ModelShape
+from nft_megatron.weights.shape import Experts, ModelShape
 
 LENGTHS = [128, 128]  # equal, so that no attention row is padding
 QK_NORM = {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "qkv_bias": False}
+
+EXPERTS = QK_NORM | {
+    "architecture": "Qwen3MoeForCausalLM",
+    "experts": Experts(num_experts=8, experts_per_token=2, ffn_hidden_size=48, normalise_topk=True),
+}
 
 aten = torch.ops.aten
 
@@ -142,6 +147,9 @@ def count(tensor: int, context: int, sequence_parallel: bool) -> dict[str, dict]
                 "saved, q and k normed": [
                     saved_bytes(small_shape(layers, **QK_NORM), topology, **settings) for layers in (2, 4)
                 ],
+                "saved, experts": [saved_bytes(small_shape(layers, **EXPERTS), topology, **settings) for layers in (2, 4)]
+                if tensor == context == 1
+                else [],
                 "flops": flops(small_shape(2), topology, **settings),
                 "collectives": [collectives(small_shape(layers), topology, **settings) for layers in (2, 4)],
             }

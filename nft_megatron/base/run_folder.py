@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,11 @@ from nft_megatron.base.untrusted import read_text
 _LOCK_POLL_SECONDS = 0.5
 TAKEN = "another process is training in it"
 _STEP = re.compile(r"step_[0-9]{6,12}")
+
+
+def _steps(names: Iterable[str]) -> list[int]:
+    """The steps of the names that are ``step_`` and a number, sorted."""
+    return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
 
 
 class RunFolderTakenError(UserError):
@@ -162,8 +167,15 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
-        names = (folder.name for folder in self.checkpoints.glob("step_*"))
-        return sorted(int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name))
+        return _steps(folder.name for folder in self.checkpoints.glob("step_*"))
+
+    def ledger_steps(self) -> list[int]:
+        """Steps that have a ledger, oldest first."""
+        return _steps(path.stem for path in self.ledgers.glob("step_*.parquet"))
+
+    def export_steps(self) -> list[int]:
+        """Steps that have an export, oldest first."""
+        return _steps(folder.name for folder in (self.root / "hf").glob("step_*"))
 
     def open(self, wait_seconds: float = 0.0) -> IO[bytes]:
         """Create the folder, take its lock and delete what a killed process left. Keep the returned file open.

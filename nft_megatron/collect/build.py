@@ -119,12 +119,12 @@ def open_engine(
     """
     if config.rollout.engine == "vllm":
         from nft_megatron.rollout.fleet.engine import FleetEngine
-        from nft_megatron.rollout.fleet.settings import open_fleet
+        from nft_megatron.rollout.fleet.settings import open_fleet, outstanding_tokens
 
         return FleetEngine(
             open_fleet(config, interrupted),
             model_folder,
-            budget_tokens=config.fleet.outstanding_tokens,
+            budget_tokens=outstanding_tokens(config, shape),
             silence_seconds=config.fleet.answer_seconds,
             servers_seconds=config.fleet.wait_seconds,
         )

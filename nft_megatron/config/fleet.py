@@ -92,5 +92,6 @@ class FleetConfig(ConfigModel):
     """Longest wait for min_servers; extends the deadlines of collect, publish and evaluate."""
     answer_seconds: PositiveFloat = 300.0
     """A server with answers to generate that sends no token for this long has failed; its requests go to another server."""
-    outstanding_tokens: PositiveInt = 1_000_000
-    """Prompt and expected answer tokens that one server holds at a time; further requests wait for a free server."""
+    outstanding_tokens: PositiveInt | None = None
+    """Prompt and expected answer tokens that one server holds at a time; further requests wait for a free server. null: as many
+    as its memory has room for keys and values, if its GPUs have as much memory as the trainer's."""

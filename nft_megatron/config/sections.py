@@ -250,11 +250,18 @@ class ClusterConfig(ConfigModel):
     trainer_nodes: PositiveInt = 1
     """Nodes that train."""
     rollout_nodes: Annotated[int, Field(ge=0)] = 0
-    """Nodes that only generate answers. 0: the trainers' nodes do both."""
+    """Nodes that only generate answers. 0: the engine runs beside the trainers (the embedded one), on GPUs that fleet.devices
+    names, or at fleet.urls."""
+    node_memory_gb: PositiveFloat = 2000.0
+    """Host memory of a node, in GB of 10^9 bytes. The default is a DGX H100's; ``plan`` refuses a run that needs more."""
+    filesystem_gb_per_second: PositiveFloat = 10.0
+    """GB/s at which all nodes together read or write the shared file system of run_dir. The default suits a small parallel file
+    system; large ones reach 50 and more."""
 
 
 class CheckpointConfig(ConfigModel):
-    """Checkpoints. Each is written completely or not at all; a run resumes from the newest by itself."""
+    """Checkpoints, and what else of a run folder is kept. A checkpoint is written completely or not at all; a run resumes from
+    the newest by itself."""
 
     every: PositiveInt = 10
     """Rollout steps between checkpoints; the last step always has one."""
@@ -264,6 +271,11 @@ class CheckpointConfig(ConfigModel):
     """Write checkpoints during the next step, from a copy in host memory. false: wait until they are on disk."""
     export_every: Annotated[int, Field(ge=0)] = 0
     """Rollout steps between Hugging Face exports; 0: only the last step's."""
+    keep_exports: PositiveInt | None = None
+    """How many of the newest exports to keep. null: all."""
+    keep_ledgers: PositiveInt | None = None
+    """How many of the newest ledgers to keep, in addition to those that a kept checkpoint may need. null: all, for audits, the
+    report and `replay`."""
 
 
 class EvaluateConfig(ConfigModel):

@@ -99,8 +99,8 @@ class SlurmConfig(ConfigModel):
     max_failures: PositiveInt = 3
     """After this many attempts in a row without progress the run gives up."""
     plan: bool = True
-    """Submit only what `nft-megatron plan` says fits. false: for models with experts, kinds of GPU that it does not know, or
-    when you know better than its estimates."""
+    """Submit only what `nft-megatron plan` says fits. false: for kinds of GPU that it does not know, or when you know better
+    than its estimates."""
     preflight: bool = True
     """Check every node before each attempt: shared folder, GPUs and their errors, a short all-reduce over all nodes. Bad nodes
     are excluded."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.rules import rules_of
 from nft_megatron.verify.service import Verifier
-from nft_megatron.weights import ModelShape, read_shape, weight_table
+from nft_megatron.weights import ModelShape, num_parameters, read_shape, weight_table
 from nft_megatron.weights.hf_reader import HFReader, refuse_non_finite
 
 log = logging.getLogger(__name__)
@@ -185,10 +184,9 @@ def _sampling(config: Config, model_folder: Path, shape: ModelShape, tokenizer: 
     for name, value in (("--samples", options.samples), ("--max-answer-tokens", options.max_answer_tokens)):
         if value is not None and value < 1:
             raise UserError(name, value, "is not positive", "use 1 or more")
-    num_parameters = sum(math.prod(size) for size in weight_table(shape).shapes.values())
     return replace(
         training_sampling(config, model_folder, tokenizer),
-        temperature=temperature_for(num_parameters) if options.temperature is None else options.temperature,
+        temperature=temperature_for(num_parameters(shape)) if options.temperature is None else options.temperature,
         top_p=options.top_p,
         max_tokens=options.max_answer_tokens or config.rollout.max_answer_tokens,
     )

@@ -106,6 +106,7 @@ def _fake_place(rank: int, layout: ParallelLayout) -> Iterator[Topology]:
             layout.pipeline,
             layout.context,
             layout.virtual_pipeline,
+            expert=layout.expert,
             timeout_seconds=600.0,
             control_group=dist.new_group(),
         )

@@ -60,13 +60,28 @@ def layer_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fuse
     if fused:
         norm_input, norm_rest = b * h / s, (b * h + FLOAT32) / s
         attention = b * (2 * q + 2 * kv) / t + statistics + b * normed + head_norms
-        return LayerBytes(b * h / s, norm_input + norm_rest + attention, norm_input, norm_rest + b * 3 * f / t)
+        mlp = b * 3 * f / t if shape.experts is None else _expert_bytes(shape, layout, b, fused=True)
+        return LayerBytes(b * h / s, norm_input + norm_rest + attention, norm_input, norm_rest + mlp)
     norm = (2 * FLOAT32 * h + FLOAT32 + b * h) / s
     # Every key that a context rank's queries see is stored: of 2c chunks, those up to its first and up to its second.
     seen = layout.context + 0.5 if layout.context > 1 else 1.0
     attention = b * (3 * q + 2 * kv * seen) / t + statistics
     attention += 2 * FLOAT32 * normed + head_norms  # the norms' outputs are rotated into new tensors and not kept
-    return LayerBytes(b * h / s, norm + attention, norm, b * 5 * f / t)
+    mlp = b * 5 * f / t if shape.experts is None else _expert_bytes(shape, layout, b, fused=False)
+    return LayerBytes(b * h / s, norm + attention, norm, mlp)
+
+
+def _expert_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fused: bool) -> float:
+    """Inside a mixture of experts per token, if all experts get equally many.
+
+    The router's float32 probabilities and a mask; for each of k experts the token as its input, which is gathered over the
+    tensor ranks, its place and its probability, and what a dense MLP stores (*local*: also the product before its scaling).
+    """
+    experts = shape.experts
+    assert experts is not None
+    k, f, h, b = experts.experts_per_token, experts.ffn_hidden_size, shape.hidden_size, element
+    places = ((FLOAT32 + 1) * experts.num_experts + 24 * k) / layout.sequence_shards
+    return places + k * (b * h + b * (3 if fused else 6) * f / layout.tensor)
 
 
 def final_norm_bytes(shape: ModelShape, layout: ParallelLayout, element: int, *, fused: bool) -> float:

@@ -7,11 +7,13 @@ from pathlib import Path
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
-from nft_megatron.plan.estimate import FIT, Plan, TrainPlan, check_model, make_plan
+from nft_megatron.plan.estimate import Plan, TrainPlan, check_model, make_plan
 from nft_megatron.plan.layouts import cluster_of, layout_of
+from nft_megatron.plan.memory import FIT, UPDATE_FIT
 from nft_megatron.plan.models import find_shape
 from nft_megatron.plan.report import as_json, layouts_table, report
 from nft_megatron.plan.search import Search, search
+from nft_megatron.plan.storage import check_host
 from nft_megatron.plan.workload import Assumptions
 
 
@@ -48,29 +50,28 @@ def plan_run(
             temporary.write_text(as_json(plan, found))
     if not plan.training.fits:
         raise _too_large(plan.training, found or search(config, shape, cluster, assumptions))
-    if plan.generation is None:
-        raise UserError(
-            "cluster.rollout_nodes",
-            config.cluster.rollout_nodes,
-            f"one node's {cluster.gpus_per_node} {cluster.gpu.name} cannot hold the weights and one answer of maximal length",
-            "give generation its own nodes" if not cluster.num_rollout else "use GPUs with more memory",
-        )
+    check_host(config, plan.host)
     return plan
 
 
 def _too_large(plan: TrainPlan, found: Search) -> UserError:
-    fullest, gpu = max(plan.stages, key=lambda stage: stage.peak), plan.cluster.gpu
+    fullest, gpu = max(plan.stages, key=lambda stage: stage.demand), plan.cluster.gpu
     if found.fitting:
         best = found.fitting[0]
         layout = best.layout
         remedy = (
             f"the fastest layout that fits, with {best.peak / 1e9:.1f} GB: parallel.tensor={layout.tensor} "
             f"parallel.pipeline={layout.pipeline} parallel.virtual_pipeline={layout.virtual_pipeline} "
-            f"parallel.context={layout.context} model.recompute={layout.recompute}; --layouts lists others"
+            f"parallel.context={layout.context} "
+            + (f"parallel.expert={layout.expert} " if layout.expert > 1 else "")
+            + f"model.recompute={layout.recompute}; --layouts lists others"
         )
     else:
         remedy = f"no layout fits, the smallest needs {found.smallest / 1e9:.1f} GB: use more GPUs or shorter packs"
+    share, need, when = FIT, fullest.passes, ""
+    if need <= share * gpu.memory:
+        share, need, when = UPDATE_FIT, fullest.update, " in the update"
     problem = (
-        f"stage {fullest.stage} needs {fullest.peak / 1e9:.1f} GB; {FIT:.0%} of {gpu.name} is {FIT * gpu.memory / 1e9:.1f} GB"
+        f"stage {fullest.stage} needs {need / 1e9:.1f} GB{when}; {share:.0%} of {gpu.name} is {share * gpu.memory / 1e9:.1f} GB"
     )
     return UserError("parallel", plan.layout, problem, remedy)

@@ -7,14 +7,12 @@ times as much, because the kernels recompute the scores. A test checks this with
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.plan.memory import ELEMENT
 from nft_megatron.plan.workload import Packs
-from nft_megatron.weights import ModelShape, weight_table
+from nft_megatron.weights import ModelShape, num_parameters
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,23 @@ def attention_elements(shape: ModelShape) -> int:
 
 
 def mlp_elements(shape: ModelShape) -> int:
-    """Elements of a layer's MLP: gate, up and down."""
-    return 3 * shape.hidden_size * shape.ffn_hidden_size
+    """Elements that a token meets in a layer's MLP: gate, up and down; of experts those that it is sent to, and the router."""
+    if shape.experts is None:
+        return 3 * shape.hidden_size * shape.ffn_hidden_size
+    experts = shape.experts
+    return shape.hidden_size * (3 * experts.experts_per_token * experts.ffn_hidden_size + experts.num_experts)
+
+
+def expert_parameters(shape: ModelShape) -> int:
+    """Parameters of all experts; 0 in a dense model."""
+    experts = shape.experts
+    return 3 * shape.num_layers * experts.num_experts * shape.hidden_size * experts.ffn_hidden_size if experts else 0
+
+
+def active_parameters(shape: ModelShape) -> float:
+    """Parameters that a token meets: of the experts only those that it is sent to."""
+    total, experts = num_parameters(shape), shape.experts
+    return total - (expert_parameters(shape) * (1 - experts.experts_per_token / experts.num_experts) if experts else 0)
 
 
 def attention_part(shape: ModelShape, tokens: float, pairs: float, element: int) -> Work:
@@ -59,10 +72,11 @@ def attention_part(shape: ModelShape, tokens: float, pairs: float, element: int)
 
 def mlp_part(shape: ModelShape, tokens: float, element: int) -> Work:
     """Forward pass of the MLP half of one layer."""
-    return Work(
-        matmul=2 * tokens * mlp_elements(shape),
-        bytes=element * tokens * (5 * shape.hidden_size + 3 * shape.ffn_hidden_size),
-    )
+    values = 5 * shape.hidden_size + 3 * shape.ffn_hidden_size
+    if shape.experts is not None:  # every copy of a token is written for its expert, and its output read back
+        copies = shape.experts.experts_per_token
+        values = 5 * shape.hidden_size + copies * (4 * shape.hidden_size + 3 * shape.experts.ffn_hidden_size)
+    return Work(matmul=2 * tokens * mlp_elements(shape), bytes=element * tokens * values)
 
 
 def layer_passes(shape: ModelShape, tokens: float, pairs: float, element: int, recompute: str) -> tuple[Work, Work]:
@@ -103,9 +117,3 @@ def model_flops(shape: ModelShape, tokens: float, pairs: float, positions: float
     """FLOPs of the model itself: a backward pass counts as two forward passes, without recomputation."""
     forward = attention_part(shape, tokens, pairs, 0) + mlp_part(shape, tokens, 0)
     return 3 * (shape.num_layers * forward.flops + 2 * positions * shape.hidden_size * shape.vocab_size)
-
-
-@functools.lru_cache(maxsize=16)
-def num_parameters(shape: ModelShape) -> int:
-    """Parameters of the model; a tied LM head counts once."""
-    return sum(math.prod(size) for size in weight_table(shape).shapes.values())

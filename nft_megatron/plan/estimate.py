@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
-from nft_megatron.plan.compute import model_flops, num_parameters
-from nft_megatron.plan.generation import MEMORY_SHARE, Generation, generation
-from nft_megatron.plan.hardware import ACHIEVABLE
+from nft_megatron.plan.compute import model_flops
+from nft_megatron.plan.generation import Generation, generation
 from nft_megatron.plan.layouts import Cluster, ParallelLayout, check_layout
-from nft_megatron.plan.memory import StageMemory, stage_memory
+from nft_megatron.plan.memory import ELEMENT, StageMemory, stage_memory
+from nft_megatron.plan.publish import Publish, publish_time, save_time
+from nft_megatron.plan.servers import servers_of, with_tensor_parallel
+from nft_megatron.plan.storage import Disk, HostMemory, copied_bytes, disk, host_memory
 from nft_megatron.plan.time import TrainTime, train_time
 from nft_megatron.plan.workload import Assumptions, Packs, Workload, pack_update, workload_of
-from nft_megatron.weights import ModelShape
-
-FIT = 0.9
-"""Share of a GPU's memory that a plan may use; the rest covers fragmentation and errors of the estimate."""
+from nft_megatron.weights import ModelShape, num_parameters
 
 GRADING_SECONDS = {True: 20e-3, False: 1e-3}
 """Assumed seconds of grading per answer: under ``verify.mode`` math-verify, and under the others, which seldom need it."""
@@ -40,32 +38,43 @@ class TrainPlan:
     @property
     def fits(self) -> bool:
         """Whether every stage stays within the usable share of a GPU's memory."""
-        return self.peak <= FIT * self.cluster.gpu.memory
+        return max(stage.demand for stage in self.stages) <= self.cluster.gpu.memory
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is expected of a run.
 
-    generation: None if no engine fits. generate, verify, publish: seconds per rollout step in addition to ``training.time``;
-    they follow each other, and ``verify`` is what remains of it after the last answer. utilisation: FLOPs of the model in the
-    updates over those that the trainers could do in that time.
+    generate, verify: seconds per rollout step; they follow each other, and ``verify`` is what remains of it after the last
+    answer. save: mean seconds per step that training waits for checkpoints and exports. overlaps: whether the next step's
+    answers are generated during ``training.time`` (rollout.max_staleness). better_tensor_parallel: the size of servers on the
+    same GPUs that takes the least time, and its seconds. utilisation: FLOPs of the model in the updates over those that the
+    trainers could do in that time.
     """
 
     shape: ModelShape
     num_parameters: int
     work: Workload
     training: TrainPlan
-    generation: Generation | None
-    generate: float
+    generation: Generation
     verify: float
-    publish: float
+    publish: Publish
+    save: float
+    overlaps: bool
+    host: HostMemory
+    disk: Disk
+    better_tensor_parallel: tuple[int, float]
     utilisation: float
     num_steps: int
 
     @property
+    def generate(self) -> float:
+        return self.generation.seconds
+
+    @property
     def step_seconds(self) -> float:
-        return self.generate + self.verify + self.training.time.total + self.publish
+        collect, train = self.generate + self.verify, self.training.time.total
+        return (max(collect, train) if self.overlaps else collect + train) + self.publish.seconds + self.save
 
 
 def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: ParallelLayout, work: Workload) -> TrainPlan:
@@ -102,22 +111,36 @@ def make_plan(config: Config, shape: ModelShape, cluster: Cluster, layout: Paral
     check_model(config, shape)
     work = workload_of(config, assumptions)
     training = plan_training(config, shape, cluster, layout, work)
-    taken = 0.0 if cluster.num_rollout else max(s.parameters + s.gradients + s.optimizer + s.runtime for s in training.stages)
-    engines = generation(shape, cluster, work, MEMORY_SHARE * cluster.gpu.memory - taken)
-    generate = engines.seconds if engines else 0.0
+    servers = servers_of(config, shape, cluster)
+    engines = generation(shape, servers, work)
     grading = GRADING_SECONDS[config.verify.mode == "math-verify"] * work.num_asked / config.verify.workers
+    fullest = max(training.stages, key=lambda stage: stage.parameters + stage.offloaded)
+    element = ELEMENT[config.model.dtype]
     return Plan(
         shape=shape,
         num_parameters=num_parameters(shape),
         work=work,
         training=training,
         generation=engines,
-        generate=generate,
-        verify=max(0.0, grading - generate),
-        publish=publish_seconds(shape, cluster),
+        verify=max(0.0, grading - engines.seconds),
+        publish=publish_time(config, shape, cluster, servers),
+        save=save_time(config, shape, cluster, copied_bytes(fullest, element)),
+        overlaps=config.rollout.max_staleness > 0 and servers.overlaps,
+        host=host_memory(config, shape, cluster, servers, work, fullest, element),
+        disk=disk(config, shape, work, servers),
+        better_tensor_parallel=_better_tensor_parallel(config, shape, work, engines),
         utilisation=_utilisation(config, shape, work, training),
         num_steps=config.train.num_steps,
     )
+
+
+def _better_tensor_parallel(config: Config, shape: ModelShape, work: Workload, now: Generation) -> tuple[int, float]:
+    """The fastest size of servers on the same GPUs, and its seconds."""
+    sizes = (size for size in (1, 2, 4, 8) if size <= config.cluster.gpus_per_node and now.servers.overlaps)
+    others = (with_tensor_parallel(now.servers, config, shape, size) for size in sizes)
+    found = [generation(shape, each, work) for each in others if each is not None and each.num >= config.fleet.min_servers]
+    best = min([now, *found], key=lambda each: each.seconds)
+    return best.servers.gpus, best.seconds
 
 
 def _utilisation(config: Config, shape: ModelShape, work: Workload, training: TrainPlan) -> float:
@@ -130,17 +153,5 @@ def _utilisation(config: Config, shape: ModelShape, work: Workload, training: Tr
 
 
 def check_model(config: Config, shape: ModelShape) -> None:
-    """Raise :class:`UserError` for what no layout changes: experts, and a context longer than the model's."""
-    if shape.experts is not None:
-        raise UserError(
-            "model.path",
-            config.model.path,
-            "has experts, but plans support only dense models",
-            "train it without a plan, using the layout of a similar model",
-        )
+    """Raise :class:`UserError` for what no layout changes: a context longer than the model's."""
     config.check_context(shape.max_positions)
-
-
-def publish_seconds(shape: ModelShape, cluster: Cluster) -> float:
-    """Seconds to move the bfloat16 weights through the first rank's network card: in from trainers, out to engines."""
-    return 2 * 2 * num_parameters(shape) / (cluster.gpu.network_bandwidth * ACHIEVABLE.network)

@@ -1,9 +1,10 @@
-"""How long the rollout GPUs take to generate, by roofline: an estimate for a server that batches continuously, as vLLM does.
+"""How long the servers take to generate, by roofline: an estimate for servers that batch continuously, as vLLM does.
 
-An engine is a few GPUs of one node that hold the weights in bfloat16 and, in the remaining memory, keys and values. Generating
-one token for each of n running answers reads all weights and all their keys and values, and takes 2 FLOPs per weight and
-answer; the slower of the two sets the pace. A simulation of one engine admits answers as others finish, so the tail of long
-ones is part of the time.
+A server holds the weights in bfloat16 and, in the remaining memory, keys and values. To generate one token for each of n
+running answers, the linear layers read all weights or compute 2 FLOPs per weight and answer, whichever takes longer; then
+attention reads all keys and values. The shares of the memory's bandwidth that the two reach, and the cost of an all-reduce, are
+calibrated on two published RL steps and checked on others (benchmarks/plan_published.py). A simulation of one server admits
+answers as others finish, so the tail of long ones is part of the time.
 """
 
 from __future__ import annotations
@@ -14,70 +15,69 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nft_megatron.plan.compute import num_parameters
+from nft_megatron.plan.compute import active_parameters, expert_parameters
 from nft_megatron.plan.hardware import ACHIEVABLE
-from nft_megatron.plan.layouts import Cluster
+from nft_megatron.plan.servers import Servers
 from nft_megatron.plan.workload import Workload
-from nft_megatron.weights import ModelShape
+from nft_megatron.rollout.fleet.capacity import key_value_bytes
+from nft_megatron.weights import ModelShape, num_parameters
 
-MEMORY_SHARE = 0.9
-MAX_RUNNING = 512
 ITERATION_SECONDS = 4e-3
-COLLECTIVE_SECONDS = 10e-6
-"""Assumptions about the engine: its share of a GPU's memory, answers that run at once, the overhead of an iteration in addition
-to the GPU's work, and the shortest all-reduce of a few tokens."""
+COLLECTIVE_SECONDS = 40e-6
+"""Assumptions about the engine: the overhead of an iteration in addition to the GPU's work, and what an all-reduce of a few
+tokens costs besides its bytes."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """``engine_gpus`` GPUs per engine, ``num_running`` answers at once on each; ``tokens_per_second`` of all engines."""
+    """``num_running`` answers at once on each of ``servers``; ``tokens_per_second`` of all of them together."""
 
-    engine_gpus: int
-    num_engines: int
+    servers: Servers
     num_running: int
     seconds: float
     tokens_per_second: float
 
 
-def generation(shape: ModelShape, cluster: Cluster, work: Workload, free_bytes: float) -> Generation | None:
-    """The fastest way to spread engines over the generating GPUs; None if the weights fit into none.
-
-    Args:
-        free_bytes: bytes of a GPU's memory that engines may use.
-    """
-    sizes = [size for size in (1, 2, 4, 8, 16) if cluster.gpus_per_node % size == 0 and shape.num_attention_heads % size == 0]
-    plans = (_with_engines(size, shape, cluster, work, free_bytes) for size in sizes)
-    return min((plan for plan in plans if plan), key=lambda plan: plan.seconds, default=None)
-
-
-def _with_engines(size: int, shape: ModelShape, cluster: Cluster, work: Workload, free_bytes: float) -> Generation | None:
-    gpu, weights = cluster.gpu, 2.0 * num_parameters(shape)
-    key_value = 2 * 2 * shape.num_layers * shape.num_query_groups * shape.head_dim
-    room = (size * free_bytes - weights) / key_value
+def generation(shape: ModelShape, servers: Servers, work: Workload) -> Generation:
+    """A step's answers on ``servers``."""
+    gpu, size = servers.gpu, servers.gpus
+    weights, key_value = 2.0 * num_parameters(shape), key_value_bytes(shape, 2, size)
+    active = active_parameters(shape)
     resident = work.prompt_tokens + work.mean_answer
-    if room < work.longest_sequence:
-        return None
-    num_engines = cluster.num_generating // size
-    running = min(MAX_RUNNING, int(room / resident))
+    room = min(servers.kv_tokens, servers.outstanding)
+    running = max(1, min(servers.max_running, int(room / resident)))
     latency = ITERATION_SECONDS + (2 * shape.num_layers * COLLECTIVE_SECONDS if size > 1 else 0.0)
+    bandwidth = size * gpu.memory_bandwidth
+    flops = size * gpu.flops_of("bfloat16") * ACHIEVABLE.matmul
 
     def seconds(num: float, tokens: float) -> float:
         """Seconds to generate one token for each of ``num`` answers with ``tokens`` tokens in total."""
-        reading = (weights + tokens * key_value) / (size * gpu.memory_bandwidth * ACHIEVABLE.memory)
-        computing = 2 * num_parameters(shape) * num / (size * gpu.flops_of("bfloat16") * ACHIEVABLE.matmul)
+        linear = max(weights * read_share(shape, num) / (bandwidth * ACHIEVABLE.decoding_weights), 2 * active * num / flops)
+        attention = tokens * key_value / (bandwidth * ACHIEVABLE.decoding_attention)
         sent = 2 * 2 * shape.num_layers * num * shape.hidden_size * 2 * (size - 1) / size
-        return max(reading, computing) + sent / (gpu.node_bandwidth * ACHIEVABLE.node) + latency
+        return linear + attention + sent / (gpu.node_bandwidth * ACHIEVABLE.node) + latency
 
-    lengths = np.random.default_rng(0).permutation(np.resize(work.answer_lengths, work.num_asked))[::num_engines]
+    lengths = np.random.default_rng(0).permutation(np.resize(work.answer_lengths, work.num_asked))[:: servers.num]
     decoding = simulate(lengths.tolist(), work.prompt_tokens, running, seconds)
     prompts = work.num_questions * work.prompt_tokens  # once per question: its answers share it
-    prefill = 2 * num_parameters(shape) * prompts / (cluster.num_generating * gpu.flops_of("bfloat16") * ACHIEVABLE.matmul)
-    total = decoding + prefill
-    return Generation(size, num_engines, min(running, len(lengths)), total, work.num_asked * work.mean_answer / total)
+    total = decoding + 2 * active * prompts / (servers.num * flops)
+    return Generation(servers, min(running, len(lengths)), total, work.num_asked * work.mean_answer / total)
+
+
+def read_share(shape: ModelShape, num: float) -> float:
+    """The share of the weights that ``num`` tokens read: of experts, only those that any of the tokens is sent to.
+
+    Each token takes k of E experts, so an expert stays unread with probability (1 − k/E)^num.
+    """
+    if shape.experts is None:
+        return 1.0
+    experts = shape.experts
+    in_experts = expert_parameters(shape) / num_parameters(shape)
+    return 1 - in_experts * (1 - experts.experts_per_token / experts.num_experts) ** num
 
 
 def simulate(lengths: Sequence[int], prompt: int, running: int, seconds: Callable[[float, float], float]) -> float:
-    """Time until an engine has generated all answers, at most ``running`` at once, started in the given order.
+    """Time until a server has generated all answers, at most ``running`` at once, started in the given order.
 
     ``seconds(num, tokens)``: time of one iteration, which generates a token for each running answer.
 

@@ -12,17 +12,12 @@ from nft_megatron.weights import ModelShape
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs that train and GPUs that only generate; without rollout GPUs the trainers' GPUs do both."""
+    """GPUs that train and GPUs of nodes that only generate."""
 
     gpu: Accelerator
     gpus_per_node: int
     num_trainers: int
     num_rollout: int
-
-    @property
-    def num_generating(self) -> int:
-        """GPUs that generate answers."""
-        return self.num_rollout or self.num_trainers
 
     def bandwidth(self, size: int, stride: int) -> float:
         """Bytes/s, in each direction, of a GPU in a collective over ``size`` ranks that are ``stride`` apart.
@@ -67,7 +62,8 @@ def cluster_of(config: Config, gpus: int | None = None, kind: str | None = None)
 class ParallelLayout:
     """How model and sequences are split, and what trades memory for time.
 
-    ``micro_batch_tokens`` is the size of a whole pack, which the context ranks split.
+    ``micro_batch_tokens`` is the size of a whole pack, which the context ranks split. ``expert`` of the data × context ranks
+    share the experts of each layer.
 
     >>> layout = ParallelLayout(4, 2, 1, 2, 8, True, "none", micro_batch_tokens=16384)
     >>> layout.num_gpus, layout.replicas, layout.local_tokens
@@ -82,11 +78,17 @@ class ParallelLayout:
     sequence_parallel: bool
     recompute: str
     micro_batch_tokens: int
+    expert: int = 1
 
     @property
     def replicas(self) -> int:
         """Ranks that hold the same weights, over which gradients are summed and optimizer state is sharded."""
         return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.replicas // self.expert
 
     @property
     def num_gpus(self) -> int:
@@ -125,7 +127,8 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         parts = f" x virtual {self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
-        return f"tensor {self.tensor} x pipeline {self.pipeline}{parts} x context {self.context} x data {self.data}"
+        experts = f", experts over {self.expert}" if self.expert > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{parts} x context {self.context} x data {self.data}{experts}"
 
 
 def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
@@ -143,6 +146,10 @@ def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
             f"does not divide the {cluster.num_trainers} training GPUs",
             "change them or cluster.trainer_nodes; `plan --layouts` lists those that fit",
         )
+    num_replicas = cluster.num_trainers // (parallel.tensor * parallel.pipeline)
+    if num_replicas % parallel.expert:
+        problem = f"does not divide the {num_replicas} data × context ranks"
+        raise UserError("parallel.expert", parallel.expert, problem, "set it to a divisor")
     return ParallelLayout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -152,6 +159,7 @@ def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
         sequence_parallel=parallel.sequence_parallel,
         recompute=config.model.recompute,
         micro_batch_tokens=config.train.micro_batch_tokens,
+        expert=parallel.expert,
     )
 
 
@@ -160,10 +168,16 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
     for what, size in (
         ("attention heads", shape.num_attention_heads),
         ("key-value heads", shape.num_query_groups),
-        ("MLP units", shape.ffn_hidden_size),
+        ("MLP units", shape.ffn_hidden_size if shape.experts is None else shape.experts.ffn_hidden_size),
     ):
         if size % layout.tensor:
             raise UserError("parallel.tensor", layout.tensor, f"does not divide the model's {size} {what}", "choose a divisor")
+    num_experts = 1 if shape.experts is None else shape.experts.num_experts
+    if num_experts % layout.expert:
+        problem = f"does not divide the {num_experts} experts of a layer" if shape.experts else "the model has no experts"
+        raise UserError("parallel.expert", layout.expert, problem, f"choose a divisor of {num_experts}")
+    if shape.experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
+        raise UserError("parallel.sequence_parallel", False, "experts under tensor parallelism require it", "set it to true")
     parts = layout.pipeline * layout.virtual_pipeline
     if shape.num_layers % parts:
         field = "parallel.pipeline" + (" × parallel.virtual_pipeline" if layout.virtual_pipeline > 1 else "")

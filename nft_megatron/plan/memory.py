@@ -29,6 +29,10 @@ GPU_RUNTIME = 4e9
 CPU_RUNTIME = 4e7
 """Assumed memory of the libraries. GPU: CUDA context, workspaces, NCCL's buffers for about ten groups. CPU: as observed."""
 
+FIT, UPDATE_FIT = 0.9, 0.95
+"""Share of a device's memory that a plan may use in the passes and in the update. The rest covers errors of the estimates and
+fragmentation; an update has few of the former and, without activations, little of the latter."""
+
 ELEMENT = {"bfloat16": 2, "float32": 4}
 
 
@@ -54,11 +58,25 @@ class StageMemory:
     runtime: float
 
     @property
+    def passes(self) -> float:
+        """Total in a backward pass, or while gradients are summed: mostly estimates."""
+        backward = self.activations + max(self.working, self.lm_head)
+        return self.update - self.offloaded + max(backward, self.summing)
+
+    @property
+    def update(self) -> float:
+        """Total in the optimizer's update, when no activations live: exact but for ``runtime``."""
+        return self.parameters + self.gradients + self.runtime + self.optimizer
+
+    @property
     def peak(self) -> float:
-        """The largest total: in a backward pass, while gradients are summed, or in the update."""
-        on_device = self.optimizer - self.offloaded
-        backward = on_device + self.activations + max(self.working, self.lm_head)
-        return self.parameters + self.gradients + self.runtime + max(backward, on_device + self.summing, self.optimizer)
+        """The largest total."""
+        return max(self.passes, self.update)
+
+    @property
+    def demand(self) -> float:
+        """The memory that a device must have: ``passes`` may take 90 % of it, ``update`` 95 %."""
+        return max(self.passes / FIT, self.update / UPDATE_FIT)
 
 
 def padded_vocab(shape: ModelShape, tensor: int, *, on_gpu: bool) -> int:
@@ -68,13 +86,23 @@ def padded_vocab(shape: ModelShape, tensor: int, *, on_gpu: bool) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _numel_by_part(shape: ModelShape, tensor: int, vocab: int) -> dict[str | int, int]:
-    """Elements per tensor rank of the embedding, each layer by number, the final norm and the LM head."""
+    """Elements per tensor rank of the embedding, each layer by number, the final norm and the LM head. Layers are without their
+    experts: "experts" is all those of one layer.
+    """
     parts: dict[str | int, int] = {}
     for entry in weight_table(shape).entries:
         words = entry.name.split(".")
         part = int(words[2]) if entry.name.startswith("decoder.layers.") else words[0] if words[0] != "decoder" else words[1]
+        if entry.expert is not None:
+            part = "experts" if part == 0 else "experts of other layers, which are alike"
         parts[part] = parts.get(part, 0) + math.prod(entry.local_shape(tensor, vocab))
     return parts
+
+
+def stage_experts(shape: ModelShape, layout: ParallelLayout, *, on_gpu: bool) -> int:
+    """Parameters of experts on each rank of a stage, all of which have as many layers; 0 in a dense model."""
+    parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
+    return shape.num_layers // layout.pipeline * parts.get("experts", 0) // layout.expert
 
 
 def stage_numel(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
@@ -84,6 +112,7 @@ def stage_numel(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu
     total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stage_of(layer, shape.num_layers) == stage)
     total += parts["embedding"] if first else 0
     total += parts["final_layernorm"] if last else 0
+    total += stage_experts(shape, layout, on_gpu=on_gpu)
     return total + (parts["output_layer"] if last and not (first and shape.tied_embeddings) else 0)
 
 
@@ -109,7 +138,9 @@ def stage_memory(
     numel = stage_numel(shape, layout, stage, on_gpu=on_gpu)
     tokens = layout.local_tokens
     is_last = stage == layout.pipeline - 1
-    state = math.ceil(numel / layout.replicas) * (8 if dtype == "float32" else 12)
+    experts = stage_experts(shape, layout, on_gpu=on_gpu)
+    own = math.ceil((numel - experts) / layout.replicas) + math.ceil(experts / layout.expert_replicas)
+    state = own * (8 if dtype == "float32" else 12)
 
     layer = layer_bytes(shape, layout, b, fused=on_gpu)
     layers = shape.num_layers // layout.pipeline
@@ -119,8 +150,10 @@ def stage_memory(
     if is_last:
         kept += final_norm_bytes(shape, layout, b, fused=on_gpu)
 
-    largest_weight = _weight_gradient(2 * shape.ffn_hidden_size * h / t, b, on_gpu)  # gate and up
-    gradients = b * (3 if on_gpu else 2) * shape.ffn_hidden_size / t + b * 2 * h
+    units = shape.ffn_hidden_size if shape.experts is None else shape.experts.ffn_hidden_size
+    copies = 1 if shape.experts is None else shape.experts.experts_per_token
+    largest_weight = _weight_gradient(2 * units * h / t, b, on_gpu)  # gate and up
+    gradients = copies * (b * (3 if on_gpu else 2) * units / t + b * 2 * h)
     received = 2 * b * h / layout.sequence_shards if layout.pipeline > 1 else 0.0
     working = tokens * (layer.made_again(layout.recompute) + gradients + received) + largest_weight
     return StageMemory(

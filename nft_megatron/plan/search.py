@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
-from nft_megatron.plan.estimate import FIT, TrainPlan, plan_training
+from nft_megatron.plan.estimate import TrainPlan, plan_training
 from nft_megatron.plan.layouts import Cluster, ParallelLayout
+from nft_megatron.plan.memory import FIT
 from nft_megatron.plan.workload import Assumptions, workload_of
 from nft_megatron.weights import ModelShape
 
@@ -54,7 +55,8 @@ def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[
         if rest:
             continue
         parts = [part for part in _divisors(layers // pipeline) if part <= MAX_VIRTUAL] if pipeline > 1 else [1]
-        for virtual, recompute in itertools.product(parts, ("none", "selective", "full")):
+        experts = [1] if shape.experts is None else [size for size in powers_of_two if data * context % size == 0]
+        for virtual, recompute, expert in itertools.product(parts, ("none", "selective", "full"), experts):
             yield ParallelLayout(
                 tensor=tensor,
                 pipeline=pipeline,
@@ -64,6 +66,7 @@ def candidates(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[
                 sequence_parallel=config.parallel.sequence_parallel,
                 recompute=recompute,
                 micro_batch_tokens=config.train.micro_batch_tokens,
+                expert=expert,
             )
 
 

@@ -16,14 +16,17 @@ from nft_megatron.plan.activations import FLOAT32
 from nft_megatron.plan.compute import StageWork, Work, stage_work
 from nft_megatron.plan.hardware import ACHIEVABLE
 from nft_megatron.plan.layouts import Cluster, ParallelLayout
-from nft_megatron.plan.memory import ELEMENT, stage_numel
+from nft_megatron.plan.memory import ELEMENT, stage_experts, stage_numel
 from nft_megatron.plan.workload import Packs
 from nft_megatron.weights import ModelShape
+
+EXPERT_SECONDS = 40e-6
+"""Assumed host time per expert, layer and forward pass: its two products and its activation are kernels of their own."""
 
 
 @dataclass(frozen=True)
 class TrainTime:
-    """Seconds per rollout step on the slowest rank. The four communications count only the time spent waiting.
+    """Seconds per rollout step on the slowest rank. The five communications count only the time spent waiting.
 
     old_logprobs includes its own communication and bubble.
     """
@@ -33,6 +36,7 @@ class TrainTime:
     backward: float
     tensor_communication: float
     context_communication: float
+    expert_communication: float
     pipeline_communication: float
     data_communication: float
     pipeline_bubble: float
@@ -49,6 +53,7 @@ class LayerTraffic:
 
     tensor: tuple[float, float]
     context: tuple[float, float]
+    expert: tuple[float, float]
     pipeline: tuple[float, float]
 
 
@@ -68,7 +73,7 @@ def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str)
     two all-gathers of output gradients block, while the other four collectives overlap matrix products
     (tensor_parallel/layers.py:512-600). Without: two all-reduces forward; backward, two that overlap matrix products.
     Context: keys and values are gathered, their gradients summed in float32. Pipeline: hidden states and their gradients,
-    overlapped under the interleaved schedule.
+    overlapped under the interleaved schedule. Experts: each token's copies go to the ranks of its experts and back.
     """
     b, t, c = ELEMENT[dtype], layout.tensor, layout.context
     layers, tokens = shape.num_layers // layout.pipeline, packs.tokens / c
@@ -79,7 +84,12 @@ def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str)
     context_backward = heads * (FLOAT32 + (b if layout.recompute == "full" else 0))
     sends = layout.pipeline > 1 and layout.virtual_pipeline == 1
     hidden = tokens * shape.hidden_size * b / layout.sequence_shards if sends else 0.0
-    return LayerTraffic((4 * unit, tensor_backward * unit), (heads * b, context_backward), (hidden, hidden))
+    sent = 0.0
+    if shape.experts is not None:
+        copies = tokens / layout.sequence_shards * shape.experts.experts_per_token
+        sent = 2 * layers * copies * shape.hidden_size * b * (layout.expert - 1) / layout.expert
+    experts = (sent, sent * (1 if layout.recompute == "none" else 2))
+    return LayerTraffic((4 * unit, tensor_backward * unit), (heads * b, context_backward), experts, (hidden, hidden))
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,14 @@ class Roofline:
         inside = bandwidth == self.cluster.gpu.node_bandwidth
         return num_bytes / (bandwidth * (ACHIEVABLE.node if inside else ACHIEVABLE.network))
 
-    def layers(self, moved: LayerTraffic, direction: int) -> tuple[float, float, float]:
-        """Seconds of tensor, context and pipeline communication; direction 0 is forward, 1 backward."""
+    def layers(self, moved: LayerTraffic, direction: int) -> tuple[float, float, float, float]:
+        """Seconds of tensor, context, expert and pipeline communication; direction 0 is forward, 1 backward."""
         layout = self.layout
         apart = layout.tensor * layout.replicas
         return (
             self.transfer(moved.tensor[direction], layout.tensor, 1),
             self.transfer(moved.context[direction], layout.context, layout.tensor),
+            self.transfer(moved.expert[direction], layout.expert, layout.tensor),
             self.transfer(moved.pipeline[direction], 2, apart),
         )
 
@@ -129,21 +140,30 @@ def train_time(
     moved = traffic(shape, layout, packs, dtype)
     ahead, behind = rate.layers(moved, 0), rate.layers(moved, 1)
 
+    starts = expert_seconds(shape, layout) * packs.num_micro_batches
+    again = starts if layout.recompute != "none" else 0.0
+
     def busy(work: StageWork) -> float:
         return rate.work(work.forward) + rate.work(work.backward)
 
     stages = [stage_work(shape, layout, stage, packs, dtype) for stage in range(layout.pipeline)]
     work = max(stages, key=busy)
-    forward, backward = rate.work(work.forward), rate.work(work.backward)
+    forward, backward = rate.work(work.forward) + starts, rate.work(work.backward) + 2 * starts + again
     passes = forward + backward + sum(ahead) + sum(behind)
     slots = packs.num_micro_batches * layout.virtual_pipeline
-    logprobs = max(rate.work(stage.logprobs) for stage in stages) + sum(ahead)
+    logprobs = max(rate.work(stage.logprobs) for stage in stages) + starts + sum(ahead)
 
     numel = max(stage_numel(shape, layout, stage, on_gpu=cluster.gpu.is_gpu) for stage in range(layout.pipeline))
-    ranks = layout.replicas
-    part = numel * (ranks - 1) / ranks
-    summing = rate.transfer(FLOAT32 * part, ranks, layout.tensor)
-    gathering = rate.transfer(ELEMENT[dtype] * part, ranks, layout.tensor)
+    experts = stage_experts(shape, layout, on_gpu=cluster.gpu.is_gpu)
+    dense, ranks, few = numel - experts, layout.replicas, layout.expert_replicas
+
+    def collective(element: int) -> float:
+        """Seconds to gather or sum one value per parameter over the ranks that hold it."""
+        whole = rate.transfer(element * dense * (ranks - 1) / ranks, ranks, layout.tensor)
+        return whole + rate.transfer(element * experts * (few - 1) / few, few, layout.tensor * layout.expert)
+
+    summing, gathering = collective(FLOAT32), collective(ELEMENT[dtype])
+    own = dense / ranks + experts / few
     waited = max(0.0, summing - backward / packs.num_micro_batches)
 
     return TrainTime(
@@ -152,16 +172,28 @@ def train_time(
         backward=num_updates * backward,
         tensor_communication=num_updates * (ahead[0] + behind[0]),
         context_communication=num_updates * (ahead[1] + behind[1]),
-        pipeline_communication=num_updates * (ahead[2] + behind[2]),
+        expert_communication=num_updates * (ahead[2] + behind[2]),
+        pipeline_communication=num_updates * (ahead[3] + behind[3]),
         data_communication=num_updates * (waited + gathering),
         pipeline_bubble=num_updates * passes * (layout.pipeline - 1) / slots,
-        optimizer=num_updates * optimizer_seconds(numel, ranks, cluster, dtype, cpu_offload),
+        optimizer=num_updates * optimizer_seconds(numel, own, cluster, dtype, cpu_offload),
     )
 
 
-def optimizer_seconds(numel: int, ranks: int, cluster: Cluster, dtype: str, cpu_offload: float) -> float:
-    """One update: clear gradients and take their norm, read and write the state, fetch and return an offloaded share."""
-    gpu, own, state = cluster.gpu, numel / ranks, 3 if dtype == "bfloat16" else 2
+def expert_seconds(shape: ModelShape, layout: ParallelLayout) -> float:
+    """What it takes to start the products of a stage's experts one by one in a forward pass; twice as many backward."""
+    if shape.experts is None:
+        return 0.0
+    return EXPERT_SECONDS * shape.num_layers / layout.pipeline * shape.experts.num_experts / layout.expert
+
+
+def optimizer_seconds(numel: int, own: float, cluster: Cluster, dtype: str, cpu_offload: float) -> float:
+    """One update: clear gradients and take their norm, read and write the state, fetch and return an offloaded share.
+
+    Args:
+        numel: parameters on this rank. own: those whose state it holds.
+    """
+    gpu, state = cluster.gpu, 3 if dtype == "bfloat16" else 2
     traffic = FLOAT32 * (2 * numel + own) + own * (2 * FLOAT32 * state + ELEMENT[dtype])
     over_host = 2 * FLOAT32 * state * own * cpu_offload
     return traffic / (gpu.memory_bandwidth * ACHIEVABLE.memory) + over_host / (gpu.host_bandwidth * ACHIEVABLE.host)

@@ -135,6 +135,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
             folder,
             trainer,
             config.checkpoint.keep,
+            num_ledgers_kept=config.checkpoint.keep_ledgers,
             asynchronous=config.checkpoint.asynchronous,
             deadline_seconds=config.deadlines.save_seconds,
         ),

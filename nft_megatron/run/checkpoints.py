@@ -19,6 +19,7 @@ from nft_megatron.model.checksums import DamagedCheckpointError
 from nft_megatron.model.control import first_of, on_main, together
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, with_own_control_group
+from nft_megatron.run.retention import remove_old_ledgers
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +28,24 @@ _GRACE_SECONDS = 60.0
 
 
 class Checkpoints:
-    """Saves and restores trainer and collector together. Every method is called on all ranks.
+    """Saves and restores trainer and collector together. Every method is called on all ranks. ``num_ledgers_kept`` None: all.
 
     ``asynchronous``: a thread on each rank writes while training continues. It has its own control group, with the deadline
     ``deadline_seconds``, so that its messages and those of the main thread never mix.
     """
 
     def __init__(
-        self, folder: RunFolder, trainer: Trainer, num_kept: int, *, asynchronous: bool, deadline_seconds: float
+        self,
+        folder: RunFolder,
+        trainer: Trainer,
+        num_kept: int,
+        *,
+        num_ledgers_kept: int | None = None,
+        asynchronous: bool,
+        deadline_seconds: float,
     ) -> None:
         self._folder, self._trainer, self._num_kept = folder, trainer, num_kept
+        self._num_ledgers_kept = num_ledgers_kept
         self._topology = trainer.topology
         self._of_writer = with_own_control_group(self._topology, deadline_seconds) if asynchronous else None
         self._pending: Future[float] | None = None
@@ -44,8 +53,8 @@ class Checkpoints:
     def save(self, step: int, collector: CollectorState) -> None:
         """Start the checkpoint of ``step``. It exists once :meth:`finish` has returned.
 
-        Once it is written, the pointer moves to it, then all but the ``num_kept`` newest are deleted. Whatever fails, the
-        pointer still names a complete checkpoint and nothing half-written is left.
+        Once it is written, the pointer moves to it, then all but the ``num_kept`` newest are deleted, then old ledgers.
+        Whatever fails, the pointer still names a complete checkpoint and nothing half-written is left.
         """
         assert self._pending is None, "finish() the previous one first"
         begin = time.monotonic()
@@ -104,6 +113,7 @@ class Checkpoints:
         self._folder.set_latest(step)
         for old in [other for other in self._folder.checkpoint_steps() if other <= step][: -self._num_kept]:
             remove(self._folder.checkpoint(old))
+        remove_old_ledgers(self._folder, self._num_ledgers_kept)
 
     def restore(self) -> tuple[int, CollectorState | None]:
         """Restore the newest good checkpoint: returns its step (0 if there is none) and, on rank 0, the collector's state.

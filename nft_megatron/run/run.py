@@ -27,6 +27,7 @@ from nft_megatron.observe.metrics import MetricsRow, PhaseTimer
 from nft_megatron.observe.progress import Progress
 from nft_megatron.run.checkpoints import Checkpoints
 from nft_megatron.run.rank0 import Rank0Services
+from nft_megatron.run.retention import remove_old_exports
 from nft_megatron.run.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
@@ -255,7 +256,7 @@ class Run:
             on_main(self.topology, lambda: self.folder.save_request.unlink(missing_ok=True))
         if self.config.checkpoint.export_every and step % self.config.checkpoint.export_every == 0:
             with self.phase("save"):
-                self.weight_sync.export(self.folder.export(step))
+                self._export(step)
         if reason or self._halted:
             self.stop.clear()
         if self._halted and not is_last:
@@ -266,6 +267,10 @@ class Run:
             )
         if self._is_due_beside(step):
             self._begin_evaluation()
+
+    def _export(self, step: int) -> None:
+        self.weight_sync.export(self.folder.export(step))
+        on_main(self.topology, lambda: remove_old_exports(self.folder, self.config.checkpoint.keep_exports))
 
     def _evaluate(self) -> None:
         """Measure the current weights on held-out questions, if any, for the next row."""
@@ -322,4 +327,4 @@ class Run:
 
     def finish(self) -> None:
         """Export the trained model unless it is already exported."""
-        self.weight_sync.export(self.folder.export(self.step))
+        self._export(self.step)

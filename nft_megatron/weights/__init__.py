@@ -6,6 +6,8 @@ A new family is a file with ``ARCHITECTURE``, ``shape(config)``, ``table(shape)`
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +23,7 @@ from nft_megatron.weights.table import WeightTable
 
 FAMILIES: dict[str, ModuleType] = {family.ARCHITECTURE: family for family in (qwen2, qwen3, qwen3_moe, llama, mistral)}
 
-__all__ = ["FAMILIES", "ModelShape", "WeightTable", "hf_config", "read_shape", "shape_of", "weight_table"]
+__all__ = ["FAMILIES", "ModelShape", "WeightTable", "hf_config", "num_parameters", "read_shape", "shape_of", "weight_table"]
 
 
 def read_shape(folder: Path | str, field: str = "model.path") -> ModelShape:
@@ -53,6 +55,12 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
 def weight_table(shape: ModelShape) -> WeightTable:
     """The table of the family that ``shape`` belongs to."""
     return FAMILIES[shape.architecture].table(shape)
+
+
+@functools.lru_cache(maxsize=16)
+def num_parameters(shape: ModelShape) -> int:
+    """Parameters of the model; a tied LM head counts once."""
+    return sum(math.prod(size) for size in weight_table(shape).shapes.values())
 
 
 def hf_config(shape: ModelShape) -> dict[str, Any]:

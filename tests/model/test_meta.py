@@ -41,19 +41,28 @@ def test_the_ranks_of_a_replica_hold_the_model_once(built: dict, name: str):
                 continue
             whole = entry.layout is Layout.WHOLE
             for piece in entry.pieces(layout.tensor, rank["tensor_rank"], rows):
-                key = (replica, rank["tensor_rank"] if whole else None, entry.sources[piece.source])
+                holders = replica if entry.expert is None else _expert_replica(replica, layout)
+                key = (holders, rank["tensor_rank"] if whole else None, entry.sources[piece.source])
                 held[key].append((piece.start, piece.stop))
 
     axes = {source: entry.axis for entry in table.entries if entry.exported for source in entry.sources}
     wholes = {source for entry in table.entries if entry.layout is Layout.WHOLE for source in entry.sources}
+    of_experts = {source for entry in table.entries if entry.expert is not None for source in entry.sources}
     replicas = [(context, data) for context in range(layout.context) for data in range(layout.data)]
+    expert_replicas = sorted({_expert_replica(replica, layout) for replica in replicas})
     for source, size in table.shapes.items():
-        for replica in replicas:
+        for replica in expert_replicas if source in of_experts else replicas:
             for tensor_rank in range(layout.tensor) if source in wholes else [None]:
                 ranges = sorted(held.pop((replica, tensor_rank, source)))
                 assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])], (source, ranges)
                 assert ranges[-1][1] == size[axes[source]], source
     assert not held
+
+
+def _expert_replica(replica: tuple[int, int], layout) -> tuple[int, int]:
+    """The ranks that hold a layer's experts together: ``layout.expert`` consecutive ones of data × context."""
+    context, data = replica
+    return -1, (data * layout.context + context) // layout.expert
 
 
 def test_stages_and_parts_are_where_the_plan_says(built: dict):

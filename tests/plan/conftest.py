@@ -44,14 +44,14 @@ def make_layout():
 
 @pytest.fixture
 def make_config():
-    """Qwen2.5-7B on one node of H100s, with other fields in the sections that are given."""
+    """Qwen2.5-7B on two nodes of H100s, of which one generates, with other fields in the sections that are given."""
 
     def make(**sections) -> Config:
         tree = {
             "run_dir": "run",
             "model": {"path": "Qwen2.5-7B"},
             "data": {"train": "questions.parquet", "max_prompt_tokens": 512},
-            "rollout": {"questions_per_step": 64, "group_size": 8, "max_answer_tokens": 3584},
+            "rollout": {"engine": "vllm", "questions_per_step": 64, "group_size": 8, "max_answer_tokens": 3584},
             "train": {"num_steps": 10, "updates_per_step": 4, "micro_batch_tokens": 8192},
             "cluster": {"trainer_nodes": 1, "rollout_nodes": 1},
         }

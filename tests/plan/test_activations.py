@@ -32,6 +32,20 @@ def test_norms_of_queries_and_keys_are_counted(counted, make_layout, tensor: int
     assert (four - two) / 2 == NUM_TOKENS * layer.kept(recompute)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_experts_are_counted(counted, make_layout, recompute: str):
+    two, four = counted()[f"bfloat16 {recompute}"]["saved, experts"]
+    layer = layer_bytes(plan_worker.small_shape(2, **plan_worker.EXPERTS), make_layout(), 2, fused=False)
+    assert (four - two) / 2 == NUM_TOKENS * layer.kept(recompute)
+
+
+def test_what_experts_store_is_counted_in_float32_too(counted, make_layout):
+    kept = [counted()[f"float32 {recompute}"]["saved, experts"] for recompute in ("none", "selective")]
+    everything, without = ((four - two) / 2 for two, four in kept)
+    layer = layer_bytes(plan_worker.small_shape(2, **plan_worker.EXPERTS), make_layout(), 4, fused=False)
+    assert everything - without == NUM_TOKENS * layer.mlp
+
+
 def test_what_is_not_kept_is_made_again(make_layout):
     for fused in (True, False):
         layer = layer_bytes(plan_worker.small_shape(2), make_layout(), 2, fused=fused)

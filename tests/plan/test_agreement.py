@@ -1,5 +1,7 @@
 """What the arithmetic must repeat, because it may not import Megatron, is what the trainer does."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from nft_megatron.plan.layouts import check_layout
 from nft_megatron.plan.models import PUBLIC_MODELS
 from nft_megatron.plan.workload import batching_rules
 from nft_megatron.run import build
+from nft_megatron.weights.shape import Experts
 
 SHAPE = PUBLIC_MODELS["Qwen2.5-7B"]
 
@@ -23,7 +26,7 @@ def place(layout) -> SimpleNamespace:
         context_size=layout.context,
         pipeline_size=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
-        expert_size=1,
+        expert_size=layout.expert,
     )
 
 
@@ -55,15 +58,36 @@ def test_packs_are_cut_as_by_the_trainer(make_config, make_layout, fields: dict)
         {"pipeline": 7},
         {"pipeline": 2, "virtual_pipeline": 7},
         {"pipeline": 2, "virtual_pipeline": 4},
+        {"expert": 2, "data": 2},
     ],
 )
 def test_a_layout_is_refused_where_the_trainer_refuses_it(make_layout, fields: dict):
-    def refusal(check) -> str | None:
-        try:
-            check()
-        except UserError as error:
-            return str(error)
-        return None
-
     layout = make_layout(**fields)
-    assert refusal(lambda: check_layout(SHAPE, layout)) == refusal(lambda: settings._check_layout(SHAPE, place(layout), True))
+    assert refusal(check_layout, SHAPE, layout) == refusal(settings._check_layout, SHAPE, place(layout), True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"expert": 8, "data": 8}, None),
+        ({"expert": 3, "data": 3}, "parallel.expert"),
+        ({"tensor": 2, "sequence_parallel": False}, "parallel.sequence_parallel"),
+        ({"tensor": 5}, "parallel.tensor"),
+    ],
+)
+def test_layouts_of_experts_are_refused_where_the_trainer_refuses_them(make_layout, fields: dict, field: str | None):
+    experts = Experts(num_experts=16, experts_per_token=2, ffn_hidden_size=24, normalise_topk=True)
+    shape = replace(SHAPE, num_attention_heads=20, num_query_groups=20, experts=experts)
+    layout = make_layout(**fields)
+    found = refusal(check_layout, shape, layout)
+    assert found == refusal(settings._check_layout, shape, place(layout), layout.sequence_parallel)
+    assert (found is None) if field is None else (found is not None and found.startswith(field))
+
+
+def refusal(check: Callable[..., None], *arguments: object) -> str | None:
+    """The message of a refusal; None if there is none."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return str(error)
+    return None

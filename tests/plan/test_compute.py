@@ -3,9 +3,10 @@
 import plan_worker
 import pytest
 
-from nft_megatron.plan.compute import model_flops, num_parameters, stage_work
+from nft_megatron.plan.compute import model_flops, stage_work
 from nft_megatron.plan.models import PUBLIC_MODELS
 from nft_megatron.plan.workload import Packs
+from nft_megatron.weights import num_parameters
 
 LENGTH, NUM_TOKENS = plan_worker.LENGTHS[0], sum(plan_worker.LENGTHS)
 CAUSAL = (LENGTH + 1) / (2 * LENGTH)
