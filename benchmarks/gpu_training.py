@@ -80,9 +80,9 @@ def write_run(options: argparse.Namespace) -> tuple[Path, Path]:
     shape, folder = shape_of(options.shape), options.folder / options.key
     folder.mkdir()
     mean_answer = options.tokens // 10
-    prompt = min(PROMPT_TOKENS, options.tokens)
+    prompt = min(PROMPT_TOKENS, options.tokens // 8)
     ledger = folder / "step_000001.parquet"
-    write_step(ledger, shape.vocab_size, options.packs * options.tokens, mean_answer)
+    write_step(ledger, shape.vocab_size, options.packs * options.tokens, mean_answer, prompt)
     tree = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(write_model(options.folder / "models" / options.shape, shape)), "dtype": options.dtype},

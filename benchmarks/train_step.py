@@ -68,11 +68,11 @@ def shape_of(name: str) -> ModelShape:
     )
 
 
-def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int) -> None:
+def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
     """Groups of answers, half of them right, of exponentially distributed lengths; about ``num_tokens`` tokens in all."""
     rng, groups, used = np.random.default_rng(0), [], 0
     while used < num_tokens:
-        prompt = Prompt(f"q{len(groups)}", "", "", rng.integers(0, vocab_size, PROMPT_TOKENS).astype(np.int32))
+        prompt = Prompt(f"q{len(groups)}", "", "", rng.integers(0, vocab_size, prompt_tokens).astype(np.int32))
         answers = []
         for index in range(ANSWERS_PER_GROUP):
             length = int(np.clip(rng.exponential(mean_answer), 16, 4 * mean_answer))
@@ -80,7 +80,7 @@ def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int) -
             logprobs = np.full(length, -np.log(vocab_size), dtype=np.float32)
             verdict = Verdict("correct" if index % 2 else "wrong", "made up", "benchmark")
             answers.append(Answer(Completion(len(groups), index, tokens, logprobs, "stop", 0, 0.0), "", verdict))
-            used += PROMPT_TOKENS + length
+            used += prompt_tokens + length
         groups.append(Group(len(groups), 1, prompt, tuple(answers)))
     write_ledger(path, groups, fates=["train"] * len(groups), meta={})
 

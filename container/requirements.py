@@ -1,4 +1,4 @@
-"""``python3 requirements.py TABLE SIDE [NAME …]``: pip's requirements of one side, trainer or servers, from the table of versions.
+"""``python3 requirements.py TABLE SIDE [NAME …]``: pip's requirements of trainer or servers, from the table of versions.
 
 With NAMEs only those; a NAME stands for all its extras.
 """

@@ -117,7 +117,7 @@ def _tested() -> Iterator[Finding]:
 
 
 def version_differences(cuda: str | None) -> list[str]:
-    """What this environment and its torch's ``cuda`` have in other versions than the table; what is not installed is left out."""
+    """What this environment and its torch's ``cuda`` have in other versions than the table, of what is installed."""
     table = tomllib.loads(resources.files("nft_megatron.cli").joinpath("versions.toml").read_text())
     wanted = {package.partition("[")[0]: number for package, number in table["trainer"].items()}
     pairs = [(package, installed(package), number) for package, number in wanted.items()]

@@ -112,16 +112,16 @@ DETERMINISTIC_SCORES = 1 << 30
 workspace would be 128 times as large (SM90_DET_FUSED_THD_BWD_MAX_BHSS in attention/dot_product_attention/utils.py)."""
 
 
-def check_deterministic(config: TransformerConfig, longest: int) -> None:
-    """Refuse ``kernels.deterministic`` where attention over ``longest`` tokens would store all its scores instead."""
+def check_deterministic(config: TransformerConfig, longest: int, pack: int) -> None:
+    """Refuse ``kernels.deterministic`` where attention over full packs of ``longest`` sequences would store all its scores."""
     heads = config.num_attention_heads // config.tensor_model_parallel_size
-    is_large = heads * longest**2 >= DETERMINISTIC_SCORES
+    is_large = heads * pack * longest >= DETERMINISTIC_SCORES  # it counts heads × sequences × longest²
     has_flash = any(find_spec(name) is not None for name in ("flash_attn", "flash_attn_3"))
     if config.deterministic_mode and config.transformer_impl == "transformer_engine" and is_large and not has_flash:
         raise UserError(
             "kernels.deterministic",
             True,
-            f"Transformer Engine has no deterministic attention of its own for {heads} heads and {longest} tokens",
+            f"Transformer Engine has no deterministic attention of its own for {heads} heads and packs of {pack} tokens",
             "install flash-attn 2.4.1 or newer, which it then uses, or set it to false",
         )
 

@@ -167,7 +167,7 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         variable_lengths=not config.train.pad_to_budget,
         kernels=config.kernels,
     )
-    check_deterministic(chunks[0].config, config.max_sequence_tokens)
+    check_deterministic(chunks[0].config, config.max_sequence_tokens, config.train.micro_batch_tokens)
     load_weights(chunks, topology, shape, config.model.path)
     return Trainer(
         topology=topology,

@@ -76,14 +76,14 @@ def test_determinism_is_refused_where_attention_would_store_every_score(monkeypa
     assert config.deterministic_mode is True
     monkeypatch.setattr(settings, "find_spec", lambda module: None)
     assert SHAPE_EXAMPLE.num_attention_heads == 28
-    check_deterministic(config, 6192)  # 28 × 6192² < 2^30 < 28 × 6193²
-    with pytest.raises(UserError, match="no deterministic attention of its own for 28 heads and 6193 tokens"):
-        check_deterministic(config, 6193)
+    check_deterministic(config, 4096, 9362)  # 28 × 4096 × 9362 < 2^30
+    with pytest.raises(UserError, match="no deterministic attention of its own for 28 heads and packs of 9363 tokens"):
+        check_deterministic(config, 4096, 9363)
     monkeypatch.setattr(settings, "find_spec", lambda module: object() if module == "flash_attn" else None)
-    check_deterministic(config, 16384)
+    check_deterministic(config, 16384, 16384)
     monkeypatch.setattr(settings, "find_spec", lambda module: None)
-    check_deterministic(told(deterministic=True), 16384)  # torch's flash kernel has a deterministic backward pass
-    check_deterministic(told(engine=True), 16384)
+    check_deterministic(told(deterministic=True), 16384, 16384)  # torch's flash kernel has a deterministic backward pass
+    check_deterministic(told(engine=True), 16384, 16384)
 
 
 def test_megatron_knows_all_of_these_fields():
