@@ -77,6 +77,13 @@ STAGES = (
     Stage("recorded-float32", "recorded step, float32", 60, (*FLOAT32, "--without-te", "--reference", "recorded-cpu-float32")),
     Stage("1.5b-offload", "1.5B, half of the optimizer on the host", 70, ("train", "--offload", "0.5"), LARGE),
     Stage("nccl", "NCCL group of one", 40, ("nccl",), ("--tokens", "16384")),
+    Stage(
+        "1.5b-deterministic",
+        "1.5B without Transformer Engine, kernels.deterministic",
+        80,
+        ("train", "--save", "--without-te", "--set", "kernels.deterministic=true"),
+        LARGE,
+    ),
 )
 
 

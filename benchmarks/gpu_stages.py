@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--packs", type=int, default=2)
     parser.add_argument("--offload", type=float, default=0.0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="in the training's configuration")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()

@@ -99,7 +99,7 @@ def write_run(options: argparse.Namespace) -> tuple[Path, Path]:
 def train(options: argparse.Namespace, facts: Any) -> None:
     """Updates of a random model: tokens/s, utilisation, memory beside the plan, kernels, checkpoint, fingerprint."""
     ledger, path = write_run(options)
-    config = load_config(path)
+    config = load_config(path, options.set)
     shape = read_shape(config.model.path)
     with init_distributed(config) as topology:
         device = topology.device
@@ -192,11 +192,12 @@ def _checkpoint(trainer: Trainer, minibatch: MiniBatch, folder: Path, clock: Clo
     clock.timed("load", trainer.load, folder)
     again = trainer.update(minibatch).applied.grad_norm, _bits(trainer)
     shutil.rmtree(folder)
-    shows += (
-        f", loaded in {seconds['load']:.1f} s; fingerprint {seconds['fingerprint']:.1f} s; an update after loading repeats "
-    )
-    shows += "to the bit" if first == again else f"but for {abs(first[0] / again[0] - 1):.1e} of ‖g‖"
-    facts.add(seconds=seconds, grad_norms=(first[0], again[0]), repeats_to_the_bit=first == again, shows=shows)
+    repeats, deterministic = first == again, trainer.chunks[0].config.deterministic_mode
+    shows += f", loaded in {seconds['load']:.1f} s; fingerprint {seconds['fingerprint']:.1f} s; after loading an update "
+    shows += "repeats to the bit" if repeats else f"differs by {abs(first[0] / again[0] - 1):.1e} of ‖g‖"
+    facts.add(seconds=seconds, deterministic=deterministic, repeats_to_the_bit=repeats, shows=shows)
+    facts.add(grad_norms=(first[0], again[0]))
+    assert repeats or not deterministic, "under kernels.deterministic an update does not repeat to the bit"
 
 
 def _bits(trainer: Trainer) -> list[int]:

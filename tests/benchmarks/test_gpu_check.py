@@ -75,6 +75,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path):
         check_training(found[key])
     offloaded = found["1.5b-offload"]["memory"]["plan"]
     assert offloaded["offloaded"] == round(offloaded["optimizer"] / 2)
+    assert found["1.5b-deterministic"]["deterministic"] and found["1.5b-deterministic"]["repeats_to_the_bit"]
     assert found["nccl"]["bytes"] == 2 * (4 * 256_000 + 7)
 
 
