@@ -126,7 +126,7 @@ def train(options: argparse.Namespace, facts: Any) -> None:
         )
         facts.add(**_memory(config, shape, minibatch, peak_memory(device) - (0 if device.type == "cuda" else before), device))
         speed, memory = facts.known, facts.known["memory"]
-        shows = f"{speed['tokens_per_second']:,.0f} tokens/s"
+        shows = f"{layers.transformer_impl} layers, {speed['tokens_per_second']:,.0f} tokens/s"
         shows += f", MFU {speed['mfu']:.1%}" if speed["mfu"] else ""
         shows += f", peak {memory['peak'] / 1e9:.2f} GB (plan {memory['planned'] / memory['peak']:.2f} of it)"
         facts.add(shows=shows)
