@@ -44,6 +44,3 @@ class KernelsConfig(ConfigModel):
     an uninterrupted one to the bit. Slower. Not needed on the CPU."""
     fp8: Annotated[Literal["off", "delayed", "blockwise"], AfterValidator(_not_built)] = "off"
     """Matrix products in 8 bits: refused so far."""
-
-
-DEFAULT_KERNELS = KernelsConfig()

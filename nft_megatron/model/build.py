@@ -39,7 +39,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nft_megatron.config.kernels import DEFAULT_KERNELS, KernelsConfig
+from nft_megatron.config.kernels import KernelsConfig
 from nft_megatron.model.megatron import engine_fuses_gradients
 from nft_megatron.model.policy import PolicyModel, block_spec
 from nft_megatron.model.settings import Recompute, padded_vocab, transformer_config
@@ -61,7 +61,7 @@ def build_model(
     sequence_parallel: bool = True,
     recompute: Recompute = "none",
     variable_lengths: bool = True,
-    kernels: KernelsConfig = DEFAULT_KERNELS,
+    kernels: KernelsConfig | None = None,
 ) -> Chunks:
     """This rank's part of the model, with zero weights until they are loaded: ``topology.virtual_pipeline`` chunks.
 
@@ -70,13 +70,13 @@ def build_model(
         sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
         recompute: what the backward pass recomputes instead of storing: ``selective`` the MLPs, ``full`` whole layers.
         variable_lengths: pipeline stages exchange the length of every pack. Otherwise all packs have the same length.
-        kernels: section ``kernels`` of the configuration.
+        kernels: section ``kernels`` of the configuration; None: its defaults.
 
     Raises:
         UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` if the model cannot be split that way.
     """
     config = transformer_config(shape, topology, dtype, sequence_parallel, recompute, variable_lengths, kernels)
-    if kernels.deterministic and topology.device.type == "cuda":
+    if config.deterministic_mode and topology.device.type == "cuda":
         torch.use_deterministic_algorithms(True)  # not with warn_only, under which torch's flash attention ignores it
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ddp_config = DistributedDataParallelConfig(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.config.kernels import DEFAULT_KERNELS, KernelsConfig
+from nft_megatron.config.kernels import KernelsConfig
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights.shape import Experts, ModelShape
 
@@ -30,10 +30,11 @@ def transformer_config(
     sequence_parallel: bool,
     recompute: Recompute,
     variable_lengths: bool,
-    kernels: KernelsConfig = DEFAULT_KERNELS,
+    kernels: KernelsConfig | None = None,
 ) -> TransformerConfig:
     """Megatron's settings for this rank; arguments and errors are those of :func:`.build.build_model`."""
     _check_layout(shape, topology, sequence_parallel)
+    kernels = kernels or KernelsConfig()
     _check_context(shape, topology, kernels)
     with_engine, on_cuda = _has_transformer_engine(topology, dtype), topology.device.type == "cuda"
     interleaved = topology.virtual_pipeline > 1
