@@ -32,6 +32,4 @@ TextList = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 class ConfigModel(BaseModel):
     """Frozen. Unknown keys and values of the wrong type are errors; a field's docstring is its help text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True)
