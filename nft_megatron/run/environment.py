@@ -49,7 +49,7 @@ def export_environment(config: Config, environ: MutableMapping[str, str] = os.en
         for name in trainer_environment(config)
         if name not in environ and not (name in ALLOCATOR and any(other in environ for other in ALLOCATOR))
     ]
-    environ |= {name: value for name, value in trainer_environment(config).items() if name in new}
+    environ.update({name: value for name, value in trainer_environment(config).items() if name in new})
     if new:
         environ[EXPORTED] = " ".join([*set_before, *new])
 
