@@ -19,7 +19,7 @@ BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory tra
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm nemo quickstart test test-rest test-megatron test-all check format bench clean
+.PHONY: help setup vllm nemo quickstart test test-rest test-megatron test-all check format bench gpu-check clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
@@ -78,6 +78,9 @@ format: $(READY)  ## Format the code in the house style
 
 bench: $(READY)  ## Run all benchmarks that need no GPU: about an hour, 10 GB of disk; run one: make bench-verifiers
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+gpu-check: $(READY)  ## Check a machine with a GPU in eight minutes: right, how fast, how much memory; without one, try the script
+	$(BIN)/python benchmarks/gpu_check.py
 
 bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py

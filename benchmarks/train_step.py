@@ -15,7 +15,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from nft_megatron.algorithms import build_algorithm
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.batching.minibatches import BatchingRules
+from nft_megatron.batching.packing import PackedBatch
 from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.data.ledger import write_ledger
 from nft_megatron.model.build import build_model
@@ -34,13 +35,16 @@ from nft_megatron.plan.compute import model_flops
 from nft_megatron.plan.hardware import accelerator
 from nft_megatron.plan.layouts import ParallelLayout
 from nft_megatron.plan.memory import stage_memory
+from nft_megatron.plan.workload import Packs
 from nft_megatron.weights import ModelShape, num_parameters
 
 SIZES = {  # layers, hidden, MLP units, heads, key-value heads, vocabulary, tied
+    "mini": (2, 64, 176, 4, 2, 512, True),  # of gpu_check.py without a GPU
     "tiny": (4, 512, 1408, 8, 2, 8192, False),
     "0.5b": (24, 896, 4864, 14, 2, 151936, True),
     "1.5b": (28, 1536, 8960, 12, 2, 151936, True),
     "3b": (36, 2048, 11008, 16, 2, 151936, True),
+    "7b-slice": (8, 3584, 18944, 28, 4, 152064, False),  # of its 28 layers
 }
 PROMPT_TOKENS, ANSWERS_PER_GROUP = 256, 8
 
@@ -64,11 +68,11 @@ def shape_of(name: str) -> ModelShape:
     )
 
 
-def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int) -> None:
+def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
     """Groups of answers, half of them right, of exponentially distributed lengths; about ``num_tokens`` tokens in all."""
     rng, groups, used = np.random.default_rng(0), [], 0
     while used < num_tokens:
-        prompt = Prompt(f"q{len(groups)}", "", "", rng.integers(0, vocab_size, PROMPT_TOKENS).astype(np.int32))
+        prompt = Prompt(f"q{len(groups)}", "", "", rng.integers(0, vocab_size, prompt_tokens).astype(np.int32))
         answers = []
         for index in range(ANSWERS_PER_GROUP):
             length = int(np.clip(rng.exponential(mean_answer), 16, 4 * mean_answer))
@@ -76,7 +80,7 @@ def write_step(path: Path, vocab_size: int, num_tokens: int, mean_answer: int) -
             logprobs = np.full(length, -np.log(vocab_size), dtype=np.float32)
             verdict = Verdict("correct" if index % 2 else "wrong", "made up", "benchmark")
             answers.append(Answer(Completion(len(groups), index, tokens, logprobs, "stop", 0, 0.0), "", verdict))
-            used += PROMPT_TOKENS + length
+            used += prompt_tokens + length
         groups.append(Group(len(groups), 1, prompt, tuple(answers)))
     write_ledger(path, groups, fates=["train"] * len(groups), meta={})
 
@@ -182,13 +186,22 @@ def run(options: argparse.Namespace, topology: Topology) -> None:
     report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype_name, tokens, device)
 
 
+def sums_of(packs: Sequence[PackedBatch]) -> Packs:
+    """What the packs of an update have in all."""
+    return Packs(
+        num_micro_batches=len(packs),
+        tokens=sum(len(pack.input_ids_T) for pack in packs),
+        pairs=sum(length * (length + 1) // 2 for pack in packs for length in pack.lengths),
+        positions=sum(len(pack.targets_N) for pack in packs),
+    )
+
+
 def report(options, shape, packs, seconds, peak, flops_limit, bytes_limit, dtype, tokens, device):  # type: ignore[no-untyped-def]
     medians = {phase: float(np.median(values)) for phase, values in seconds.items()}
     total = sum(medians.values())
-    num_tokens = sum(len(pack.input_ids_T) for pack in packs)
-    positions = sum(len(pack.targets_N) for pack in packs)
-    pairs = sum(float(((lengths := pack.cu_seqlens.diff().double()) * (lengths + 1) / 2).sum()) for pack in packs)
-    training = model_flops(shape, num_tokens, pairs, positions)
+    sums = sums_of(packs)
+    num_tokens, positions = sums.tokens, sums.positions
+    training = model_flops(shape, num_tokens, sums.pairs, positions)
     flops = {"old log-probs": training / 3, "forward and backward": training}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores, {platform.machine()}"
     command = f"python benchmarks/train_step.py --shape {options.shape} --recompute {options.recompute}"

@@ -17,7 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,16 @@ warnings.filterwarnings("ignore")
 import rehearsal_cuda  # noqa: E402
 import rehearsal_faults  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from rehearsal_device import Device  # noqa: E402
 from rehearsal_host import FAULTS, SYNCS  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from whole_step import everything_else  # noqa: E402
 
 from nft_megatron.config.load import load_config  # noqa: E402
 from nft_megatron.model import build  # noqa: E402
-from nft_megatron.model.step import Trainer  # noqa: E402
 from nft_megatron.model.topology import Topology, init_topology, shutdown  # noqa: E402
-from nft_megatron.rollout.fleet.broadcast import fill_buckets, open_bucket  # noqa: E402
 from nft_megatron.run.build import build_trainer  # noqa: E402
-from nft_megatron.run.weight_sync import WeightSync  # noqa: E402
 from nft_megatron.weights import read_shape  # noqa: E402
-from nft_megatron.weights.fingerprint import weights_fingerprint  # noqa: E402
-
-BUCKET_BYTES = 4096
-"""Of a broadcast: small enough for several."""
 
 
 @dataclass(frozen=True)
@@ -152,61 +145,14 @@ def _steps(case: Case, topology: Topology) -> dict[str, Any]:
         "update_syncs": syncs,
     }
     if case.stages == "all":
-        result |= _everything_else(case, trainer, config.model.path)
+        result |= everything_else(trainer, ledger, config.model.path, out)
+        if case.resumes:
+            trainer.load(Path(case.resumes))
+            trainer.update(trainer.prepare(ledger, 1).minibatches[0])
     weights = {name: tensor.cpu() for name, tensor in trainer.hf_tensors()}
     if topology.is_main:
         save_file(weights, out / "weights.safetensors")
     return result
-
-
-def _everything_else(case: Case, trainer: Trainer, model: Path) -> dict[str, Any]:
-    """Cosine, snapshot, write, load, export, publish: what of it went wrong."""
-    topology, out = trainer.topology, Path(case.out)
-    before = _state(trainer)
-    checkpoint = out / "checkpoint"
-    if topology.is_main:
-        checkpoint.mkdir()
-    dist.barrier(group=topology.control_group)
-    trainer.snapshot(1).write(checkpoint, topology)
-    measuring = replace(trainer, gradient_cosine_every=1)
-    cosine = measuring.update(measuring.prepare(Path(case.ledger), 1).minibatches[0]).gradient_cosine
-    moved = [name for name, value in _state(trainer).items() if not torch.equal(value, before[name])]
-    assert trainer.load(checkpoint) == 1
-    after = _state(trainer)
-    result: dict[str, Any] = {
-        "cosine": cosine,
-        "num_moved": len(moved),
-        "load_differs": [str(name) for name, value in after.items() if not torch.equal(value, before[name])],
-        "mismatch": trainer.mismatch(Path(case.ledger), 1),
-    }
-    WeightSync(trainer, None, model).export(out / "hf")
-    result["fingerprint"] = weights_fingerprint(trainer.hf_tensors())
-    stream = trainer.hf_tensors()
-    buckets = [
-        [(name, tensor.cpu().clone()) for name, tensor in open_bucket(slots, flat)]
-        for slots, flat in fill_buckets(stream, BUCKET_BYTES, topology.device)
-    ]
-    result["num_broadcast_buckets"] = len(buckets)
-    result["broadcast"] = weights_fingerprint(item for bucket in buckets for item in bucket)
-    if topology.is_main:
-        result["exported"] = weights_fingerprint(load_file(out / "hf" / "model.safetensors").items())
-    if case.resumes:
-        trainer.load(Path(case.resumes))
-        trainer.update(trainer.prepare(Path(case.ledger), 1).minibatches[0])
-    return result
-
-
-def _state(trainer: Trainer) -> dict[tuple[int, int, str], torch.Tensor]:
-    """Weights, masters and moments of this rank, copied to the host."""
-    state = {}
-    with trainer.optimizer.state_on_device():
-        for i, optimizer in enumerate(trainer.optimizer.megatron.chained_optimizers):
-            for j, (parameter, moments) in enumerate(optimizer.optimizer.state.items()):
-                named = {name: moments[name] for name in ("exp_avg", "exp_avg_sq")} | {"master": parameter.detach()}
-                state |= {(i, j, name): tensor.to("cpu", copy=True) for name, tensor in named.items()}
-    for i, chunk in enumerate(trainer.chunks):
-        state |= {(i, 0, name): p.detach().to("cpu", copy=True) for name, p in chunk.named_parameters()}
-    return state
 
 
 class _Syncs:

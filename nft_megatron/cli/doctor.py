@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import platform
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from nft_megatron.cli.arguments import add_config, describe
 from nft_megatron.config.load import load_config
 from nft_megatron.config.schema import Config
 from nft_megatron.rollout.fleet.nccl import nccl_problem, nccl_version, servers_python
+from nft_megatron.run.environment import overruled, trainer_environment
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -58,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def findings(config: Config | None = None) -> list[Finding]:
     """All findings of ``nft-megatron doctor``, packages first. ``is_fault`` marks what training cannot do without."""
-    return [*_packages(), *_devices(), *_fast_paths(), *_broadcasts(config)]
+    return [*_packages(), *_devices(), *_tested(), *_fast_paths(config), *_variables(config), *_broadcasts(config)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -101,10 +104,50 @@ def _devices() -> Iterator[Finding]:
         yield Finding(f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
 
 
-def _fast_paths() -> Iterator[Finding]:
+def _tested() -> Iterator[Finding]:
+    """Whether a machine with a GPU has the versions that belong together, those of the container."""
     import torch
 
-    has_engine, has_fused_gradient = _imports("transformer_engine"), _imports("fused_weight_gradient_mlp_cuda")
+    if not torch.cuda.is_available():
+        return
+    if differences := version_differences(torch.version.cuda):
+        yield Finding("versions", ", ".join(differences), "container/README.md has a set that belongs together")
+    else:
+        yield Finding("versions", "those of container/")
+
+
+def version_differences(cuda: str | None) -> list[str]:
+    """What this environment and its torch's ``cuda`` have in other versions than the table, of what is installed."""
+    table = tomllib.loads(resources.files("nft_megatron.cli").joinpath("versions.toml").read_text())
+    wanted = {package.partition("[")[0]: number for package, number in table["trainer"].items()}
+    pairs = [(package, installed(package), number) for package, number in wanted.items()]
+    pairs += [(name, found, table["image"][name]) for name, found in (("python", platform.python_version()), ("cuda", cuda))]
+    return [
+        f"{name} {found} ({number})"
+        for name, found, number in pairs
+        if found is not None and not f"{found}.".replace("+", ".").startswith(f"{number}.")
+    ]
+
+
+def _variables(config: Config | None) -> Iterator[Finding]:
+    """Variables that the run would set on its GPUs, and those that the environment sets otherwise."""
+    import torch
+
+    if config is None or not torch.cuda.is_available():
+        return
+    others = overruled(config)
+    for name, wanted in trainer_environment(config).items():
+        if name in others:
+            yield Finding(name, f"{others[name]} in the environment", f"unset it; section kernels asks for {wanted}")
+        else:
+            yield Finding(name, wanted)
+
+
+def _fast_paths(config: Config | None) -> Iterator[Finding]:
+    import torch
+
+    has_engine, has_apex = _imports("transformer_engine"), _imports("fused_weight_gradient_mlp_cuda")
+    fuses = config is None or config.kernels.gradient_accumulation_fusion
     apex = "apex from github.com/NVIDIA/apex with its CUDA extensions (the registry's apex is a different project)"
     paths = [
         (
@@ -121,9 +164,11 @@ def _fast_paths() -> Iterator[Finding]:
         ),
         (
             "weight gradients",
-            "added to main_grad by apex's kernel" if has_fused_gradient else "",
+            f"added to main_grad by {'Transformer Engine' if has_engine else 'apex'}'s kernel"
+            if fuses and (has_engine or has_apex)
+            else "",
             "added to main_grad after the matrix product",
-            f"install {apex}",
+            f"install Transformer Engine or {apex}" if fuses else "set kernels.gradient_accumulation_fusion=true",
         ),
     ]
     for name, fast, slow, remedy in paths:

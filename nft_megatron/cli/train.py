@@ -6,6 +6,7 @@ import argparse
 
 from nft_megatron.cli.arguments import add_config, describe
 from nft_megatron.config.load import config_help, load_config
+from nft_megatron.run.environment import export_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     options.run_dir = config.run_dir
+    export_environment(config)  # before torch is imported
     from nft_megatron.train import train
 
     train(config)

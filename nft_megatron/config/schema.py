@@ -13,6 +13,7 @@ from nft_megatron.algorithms import ALGORITHMS, Algorithm
 from nft_megatron.base.config_model import ConfigModel, LoosePath
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.fleet import FleetConfig
+from nft_megatron.config.kernels import KernelsConfig
 from nft_megatron.config.sections import (
     CheckpointConfig,
     ClusterConfig,
@@ -56,6 +57,7 @@ class Config(ConfigModel):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     deadlines: DeadlinesConfig = Field(default_factory=DeadlinesConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)

@@ -39,6 +39,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nft_megatron.config.kernels import KernelsConfig
+from nft_megatron.model.megatron import engine_fuses_gradients
 from nft_megatron.model.policy import PolicyModel, block_spec
 from nft_megatron.model.settings import Recompute, padded_vocab, transformer_config
 from nft_megatron.model.topology import Topology
@@ -59,6 +61,7 @@ def build_model(
     sequence_parallel: bool = True,
     recompute: Recompute = "none",
     variable_lengths: bool = True,
+    kernels: KernelsConfig | None = None,
 ) -> Chunks:
     """This rank's part of the model, with zero weights until they are loaded: ``topology.virtual_pipeline`` chunks.
 
@@ -67,11 +70,15 @@ def build_model(
         sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
         recompute: what the backward pass recomputes instead of storing: ``selective`` the MLPs, ``full`` whole layers.
         variable_lengths: pipeline stages exchange the length of every pack. Otherwise all packs have the same length.
+        kernels: section ``kernels`` of the configuration; None: its defaults.
 
     Raises:
         UserError: naming ``parallel.tensor`` or ``parallel.pipeline`` if the model cannot be split that way.
     """
-    config = transformer_config(shape, topology, dtype, sequence_parallel, recompute, variable_lengths)
+    config = transformer_config(shape, topology, dtype, sequence_parallel, recompute, variable_lengths, kernels)
+    if config.deterministic_mode and topology.device.type == "cuda":
+        torch.use_deterministic_algorithms(True)  # not with warn_only, under which torch's flash attention ignores it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -93,19 +100,21 @@ def build_parts(shape: ModelShape, topology: Topology, config: TransformerConfig
     first, last = topology.is_first_stage, topology.is_last_stage
     for part in range(topology.virtual_pipeline):
         number = part if topology.virtual_pipeline > 1 else None
-        yield PolicyModel(
-            shape,
-            config=config,
-            transformer_layer_spec=block_spec(config, number),
-            vocab_size=padded_vocab(shape, topology),
-            max_sequence_length=shape.max_positions,
-            pre_process=first and part == 0,
-            post_process=last and part == topology.virtual_pipeline - 1,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope" if config.transformer_impl == "transformer_engine" else "none",
-            rotary_base=shape.rope_theta,
-            vp_stage=number,
-        )
+        with engine_fuses_gradients(config):
+            model = PolicyModel(
+                shape,
+                config=config,
+                transformer_layer_spec=block_spec(config, number),
+                vocab_size=padded_vocab(shape, topology),
+                max_sequence_length=shape.max_positions,
+                pre_process=first and part == 0,
+                post_process=last and part == topology.virtual_pipeline - 1,
+                share_embeddings_and_output_weights=shape.tied_embeddings,
+                position_embedding_type="rope" if config.transformer_impl == "transformer_engine" else "none",
+                rotary_base=shape.rope_theta,
+                vp_stage=number,
+            )
+        yield model
 
 
 def run_schedule(

@@ -12,6 +12,8 @@ Everything else in this package is the same call on every version. What 0.19 ann
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -21,6 +23,8 @@ from megatron.core.dist_checkpointing.strategies import common as common_files
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -46,3 +50,18 @@ def load_through(state: StateDict, folder: str, strategy: TorchDistLoadShardedSt
         return serialization.load(state, folder, **options)
     finally:
         serialization.load_common_state_dict = read
+
+
+@contextmanager
+def engine_fuses_gradients(config: TransformerConfig) -> Iterator[None]:
+    """Build a model in which Transformer Engine's kernel adds weight gradients to ``main_grad``, if ``config`` asks for that.
+
+    Megatron's own LM head, a ``ColumnParallelLinear``, insists on apex's kernel then (tensor_parallel/layers.py:924). It is
+    never called here: the matrix products of the LM head are this project's (lm_head.py). All other layers are the engine's.
+    """
+    installed = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = installed or config.transformer_impl == "transformer_engine"
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = installed

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.config.kernels import KernelsConfig
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights.shape import Experts, ModelShape
 
@@ -29,9 +30,12 @@ def transformer_config(
     sequence_parallel: bool,
     recompute: Recompute,
     variable_lengths: bool,
+    kernels: KernelsConfig | None = None,
 ) -> TransformerConfig:
     """Megatron's settings for this rank; arguments and errors are those of :func:`.build.build_model`."""
     _check_layout(shape, topology, sequence_parallel)
+    kernels = kernels or KernelsConfig()
+    _check_context(shape, topology, kernels)
     with_engine, on_cuda = _has_transformer_engine(topology, dtype), topology.device.type == "cuda"
     interleaved = topology.virtual_pipeline > 1
     return TransformerConfig(
@@ -74,9 +78,9 @@ def transformer_config(
         output_layer_init_method=torch.nn.init.zeros_,
         transformer_impl="transformer_engine" if with_engine else "local",
         apply_rope_fusion=with_engine,
-        # Weight gradients straight into main_grad by apex's kernel. Transformer Engine has its own, but Megatron asks for
-        # apex's wherever there is an LM head (tensor_parallel/layers.py:924).
-        gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=on_cuda and kernels.gradient_accumulation_fusion and (with_engine or _has_apex()),
+        cp_comm_type=kernels.context_communication,  # Transformer Engine's attention alone reads it
+        deterministic_mode=kernels.deterministic,
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
         recompute_granularity=None if recompute == "none" else recompute,
@@ -86,6 +90,41 @@ def transformer_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize,
     )
+
+
+def _has_apex() -> bool:
+    """Whether apex's kernel for gradient accumulation is installed."""
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _check_context(shape: ModelShape, topology: Topology, kernels: KernelsConfig) -> None:
+    heads = shape.num_query_groups // topology.tensor_size
+    if kernels.context_communication == "a2a" and heads % topology.context_size:
+        raise UserError(
+            "kernels.context_communication",
+            "a2a",
+            f"divides the {heads} key-value heads of a tensor rank among {topology.context_size} context ranks",
+            "choose p2p or all_gather",
+        )
+
+
+DETERMINISTIC_SCORES = 1 << 30
+"""Attention scores from which Transformer Engine 2.20 has no deterministic cuDNN kernel for packed sequences on Hopper, as its
+workspace would be 128 times as large (SM90_DET_FUSED_THD_BWD_MAX_BHSS in attention/dot_product_attention/utils.py)."""
+
+
+def check_deterministic(config: TransformerConfig, longest: int, pack: int) -> None:
+    """Refuse ``kernels.deterministic`` where attention over full packs of ``longest`` sequences would store all its scores."""
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    is_large = heads * pack * longest >= DETERMINISTIC_SCORES  # it counts heads × sequences × longest²
+    has_flash = any(find_spec(name) is not None for name in ("flash_attn", "flash_attn_3"))
+    if config.deterministic_mode and config.transformer_impl == "transformer_engine" and is_large and not has_flash:
+        raise UserError(
+            "kernels.deterministic",
+            True,
+            f"Transformer Engine has no deterministic attention of its own for {heads} heads and packs of {pack} tokens",
+            "install flash-attn 2.4.1 or newer, which it then uses, or set it to false",
+        )
 
 
 def _experts(experts: Experts | None) -> dict[str, Any]:

@@ -98,7 +98,16 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
         )
         for stage in range(layout.pipeline)
     )
-    time = train_time(shape, layout, cluster, packs, num_updates=work.num_updates, dtype=dtype, cpu_offload=cpu_offload)
+    time = train_time(
+        shape,
+        layout,
+        cluster,
+        packs,
+        num_updates=work.num_updates,
+        dtype=dtype,
+        cpu_offload=cpu_offload,
+        fused_gradients=config.kernels.gradient_accumulation_fusion or not cluster.gpu.is_gpu,
+    )
     return TrainPlan(cluster, layout, packs, stages, time)
 
 

@@ -28,7 +28,8 @@ EXPERT_SECONDS = 40e-6
 class TrainTime:
     """Seconds per rollout step on the slowest rank. The five communications count only the time spent waiting.
 
-    old_logprobs includes its own communication and bubble.
+    old_logprobs includes its own communication and bubble. gradient_adds: a pass over every weight's gradient after each
+    micro-batch, without ``kernels.gradient_accumulation_fusion``.
     """
 
     old_logprobs: float
@@ -41,6 +42,7 @@ class TrainTime:
     data_communication: float
     pipeline_bubble: float
     optimizer: float
+    gradient_adds: float = 0.0
 
     @property
     def total(self) -> float:
@@ -134,6 +136,7 @@ def train_time(
     num_updates: int,
     dtype: str,
     cpu_offload: float,
+    fused_gradients: bool = True,
 ) -> TrainTime:
     """Old log-probs and all updates of a rollout step; each update trains ``packs``."""
     rate = Roofline(layout, cluster, dtype)
@@ -177,6 +180,7 @@ def train_time(
         data_communication=num_updates * (waited + gathering),
         pipeline_bubble=num_updates * passes * (layout.pipeline - 1) / slots,
         optimizer=num_updates * optimizer_seconds(numel, own, cluster, dtype, cpu_offload),
+        gradient_adds=0.0 if fused_gradients else num_updates * packs.num_micro_batches * add_seconds(numel, cluster, dtype),
     )
 
 
@@ -185,6 +189,11 @@ def expert_seconds(shape: ModelShape, layout: ParallelLayout) -> float:
     if shape.experts is None:
         return 0.0
     return EXPERT_SECONDS * shape.num_layers / layout.pipeline * shape.experts.num_experts / layout.expert
+
+
+def add_seconds(numel: int, cluster: Cluster, dtype: str) -> float:
+    """Add the gradients of one micro-batch to their float32 sums: write and read them, read and write the sums."""
+    return numel * 2 * (ELEMENT[dtype] + FLOAT32) / (cluster.gpu.memory_bandwidth * ACHIEVABLE.memory)
 
 
 def optimizer_seconds(numel: int, own: float, cluster: Cluster, dtype: str, cpu_offload: float) -> float:

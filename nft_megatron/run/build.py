@@ -36,6 +36,7 @@ from nft_megatron.model.build import build_model
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.load import load_weights
 from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.settings import check_deterministic
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology
 from nft_megatron.observe.metrics import MetricsLog, MetricsRow, PhaseTimer
@@ -63,6 +64,7 @@ CHANGEABLE = (
     "optimizer.cpu_offload",
     "fleet",
     "parallel",
+    "kernels",
     "deadlines",
     "cluster",
     "slurm",
@@ -166,7 +168,9 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.model.recompute,
         variable_lengths=not config.train.pad_to_budget,
+        kernels=config.kernels,
     )
+    check_deterministic(chunks[0].config, config.max_sequence_tokens, config.train.micro_batch_tokens)
     load_weights(chunks, topology, shape, config.model.path)
     return Trainer(
         topology=topology,

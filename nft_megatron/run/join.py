@@ -8,6 +8,7 @@ from nft_megatron.base.rank_info import check_launch, rank_info
 from nft_megatron.collect.build import num_cores
 from nft_megatron.config.schema import Config
 from nft_megatron.model.topology import Topology, distributed
+from nft_megatron.run.environment import export_environment
 
 
 def init_distributed(config: Config) -> AbstractContextManager[Topology]:
@@ -17,6 +18,7 @@ def init_distributed(config: Config) -> AbstractContextManager[Topology]:
         UserError: the sizes of ``parallel`` do not divide the number of processes, or not all of those were started.
     """
     check_launch()
+    export_environment(config)
     parallel = config.parallel
     return distributed(
         parallel.tensor,

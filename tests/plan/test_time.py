@@ -111,3 +111,12 @@ def test_the_optimizer_moves_its_state_and_an_offloaded_share_of_it():
     assert optimizer_seconds(numel, own, cluster, "bfloat16", 0.0) == pytest.approx(moved / (1e9 * ACHIEVABLE.memory))
     half = optimizer_seconds(numel, own, cluster, "bfloat16", 0.5) - optimizer_seconds(numel, own, cluster, "bfloat16", 0.0)
     assert half == pytest.approx(0.5 * 24e6 / (1e8 * ACHIEVABLE.host))
+
+
+def test_gradients_are_added_in_a_pass_of_their_own_only_without_the_fused_kernel(make_layout):
+    layout, packs = make_layout(data=8), Packs(4, 16384, 10**7, 10000)
+    fused, apart = seconds(layout, packs), seconds(layout, packs, fused_gradients=False, num_updates=3)
+    numel = stage_numel(SHAPE, layout, 0, on_gpu=True)
+    # each of 3 × 4 times: write and read a bfloat16 gradient, read and write its float32 sum
+    assert apart.gradient_adds == pytest.approx(3 * 4 * numel * (2 + 2 + 4 + 4) / (3.35e12 * ACHIEVABLE.memory))
+    assert fused.gradient_adds == 0 and fused.total == pytest.approx(seconds(layout, packs).total)

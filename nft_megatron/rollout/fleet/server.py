@@ -32,6 +32,7 @@ from pathlib import Path
 
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.exported import without_exported
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import guard
 from nft_megatron.rollout.fleet.access import KEY_VARIABLE, SERVER_VARIABLE
@@ -107,7 +108,8 @@ class ServerSettings:
         if devices is not None:
             variables["CUDA_VISIBLE_DEVICES"] = devices
         distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # the trainer's
-        return {name: value for name, value in os.environ.items() if name not in distributed} | variables
+        inherited = without_exported(os.environ)
+        return {name: value for name, value in inherited.items() if name not in distributed} | variables
 
     def _package_path(self) -> Path:
         """A folder that holds only this package: the server's Python may differ from the trainer's.

@@ -53,6 +53,15 @@ def test_each_location_of_the_package_has_its_own_folder(asleep, tmp_path, monke
     assert len(list((tmp_path / "fleet" / "python").iterdir())) == 2
 
 
+def test_a_server_does_not_inherit_what_the_trainer_set_for_its_own_gpu(asleep, monkeypatch):
+    monkeypatch.setenv("NFT_MEGATRON_EXPORTED", "CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    environment = asleep.environment(None)
+    assert environment["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert not {"NFT_MEGATRON_EXPORTED", "CUDA_DEVICE_MAX_CONNECTIONS"} & environment.keys()
+
+
 def test_a_server_whose_log_is_gone_is_restarted(asleep):
     servers = []
 
