@@ -70,7 +70,7 @@ class _Descriptor(io.RawIOBase):
             if not self.is_expendable:
                 raise OutputError(error.errno or 0, error.strerror or str(error)) from error
             self._problem = error.strerror
-            self.tell()
+            self.report_loss()
         return size
 
     def _wait(self) -> None:
@@ -83,7 +83,7 @@ class _Descriptor(io.RawIOBase):
                 self.patience = 0.0  # until it is read again
                 raise OSError(errno.ETIMEDOUT, "nobody reads it")
 
-    def tell(self) -> None:
+    def report_loss(self) -> None:
         """Say once, on the other stream, what is lost and why."""
         from nft_megatron.base.rank_info import rank_info  # not before: help needs nothing of it
 
@@ -117,7 +117,7 @@ def outlive_output() -> None:
             descriptor.is_expendable, descriptor.patience, descriptor.remark = True, _PATIENCE_SECONDS, remark
     for stream in (sys.stdout, sys.stderr):
         if (descriptor := _descriptor_of(stream)) is not None:
-            descriptor.tell()
+            descriptor.report_loss()
 
 
 @contextlib.contextmanager
