@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nft_megatron.base.output import outlive_output
 from nft_megatron.config.schema import Config
 from nft_megatron.lifecycle.heartbeat import alive
 from nft_megatron.run.build import build_run
@@ -14,6 +15,7 @@ def train(config: Config) -> None:
 
     Raises :class:`~nft_megatron.base.errors.StoppedEarly` after a stop request, with everything saved.
     """
+    outlive_output()
     with alive(config), build_run(config) as run:
         for step in range(run.step + 1, config.train.num_steps + 1):
             dataset = run.collect(step)  # lines 5-11: generate, verify, filter, write the ledger

@@ -10,7 +10,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from nft_megatron.base.paths import expand
 
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+"""As seconds more than any timer needs, and less than some of them refuse."""
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+ProcessCount = Annotated[int, Field(gt=0, le=4096)]
+"""Processes or threads of one machine: each is started, and most are not."""
 
 
 def _one_line(text: str) -> str:

@@ -113,6 +113,10 @@ class RunFolder:
         """What a rank's watchdog leaves: the phase that hung, and the stacks."""
         return self.logs / f"stall_rank{rank}.txt"
 
+    def phase(self, rank: int) -> Path:
+        """The phase that a rank is in, and its stacks if C code hung; see :mod:`nft_megatron.lifecycle.backstop`."""
+        return self.logs / f"phase_rank{rank}.txt"
+
     @property
     def probe(self) -> Path:
         """The engine's latest answers to the log-prob probe."""

@@ -40,6 +40,19 @@ def read_text(path: Path, field: str, remedy: str) -> str:
         raise UserError(field, path, f"is not text in UTF-8 ({error})", remedy) from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of ``text``. Raises ``ValueError`` whatever is wrong with it.
+
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json_object(path: Path, field: str, remedy: str) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -48,11 +61,10 @@ def read_json_object(path: Path, field: str, remedy: str) -> dict[str, Any]:
     """
     text = read_text(path, field, remedy)
     try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise UserError(field, path, "is nested too deeply", remedy) from error
+        content = parse_json(text)
     except ValueError as error:
-        raise UserError(field, path, f"is not JSON ({error})", remedy) from error
+        problem = "is nested too deeply" if isinstance(error.__cause__, RecursionError) else f"is not JSON ({error})"
+        raise UserError(field, path, problem, remedy) from error
     if not isinstance(content, dict):
         raise UserError(field, path, f"is not a JSON object but a {type(content).__name__}", remedy)
     return content

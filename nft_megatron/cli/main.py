@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 
+from nft_megatron.base.output import OutputError, guarded_output
 from nft_megatron.base.version import __version__
 
 COMMANDS = {
@@ -33,14 +34,18 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and end the process.
 
-    0 done, 2 wrong input, 75 stopped early with everything saved, 130 interrupted, 1 a fault.
+    0 done, 2 wrong input, 75 stopped early with everything saved, 130 interrupted, 141 nobody reads its output, 1 a fault.
     """
-    options = _parse(arguments)
-    from nft_megatron.cli.outcome import run_command  # not before: help needs nothing of it
+    try:
+        with guarded_output():
+            options = _parse(arguments)
+            from nft_megatron.cli.outcome import run_command  # not before: help needs nothing of it
 
-    code = run_command(options)
-    sys.stdout.flush()
-    sys.stderr.flush()
+            code = run_command(options)
+    except OutputError as error:
+        code = error.exit_code
+        if not error.is_quiet:
+            print(f"nft-megatron: {error.message}", file=sys.stderr)
     if code and "torch" in sys.modules:
         os._exit(code)  # after a failure, open process groups would abort the interpreter's own exit
     sys.exit(code)
@@ -66,7 +71,7 @@ def build_parser(words: Collection[str]) -> argparse.ArgumentParser:
         prog="nft-megatron",
         description="Train language models on their own verified answers (NFT, arXiv 2505.18116) on Megatron-Core.",
         epilog="Exit codes: 0 done; 2 the input is wrong; 75 stopped early with everything saved, run again to resume; "
-        "70 a rank hung; 130 interrupted; anything else a fault, whose cause a run records in RUN/logs.",
+        "70 a rank hung; 130 interrupted; 141 nobody reads its output; anything else a fault, whose cause is in RUN/logs.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -12,12 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nft_megatron.base.errors import EXIT_FAULT, EXIT_STOPPED_EARLY, StoppedEarly, UserError
+from nft_megatron.base.limits import limit_reached
+from nft_megatron.base.output import OutputError
 from nft_megatron.base.own_folder import ForeignFolderError
 from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.run_folder import RunFolder, RunFolderTakenError
 from nft_megatron.lifecycle.exit_report import ExitReport, phase_of, write_exit_report, write_if_responsive
 
-DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space")
+DISK_FULL = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`)",
+}
 DISK_AWAY = dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN), "make sure that it can be reached")
 REMEDIES = DISK_FULL | DISK_AWAY
 """Remedies for file-system errors after which nothing saved is lost."""
@@ -31,6 +37,8 @@ def run_command(options: argparse.Namespace) -> int:
         run(options)
     except (UserError, StoppedEarly) as error:
         return _end(options, error.exit_code, str(error), error)
+    except OutputError:
+        raise
     except KeyboardInterrupt as error:
         return _end(options, 128 + signal.SIGINT, "interrupted; the same command resumes from the last checkpoint", error)
     except Exception as error:
@@ -39,8 +47,16 @@ def run_command(options: argparse.Namespace) -> int:
             message = f"{trouble.filename or 'run_dir'}: {trouble.strerror}; {remedy}"
             return _end(options, EXIT_STOPPED_EARLY, message, error)
         _leave_fault(options, error)
+        if (limit := limit_reached(error)) is not None:
+            print(f"nft-megatron: {limit} ({_first_line(error)})", file=sys.stderr)
+            return EXIT_FAULT
         raise
     return 0
+
+
+def _first_line(error: BaseException) -> str:
+    """The type of ``error`` and the first line of its text."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _end(options: argparse.Namespace, code: int, message: str, error: BaseException) -> int:

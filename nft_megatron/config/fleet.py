@@ -6,9 +6,9 @@ import ipaddress
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field
 
-from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, TextList
+from nft_megatron.base.config_model import ConfigModel, LoosePath, PositiveFloat, PositiveInt, ProcessCount, TextList
 from nft_megatron.base.errors import UserError
 
 
@@ -46,7 +46,7 @@ def _is_loopback(host: str) -> bool:
 class FleetConfig(ConfigModel):
     """The vLLM servers that generate answers (``rollout.engine: vllm``): started or named here, or found in RUN/fleet."""
 
-    servers: Annotated[int, Field(ge=0)] = 0
+    servers: Annotated[int, Field(ge=0, le=4096)] = 0
     """vLLM servers that the trainer starts on its own machine."""
     urls: Annotated[TextList, AfterValidator(_private)] = ()
     """URLs of servers that somebody else runs, with the flags listed in docs/fleet.md: https://…, or http:// on this machine's
@@ -63,7 +63,7 @@ class FleetConfig(ConfigModel):
     """CUDA_VISIBLE_DEVICES of each server that the trainer starts, such as "4,5". Empty: every server sees the trainer's."""
     tensor_parallel: PositiveInt = 1
     """GPUs per server."""
-    threads: PositiveInt = 1
+    threads: ProcessCount = 1
     """CPU threads per server that runs without a GPU."""
     kv_cache_gib: PositiveInt = 1
     """Memory for the key-value cache of a server that runs without a GPU."""
@@ -77,7 +77,7 @@ class FleetConfig(ConfigModel):
     has a folder of its own in it."""
     keep_copy: bool = True
     """With ``transfer``: also write files, for servers that join or restart later. false: they wait for the next weights."""
-    bucket_bytes: PositiveInt = 1 << 30
+    bucket_bytes: Annotated[int, Field(gt=0, le=2**40)] = 1 << 30
     """Size of one bucket of a ``transfer``."""
     in_flight: Literal["finish", "continue"] = "finish"
     """What happens to answers in progress when new weights arrive. ``finish``: they end first. ``continue``: their next tokens

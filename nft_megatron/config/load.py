@@ -26,7 +26,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises :class:`UserError` that names the field, its value and the remedy.
     """
-    path = expand(path)
+    try:
+        path = expand(path)
+    except ValueError as error:
+        raise UserError("CONFIG", path, str(error), "give the path of a YAML file; examples/ has some") from error
     if not path.is_file():
         raise UserError("CONFIG", path, "no such file", "give the path of a YAML file; examples/ has some")
     tree = read_sections(path)

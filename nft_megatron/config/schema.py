@@ -40,6 +40,9 @@ else:
         BeforeValidator(lambda value: {"name": DEFAULT_ALGORITHM, **value} if isinstance(value, dict) else value),
     ]
 
+_MOST_ANSWERS = 1 << 24
+"""In a step, where the paper has 8,192: each is held in memory."""
+
 
 class Config(ConfigModel):
     """A whole run."""
@@ -81,6 +84,13 @@ class Config(ConfigModel):
                 train.updates_per_step,
                 f"does not divide rollout.questions_per_step = {rollout.questions_per_step}",
                 "choose a divisor, so that every update has the same number of questions",
+            )
+        if (num_answers := rollout.questions_per_step * rollout.group_size) > _MOST_ANSWERS:
+            raise UserError(
+                "rollout.questions_per_step",
+                rollout.questions_per_step,
+                f"times rollout.group_size = {rollout.group_size} are {num_answers:,} answers in a step",
+                f"lower one of them, to {_MOST_ANSWERS:,} answers or fewer",
             )
         if self.max_sequence_tokens > train.micro_batch_tokens:
             raise UserError(

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from nft_megatron.base.config_model import ConfigModel, LoosePath, PathList, PositiveFloat, TextList
+from nft_megatron.base.config_model import (
+    ConfigModel,
+    Count,
+    LoosePath,
+    PathList,
+    PositiveFloat,
+    PositiveInt,
+    ProcessCount,
+    TextList,
+)
 
 
 class ModelConfig(ConfigModel):
@@ -68,7 +77,7 @@ class RolloutConfig(ConfigModel):
     """``embedded``: a transformers model next to the trainer, for small models. ``vllm``: the servers of section ``fleet``."""
     questions_per_step: PositiveInt = 512
     """Groups with both right and wrong answers that each rollout step trains on."""
-    group_size: Annotated[int, Field(ge=2)] = 16
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 16
     """K, the number of answers sampled per question."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature. Training log-probs also use logits / temperature."""
@@ -78,7 +87,7 @@ class RolloutConfig(ConfigModel):
     """Longer answers are truncated here and count as wrong."""
     stop: TextList = ()
     """Texts that end an answer, in addition to the model's end-of-text tokens."""
-    oversample: Annotated[float, Field(ge=1)] = 3.0
+    oversample: Annotated[float, Field(ge=1, le=1000)] = 3.0
     """Upper limit of questions per round, as a multiple of the groups still missing. A round uses fewer once earlier rounds
     have shown the share of mixed questions."""
     prompt_filter: bool | None = None
@@ -86,26 +95,26 @@ class RolloutConfig(ConfigModel):
     algorithms except GRPO and Dr. GRPO, whose steps then have questions_per_step questions of any kind."""
     max_rounds: PositiveInt = 10
     """Rounds of questions per step; after that the step trains on the groups it has, with a warning."""
-    max_staleness: Annotated[int, Field(ge=0)] = 0
+    max_staleness: Count = 0
     """Steps by which an answer may be older than the weights it trains. 0: collecting and training alternate, as in the paper;
     surplus groups of a step are discarded. 1 or more: up to this many steps are collected ahead during training, surplus
     groups train a later step, and the engine's own log-probs are π_old. Older answers are dropped and counted."""
     stop_at_quota: bool = False
     """End a round as soon as questions_per_step groups are mixed, and cancel the rest. Faster when a few answers are long, but
     questions with short answers are then trained more often, and the choice depends on the engine's timing."""
-    give_up_after: Annotated[int, Field(ge=2)] | None = None
+    give_up_after: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     """Abandon a question once this many of its answers are judged and all agree: it will probably fail the prompt filter. Saves
     tokens; loses questions on which the policy is nearly always right or wrong. null: never."""
     save_seconds: PositiveFloat = 60.0
     """Time between writes of the current round's finished groups; a killed run regenerates only the rest."""
-    processes: Annotated[int, Field(ge=0)] | None = None
+    processes: Annotated[int, Field(ge=0, le=4096)] | None = None
     """Worker processes of the embedded engine, one thread each. null: one per core. 0: inside the trainer."""
     batch_size: PositiveInt = 128
     """Answers that one engine process decodes at once."""
     max_mismatch: PositiveFloat = 0.1
     """Largest mean |engine log-prob − trainer log-prob| under the same weights, in nats. Beyond it the run ends, because the
     engine serves other weights, another precision or a renormalised distribution."""
-    probe_questions: Annotated[int, Field(ge=0)] | None = None
+    probe_questions: Count | None = None
     """The log-prob probe: before the first step and after each weight update the engine answers this many fixed questions, and
     its log-probs are compared with the trainer's. 0: none. null: 16 with the engine ``vllm``, none with the embedded one."""
     probe_tokens: PositiveInt = 32
@@ -124,7 +133,7 @@ class VerifyConfig(ConfigModel):
     ``math-verify``: the whole text, as the paper's reference code does. ``dapo``: the "Answer:" line, else the last
     \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: for final evaluations, too lenient to train on
     (it forgives a factor of 100). docs/verification.md compares them."""
-    workers: PositiveInt = 2
+    workers: ProcessCount = 2
     """Grader processes, started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
     """CPU time after which a grader gives up (or, at twice that, is ended by the kernel): verdict unknown. A busy machine
@@ -139,7 +148,7 @@ class OptimizerConfig(ConfigModel):
 
     learning_rate: PositiveFloat = 1e-6
     """Learning rate, constant after the warm-up."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    warmup_updates: Count = 10
     """Updates of linear warm-up: update t has learning rate · t / warmup_updates."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; not applied to biases and norm weights."""
@@ -204,7 +213,7 @@ class ParallelConfig(ConfigModel):
     """Data- and context-parallel ranks that share the experts of each layer. 1: every rank has all experts."""
     sequence_parallel: bool = True
     """Shard activations between tensor-parallel ranks (no effect when tensor is 1)."""
-    threads: PositiveInt | None = None
+    threads: ProcessCount | None = None
     """CPU threads per rank. null: the machine's cores divided by its ranks."""
     timeout_seconds: PositiveFloat = 600.0
     """Longest wait in a collective before the run stops with an error."""
@@ -249,7 +258,7 @@ class ClusterConfig(ConfigModel):
     """GPUs per node, connected by NVLink."""
     trainer_nodes: PositiveInt = 1
     """Nodes that train."""
-    rollout_nodes: Annotated[int, Field(ge=0)] = 0
+    rollout_nodes: Count = 0
     """Nodes that only generate answers. 0: the engine runs beside the trainers (the embedded one), on GPUs that fleet.devices
     names, or at fleet.urls."""
     node_memory_gb: PositiveFloat = 2000.0
@@ -269,7 +278,7 @@ class CheckpointConfig(ConfigModel):
     """How many of the newest checkpoints to keep."""
     asynchronous: bool = True
     """Write checkpoints during the next step, from a copy in host memory. false: wait until they are on disk."""
-    export_every: Annotated[int, Field(ge=0)] = 0
+    export_every: Count = 0
     """Rollout steps between Hugging Face exports; 0: only the last step's."""
     keep_exports: PositiveInt | None = None
     """How many of the newest exports to keep. null: all."""
@@ -300,6 +309,6 @@ class ObserveConfig(ConfigModel):
     """Also write TensorBoard files to RUN/logs/tensorboard."""
     wandb_project: str | None = None
     """Weights & Biases project (needs the extra ``wandb``)."""
-    gradient_cosine_every: Annotated[int, Field(ge=0)] = 0
+    gradient_cosine_every: Count = 0
     """Rollout steps between measurements of the cosine between the gradients of right and wrong answers; each costs a
     second forward and backward pass of one update. 0: never."""

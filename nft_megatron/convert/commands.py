@@ -202,7 +202,12 @@ def model_folder_of(checkpoint: Path) -> Path | None:
     if run_config.is_file():
         section = read_sections(run_config).get("model")
         if isinstance(section, dict) and isinstance(section.get("path"), str):
-            return Path(section["path"])
+            try:
+                return expand(section["path"])
+            except ValueError as error:
+                raise UserError(
+                    f"{run_config}: model.path", section["path"], str(error), "name the folder with --model"
+                ) from error
     return None
 
 

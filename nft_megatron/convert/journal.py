@@ -18,6 +18,7 @@ from typing import Any
 from nft_megatron.base.atomic_io import fsync_path, publish_folder, remove
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.file_lock import leads_to, try_to_lock
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.convert.manifest import NAME as MANIFEST
 
 _JOURNAL = "journal.jsonl"
@@ -84,7 +85,7 @@ class PartialFolder:
         lines = []
         for line in self._journal:
             try:
-                lines.append(json.loads(line))
+                lines.append(parse_json(line))
             except ValueError:
                 break  # the process died while writing this line
         is_same = bool(lines) and lines[0] == self._identity

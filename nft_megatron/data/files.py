@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.untrusted import is_plain_name, parse_json, read_json_object
 from nft_megatron.config.yaml import parse_yaml
 
 Row = dict[str, Any]
@@ -50,8 +51,7 @@ def files_of(
         folders = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
         return files_of(_of_split(folders, path, field, splits)[0], field, splits)
     if (path / "state.json").exists():
-        state = json.loads((path / "state.json").read_text())
-        return [path / entry["filename"] for entry in state["_data_files"]]
+        return _saved_files(path, field)
     listed = _listed_configs(path)
     grouped = {} if listed else _configs_by_folder(path)
     configs = set(listed or grouped)
@@ -72,6 +72,17 @@ def files_of(
     if any((path / name / file).exists() for file in ("dataset_dict.json", "state.json")):
         return files_of(path / name, field, splits)
     return _of_split(grouped[name], path, field, splits)
+
+
+def _saved_files(path: Path, field: str) -> list[Path]:
+    """The files that a data set of ``datasets.save_to_disk`` consists of."""
+    remedy = "save the data set again, or name the files themselves"
+    listed = read_json_object(path / "state.json", field, remedy).get("_data_files")
+    entries = listed if isinstance(listed, list) else []
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    if not names or not all(map(is_plain_name, names)):
+        raise UserError(field, path / "state.json", "does not list the data set's files", remedy)
+    return [path / str(name) for name in names]
 
 
 def _configs_by_folder(path: Path) -> dict[str, list[Path]]:
@@ -108,6 +119,7 @@ def _matching(path: Path, data_files: Any) -> list[tuple[str, list[Path]]]:
         split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("", entry)
         texts = [text for text in (patterns if isinstance(patterns, list) else [patterns]) if isinstance(text, str) and text]
         inside = [text for text in texts if not text.startswith("/") and ".." not in text and "://" not in text]
+        inside = [text for text in inside if text.count("**") < 2]  # each "**" walks the folder once more
         files = {file for text in inside for file in path.glob(text) if file.is_file() and file.suffix in READERS}
         if files:
             found.append((str(split or ""), sorted(files)))
@@ -197,14 +209,14 @@ def _jsonl_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig") as lines:
         for line in lines:
             if line.strip():
-                yield _object(json.loads(line), line)
+                yield _object(parse_json(line), line)
 
 
 def _json_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
     """An array of objects, alone or as the only array of an object; or one object per line."""
     text = file.read_text(encoding="utf-8-sig")
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if not error.msg.startswith("Extra data"):
             raise

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Prompt
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.data.prompts import PromptSet
 
 _KEY = b"nft_megatron.prompts"
@@ -63,7 +64,7 @@ class KeptPrompts:
             return None
         try:
             table = pq.read_table(path, page_checksum_verification=True)
-            meta = json.loads((table.schema.metadata or {})[_KEY])
+            meta = parse_json((table.schema.metadata or {})[_KEY])
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             problem = f"is damaged: {(str(error) or 'empty').splitlines()[0]}"
             raise UserError("run_dir", path, problem, "restore it, or delete it: the prompts are then made anew") from error

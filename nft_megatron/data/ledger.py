@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Answer, AnswerTokens, Completion, Group, Prompt, Verdict
+from nft_megatron.base.untrusted import parse_json
 
 LEDGER_VERSION = 1
 Fate = Literal["train", "surplus", "sampled"]
@@ -114,7 +115,7 @@ def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], 
 def read_meta(path: Path) -> dict[str, Any]:
     """The ``meta`` written with the file."""
     with _open(path) as ledger:
-        return json.loads(ledger.schema_arrow.metadata[_META_KEY])
+        return parse_json(ledger.schema_arrow.metadata[_META_KEY])
 
 
 def check_step(path: Path, step: int, oldest: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.data.conflicts import same_gold
 from nft_megatron.data.wording import bare
 
@@ -103,7 +104,7 @@ def write_overlaps(path: Path, overlaps: Iterable[Overlap]) -> None:
 def read_overlapping_ids(path: Path, field: str) -> frozenset[str]:
     """The ids of the evaluation questions in a file written by :func:`write_overlaps`."""
     try:
-        return frozenset(json.loads(line)["bench_id"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return frozenset(parse_json(line)["bench_id"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             field, path, f"not a list of overlapping questions ({error})", "name a file that `nft-megatron overlap --out` wrote"

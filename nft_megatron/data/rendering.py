@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
+from nft_megatron.base.bounded import BoundError, bounded
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
 from nft_megatron.config.sections import DataConfig
@@ -21,7 +22,21 @@ from nft_megatron.data.templates import TEMPLATES
 
 _Chat = list[dict[str, str]]
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # tags that transformers adds to the language
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, LookupError)
+_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    BoundError,
+)
+_SECONDS, _SECONDS_EACH, _BYTES = 60.0, 0.02, 1 << 30
+"""What rendering all questions may take: a template is a program. A usual one takes 0.0002 s a question."""
+_MOST_CHARACTERS = 1 << 24
+"""Of one prompt, in which 2^24 characters are at least a million tokens."""
 
 
 def prompt_texts(questions: Sequence[Question], tokenizer: Any, settings: DataConfig, field: str, now: datetime) -> list[str]:
@@ -81,11 +96,29 @@ def _rendered(questions: Sequence[Question], tokenizer: Any, settings: DataConfi
             chat, tokenize=False, add_generation_prompt=True, strftime_now=now.strftime, **settings.chat_template_kwargs
         )
 
-    texts = []
+    try:
+        with bounded(_SECONDS + _SECONDS_EACH * len(questions), _BYTES):
+            return _texts(questions, render, system_prompt, settings, field)
+    except BoundError as error:
+        problem = f"the tokenizer's chat template {error}"
+        raise UserError("data.template", settings.template, problem, "correct it, or set data.template=plain") from error
+
+
+def _texts(
+    questions: Sequence[Question],
+    render: Callable[[_Chat], str],
+    system_prompt: str | None,
+    settings: DataConfig,
+    field: str,
+) -> list[str]:
+    """Every question rendered, and shown to be complete."""
+    texts: list[str] = []
     for question in questions:
         chat = _with_system(question.messages, system_prompt)
         try:
             texts.append(render(chat))
+            if len(texts[-1]) > _MOST_CHARACTERS:
+                raise ValueError(f"the prompt has {len(texts[-1]):,} characters")
         except _FAILURES as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             if _without_system(chat) != chat and _rendered_or_none(render, _without_system(chat)) is not None:
@@ -123,6 +156,8 @@ def _left_out(chat: _Chat, text: str, render: Callable[[_Chat], str]) -> str:
 def _rendered_or_none(render: Callable[[_Chat], str], chat: _Chat) -> str | None:
     try:
         return render(chat)
+    except BoundError:
+        raise
     except _FAILURES:
         return None
 
@@ -151,7 +186,7 @@ def _check_arguments(tokenizer: Any, settings: DataConfig) -> None:
     extensions = ["jinja2.ext.loopcontrols"]
     try:
         used = jinja2.meta.find_undeclared_variables(jinja2.Environment(extensions=extensions).parse(text))
-    except jinja2.TemplateSyntaxError:  # an extension of transformers, or a mistake that rendering will name
+    except (jinja2.TemplateSyntaxError, RecursionError):  # an extension of transformers, or a mistake that rendering will name
         return
     if unused := sorted(settings.chat_template_kwargs.keys() - used):
         known = ", ".join(sorted(used - own - {"raise_exception", *tokenizer.special_tokens_map})) or "none"

@@ -55,7 +55,7 @@ def _token_id(value: Any, tokenizer: Any, path: Path) -> int:
     """The id of an end-of-text token that is given as an id, or as text: a number or a token."""
     token_id = value
     if isinstance(value, str):
-        token_id = int(value) if value.isdecimal() else tokenizer.get_vocab().get(value)
+        token_id = int(value) if value.isdecimal() and len(value) < 10 else tokenizer.get_vocab().get(value)
     if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
         problem = f"its eos_token_id {value!r} is neither a token's id nor a token of the tokenizer"
         raise UserError("model.path", path, problem, "write the id there")

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason, Label
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.files import rows_of
 from nft_megatron.data.gold_check import by_themselves, counts_of, refuse_unmatched, unmatched_golds
@@ -235,7 +236,7 @@ def _rows_of(path: Path, *, whole: bool) -> Iterator[tuple[str, Row]]:
 
 def _json_object(line: bytes, where: str) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError("FILE", where, f"is not JSON: {error}", "correct that line") from error
     if not isinstance(row, dict):

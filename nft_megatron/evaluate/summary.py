@@ -6,7 +6,6 @@ of answers cut off at the length limit, and the mean length in tokens. The mean 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark
 from nft_megatron.evaluate.run import Evaluation
 from nft_megatron.evaluate.table import aligned
@@ -125,7 +125,7 @@ def comparison(rows: Sequence[Scores]) -> str:
 def read_scores(path: Path, field: str = "--beside") -> list[Scores]:
     """The rows in a ``summary.json``, or in a list of objects with ``name`` and ``scores`` (percent by benchmark)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         rows = content if isinstance(content, list) else [content]
         return [Scores(str(row["name"]), {name: float(score) for name, score in row["scores"].items()}) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

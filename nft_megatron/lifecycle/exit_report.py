@@ -13,12 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.rank_info import rank_info
 from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.base.untrusted import parse_json
 
 _LONGEST_MESSAGE = 2000
 _LONGEST_WRITE = 10.0
@@ -29,7 +30,8 @@ _LONGEST_WRITE = 10.0
 class ExitReport:
     """How one rank ended. ``host``: Slurm's name of the node, else the machine's. ``phase``: the run's phase, if any.
 
-    ``time``: seconds since 1970. ``message``: "ErrorType: text" for a fault.
+    ``time``: seconds since 1970. ``message``: "ErrorType: text" for a fault. ``is_frozen``: its interpreter stood still, so it
+    waited for no other rank.
 
     >>> ExitReport(3, "node17", 1, "RuntimeError: no such device", phase="update", time=1748736000.0).phase
     'update'
@@ -41,6 +43,7 @@ class ExitReport:
     message: str
     phase: str | None
     time: float
+    is_frozen: bool = False
 
     @classmethod
     def here(cls, code: int, message: str, phase: str | None = None) -> ExitReport:
@@ -61,7 +64,7 @@ def write_exit_report(run_dir: Path, report: ExitReport) -> None:
 
 
 def read_exit_reports(run_dir: Path) -> list[ExitReport]:
-    """The run folder's exit reports, earliest first. Unreadable or malformed files are ignored.
+    """The run folder's exit reports, earliest first, also of ranks that their backstop ended. Malformed files are ignored.
 
     >>> import tempfile
     >>> run_dir = Path(tempfile.mkdtemp())
@@ -73,8 +76,22 @@ def read_exit_reports(run_dir: Path) -> list[ExitReport]:
     reports = []
     for path in RunFolder(run_dir).logs.glob("end_rank*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            reports.append(ExitReport(**json.loads(path.read_text())))
+            reports.append(_report(path.read_text()))
+    for path in RunFolder(run_dir).logs.glob("phase_rank*.txt"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            head, _, stacks = path.read_text(errors="replace").partition("\n")
+            if stacks.strip():
+                reports.append(replace(_report(head), time=path.stat().st_mtime))
     return sorted(reports, key=lambda report: report.time)
+
+
+def _report(text: str) -> ExitReport:
+    """The report in ``text``. Raises ``ValueError`` or ``TypeError`` if it is none."""
+    report = ExitReport(**parse_json(text))
+    kinds = (report.rank, int), (report.host, str), (report.code, int), (report.message, str), (report.time, (int, float))
+    if not all(isinstance(value, kind) for value, kind in kinds) or not isinstance(report.phase, (str, type(None))):
+        raise TypeError("a field of another type")
+    return report
 
 
 def remove_exit_report(run_dir: Path, rank: int) -> None:

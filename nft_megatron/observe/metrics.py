@@ -19,6 +19,7 @@ from typing import Any
 
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.observe.sinks import TensorBoardSink, WandbSink
 from nft_megatron.verify.reasons import REASONS
 
@@ -211,12 +212,18 @@ def read_metrics(run_dir: Path | str) -> list[MetricsRow]:
 
 def _parse_row(path: Path, number: int, line: str) -> MetricsRow:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_json(line)
+    except ValueError:
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(_is_value, row.values())):
         raise UserError("metrics", f"{path}:{number}", "is not a row of metrics", "restore the file or delete that line")
     return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _is_value(value: object) -> bool:
+    """Whether a row may hold it: a number, null, or counts."""
+    counts = value if isinstance(value, list) else ()
+    return value is None or isinstance(value, (int, float)) or (counts is value and all(type(count) is int for count in counts))
 
 
 def _encode_row(row: Mapping[str, MetricValue]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.untrusted import parse_json
 from nft_megatron.observe.metrics import PHASES, MetricsRow, read_metrics
 
 # Updating includes what an update needs first: the old log-probs.
@@ -41,7 +41,7 @@ def last_words(run_dir: Path) -> str:
     reports = []
     for path in (run_dir / "logs").glob("end_rank*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = parse_json(path.read_text(encoding="utf-8"))
             reports.append((float(report["time"]), f"exit code {report['code']}: {report['message']}"))
     return min(reports)[1] if reports else ""
 

@@ -275,7 +275,7 @@ class Agent:
 
     def _keep_logs(self, folder: Path | None = None) -> None:
         """Move the ranks' reports to the attempt's own folder, where the next attempt does not overwrite them."""
-        for pattern in ("end_rank*.json", "fault_rank*.txt", "stall_rank*.txt"):
+        for pattern in ("end_rank*.json", "fault_rank*.txt", "stall_rank*.txt", "phase_rank*.txt"):
             for path in (self._run.root / "logs").glob(pattern):
                 with suppress(OSError):
                     shutil.move(path, (folder or self._logs) / path.name)

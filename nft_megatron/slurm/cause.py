@@ -61,6 +61,8 @@ def find_cause(code: int, reports: Sequence[ExitReport], log: str, node_of_rank:
     if ends and _EXITED not in ends[0].what:
         ranks = ", ".join(map(str, ends[0].ranks))
         return Cause(1, f"rank {ranks} on {ends[0].node}: {ends[0].what}", (ends[0].node,))
+    if frozen := next((report for report in reports if report.is_frozen), None):
+        return Cause(EXIT_STALLED, f"{frozen.message} (on {frozen.host})", (frozen.host,))
     waited = [report for report in reports if report.code == EXIT_STALLED or _TIMED_OUT.search(report.message)]
     if waited:
         return _stall(waited, reports, node_of_rank)

@@ -20,6 +20,7 @@ from typing import Any
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
+from nft_megatron.base.untrusted import parse_json
 
 ENDS = ("finished", "fatal", "stopped")
 Progress = tuple[int, int, int]
@@ -82,7 +83,12 @@ class JobFolder:
 
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
-        return [_attempt(row) for row in self._read("attempts.json", [])]
+        remedy = "repair it, or delete it to forget the earlier attempts"
+        rows = self._read("attempts.json", [], remedy)
+        try:
+            return [_attempt(row) for row in rows]
+        except (TypeError, AttributeError) as error:
+            raise UserError(str(self.root / "attempts.json"), error, "is no list of attempts", remedy) from error
 
     def save_attempt(self, attempt: Attempt) -> None:
         """Add the attempt, or replace its record."""
@@ -95,11 +101,11 @@ class JobFolder:
 
         Raises ``UserError`` if an edited file is no longer JSON.
         """
-        try:
-            return self._read("excluded.json", {})
-        except ValueError as error:
-            path = self.root / "excluded.json"
-            raise UserError(str(path), str(error), "is not valid JSON", "repair it, or delete it to use all nodes") from error
+        remedy = "repair it, or delete it to use all nodes"
+        nodes = self._read("excluded.json", {}, remedy)
+        if not isinstance(nodes, dict) or not all(isinstance(reason, str) for reason in nodes.values()):
+            raise UserError(str(self.root / "excluded.json"), nodes, "is no object of nodes and reasons", remedy)
+        return nodes
 
     def set_excluded(self, nodes: Mapping[str, str]) -> None:
         self._write("excluded.json", json.dumps(dict(nodes), indent=1))
@@ -129,12 +135,18 @@ class JobFolder:
 
     def attempts_since_submit(self) -> list[Attempt]:
         """The attempts that decide whether the run continues."""
-        since = int(self._read("since", 0))
+        remedy = "delete it to count all attempts"
+        since = self._read("since", 0, remedy)
+        if not isinstance(since, int):
+            raise UserError(str(self.root / "since"), since, "is not the number of an attempt", remedy)
         return [attempt for attempt in self.attempts() if attempt.number > since]
 
-    def _read(self, name: str, default: Any) -> Any:
+    def _read(self, name: str, default: Any, remedy: str) -> Any:
         path = self.root / name
-        return json.loads(path.read_text()) if path.exists() else default
+        try:
+            return parse_json(path.read_bytes()) if path.exists() else default
+        except ValueError as error:
+            raise UserError(str(path), str(error), "is not valid JSON", remedy) from error
 
     def _write(self, name: str, text: str) -> None:
         with atomic_file(self.root / name, make_folder=False) as temporary:

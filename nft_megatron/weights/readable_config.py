@@ -20,7 +20,7 @@ def readable_config(folder: Path) -> Any:
         tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kept = {name: value for name, value in tree.items() if not (name.endswith("_token_id") and _has_text(value))}
         return type(AutoConfig.for_model(tree["model_type"])).from_dict(kept) if len(kept) < len(tree) else None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
 
 

@@ -383,6 +383,44 @@ def test_a_hostile_mp_rank_checkpoint_is_refused(sources, tmp_path: Path, monkey
     assert not (tmp_path / "harm").exists()
 
 
+# ------------------------------------------------------------------------------------------- the configuration of a run
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not readable as YAML"),
+        ("a: !!python/object/apply:os.system ['touch harm']", "could not determine a constructor"),
+        (
+            "a: &a [x,x]\n" + "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" if i else "b0: &b0 [*a]\n" for i in range(40)),
+            "aliases",
+        ),
+        ("model: &m {path: *m}", "undefined alias|contains it"),
+        ("[" * 100_000, "nested too deeply"),
+        ('model: {path: "a\\0b"}', "has a null byte"),
+        ('model: {path: "a\\ud800"}', "has half a character"),
+        ("model: {path: " + "a" * 5000 + "}", "is longer than a path may be"),
+        ("model: {path: /etc}", "has no config.json"),
+        ("model: {path: /nonexistent}", "no such folder"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_hostile_run_configuration_is_refused(
+    sources, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
+    shutil.copytree(converted, checkpoint)
+    for name in ("config.json", "conversion.json"):
+        (checkpoint / name).unlink(missing_ok=True)
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as refused:
+        to_hf(checkpoint, tmp_path / "out")
+    assert str(refused.value).isprintable()
+    assert not (tmp_path / "harm").exists() and not list(tmp_path.glob("out*"))
+
+
 # ---------------------------------------------------------------------------------------------------------------- pointers
 
 

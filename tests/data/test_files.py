@@ -223,3 +223,51 @@ def test_held_out_data_may_have_the_usual_columns_and_no_configs(tmp_path: Path)
         asked(train, question="quest")
     with pytest.raises(UserError, match=r"data\.answer_field = extra_info\.gold: .*row 0 has no such column"):
         asked(train, question="query", answer="extra_info.gold")
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", DEEP, "unreadable at row 0: nested too deeply"),
+        ("a.jsonl", '{"question": ' + DEEP + "]" * 100_000 + "}", "nested too deeply"),
+        ("a.jsonl", json.dumps(ROWS[0]) + "\n" + DEEP, "unreadable at row 1: nested too deeply"),
+        ("a.jsonl", '{"question": "1+1?", "answer": ' + "9" * 5000 + "}", "Exceeds the limit"),
+        ("a.json", DEEP, "nested too deeply"),
+        ("a.json", '{"rows": ' + DEEP, "nested too deeply"),
+        ("a.jsonl", "\0" * 100, "unreadable at row 0"),
+        ("a.parquet", "PAR1" + "\0" * 100 + "PAR1", "unreadable at row 0"),
+        ("a.arrow", "ARROW1" + "\xff" * 100, "unreadable at row 0"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_hostile_data_file_is_refused_with_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=message) as refused:
+        asked(tmp_path / name)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 2500
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        DEEP,
+        '{"_data_files": 5}',
+        '{"_data_files": []}',
+        '{"_data_files": ["a"]}',
+        '{"_data_files": [{"filename": 5}]}',
+        '{"_data_files": [{"filename": "../secret.arrow"}]}',
+        '{"_data_files": [{"filename": "/etc/passwd"}]}',
+        '{"_data_files": [{"filename": "a\\u0000b"}]}',
+    ],
+    ids=lambda content: content[:40],
+)
+def test_a_saved_data_set_lists_files_of_its_own_folder(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state\.json: (is|does) (not|nested)"):
+        asked(tmp_path)

@@ -1,5 +1,7 @@
 """Chat templates that print the date, refuse messages or take arguments; tokenizers that add tokens of their own."""
 
+import resource
+import signal
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Question
 from nft_megatron.config.sections import DataConfig
+from nft_megatron.data import rendering
 from nft_megatron.data.prompts import make_prompts
 
 BODY = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -25,6 +28,25 @@ ALTERNATES = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )
 THINKING = BODY + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+SLOW = "took more than 0.22 s of processor time"
+HOSTILE = {
+    "loops in loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", SLOW),
+    "a power": ("{{ (messages|length + 8) ** (9 ** 9) }}", SLOW),
+    "a power that is constant": ("{{ 9 ** (9 ** 9) }}", SLOW),
+    "a long loop": ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+    "a long text": ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
+    "a text that is too long": ("{{ 'x' * 2 ** 25 }}", "the prompt has 33,554,4"),
+    "a doubled list": (
+        "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+        "MemoryError",
+    ),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "nesting": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+    "division by zero": ("{{ 1 // 0 }}", "by zero"),
+    "a wide format": ("{{ '%1000000000000d' % 1 }}", "data.template"),
+    "attributes of Python": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    "a file": ("{% include '/etc/passwd' %}", "no loader"),
+}
 OTHER_DAY = datetime(2024, 2, 29, 23, 59)
 
 
@@ -48,6 +70,27 @@ def prompt_of(question: Question, tokenizer: Any, now: datetime | None = None, *
 
 
 ONE = asked(("user", "1+1?"))
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_template_is_refused_in_bounded_time_and_memory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, message = HOSTILE[case]
+    if message == SLOW:
+        monkeypatch.setattr(rendering, "_SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match=r"^data\.template = chat: the tokenizer's chat template ") as refused:
+        prompt_of(ONE, tokenizer(template + BODY))
+    assert message in str(refused.value)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_template_that_only_some_probes_drive_mad_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check for left-out messages renders changed questions, whose failures it forgives."""
+    monkeypatch.setattr(rendering, "_SECONDS", 0.2)
+    mad = f"{{% if ' ?' in messages[0].content %}}{HOSTILE['loops in loops'][0]}{{% endif %}}"
+    with pytest.raises(UserError, match=r"chat template took more than 0\.22 s of processor time"):
+        prompt_of(ONE, tokenizer(mad + "<user>"))
 
 
 def test_the_date_in_a_template_is_the_one_given() -> None:

@@ -28,6 +28,22 @@ class Recorder:
         self.advanced += count
 
 
+class NoBackstop:
+    """Replaces the timer that would end the test's process; keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.phases, self.seconds = [], []
+
+    def describe(self, phase: str, what: str) -> None:
+        self.phases.append((phase, what))
+
+    def arm(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+    def close(self) -> None:
+        self.seconds.append(None)
+
+
 class Clock:
     """A clock that advances only when a test adds to ``now``."""
 
@@ -50,7 +66,8 @@ def watch(tmp_path):
 
     def build(**deadlines):
         recorder, clock = Recorder(), Clock()
-        dogs.append(Watchdog(tmp_path, 3, deadlines, end=recorder.end, clock=clock))
+        recorder.backstop = NoBackstop()
+        dogs.append(Watchdog(tmp_path, 3, deadlines, end=recorder.end, clock=clock, backstop=recorder.backstop))
         return dogs[-1], recorder, clock
 
     yield build
@@ -79,6 +96,31 @@ def test_a_silent_phase_is_reported_with_the_stacks_of_all_threads(watch, tmp_pa
     (ending,) = read_exit_reports(tmp_path)
     assert (ending.rank, ending.code, ending.phase) == (rank_info().rank, 70, "update")
     assert ending.message == first
+
+
+def test_the_backstop_is_armed_behind_the_deadline_and_told_every_phase(watch):
+    dog, recorder, clock = watch(update=100.0, save=20.0)
+    stop = recorder.backstop
+    assert stop.seconds[0] == 130  # no phase yet: the longest deadline, and 30 s in which the watchdog writes its report
+    dog.note = "of step 12"
+    with dog.phase("update"):
+        clock.now += 60
+        clock.wait_for_a_look()
+        until(lambda: stop.seconds[-1] == 70)
+        with dog.phase("save"):
+            until(lambda: stop.seconds[-1] == 40)  # 30 s would be more than the deadline itself
+        with dog.phase("wait"):
+            until(lambda: stop.seconds[-1] == 130)
+            clock.now += 1000  # nothing limits this wait, but Python code must run
+            clock.wait_for_a_look()
+            assert stop.seconds[-1] == 130
+    assert [phase for phase, _ in stop.phases] == ["update", "save", "update", "wait", "update"]
+    _, save, _, wait, _ = (what.partition(":")[0] for _, what in stop.phases)
+    assert save == "ran no Python code for 20 s (deadlines.save_seconds) in phase save of step 12"
+    assert wait == "ran no Python code for 100 s (the longest of deadlines) in phase wait of step 12"
+    assert recorder.codes == []
+    dog.close()
+    assert stop.seconds[-1] is None
 
 
 def test_signs_of_life_and_phases_without_a_deadline_keep_the_watchdog_quiet(watch):

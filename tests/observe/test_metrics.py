@@ -66,7 +66,26 @@ def test_torn_last_line_is_left_out(tmp_path, torn):
     assert read_metrics(tmp_path) == ROWS
 
 
-@pytest.mark.parametrize("damage", ["{torn\n", "[1]\n", '{"loss": 1}\n', "\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{torn\n",
+        "[1]\n",
+        '{"loss": 1}\n',
+        "\n",
+        "[" * 100_000 + "\n",
+        '{"step": ' + "9" * 5000 + "}\n",
+        '{"step": true}\n',
+        '{"step": 2.0}\n',
+        '{"step": "\\ud800"}\n',
+        '{"step": 2, "loss": "\\ud800"}\n',
+        '{"step": 2, "loss": {"a": 1}}\n',
+        '{"step": 2, "correct_rate_histogram": [1, "a"]}\n',
+        '{"step": 2, "correct_rate_histogram": [1.5]}\n',
+        "\x00\n",
+    ],
+    ids=lambda damage: damage[:30],
+)
 def test_damage_anywhere_else_is_an_error_that_names_the_line(tmp_path, damage):
     write_rows(tmp_path, ROWS[:2])
     path = tmp_path / "metrics.jsonl"
