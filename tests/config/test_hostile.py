@@ -91,8 +91,8 @@ CASES = {
     "a tag that names": (BASE + "x: !!python/name:os.system\n", "could not determine a constructor"),
     "a tag with another kind": (BASE + "x: !!bool maybe\n", "does not fit its tag"),
     "a date that is none": (BASE + "x: 2020-13-45\n", "month must be in 1..12"),
-    "null byte in a path": (in_base("run_dir", '"a\\0b"'), "run_dir = a\\x00b: has a null byte"),
-    "null byte in a list": (in_base("data.train", '[d, "a\\0b"]'), "has a null byte"),
+    "null byte in a path": (in_base("run_dir", '"a\\0b"'), "run_dir = a\\x00b: has a control character"),
+    "null byte in a list": (in_base("data.train", '[d, "a\\0b"]'), "has a control character"),
     "half a character": (in_base("run_dir", '"a\\uD800b"'), "has half a character, U+D800"),
     "half a character in a key": (BASE + '"\\uDC00": 1\n', "has half a character, U+DC00"),
     "half a character deep inside": (
