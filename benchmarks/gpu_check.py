@@ -99,6 +99,12 @@ class Outcome:
     log: str = ""
 
     @property
+    def title(self) -> str:
+        """What the stage does, and whether it did it without the library that it is about."""
+        lacks = self.what.endswith(", Transformer Engine") and self.facts.get("layers") == "local"
+        return f"{self.what} (not used: local layers)" if lacks else self.what
+
+    @property
     def shows(self) -> str:
         """Its line in the table: what it found, and the last line of what it said if it did not succeed."""
         said = [str(self.facts.get("shows", ""))]
@@ -157,7 +163,7 @@ def check(stages: Sequence[Stage], folder: Path, env: Mapping[str, str], seconds
             outcomes.append(Outcome(stage.key, stage.what, "not run", 0.0, log="the time was up"))
             continue
         if stage.on_gpu and not on_gpu:
-            stage = replace(stage, what=f"a tiny model in place of: {stage.what}")
+            stage = replace(stage, what=f"tiny sizes in place of: {stage.what}")
         command = [sys.executable, str(WORKER), *stage.arguments, *(stage.on_gpu if on_gpu else ())]
         command += ["--folder", str(folder), "--key", stage.key]
         own = {**env, "CUDA_VISIBLE_DEVICES": ""} if stage.hides_gpu else env
@@ -178,7 +184,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     parts.append(f"Transformer Engine {known.get('transformer_engine') or 'not there'}")
     lines = [" · ".join(parts), *([] if known.get("on_gpu") else [NO_GPU]), ""]
     lines += ["| stage | result | s | what it shows |", "|---|---|---:|---|"]
-    lines += [f"| {row.what} | {row.result} | {row.seconds:.0f} | {row.shows.replace('|', '/')} |" for row in outcomes]
+    lines += [f"| {row.title} | {row.result} | {row.seconds:.0f} | {row.shows.replace('|', '/')} |" for row in outcomes]
     for row in outcomes:
         if kernels := row.facts.get("kernels") if known.get("on_gpu") else None:
             lines += ["", f"{row.what}: the kernels that take the most of an update"]

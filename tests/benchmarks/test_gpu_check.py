@@ -53,7 +53,10 @@ def check_training(found: dict) -> None:
 @pytest.mark.timeout(900)
 def test_without_a_gpu_the_stages_run_on_the_cpu_and_say_so(tmp_path):
     figures, text = check(tmp_path, "--stages", *RECORDED, "1.5b")
-    assert gpu_check.NO_GPU in text and "| a tiny model in place of: 1.5B" in text
+    assert (
+        gpu_check.NO_GPU in text
+        and "| tiny sizes in place of: 1.5B, packs of 16K, Transformer Engine (not used: local layers) |" in text
+    )
     assert [figure["stage"] for figure in figures] == ["versions", "1.5b", *RECORDED]
     found = facts_of(figures)
     check_recorded(found, *RECORDED)
