@@ -73,6 +73,7 @@ def measure(name: str, dtype: str, recompute: str, tokens: int) -> dict[str, int
     """In this process: bytes above those before building, at the peak of building and of an update."""
     import numpy as np
     import torch
+    import torch._dynamo  # torch's optimizers import it as they are made
 
     from nft_megatron.algorithms import build_algorithm
     from nft_megatron.base.records import AnswerTokens

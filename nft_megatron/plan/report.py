@@ -89,7 +89,7 @@ def _time(plan: Plan) -> str:
     entries += [
         (field.name.replace("_", " "), getattr(train, field.name), notes.get(field.name, ""))
         for field in fields(train)
-        if plan.shape.experts or field.name != "expert_communication"
+        if getattr(train, field.name) or field.name not in ("expert_communication", "gradient_adds")
     ]
     entries += [
         ("publish weights", plan.publish.seconds, f"{plan.publish.path}: {parts}"),
