@@ -49,10 +49,7 @@ QUICK = {
     "float32, half of the optimizer on the host, several buckets": Rehearsal(
         Layout(1, optimizer={"cpu_offload": 0.5}), "float32", options={"bucket": SMALL_BUCKETS}
     ),
-    "tensor 2": Rehearsal(LAYOUTS["tensor 2"], options={"stages": "updates"}),
-    "pipeline 2": Rehearsal(Layout(2, {"pipeline": 2}), options={"stages": "updates"}),
     "context 2": Rehearsal(LAYOUTS["context 2"], options={"stages": "updates"}),
-    "data 2, several buckets": Rehearsal(Layout(2), options={"bucket": SMALL_BUCKETS, "stages": "updates"}),
 }
 LAYOUTS_AND_DTYPES = (
     ("tensor 2", "bfloat16", "tied"),
@@ -66,6 +63,8 @@ LAYOUTS_AND_DTYPES = (
 )
 FAMILIES = ("qwen3", "llama 3", "mistral", "qwen3_moe", "qwen3_moe raw")
 MORE = {
+    "pipeline 2": Rehearsal(Layout(2, {"pipeline": 2}), options={"stages": "updates"}),
+    "data 2, several buckets": Rehearsal(Layout(2), options={"bucket": SMALL_BUCKETS, "stages": "updates"}),
     **{f"{name}, {dtype}": Rehearsal(LAYOUTS[name], dtype, model) for name, dtype, model in LAYOUTS_AND_DTYPES},
     **{family: Rehearsal(model=family) for family in FAMILIES},
     "qwen3_moe, expert 2": Rehearsal(Layout(2, {"expert": 2}), model="qwen3_moe"),
