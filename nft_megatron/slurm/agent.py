@@ -15,7 +15,6 @@ import logging
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from nft_megatron.base.atomic_io import atomic_file
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import EXIT_STALLED, EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
+from nft_megatron.base.ports import free_port
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.config.load import dump_config
 from nft_megatron.config.schema import Config
@@ -306,10 +306,3 @@ class Agent:
             return
         self._job.exclude_from_those_that_wait(self._excluded)
         raise StoppedEarly(f"{reason}; the next job of the chain resumes it")
-
-
-def free_port() -> int:
-    """A free port on this machine, where rank 0 also runs."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

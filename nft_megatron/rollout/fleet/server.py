@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import secrets
 import signal
 import socket
@@ -33,6 +32,7 @@ from pathlib import Path
 from nft_megatron.base.deadline import Deadline
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.exported import without_exported
+from nft_megatron.base.ports import free_port
 from nft_megatron.rollout.engine import EngineFault
 from nft_megatron.rollout.fleet import guard
 from nft_megatron.rollout.fleet.access import KEY_VARIABLE, SERVER_VARIABLE
@@ -41,7 +41,6 @@ from nft_megatron.rollout.fleet.control import MODEL_NAME, Control, ControlError
 _PACKAGE = Path(__file__).resolve().parents[2]
 _CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _POLL_SECONDS = 0.25
-_PORTS, _PORT_ATTEMPTS = range(15_000, 32_000), 100
 _LOG_TAIL, _LOG_TAIL_BYTES = 15, 1 << 16  # lines of the log shown after a failed start, and the most that is read for them
 
 
@@ -134,7 +133,7 @@ class Server:
         self._stopping = threading.Lock()
         self.name, self.seed, self.api_key = name, seed, settings.api_key
         self.server_id = secrets.token_hex(8)
-        port = _free_port(settings.host)
+        port = free_port(settings.host)
         self.url = f"http://{_reachable(settings.host)}:{port}"
         settings.log_folder.mkdir(parents=True, exist_ok=True)
         self.log = settings.log_folder / f"{name}.log"
@@ -232,16 +231,6 @@ def check_installed(python: str) -> None:
 def new_key() -> str:
     """A key that nobody can guess."""
     return secrets.token_urlsafe(32)
-
-
-def _free_port(host: str) -> int:
-    """A port that is free now, below those that the kernel hands out, since vLLM binds it only half a minute later."""
-    for _ in range(_PORT_ATTEMPTS):
-        port = random.SystemRandom().choice(_PORTS)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind((host, port))
-            return port
-    raise EngineFault(f"no free port between {_PORTS.start} and {_PORTS.stop} on {host}")
 
 
 def _reachable(host: str) -> str:
