@@ -188,6 +188,7 @@ def test_a_planted_wait_in_the_loop_is_counted(quick):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)  # the first one runs all cases
 @pytest.mark.parametrize("name", MORE)
 def test_every_layout_dtype_and_family_equals_the_cpu_s(more, name):
     check(more, name, MORE[name])
