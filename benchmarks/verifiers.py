@@ -1,4 +1,4 @@
-"""The training verifier against math-verify on the whole text, one answer after the other, as in the reference implementation.
+"""The training verifier against math-verify on the whole text, one answer after the other, as scripts often use it.
 
     python benchmarks/verifiers.py [--stress | --beside FOLDER]
 

@@ -17,7 +17,7 @@ def literal_loss(name, logprobs, old_logprobs, is_correct, truncated, limit, opt
     rate = r.mean()
     ratios = [(logprobs[k] - old_logprobs[k]).exp() for k in range(num)]
     if name in ("nft", "rft"):
-        return [_eq10(ratios[k], is_correct[k], rate, name, options) for k in range(num)]
+        return [_eq10(logprobs[k] - old_logprobs[k], is_correct[k], rate, name, options) for k in range(num)]
     if name == "infonca":
         s = torch.stack([ratio.log().sum() for ratio in ratios])
         share = r / r.sum() if r.sum() else r
@@ -45,9 +45,15 @@ def literal_loss(name, logprobs, old_logprobs, is_correct, truncated, limit, opt
     return losses
 
 
-def _eq10(ratio, correct, rate, name, options):
+def _eq10(delta, correct, rate, name, options):
     if name == "rft":
-        return -ratio.log().sum() * float(correct)
+        return -delta.sum() * float(correct)
+    if options["ratio_type"] == "sequence":  # Eq. 9: the answer is the one action
+        delta = delta.sum(0, keepdim=True)
+    if options["beyond_cap"] == "zero":  # the authors' code: R = exp(min(Δ, 10)), and r̂ in [margin, 1 − margin]
+        delta = delta.clamp(max=10)
+    rate = rate.clamp(options["rate_margin"], 1 - options["rate_margin"])
+    ratio = delta.exp()
     omega = {"one": 1.0, "one_minus_rate": 1 - rate, "sqrt_odds": ((1 - rate) / rate).sqrt()}[options["prompt_weight"]]
     if correct:
         return -omega * ratio.log().sum()

@@ -33,6 +33,7 @@ def measure(folder: Path) -> dict:
     topology = init_topology(threads=1)
     offloaded = {f"offloaded {dtype}": _offloaded(folder, topology, dtype) for dtype in ("float32", "bfloat16")}
     result = _float32(folder, topology) | _bfloat16(folder, topology) | offloaded
+    result["decay_all"] = _decay_all(folder, topology)
     del topology
     gc.collect()
     shutdown()
@@ -82,6 +83,16 @@ def _float32(folder: Path, topology) -> dict:
         changed = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
         result[bad] = {"problem": update.problem, "changed": changed, "num_updates": optimizer.num_updates}
     return result
+
+
+def _decay_all(folder: Path, topology) -> dict[str, float]:
+    """After an update with zero gradients, each parameter's largest distance from its decayed value."""
+    parameters, optimizer = _make(folder, topology, torch.float32, OptimizerConfig(**SETTINGS, decay_all=True))
+    expected = {name: parameter.detach().double() * (1 - 1e-3 * 0.1) for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.main_grad.zero_()
+    optimizer.step()
+    return {name: float((parameter.detach() - expected[name]).abs().max()) for name, parameter in parameters.items()}
 
 
 def _offloaded(folder: Path, topology, dtype: str) -> dict:

@@ -33,6 +33,9 @@ ALGORITHMS = {
     "nft, ω sqrt, negatives 0.5": Objective(
         {"name": "nft", "epsilon": 0.3, "prompt_weight": "sqrt_odds", "negative_weight": 0.5}
     ),
+    "nft, whole answers, as published": Objective(
+        {"name": "nft", "ratio_type": "sequence", "beyond_cap": "zero", "rate_margin": 0.2}, {"denominator": "sequences"}
+    ),
     "rft": Objective({"name": "rft"}),
     "grpo": Objective({"name": "grpo"}),
     "grpo, mean of each answer": Objective({"name": "grpo", "per_answer_mean": True}, {"denominator": "sequences"}),

@@ -45,8 +45,8 @@ def build_algorithm(name: str, **options: Any) -> Algorithm:
     Raises:
         UserError: no such name. A :class:`ValueError` of pydantic's names a wrong option.
 
-    >>> build_algorithm("nft", epsilon=0.5)
-    NFT(name='nft', epsilon=0.5, prompt_weight='one_minus_rate', negative_weight=1.0)
+    >>> build_algorithm("infonca", beta=0.5)
+    InfoNCA(name='infonca', beta=0.5, sft_weight=0.1)
     >>> build_algorithm("ntf")
     Traceback (most recent call last):
     nft_megatron.base.errors.UserError: algorithm.name = ntf: no such algorithm; one of infonca, nft, rft, grpo, dr_grpo, dapo

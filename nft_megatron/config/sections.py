@@ -84,7 +84,7 @@ class RolloutConfig(ConfigModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Must stay 1 for training: a renormalised distribution is not the policy π of Eq. 10."""
     max_answer_tokens: PositiveInt = 3584
-    """Longer answers are truncated here and count as wrong."""
+    """Longer answers are truncated here and count as wrong, except under verify.mode published-boxed and published-answer."""
     stop: TextList = ()
     """Texts that end an answer, in addition to the model's end-of-text tokens."""
     oversample: Annotated[float, Field(ge=1, le=1000)] = 3.0
@@ -128,11 +128,12 @@ class RolloutConfig(ConfigModel):
 class VerifyConfig(ConfigModel):
     """How answers are graded."""
 
-    mode: Literal["strict", "math-verify", "dapo", "simplerl"] = "strict"
+    mode: Literal["strict", "math-verify", "dapo", "published-boxed", "published-answer", "simplerl"] = "strict"
     """``strict``: the last \\boxed{} only, integers by exact comparison, the rest by math-verify on the box.
-    ``math-verify``: the whole text, as the paper's reference code does. ``dapo``: the "Answer:" line, else the last
-    \\boxed{}, in the last 300 characters, exactly the gold. ``simplerl``: for final evaluations, too lenient to train on
-    (it forgives a factor of 100). docs/verification.md compares them."""
+    ``math-verify``: the whole text. ``dapo``: the "Answer:" line, else the last \\boxed{}, in the last 300 characters, exactly
+    the gold. ``published-boxed``, ``published-answer``: the training grader of the authors' code, the text of the last
+    \\boxed{} in the last 100 characters, or the "Answer:" line; truncated answers are judged too. ``simplerl``: for final
+    evaluations, too lenient to train on (it forgives a factor of 100). docs/verification.md compares them."""
     workers: ProcessCount = 2
     """Grader processes, started when the first answer needs math-verify."""
     soft_seconds: PositiveFloat = 1.0
@@ -150,8 +151,13 @@ class OptimizerConfig(ConfigModel):
     """Learning rate, constant after the warm-up."""
     warmup_updates: Count = 10
     """Updates of linear warm-up: update t has learning rate · t / warmup_updates."""
+    warmup_stair: PositiveInt | None = None
+    """n updates share a rate: update t has learning rate · n·⌊(t − 1)/n⌋ / warmup_updates, so that the first n have 0. The
+    authors' code warms up once per rollout step: 16, with warmup_updates=160. null: every update has its own, above 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; not applied to biases and norm weights."""
+    decay_all: bool = False
+    """Decay biases and norm weights too, as the authors' code does."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -164,12 +170,18 @@ class OptimizerConfig(ConfigModel):
     """Share of master weights and moments that are kept and updated in host memory."""
 
     def learning_rate_at(self, update: int) -> float:
-        """learning_rate · min(1, t / warmup_updates) for update t, counted from 1.
+        """learning_rate · min(1, t / warmup_updates) for update t, counted from 1; with ``warmup_stair`` in stairs from 0.
 
         >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=4)
         >>> [settings.learning_rate_at(update) for update in (1, 2, 4, 100)]
         [0.25, 0.5, 1.0, 1.0]
+        >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=4, warmup_stair=2)
+        >>> [settings.learning_rate_at(update) for update in (1, 2, 3, 4, 5, 100)]
+        [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
         """
+        if self.warmup_stair is not None:
+            update = (update - 1) // self.warmup_stair * self.warmup_stair
+            return self.learning_rate * (min(1.0, update / self.warmup_updates) if self.warmup_updates else 1.0)
         return self.learning_rate * min(1.0, update / max(1, self.warmup_updates))
 
 

@@ -27,9 +27,10 @@ from nft_megatron.data.questions import HELD_OUT_SPLIT, load_questions
 from nft_megatron.data.tokenizer import load_tokenizer
 from nft_megatron.data.wording import instruct, reword
 from nft_megatron.evaluate.benchmarks import TOP_P, Benchmark, find_benchmarks, temperature_for
+from nft_megatron.evaluate.beside import Comparison, read_scores, scores_of
 from nft_megatron.evaluate.measure import Part, Task, answer_part, check_part, plan_parts, questions_hash, read_answers
 from nft_megatron.evaluate.run import Evaluation, evaluate
-from nft_megatron.evaluate.summary import Scores, comparison, read_scores, reasons_table, summary_of, table_of
+from nft_megatron.evaluate.summary import reasons_table, summary_of, table_of
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
 from nft_megatron.verify.rules import rules_of
@@ -154,7 +155,8 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     results = [(task.benchmark, read_answers(own)) for task, own in zip(tasks, parts, strict=True)]
     settings = {"grader": options.grader, "rules": rules_of(options.grader), "sampling": asdict(sampling), "seed": config.seed}
     summary = {"name": str(model_folder), **settings, **summary_of(results, overlapping), "unmatched_golds": unmatched}
-    _write_json(options.out / "summary.json", summary)
+    beside = Comparison.of(scores_of(json.loads(json.dumps(summary))), others) if others else None
+    _write_json(options.out / "summary.json", summary | ({"beside": beside.to_json()} if beside else {}))
     print(
         f"{model_folder}, in percent (temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most "
         f"{sampling.max_tokens} tokens, grader {options.grader})\n"
@@ -163,8 +165,8 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
     for name, golds in unmatched.items():
         print(f"\n{name} includes {len(golds)} questions whose gold right answers may not match (summary.json names them)")
     print("\n" + reasons_table({benchmark.title: result for benchmark, result in results}))
-    if others:
-        print("\n" + comparison([Scores(str(model_folder), summary["scores"]), *others]))
+    if beside:
+        print("\n" + beside.tables())
     print(f"\n{options.out}: summary.json, and every answer under answers/")
 
 

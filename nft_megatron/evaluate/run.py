@@ -66,6 +66,15 @@ class Evaluation:
         counts = Counter(reason_of(answer.verdict) for group in self.answers for answer in group)
         return {reason: counts[reason] for reason in REASONS if counts[reason]}
 
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """By question id, how many answers are right and how many were judged."""
+        labels = [[answer.verdict.label for answer in group] for group in self.answers]
+        return {
+            prompt.question_id: (own.count("correct"), len(own) - own.count("unknown"))
+            for prompt, own in zip(self.prompts, labels, strict=True)
+        }
+
     def without(self, question_ids: frozenset[str]) -> Evaluation:
         """The same answers without those to ``question_ids``."""
         kept = [i for i, prompt in enumerate(self.prompts) if prompt.question_id not in question_ids]

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nft_megatron.base.errors import UserError
-from nft_megatron.base.untrusted import parse_json
-from nft_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark
+from nft_megatron.evaluate.benchmarks import Benchmark
+from nft_megatron.evaluate.beside import Answered, answered, points
 from nft_megatron.evaluate.run import Evaluation
 from nft_megatron.evaluate.table import aligned
 from nft_megatron.verify.reasons import REASONS
@@ -22,22 +19,11 @@ from nft_megatron.verify.reasons import REASONS
 _HEAD = ("", "questions", "k", "avg@k", "± s.e.", "pass@k", "maj@k", "cut off", "unknown", "tokens")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One model's avg@k on some benchmarks, in percent: a row of the paper's Table 1, or your own evaluation."""
-
-    name: str
-    scores: Mapping[str, float]
-
-    @property
-    def mean(self) -> float:
-        """NaN unless all six scores are there."""
-        known = [self.scores[benchmark.name] for benchmark in BENCHMARKS if benchmark.name in self.scores]
-        return sum(known) / len(known) if len(known) == len(BENCHMARKS) else math.nan
-
-
 def summary_of(results: Sequence[tuple[Benchmark, Evaluation]], overlapping: frozenset[str]) -> dict[str, Any]:
-    """Every statistic of every benchmark, with and without its questions in ``overlapping``; ``scores`` are in percent."""
+    """Every statistic of every benchmark, with and without its questions in ``overlapping``, and its right answers by question.
+
+    ``scores`` are in percent.
+    """
     return {
         "scores": {benchmark.name: 100 * result.accuracy for benchmark, result in results if not math.isnan(result.accuracy)},
         "benchmarks": {benchmark.name: _statistics(result) for benchmark, result in results},
@@ -46,7 +32,12 @@ def summary_of(results: Sequence[tuple[Benchmark, Evaluation]], overlapping: fro
             for benchmark, result in results
             if (kept := _kept(result, overlapping)) is not None
         },
+        "by_question": {benchmark.name: _answered(result).to_json() for benchmark, result in results},
     }
+
+
+def _answered(result: Evaluation) -> Answered:
+    return answered(((prompt.question_id, prompt.gold) for prompt in result.prompts), result.counts)
 
 
 def _kept(result: Evaluation, overlapping: frozenset[str]) -> Evaluation | None:
@@ -113,38 +104,10 @@ def reasons_table(results: Mapping[str, Evaluation]) -> str:
     return aligned([("verdict: reason", *results), *rows])
 
 
-def comparison(rows: Sequence[Scores]) -> str:
-    """Several models' avg@k side by side; benchmarks that are none of the paper's come last and are not in the mean."""
-    titles = {benchmark.name: benchmark.title for benchmark in BENCHMARKS}
-    names = [*titles, *sorted({name for row in rows for name in row.scores} - titles.keys())]
-    head = ("avg@k", *(titles.get(name, name) for name in names), "mean")
-    body = [(row.name, *(_points(row.scores.get(name, math.nan)) for name in names), _points(row.mean)) for row in rows]
-    return aligned([head, *body])
-
-
-def read_scores(path: Path, field: str = "--beside") -> list[Scores]:
-    """The rows in a ``summary.json``, or in a list of objects with ``name`` and ``scores`` (percent by benchmark)."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        rows = content if isinstance(content, list) else [content]
-        return [Scores(str(row["name"]), {name: float(score) for name, score in row["scores"].items()}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            field,
-            path,
-            f"holds no scores ({error})",
-            'name the summary.json of another evaluation, or write [{"name": "…", "scores": {"aime24": 30.0}}], in percent',
-        ) from error
-
-
 def _or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else value
 
 
 def _percent(share: float) -> str:
-    return _points(100 * share)
-
-
-def _points(percent: float) -> str:
-    return "–" if math.isnan(percent) else f"{percent:.1f}"
+    return points(100 * share)

@@ -2,10 +2,10 @@
 
     g      = Σ gradients, scaled by min(1, clip / (‖g‖ + 1e-6))           ‖g‖ over all ranks, each parameter once
     update t (from 1):  lr_t = lr · min(1, t / warm-up updates)
-    θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norm weights
+    θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norms, unless decay_all
 
-The first update already moves the weights: a warm-up that starts from zero wastes it. An update whose loss or gradient norm is
-not finite is skipped entirely: neither weights nor moments nor t change.
+The first update already moves the weights: a warm-up that starts from zero wastes it (``warmup_stair`` does so, as published).
+An update whose loss or gradient norm is not finite is skipped entirely: neither weights nor moments nor t change.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class PolicyOptimizer:
                 for group in megatron.optimizer.param_groups:
                     group |= {"fused": True, "foreach": False}
         for group in self.megatron.param_groups:
-            group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
+            group["weight_decay"] = self.settings.weight_decay * (1.0 if self.settings.decay_all else group["wd_mult"])
             group["betas"] = (self.settings.beta1, self.settings.beta2)
             group["eps"] = self.settings.epsilon
 

@@ -10,6 +10,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.comparison import STRICT, Undecided
 from nft_megatron.verify.grade import DAPO, cut_off, grade, grade_dapo
+from nft_megatron.verify.published import ANSWER, BOXED, grade_answer, grade_boxed
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.simplerl import SIMPLERL
 
@@ -41,6 +42,8 @@ MODES: dict[str, Mode] = {
     "strict": Mode(grade, judge="strict", version=STRICT),
     "math-verify": Mode(_whole_text, judge="math-verify", version=""),
     "dapo": Mode(grade_dapo, judge=None, version=DAPO),
+    "published-boxed": Mode(grade_boxed, judge=None, version=BOXED),
+    "published-answer": Mode(grade_answer, judge=None, version=ANSWER),
     "simplerl": Mode(
         _whole_text_even_cut,
         judge="simplerl",

@@ -44,7 +44,7 @@ class SoftLimit(BaseException):
 
 
 def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
-    """Reason and detail, compared as in the reference implementation (its verifier.py) but with three labels.
+    """Reason and detail, compared as the authors' code does for questions in the style of MATH, but with three labels.
 
     The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read, or
     anything that makes it crash, is unknown, never wrong.

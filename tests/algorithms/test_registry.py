@@ -13,7 +13,8 @@ def test_the_papers_algorithms_are_there_under_their_own_names():
 
 
 def test_what_the_rooms_around_them_must_keep_to():
-    assert {name for name, each in ALGORITHMS.items() if each.coupling != "token"} == {"infonca"}
+    assert {name for name in ALGORITHMS if build_algorithm(name).coupling != "token"} == {"infonca"}
+    assert build_algorithm("nft", ratio_type="sequence").coupling == "sequence"
     assert {name for name, each in ALGORITHMS.items() if not each.uses_wrong_answers} == {"rft"}
     assert {name for name, each in ALGORITHMS.items() if not each.needs_mixed_groups} == {"grpo", "dr_grpo"}
 
@@ -32,6 +33,8 @@ def test_an_unknown_name_is_a_user_error():
         ("nft", {"epsilon": 0.0}),
         ("nft", {"epsilon": float("nan")}),
         ("nft", {"negative_weight": -1.0}),
+        ("nft", {"rate_margin": 0.5}),
+        ("nft", {"ratio_type": "sentence"}),
         ("grpo", {"clip_low": 1.0}),
         ("dapo", {"overlong_buffer": 0.0}),
         ("infonca", {"beta": 0.0}),

@@ -289,6 +289,48 @@ def test_any_file_with_any_prompt(model, sums, command, tmp_path):
     assert command("eval", model, "--benchmarks", sums / "my sums.jsonl", *OPTIONS, "--instruction", "oral").returncode == 2
 
 
+def test_beside_evaluations_with_other_seeds_and_settings(model, sums, command, tmp_path):
+    """Two seeds are one model, with twice the answers to each question; another temperature is compared with both."""
+
+    def measure(name: str, *options: object) -> tuple[str, dict]:
+        arguments = ["--benchmarks", sums, "--samples", "4", *OPTIONS, "--grader", "strict", "--out", tmp_path / name]
+        done = command("eval", model, *arguments, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / name / "summary.json").read_text())
+
+    def rights(name: str, benchmark: str) -> dict[str, int]:
+        groups = [group for path in (tmp_path / name / "answers" / benchmark).iterdir() for group, _ in read_groups(path)]
+        return {g.prompt.question_id: [a.verdict.label for a in g.answers].count("correct") for g in groups}
+
+    _, first = measure("a", "seed=1")
+    assert "beside" not in first
+    assert {name: own["right"] for name, own in first["by_question"].items()} == {
+        name: {question: f"{right}/4" for question, right in rights("a", name).items()} for name in ("aime24", "math500")
+    }
+    printed, second = measure("b", "seed=2", "--beside", tmp_path / "a" / "summary.json")
+    assert second["beside"]["models"] == []
+    scores = [first["scores"]["aime24"], second["scores"]["aime24"]]
+    assert scores[0] != scores[1]
+    assert second["beside"]["deviation_between_seeds"][str(model)]["aime24"] == pytest.approx(np.std(scores, ddof=1))
+    both = {question: rights("a", "aime24")[question] + right for question, right in rights("b", "aime24").items()}
+    shares = np.array(list(both.values())) / 8
+    mean, error = 100 * shares.mean(), 100 * shares.std(ddof=1) / np.sqrt(15)
+    assert re.search(rf"  2, 1 +{mean:.1f} ± {error:.1f}  ", printed)
+
+    files = [tmp_path / name / "summary.json" for name in "ab"]
+    printed, third = measure("c", "seed=3", "--temperature", "0.3", "--beside", *files)
+    (other,) = third["beside"]["models"]
+    assert (other["seeds"], other["other_seeds"], other["differing"]) == ([3], [1, 2], ["temperature 0.3 and 1.0"])
+    change = np.array([right / 4 - both[question] / 8 for question, right in rights("c", "aime24").items()])
+    found = other["differences"]["aime24"]
+    assert found["difference"] == pytest.approx(change.mean())
+    assert found["standard_error"] == pytest.approx(change.std(ddof=1) / np.sqrt(15))
+    assert (found["only_first"], found["only_second"]) == ((change > 0).sum(), (change < 0).sum())
+    assert other["differences"]["mean"]["questions"] == 19
+    row = re.search(r"on the same questions, in points; temperature 0.3 and 1.0\n.*\nAIME 2024 +15 +(\S+) ", printed)
+    assert row and row[1] == f"{100 * change.mean():+.1f}"
+
+
 def test_answers_judged_by_other_rules_are_not_mixed_with_new_ones(model, sums, command, tmp_path):
     arguments = ["eval", model, "--benchmarks", sums / "math500.jsonl", *OPTIONS, "--grader", "dapo", "--out", tmp_path / "out"]
     assert command(*arguments).returncode == 0

@@ -32,6 +32,9 @@ def test_settings_are_those_of_the_paper(name: str):
         "epsilon": 1.0,
         "prompt_weight": "one_minus_rate",
         "negative_weight": 1.0,
+        "ratio_type": "token",
+        "beyond_cap": "saturate",
+        "rate_margin": 0.0,
     }
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_updates, optimizer.weight_decay) == (1e-6, 10, 0.1)

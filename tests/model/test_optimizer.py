@@ -20,6 +20,14 @@ def test_warm_up_starts_above_zero_and_ends_at_the_full_rate():
     assert OptimizerConfig(learning_rate=1e-6, warmup_updates=0).learning_rate_at(1) == 1e-6
 
 
+def test_warm_up_in_stairs_is_one_that_steps_once_per_rollout_step():
+    """The authors' scheduler: 10 steps of warm-up from 0, taken after each rollout step of 16 updates."""
+    settings = OptimizerConfig(learning_rate=1e-6, warmup_updates=160, warmup_stair=16)
+    rates = [settings.learning_rate_at(update) for update in range(1, 193)]
+    assert rates == pytest.approx([1e-6 * min(1, step / 10) for step in range(12) for _ in range(16)], rel=1e-12)
+    assert OptimizerConfig(learning_rate=1e-6, warmup_updates=0, warmup_stair=16).learning_rate_at(1) == 1e-6
+
+
 def test_updates_are_those_of_adamw_in_float64(measured: dict):
     assert measured["learning_rates"] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
     assert measured["grad_norms"] == pytest.approx(measured["expected_norms"], rel=1e-5)
@@ -30,6 +38,13 @@ def test_updates_are_those_of_adamw_in_float64(measured: dict):
 def test_weights_without_decay_are_biases_and_norms(measured: dict):
     assert all(("bias" in name or "norm" in name) for name in measured["without_decay"])
     assert len(measured["without_decay"]) == 3 * 2 + 1  # QKV bias and two norms a layer, and the final norm
+
+
+def test_all_weights_decay_if_asked(measured: dict):
+    """Without a gradient an update is the decay alone: θ · (1 − 1e-3 · 0.1)."""
+    decayed = measured["decay_all"]
+    assert len(decayed) == len(measured["errors"]) and max(decayed.values()) < 1e-7
+    assert set(measured["without_decay"]) <= decayed.keys()
 
 
 @pytest.mark.parametrize("bad", PROBLEMS)

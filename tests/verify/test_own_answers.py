@@ -57,7 +57,7 @@ def by_strict() -> list[Verdict]:
 
 @pytest.fixture(scope="module")
 def by_math_verify() -> list[Verdict]:
-    """On the whole text, as the reference implementation does."""
+    """On the whole text."""
     return verdicts_of("math-verify", CASES)
 
 
@@ -84,8 +84,8 @@ def test_strict_differs_from_math_verify_only_in_the_classes_of_the_docs(
             assert strict.reason in REASONS[case.difference], case
 
 
-def test_math_verify_mode_agrees_with_the_reference_implementation(by_math_verify: list[Verdict]) -> None:
-    """verifier.py of the public NFT code: math_metric called directly, in the main thread."""
+def test_math_verify_mode_agrees_with_the_authors_use_of_it(by_math_verify: list[Verdict]) -> None:
+    """verifier.py of the public NFT code, for questions in the style of MATH: math_metric, directly, in the main thread."""
     from math_verify.metric import math_metric
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 

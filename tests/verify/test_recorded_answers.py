@@ -38,7 +38,7 @@ def math_verify() -> Iterator[Verifier]:
 
 @pytest.fixture(scope="module")
 def by_math_verify(math_verify: Verifier) -> list[Verdict]:
-    """On the whole text, as the reference implementation does."""
+    """On the whole text."""
     return verdicts_of(math_verify, bench_rows("verifier_cases.jsonl"))
 
 
