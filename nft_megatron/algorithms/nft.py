@@ -17,9 +17,9 @@ With ``ratio_type: sequence`` the ratio is that of the whole answer, as in Eq. 9
 
     S = Σ_t log R_t        ℓ = − r·S − (1 − r)·log max_v( (1 − r̂ e^S) / (1 − r̂), ε )        one ℓ, with one ω, per answer
 
-All tokens of an answer then have the same coefficient, that of the formulas above at Δ = S. S grows with the length, so the
-negative ratio of most answers is soon at 0 or at ε: the variance for which the paper prefers tokens (section 3.3).
-``train.denominator: sequences`` makes the loss a mean over answers.
+All tokens of an answer then have the same coefficient, that of the formulas above at Δ = S. |S| grows with the length, so
+e^S is soon far from 1, and the coefficients of wrong answers far apart: the variance for which the paper prefers tokens
+(section 3.3). ``train.denominator: sequences`` makes the loss a mean over answers.
 
 Departures from the paper:
  1. In the wrong answers' formulas Δ (or S) is capped at ``LOG_RATIO_CAP`` = 10, and the gradient saturates there at
@@ -71,7 +71,6 @@ class NFT(Algorithm):
     """ω(q): 1, 1 − r̂ (aligned with Dr. GRPO) or sqrt((1 − r̂) / r̂) (aligned with GRPO). Figure 9."""
     negative_weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of wrong answers."""
-
     ratio_type: Literal["token", "sequence"] = "token"
     """R of each token, or of the whole answer (Eq. 9); with ``sequence`` set train.denominator=sequences."""
     beyond_cap: BeyondCap = "saturate"

@@ -21,6 +21,9 @@ from typing import Literal
 
 import numpy as np
 
+_EQUAL = 1e-12
+"""Differences of shares that are as close are equal up to rounding."""
+
 
 @dataclass(frozen=True)
 class PairedDifference:
@@ -51,8 +54,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, single
     num = len(differences)
     difference = float(differences.mean()) if num else math.nan
     error = float(differences.std(ddof=1) / math.sqrt(num)) if num > 1 else math.nan
-    if error == 0 and difference:
-        error = math.nan  # differences that are all equal do not tell how far others would be
+    if num and np.ptp(differences) < _EQUAL:  # do not tell how far others would be
+        error = math.nan if difference or num == 1 else 0.0
     width = t_quantile(num - 1) * error if num > 1 else math.nan
     counts = int((differences > 0).sum()), int((differences < 0).sum())
     p_value = mcnemar(*counts) if single and num else paired_t(difference, error, num)

@@ -81,17 +81,20 @@ def test_the_other_way_round_only_signs_change(shares: list[tuple[int, int]]) ->
     first, second = ([share[i] / 4 for share in shares] for i in (0, 1))
     one, other = paired_difference(first, second, single=False), paired_difference(second, first, single=False)
     assert other.difference == pytest.approx(-one.difference)
-    assert (other.low, other.high) == pytest.approx((-one.high, -one.low))
+    assert (other.low, other.high) == pytest.approx((-one.high, -one.low), nan_ok=True)
     assert (other.only_first, other.only_second) == (one.only_second, one.only_first)
     assert other.p_value == pytest.approx(one.p_value, nan_ok=True)
-    assert one.standard_error == pytest.approx(np.std(np.subtract(first, second), ddof=1) / math.sqrt(len(shares)))
+    error = np.std(np.subtract(first, second), ddof=1) / math.sqrt(len(shares))
+    assert one.standard_error == pytest.approx(error if error or not one.difference else math.nan, nan_ok=True)
 
 
 def test_what_cannot_be_known_is_nan() -> None:
     lone = paired_difference([1.0], [0.0], single=False)
     assert lone.difference == 1 and all(map(math.isnan, (lone.standard_error, lone.low, lone.high, lone.p_value)))
     assert math.isnan(paired_difference([], [], single=True).difference)
-    assert math.isnan(paired_difference([0.5, 0.5], [0.25, 0.25], single=False).p_value), "equal differences have no spread"
+    for first, second in (([0.5, 0.5], [0.25, 0.25]), ([1 / 3, 0.1], [2 / 3, 0.1 + 1 / 3])):
+        equal = paired_difference(first, second, single=False)
+        assert math.isnan(equal.standard_error) and math.isnan(equal.p_value), "equal differences have no spread"
     assert paired_difference([0.5, 0.5], [0.5, 0.5], single=False).p_value == 1
 
 
