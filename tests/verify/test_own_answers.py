@@ -152,7 +152,7 @@ def test_pathological_answers(mode: Any) -> None:
     with Verifier(VerifyConfig(mode=mode, workers=1, soft_seconds=0.2, hard_seconds=0.6)) as verifier:
         futures = [verifier.submit(answer.text, answer.gold, "stop") for answer in answers]
         verdicts = [future.result(120) for future in futures]
-        power = r"\boxed{2^{%d}}" if MODES[mode].judge else r"\boxed{%d}"  # in a grader, where the mode has any
+        power = r"\boxed{2^{%d}}" if MODES[mode].judge else r"Answer: \boxed{%d}"  # in a grader, where the mode has any
         after = [verifier.submit(power % n, str(2**n if MODES[mode].judge else n), "stop").result(60) for n in range(2, 8)]
     assert {answer for answer, verdict in zip(answers, verdicts, strict=True) if verdict.label == "correct"} <= set(RIGHT)
     assert "correct" in [verdict.label for verdict in after], "the pool survives"
