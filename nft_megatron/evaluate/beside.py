@@ -33,8 +33,8 @@ class Answered:
 
     ``questions`` is a hash of all ids and golds: equal hashes mean the same questions.
 
-    >>> Answered("9f2c", {"q0": (3, 4), "q1": (0, 4)}).scores
-    (37.5, 37.5)
+    >>> Answered("9f2c", {"q0": (3, 4), "q1": (0, 4)}).shares
+    {'q0': 0.75, 'q1': 0.0}
     """
 
     questions: str
