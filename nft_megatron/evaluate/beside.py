@@ -250,7 +250,7 @@ def differences_table(first: Scores, second: Scores) -> str:
     found = differences(first, second)
     if not found:
         return ""
-    rows = [("", "questions", "difference", "± s.e.", "95 %", "better on", "worse on", "p", "test")]
+    rows: list[tuple[str, ...]] = [("", "questions", "difference", "± s.e.", "95 %", "better on", "worse on", "p", "test")]
     rows += [_difference_row(TITLES.get(name, name), pair) for name, pair in found.items()]
     if len(found) > 1:
         rows.append(_difference_row(f"mean of {len(found)}", mean_difference(list(found.values()))))
