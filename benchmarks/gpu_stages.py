@@ -140,7 +140,7 @@ def recorded(options: argparse.Namespace, facts: Facts) -> None:
         trainer = build_trainer(config, topology, read_shape(model))
         batch = trainer.prepare(ledger, 1)
         updates = [trainer.update(minibatch) for minibatch in batch.minibatches]
-        result = {"metrics": batch.metrics, "summary": trainer.summary(updates)}
+        result = {"summary": trainer.summary(batch, updates)}
         result |= everything_else(trainer, ledger, model, out)
         save_file({name: tensor.cpu() for name, tensor in trainer.hf_tensors()}, out / "weights.safetensors")
         facts.add(device=topology.device.type, layers=trainer.chunks[0].config.transformer_impl, **result)

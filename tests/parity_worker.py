@@ -87,6 +87,7 @@ def _measure(run: Run, topology: Topology) -> None:
     recording = replace(trainer, optimizer=recorder)
     batch = recording.prepare(run.ledger, step=1)
     updates = [recording.update(minibatch) for minibatch in batch.minibatches]
+    metrics = recording.summary(batch, updates)
     applied = trainer.update(batch.minibatches[0]).applied
     weights = _export(trainer)
     empty: list = [None] * topology.world_size
@@ -103,7 +104,7 @@ def _measure(run: Run, topology: Topology) -> None:
         stats = {
             "updates": [{"positive": update.loss_positive, "negative": update.loss_negative} for update in updates],
             "grad_norm": applied.grad_norm,
-            "metrics": batch.metrics,
+            "metrics": metrics,
             "num_empty": sum(empty),
         }
         (run.out / "stats.json").write_text(json.dumps(stats))
@@ -128,7 +129,8 @@ def instruments(runs: list[Run]) -> None:
     def all_runs(topology: Topology) -> None:
         for run in runs:
             trainer = replace(_trainer(run, topology), gradient_cosine_every=1)
-            summary = trainer.summary([trainer.update(trainer.prepare(run.ledger, step=1).minibatches[0])])
+            batch = trainer.prepare(run.ledger, step=1)
+            summary = trainer.summary(batch, [trainer.update(batch.minibatches[0])])
             if topology.is_main:
                 run.out.mkdir(parents=True)
                 (run.out / "stats.json").write_text(json.dumps(summary))

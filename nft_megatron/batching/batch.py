@@ -18,7 +18,7 @@ from nft_megatron.algorithms import Algorithm, AnswerBatch
 from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard
 from nft_megatron.batching.device import to_device
-from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches
+from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches, plan_recomputing
 from nft_megatron.batching.packing import PackedBatch, pack
 from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
 
@@ -28,8 +28,9 @@ class MicroBatch:
     """A pack and what its loss needs for each token. ``weight_N`` is ω/D; ``is_stale_N`` marks answers from older weights.
 
     ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own if the
-    answer is older than the weights. The trainer fills it in, only on the last pipeline stage. ``advantage_N`` is set for
-    algorithms with advantages, ``answers`` for those whose loss depends on whole answers.
+    answer is older than the weights. The trainer fills it in, only on the last pipeline stage. ``recomputes``: whether the pass
+    for old log-probs goes through this pack; else the engine's are taken for all of it. ``advantage_N`` is set for algorithms
+    with advantages, ``answers`` for those whose loss depends on whole answers.
 
     >>> logprob_N = np.array([-0.1, -0.7], dtype=np.float32)
     >>> packed = pack([AnswerTokens(np.array([5, 6]), np.array([7, 8]), logprob_N)])
@@ -48,6 +49,7 @@ class MicroBatch:
     old_logprob_N: Tensor | None = None
     advantage_N: Tensor | None = None
     answers: AnswerBatch | None = None
+    recomputes: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class MiniBatch:
     """One optimizer step: this rank's micro-batches. ``num_tokens`` counts all ranks.
 
     ``measures_cosine``: whether this update measures the angle between the gradients of right and wrong answers.
+    ``measures_mismatch``: whether it measures how far the engine's log-probs are from the trainer's, as it is the first one and
+    no pass for old log-probs did.
 
     >>> MiniBatch(micro_batches=(), num_tokens=0).measures_cosine
     False
@@ -63,6 +67,7 @@ class MiniBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_tokens: int
     measures_cosine: bool = False
+    measures_mismatch: bool = False
 
 
 def read_minibatches(
@@ -83,17 +88,22 @@ def read_minibatches(
     own = [plan.members_of[data_rank] for plan in plans]
     needed = np.concatenate([np.empty(0, dtype=np.int64), *(members for minibatch in own for members in minibatch)])
     tokens = dict(zip(needed.tolist(), read_tokens(ledger, index.row[needed]), strict=True))
-    is_stale_A = torch.from_numpy(index.weight_version < step - 1)
+    is_stale = index.weight_version < step - 1
+    is_stale_A = torch.from_numpy(is_stale)
 
-    def micro_batch(members: np.ndarray, denominator: float) -> MicroBatch:
+    def micro_batch(members: np.ndarray, denominator: float, recomputes: bool) -> MicroBatch:
         positions = torch.from_numpy(members)
         own_tokens = [tokens[position] for position in members.tolist()]
         own_answers = answers.take(positions)
-        return _micro_batch(own_tokens, own_answers, is_stale_A[positions], algorithm, denominator, rules, context_rank)
+        batch = _micro_batch(own_tokens, own_answers, is_stale_A[positions], algorithm, denominator, rules, context_rank)
+        return _to(device, replace(batch, recomputes=recomputes))
 
     return [
-        MiniBatch(tuple(_to(device, micro_batch(members, plan.denominator)) for members in minibatch), plan.num_tokens)
-        for minibatch, plan in zip(own, plans, strict=True)
+        MiniBatch(
+            tuple(micro_batch(members, plan.denominator, each) for members, each in zip(minibatch, recomputes, strict=True)),
+            plan.num_tokens,
+        )
+        for minibatch, recomputes, plan in zip(own, plan_recomputing(plans, is_stale, data_rank, rules), plans, strict=True)
     ]
 
 
