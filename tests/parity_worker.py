@@ -85,17 +85,25 @@ def _measure(run: Run, topology: Topology) -> None:
     trainer = _trainer(run, topology)
     recorder = GradientRecorder(trainer)
     recording = replace(trainer, optimizer=recorder)
-    batch = recording.prepare(run.ledger, step=1)
+    with _passes() as passed:
+        batch = recording.prepare(run.ledger, step=1)
     updates = [recording.update(minibatch) for minibatch in batch.minibatches]
     metrics = recording.summary(batch, updates)
     applied = trainer.update(batch.minibatches[0]).applied
     weights = _export(trainer)
-    empty: list = [None] * topology.world_size
-    dist.all_gather_object(
-        empty,
-        sum(not len(m.packed.targets_N) for b in batch.minibatches for m in b.micro_batches),
-        group=topology.control_group,
-    )
+    packs = [
+        {
+            "rank": topology.data_rank,
+            "name": f"{i}/{k}",
+            "num_tokens": len(micro_batch.packed.targets_N),
+            "num_current": int((~micro_batch.is_stale_N).sum()),
+            "passed": any(micro_batch.packed is each.packed for each in passed),
+        }
+        for i, minibatch in enumerate(batch.minibatches)
+        for k, micro_batch in enumerate(minibatch.micro_batches)
+    ]
+    of_all: list = [None] * topology.world_size
+    dist.all_gather_object(of_all, packs, group=topology.control_group)
     if topology.is_main:
         run.out.mkdir(parents=True)
         for i, gradients in enumerate(recorder.gradients):
@@ -105,9 +113,24 @@ def _measure(run: Run, topology: Topology) -> None:
             "updates": [{"positive": update.loss_positive, "negative": update.loss_negative} for update in updates],
             "grad_norm": applied.grad_norm,
             "metrics": metrics,
-            "num_empty": sum(empty),
+            "num_empty": sum(not pack["num_tokens"] for packs in of_all for pack in packs),
+            "packs": [pack for packs in of_all for pack in packs],
         }
         (run.out / "stats.json").write_text(json.dumps(stats))
+
+
+@contextlib.contextmanager
+def _passes() -> Iterator[list]:
+    """The micro-batches that a schedule without backward pass goes through."""
+    passed: list = []
+
+    def recording(chunks, forward_step, micro_batches, *, num_tokens, forward_only):
+        passed.extend(micro_batches if forward_only else [])
+        return run_schedule(chunks, forward_step, micro_batches, num_tokens=num_tokens, forward_only=forward_only)
+
+    run_schedule = step.run_schedule
+    with mock.patch.object(step, "run_schedule", recording):
+        yield passed
 
 
 def mismatches(runs: list[Run]) -> None:

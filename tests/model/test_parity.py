@@ -47,7 +47,7 @@ def read_outcome(out: Path) -> Outcome:
     )
 
 
-def paper(model_folder: Path, ledger: Path, algorithm: str = "nft") -> Outcome:
+def paper(model_folder: Path, ledger: Path, algorithm: str = "nft", recomputes: bool = True) -> Outcome:
     """What Eq. 10 says of transformers' model in float64, and the weights after AdamW on the first mini-batch."""
     model = Qwen2ForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
 
@@ -57,7 +57,7 @@ def paper(model_folder: Path, ledger: Path, algorithm: str = "nft") -> Outcome:
 
     gradients, losses = [], []
     for groups in members(step=1):
-        positive, negative = paper_loss(logprobs_of, ledger, groups, algorithm)
+        positive, negative = paper_loss(logprobs_of, ledger, groups, algorithm, recomputes)
         model.zero_grad()
         (positive + negative).backward()
         losses.append((float(positive.detach()), float(negative.detach())))
