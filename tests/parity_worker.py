@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.batching import context
+from nft_megatron.batching.batch import MiniBatch, pack_minibatches, plan_step
 from nft_megatron.config.load import load_config
-from nft_megatron.model import attention, objective, packed_sequences, step
+from nft_megatron.data.ledger import OpenLedger, open_ledger
+from nft_megatron.model import attention, objective, packed_sequences, shared_reading, step
 from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
@@ -131,6 +134,53 @@ def _passes() -> Iterator[list]:
     run_schedule = step.run_schedule
     with mock.patch.object(step, "run_schedule", recording):
         yield passed
+
+
+def shared_reads(run: Run, failing: int | None = None) -> None:
+    """Each rank writes ``out/rank<r>.json``: the rows of the ledger that it read, and whether its packs are those of a rank
+    that reads all its answers itself. ``failing``: the rank that cannot read; each then writes the error that it got.
+    """
+
+    def all_ranks(topology: Topology) -> None:
+        trainer, rows = _trainer(run, topology), []
+
+        def tokens(opened: OpenLedger, wanted):
+            rows.extend(wanted.tolist())
+            if topology.rank == failing:
+                raise OSError("stale file handle")
+            return original(opened, wanted)
+
+        original, report = OpenLedger.tokens, {}
+        with mock.patch.object(OpenLedger, "tokens", tokens):
+            try:
+                shared = shared_reading.read_minibatches(topology, run.ledger, 1, trainer.algorithm, trainer.rules)
+            except UserError as error:
+                report = {"error": str(error)}
+        if not report:
+            with open_ledger(run.ledger) as opened:
+                plan = plan_step(opened.index(), 1, trainer.algorithm, trainer.rules)
+                own = plan.positions_of(topology.data_rank)
+                tokens_of = dict(zip(own.tolist(), opened.tokens(plan.index.row[own]), strict=True))
+            place = topology.data_rank, topology.context_rank, topology.device
+            alone = pack_minibatches(plan, tokens_of, trainer.algorithm, trainer.rules, *place)
+            report = {"rows": rows, "own": plan.index.row[own].tolist(), "differs": _differing(shared, alone)}
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / f"rank{topology.rank}.json").write_text(json.dumps(report))
+
+    _in_topology(run.config, all_ranks)
+
+
+def _differing(shared: list[MiniBatch], alone: list[MiniBatch]) -> list[str]:
+    """The tensors of micro-batches that are not bit for bit as expected."""
+    pairs = [
+        (mine, expected)
+        for one, other in zip(shared, alone, strict=True)
+        for mine, expected in zip(one.micro_batches, other.micro_batches, strict=True)
+    ]
+    values = [(name, value, vars(other)[name]) for one, other in pairs for name, value in vars(one).items()]
+    values += [(name, value, vars(other.packed)[name]) for one, other in pairs for name, value in vars(one.packed).items()]
+    assert pairs
+    return [name for name, a, b in values if isinstance(a, torch.Tensor) and not torch.equal(a, b)]
 
 
 def mismatches(runs: list[Run]) -> None:

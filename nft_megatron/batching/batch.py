@@ -5,9 +5,8 @@ Suffix ``_N``: one entry per loss token of a micro-batch; ``_A``: one per judged
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from nft_megatron.algorithms import Algorithm, AnswerBatch
 from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard
 from nft_megatron.batching.device import to_device
-from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches, plan_recomputing
+from nft_megatron.batching.minibatches import BatchingRules, MiniBatchPlan, plan_minibatches, plan_recomputing
 from nft_megatron.batching.packing import PackedBatch, pack
-from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
+from nft_megatron.data.ledger import LedgerIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,41 +69,63 @@ class MiniBatch:
     measures_mismatch: bool = False
 
 
-def read_minibatches(
-    ledger: Path, step: int, algorithm: Algorithm, rules: BatchingRules, data_rank: int, context_rank: int, device: torch.device
-) -> list[MiniBatch]:
-    """The mini-batches of ``step`` as one rank sees them. It reads only the tokens of its data-parallel rank's answers.
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """What every rank knows of a step before it reads tokens.
+
+    ``index`` and ``answers``: the judged answers. ``minibatches``: who trains on which of them, as positions among them.
+    """
+
+    index: LedgerIndex
+    answers: AnswerBatch
+    minibatches: list[MiniBatchPlan]
+    is_stale: np.ndarray
+
+    def positions_of(self, data_rank: int) -> np.ndarray:
+        """The answers that a data-parallel rank trains on, ascending."""
+        members = [members for plan in self.minibatches for members in plan.members_of[data_rank]]
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *members]))
+
+
+def plan_step(index: LedgerIndex, step: int, algorithm: Algorithm, rules: BatchingRules) -> StepPlan:
+    """Who trains on which of a ledger's answers in ``step``.
 
     Raises:
-        UserError: if the ledger is missing or damaged, or a sequence exceeds the token budget.
+        UserError: if a sequence exceeds the token budget.
     """
-    index = read_index(ledger)
     index = index.take(np.flatnonzero((index.fate == "train") & (index.label != "unknown")))
     answers = _answers(index, algorithm, rules.length_limit)
     is_forwarded = index.is_correct | algorithm.uses_wrong_answers
     if answers.advantage_A is not None:
         is_forwarded &= (answers.advantage_A != 0).numpy()
-    plans = plan_minibatches(index, is_forwarded, step, rules)
-    own = [plan.members_of[data_rank] for plan in plans]
-    needed = np.concatenate([np.empty(0, dtype=np.int64), *(members for minibatch in own for members in minibatch)])
-    tokens = dict(zip(needed.tolist(), read_tokens(ledger, index.row[needed]), strict=True))
-    is_stale = index.weight_version < step - 1
-    is_stale_A = torch.from_numpy(is_stale)
+    return StepPlan(index, answers, plan_minibatches(index, is_forwarded, step, rules), index.weight_version < step - 1)
+
+
+def pack_minibatches(
+    plan: StepPlan,
+    tokens: Mapping[int, AnswerTokens],
+    algorithm: Algorithm,
+    rules: BatchingRules,
+    data_rank: int,
+    context_rank: int,
+    device: torch.device,
+) -> list[MiniBatch]:
+    """The mini-batches of a step as one rank sees them. ``tokens``: of the answers at ``plan.positions_of(data_rank)``."""
+    is_stale_A = torch.from_numpy(plan.is_stale)
 
     def micro_batch(members: np.ndarray, denominator: float, recomputes: bool) -> MicroBatch:
         positions = torch.from_numpy(members)
         own_tokens = [tokens[position] for position in members.tolist()]
-        own_answers = answers.take(positions)
+        own_answers = plan.answers.take(positions)
         batch = _micro_batch(own_tokens, own_answers, is_stale_A[positions], algorithm, denominator, rules, context_rank)
         return _to(device, replace(batch, recomputes=recomputes))
 
-    return [
-        MiniBatch(
-            tuple(micro_batch(members, plan.denominator, each) for members, each in zip(minibatch, recomputes, strict=True)),
-            plan.num_tokens,
-        )
-        for minibatch, recomputes, plan in zip(own, plan_recomputing(plans, is_stale, data_rank, rules), plans, strict=True)
-    ]
+    def minibatch(of_all: MiniBatchPlan, recomputing: list[bool]) -> MiniBatch:
+        own = zip(of_all.members_of[data_rank], recomputing, strict=True)
+        return MiniBatch(tuple(micro_batch(members, of_all.denominator, each) for members, each in own), of_all.num_tokens)
+
+    recomputing = plan_recomputing(plan.minibatches, plan.is_stale, data_rank, rules)
+    return [minibatch(of_all, own) for of_all, own in zip(plan.minibatches, recomputing, strict=True)]
 
 
 def _answers(index: LedgerIndex, algorithm: Algorithm, length_limit: int) -> AnswerBatch:

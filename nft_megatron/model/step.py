@@ -20,12 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, build_algorithm
-from nft_megatron.batching.batch import MicroBatch, MiniBatch, read_minibatches
+from nft_megatron.batching.batch import MicroBatch, MiniBatch
 from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.model import objective
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import Snapshot, load_checkpoint, take_snapshot
-from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
 from nft_megatron.model.gradient_export import hf_gradients
@@ -35,6 +34,7 @@ from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.packed_sequences import attention_kind, pack_sequences
 from nft_megatron.model.policy import lm_head_weight
 from nft_megatron.model.policy_sums import POLICY_WIDTH, PolicySums, policy_row
+from nft_megatron.model.shared_reading import read_minibatches
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.model.update_stats import UpdateStats, summarize
@@ -84,18 +84,12 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- before the updates
 
     def prepare(self, ledger: Path, step: int) -> StepBatch:
-        """Plan the updates of ``step``, read this rank's answers from the ledger, recompute their old log-probs.
+        """Plan the updates of ``step``, get this rank's answers from the ledger, recompute their old log-probs.
 
         The old log-probs come from the same packs as the updates, so that R = 1 bit for bit before the first one. Packs that
         take all of them from the engine are left out of the pass.
         """
-        topology = self.topology
-        minibatches = together(
-            topology,
-            lambda: read_minibatches(
-                ledger, step, self.algorithm, self.rules, topology.data_rank, topology.context_rank, topology.device
-            ),
-        )
+        minibatches = read_minibatches(self.topology, ledger, step, self.algorithm, self.rules)
         micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
         with torch.no_grad():
             passing = [micro_batch for micro_batch in micro_batches if micro_batch.recomputes]
