@@ -7,8 +7,8 @@ on, one after the other in this process:
   shared     every rank the row groups that are dealt out to it, as training reads: the rows then travel between ranks
 
 Columns: bytes that a rank reads, by the kernel's count (/proc/self/io), everything included (the file's directory, the index,
-the tokens), mean and most over ranks; the most, / the share of a rank, which is the bytes of the token columns / ranks, and as a
-part of the token columns; seconds of CPU time.
+the tokens), mean and most over ranks; the most, / the share of a rank, which is the bytes of the token columns / ranks, and as
+a part of the token columns; seconds of CPU time.
 
 Goal: read / share at most 1.1 for 8,192 answers of 5,000 tokens and 16 ranks.
 
