@@ -58,11 +58,11 @@ def test_a_length_that_is_not_true_is_damage(world, models, small_row_groups, tm
     table = pq.read_table(small_row_groups)
     place = table.schema.get_field_index("answer_length")
     lengths = table["answer_length"].to_pylist()
-    lengths[17] += 1
+    lengths[16] += 1
     wrong = table.set_column(place, "answer_length", [lengths]).cast(table.schema)
     pq.write_table(wrong, tmp_path / "wrong.parquet", row_group_size=2)
     config = write_config(tmp_path / "run", models["tied"], Layout(2))
     world(2)(shared_reads, Run(config, tmp_path / "wrong.parquet", tmp_path / "out"))
     for rank in range(2):
         error = json.loads((tmp_path / "out" / f"rank{rank}.json").read_text())["error"]
-        assert "row 17 does not have as many tokens as it says" in error
+        assert "row 16 does not have as many tokens as it says" in error
