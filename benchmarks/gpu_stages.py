@@ -121,7 +121,7 @@ def attention(options: argparse.Namespace, facts: Facts) -> None:
 
 def recorded(options: argparse.Namespace, facts: Facts) -> None:
     """A whole recorded step, as the rehearsal runs it; with ``--reference`` beside another stage's."""
-    from recorded_step import Layout, write_config, write_models, write_step
+    from recorded_step import Layout, one_in_four_current, write_config, write_models, write_step
     from safetensors.torch import save_file
     from whole_step import differing_metrics, distance, everything_else
 
@@ -134,13 +134,13 @@ def recorded(options: argparse.Namespace, facts: Facts) -> None:
     ledger, model, out = folder / "step_000001.parquet", folder / "models" / "tied", folder / options.key
     if not ledger.exists():  # the first of these stages
         write_models(folder / "models")
-        write_step(ledger)
+        write_step(ledger, one_in_four_current)
     config = load_config(write_config(out, model, Layout(1), dtype=options.dtype))
     with init_distributed(config) as topology:
         trainer = build_trainer(config, topology, read_shape(model))
         batch = trainer.prepare(ledger, 1)
         updates = [trainer.update(minibatch) for minibatch in batch.minibatches]
-        result = {"metrics": batch.metrics, "summary": trainer.summary(updates)}
+        result = {"summary": trainer.summary(batch, updates)}
         result |= everything_else(trainer, ledger, model, out)
         save_file({name: tensor.cpu() for name, tensor in trainer.hf_tensors()}, out / "weights.safetensors")
         facts.add(device=topology.device.type, layers=trainer.chunks[0].config.transformer_impl, **result)

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.batching import context
+from nft_megatron.batching.batch import MiniBatch, pack_minibatches, plan_step
 from nft_megatron.config.load import load_config
-from nft_megatron.model import attention, objective, packed_sequences, step
+from nft_megatron.data.ledger import OpenLedger, open_ledger
+from nft_megatron.model import attention, objective, packed_sequences, shared_reading, step
 from nft_megatron.model.gradient_export import hf_gradients
 from nft_megatron.model.optimizer import Update
 from nft_megatron.model.step import Trainer
@@ -85,16 +88,25 @@ def _measure(run: Run, topology: Topology) -> None:
     trainer = _trainer(run, topology)
     recorder = GradientRecorder(trainer)
     recording = replace(trainer, optimizer=recorder)
-    batch = recording.prepare(run.ledger, step=1)
+    with _passes() as passed:
+        batch = recording.prepare(run.ledger, step=1)
     updates = [recording.update(minibatch) for minibatch in batch.minibatches]
+    metrics = recording.summary(batch, updates)
     applied = trainer.update(batch.minibatches[0]).applied
     weights = _export(trainer)
-    empty: list = [None] * topology.world_size
-    dist.all_gather_object(
-        empty,
-        sum(not len(m.packed.targets_N) for b in batch.minibatches for m in b.micro_batches),
-        group=topology.control_group,
-    )
+    packs = [
+        {
+            "rank": topology.data_rank,
+            "name": f"{i}/{k}",
+            "num_tokens": len(micro_batch.packed.targets_N),
+            "num_current": int((~micro_batch.is_stale_N).sum()),
+            "passed": any(micro_batch.packed is each.packed for each in passed),
+        }
+        for i, minibatch in enumerate(batch.minibatches)
+        for k, micro_batch in enumerate(minibatch.micro_batches)
+    ]
+    of_all: list = [None] * topology.world_size
+    dist.all_gather_object(of_all, packs, group=topology.control_group)
     if topology.is_main:
         run.out.mkdir(parents=True)
         for i, gradients in enumerate(recorder.gradients):
@@ -103,10 +115,72 @@ def _measure(run: Run, topology: Topology) -> None:
         stats = {
             "updates": [{"positive": update.loss_positive, "negative": update.loss_negative} for update in updates],
             "grad_norm": applied.grad_norm,
-            "metrics": batch.metrics,
-            "num_empty": sum(empty),
+            "metrics": metrics,
+            "num_empty": sum(not pack["num_tokens"] for packs in of_all for pack in packs),
+            "packs": [pack for packs in of_all for pack in packs],
         }
         (run.out / "stats.json").write_text(json.dumps(stats))
+
+
+@contextlib.contextmanager
+def _passes() -> Iterator[list]:
+    """The micro-batches that a schedule without backward pass goes through."""
+    passed: list = []
+
+    def recording(chunks, forward_step, micro_batches, *, num_tokens, forward_only):
+        passed.extend(micro_batches if forward_only else [])
+        return run_schedule(chunks, forward_step, micro_batches, num_tokens=num_tokens, forward_only=forward_only)
+
+    run_schedule = step.run_schedule
+    with mock.patch.object(step, "run_schedule", recording):
+        yield passed
+
+
+def shared_reads(run: Run, failing: int | None = None) -> None:
+    """Each rank writes ``out/rank<r>.json``: the rows of the ledger that it read, and whether its packs are those of a rank
+    that reads all its answers itself. ``failing``: the rank that cannot read; each then writes the error that it got.
+    """
+
+    def all_ranks(topology: Topology) -> None:
+        trainer, rows = _trainer(run, topology), []
+
+        def tokens(opened: OpenLedger, wanted):
+            rows.extend(wanted.tolist())
+            if topology.rank == failing:
+                raise OSError("stale file handle")
+            return original(opened, wanted)
+
+        original, report = OpenLedger.tokens, {}
+        with mock.patch.object(OpenLedger, "tokens", tokens):
+            try:
+                shared = shared_reading.read_minibatches(topology, run.ledger, 1, trainer.algorithm, trainer.rules)
+            except UserError as error:
+                report = {"error": str(error)}
+        if not report:
+            with open_ledger(run.ledger) as opened:
+                plan = plan_step(opened.index(), 1, trainer.algorithm, trainer.rules)
+                own = plan.positions_of(topology.data_rank)
+                tokens_of = dict(zip(own.tolist(), opened.tokens(plan.index.row[own]), strict=True))
+            place = topology.data_rank, topology.context_rank, topology.device
+            alone = pack_minibatches(plan, tokens_of, trainer.algorithm, trainer.rules, *place)
+            report = {"rows": rows, "own": plan.index.row[own].tolist(), "differs": _differing(shared, alone)}
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / f"rank{topology.rank}.json").write_text(json.dumps(report))
+
+    _in_topology(run.config, all_ranks)
+
+
+def _differing(shared: list[MiniBatch], alone: list[MiniBatch]) -> list[str]:
+    """The tensors of micro-batches that are not bit for bit as expected."""
+    pairs = [
+        (mine, expected)
+        for one, other in zip(shared, alone, strict=True)
+        for mine, expected in zip(one.micro_batches, other.micro_batches, strict=True)
+    ]
+    values = [(name, value, vars(other)[name]) for one, other in pairs for name, value in vars(one).items()]
+    values += [(name, value, vars(other.packed)[name]) for one, other in pairs for name, value in vars(one.packed).items()]
+    assert pairs
+    return [name for name, a, b in values if isinstance(a, torch.Tensor) and not torch.equal(a, b)]
 
 
 def mismatches(runs: list[Run]) -> None:
@@ -128,7 +202,8 @@ def instruments(runs: list[Run]) -> None:
     def all_runs(topology: Topology) -> None:
         for run in runs:
             trainer = replace(_trainer(run, topology), gradient_cosine_every=1)
-            summary = trainer.summary([trainer.update(trainer.prepare(run.ledger, step=1).minibatches[0])])
+            batch = trainer.prepare(run.ledger, step=1)
+            summary = trainer.summary(batch, [trainer.update(batch.minibatches[0])])
             if topology.is_main:
                 run.out.mkdir(parents=True)
                 (run.out / "stats.json").write_text(json.dumps(summary))

@@ -1,5 +1,6 @@
 """A recorded step of small models: what tests/model trains on, with which layouts and settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,8 +126,25 @@ def write_models(folder: Path) -> dict[str, Path]:
     return {kind: folder / kind for kind in KINDS}
 
 
-def write_step(path: Path) -> Path:
-    """Mixed groups with answers of unequal lengths, an unknown verdict, and log-probs of a different, older policy."""
+OLDER, CURRENT = -5, 0
+"""Weight versions: step 1 begins with version 0."""
+
+
+def all_older(group: int, index: int) -> int:
+    """Every answer is from older weights, so that each recorded log-prob counts."""
+    return OLDER
+
+
+def one_in_four_current(group: int, index: int) -> int:
+    """Some packs hold older answers only, others both kinds."""
+    return OLDER if (group + index) % 4 else CURRENT
+
+
+def write_step(path: Path, version_of: Callable[[int, int], int] = all_older) -> Path:
+    """Mixed groups with answers of unequal lengths, an unknown verdict, and log-probs of a different policy.
+
+    ``version_of``: the weights of a group's answer.
+    """
     rng = np.random.default_rng(0)
 
     def answer(group: int, index: int) -> Answer:
@@ -135,7 +153,8 @@ def write_step(path: Path) -> Path:
         logprobs = np.minimum(-4.9 + rng.normal(0, 0.8, len(tokens)), -0.01).astype(np.float32)
         label = "unknown" if (group, index) == (2, 5) else "correct" if index <= group else "wrong"
         reason = "length" if (group + index) % 7 == 0 else "stop"
-        return Answer(Completion(group, index, tokens, logprobs, reason, -5, 0.0), "", Verdict(label, "made up", "test"))
+        completion = Completion(group, index, tokens, logprobs, reason, version_of(group, index), 0.0)
+        return Answer(completion, "", Verdict(label, "made up", "test"))
 
     def group(number: int) -> Group:
         tokens = rng.integers(1, VOCAB, rng.integers(2, 15)).astype(np.int32)
@@ -151,10 +170,13 @@ def members(step: int, seed: int = 0) -> list[np.ndarray]:
     return np.array_split(np.random.default_rng([seed, step]).permutation(NUM_GROUPS), NUM_UPDATES)
 
 
-def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What right and wrong answers each add to the papers' loss over one mini-batch.
+def paper_loss(
+    logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str, recomputes: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What right and wrong answers each add to the papers' loss over one mini-batch, before the step's first update.
 
-    ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens.
+    ``logprobs_of(prompt, answer)`` gives log π_θ of the answer's tokens. π_old is what is recorded, but π_θ itself for answers
+    of the current weights if it ``recomputes``.
     """
     settings = ALGORITHMS[algorithm]
     options = build_algorithm(**settings.options).model_dump()
@@ -165,10 +187,13 @@ def paper_loss(logprobs_of, ledger: Path, groups: np.ndarray, algorithm: str) ->
             continue
         judged = [answer for answer in group.answers if answer.verdict.label != "unknown"]
         prompt = torch.tensor(group.prompt.tokens).long()
+        new = [logprobs_of(prompt, torch.tensor(answer.completion.tokens).long()) for answer in judged]
+        is_own = [recomputes and answer.completion.weight_version == CURRENT for answer in judged]
+        recorded = [torch.tensor(answer.completion.logprobs).double() for answer in judged]
         losses = literal_loss(
             options["name"],
-            [logprobs_of(prompt, torch.tensor(answer.completion.tokens).long()) for answer in judged],
-            [torch.tensor(answer.completion.logprobs).double() for answer in judged],
+            new,
+            [n.detach() if own else old for n, old, own in zip(new, recorded, is_own, strict=True)],
             [answer.verdict.label == "correct" for answer in judged],
             [answer.completion.finish_reason == "length" for answer in judged],
             MAX_ANSWER,

@@ -33,9 +33,9 @@ def _around(owner: Any, name: str, change: Callable[..., Any]) -> Fault:
     return fault
 
 
-def _host_zeros(over_all: Any, trainer: Any, rows: Any, width: int) -> Any:
+def _host_zeros(over_all: Any, trainer: Any, rows: Any, width: int, **others: Any) -> Any:
     """What `update` once did: the sums of all micro-batches, starting from zeros in host memory."""
-    return over_all(trainer, [sum(rows, start=torch.zeros(width, dtype=torch.float64))], width)
+    return over_all(trainer, [sum(rows, start=torch.zeros(width, dtype=torch.float64))], width, **others)
 
 
 @contextlib.contextmanager
@@ -51,9 +51,9 @@ def _pageable(topology: Topology) -> Iterator[None]:
         yield
 
 
-def _host_collective(over_all: Any, trainer: Any, rows: Any, width: int) -> Any:
+def _host_collective(over_all: Any, trainer: Any, rows: Any, width: int, **others: Any) -> Any:
     dist.all_reduce(torch.zeros(1), group=trainer.topology.replica_group)
-    return over_all(trainer, rows, width)
+    return over_all(trainer, rows, width, **others)
 
 
 def _item(sums: Any, trainer: Any, micro_batch: Any, logprob_N: torch.Tensor) -> Any:
@@ -65,9 +65,9 @@ def _host_index(at: Any, model: Any, hidden: torch.Tensor, loss_positions_N: tor
     return hidden[:, 0][loss_positions_N.cpu()]
 
 
-def _host_generator(over_all: Any, trainer: Any, rows: Any, width: int) -> Any:
+def _host_generator(over_all: Any, trainer: Any, rows: Any, width: int, **others: Any) -> Any:
     torch.rand(3, device=DEVICE, generator=torch.Generator())
-    return over_all(trainer, rows, width)
+    return over_all(trainer, rows, width, **others)
 
 
 @contextlib.contextmanager
@@ -79,10 +79,10 @@ def _host_states(topology: Topology) -> Iterator[None]:
         yield
 
 
-def _unfinished_copy(over_all: Any, trainer: Any, rows: Any, width: int) -> Any:
+def _unfinished_copy(over_all: Any, trainer: Any, rows: Any, width: int, **others: Any) -> Any:
     """The sums go to the host without waiting, and are added up there at once."""
     on_host = torch.stack(list(rows)).to("cpu", non_blocking=True)
-    return over_all(trainer, [on_host.sum(0)], width)
+    return over_all(trainer, [on_host.sum(0)], width, **others)
 
 
 FAULTS: dict[str, Fault] = {

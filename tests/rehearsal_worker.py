@@ -136,8 +136,7 @@ def _steps(case: Case, topology: Topology) -> dict[str, Any]:
         updates.append(trainer.update(minibatch))
         syncs.append(update.stop())
     result: dict[str, Any] = {
-        "metrics": batch.metrics,
-        "summary": trainer.summary(updates),
+        "summary": trainer.summary(batch, updates),
         "num_micro_batches": sum(len(minibatch.micro_batches) for minibatch in batch.minibatches),
         "num_buckets": sum(len(buffer.buckets) for chunk in trainer.chunks for buffer in chunk.buffers),
         "overlaps": trainer.chunks[0].ddp_config.overlap_grad_reduce,

@@ -88,7 +88,7 @@ def differing_metrics(ours: dict[str, Any], theirs: dict[str, Any], tolerance: f
     """The metrics of a step in which two results of this module's users differ, as "name: ours, theirs"."""
     names = ("loss_positive", "loss_negative", "grad_norm", "kl_old")
     pairs = {name: (ours["summary"][name], theirs["summary"][name], tolerance / 10) for name in names}
-    pairs["entropy"] = (ours["metrics"]["entropy"], theirs["metrics"]["entropy"], 1e-12)
+    pairs["entropy"] = (ours["summary"]["entropy"], theirs["summary"]["entropy"], 1e-12)
     return [
         f"{name}: {a}, {b}" for name, (a, b, least) in pairs.items() if not math.isclose(a, b, rel_tol=tolerance, abs_tol=least)
     ]

@@ -5,9 +5,8 @@ Suffix ``_N``: one entry per loss token of a micro-batch; ``_A``: one per judged
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from nft_megatron.algorithms import Algorithm, AnswerBatch
 from nft_megatron.base.records import AnswerTokens
 from nft_megatron.batching.context import context_shard
 from nft_megatron.batching.device import to_device
-from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches
+from nft_megatron.batching.minibatches import BatchingRules, MiniBatchPlan, plan_minibatches, plan_recomputing
 from nft_megatron.batching.packing import PackedBatch, pack
-from nft_megatron.data.ledger import LedgerIndex, read_index, read_tokens
+from nft_megatron.data.ledger import LedgerIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +27,9 @@ class MicroBatch:
     """A pack and what its loss needs for each token. ``weight_N`` is ω/D; ``is_stale_N`` marks answers from older weights.
 
     ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own if the
-    answer is older than the weights. The trainer fills it in, only on the last pipeline stage. ``advantage_N`` is set for
-    algorithms with advantages, ``answers`` for those whose loss depends on whole answers.
+    answer is older than the weights. The trainer fills it in, only on the last pipeline stage. ``recomputes``: whether the pass
+    for old log-probs goes through this pack; else the engine's are taken for all of it. ``advantage_N`` is set for algorithms
+    with advantages, ``answers`` for those whose loss depends on whole answers.
 
     >>> logprob_N = np.array([-0.1, -0.7], dtype=np.float32)
     >>> packed = pack([AnswerTokens(np.array([5, 6]), np.array([7, 8]), logprob_N)])
@@ -48,6 +48,7 @@ class MicroBatch:
     old_logprob_N: Tensor | None = None
     advantage_N: Tensor | None = None
     answers: AnswerBatch | None = None
+    recomputes: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class MiniBatch:
     """One optimizer step: this rank's micro-batches. ``num_tokens`` counts all ranks.
 
     ``measures_cosine``: whether this update measures the angle between the gradients of right and wrong answers.
+    ``measures_mismatch``: whether it measures how far the engine's log-probs are from the trainer's, as it is the first one and
+    no pass for old log-probs did.
 
     >>> MiniBatch(micro_batches=(), num_tokens=0).measures_cosine
     False
@@ -63,38 +66,66 @@ class MiniBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_tokens: int
     measures_cosine: bool = False
+    measures_mismatch: bool = False
 
 
-def read_minibatches(
-    ledger: Path, step: int, algorithm: Algorithm, rules: BatchingRules, data_rank: int, context_rank: int, device: torch.device
-) -> list[MiniBatch]:
-    """The mini-batches of ``step`` as one rank sees them. It reads only the tokens of its data-parallel rank's answers.
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """What every rank knows of a step before it reads tokens.
+
+    ``index`` and ``answers``: the judged answers. ``minibatches``: who trains on which of them, as positions among them.
+    """
+
+    index: LedgerIndex
+    answers: AnswerBatch
+    minibatches: list[MiniBatchPlan]
+    is_stale: np.ndarray
+
+    def positions_of(self, data_rank: int) -> np.ndarray:
+        """The answers that a data-parallel rank trains on, ascending."""
+        members = [members for plan in self.minibatches for members in plan.members_of[data_rank]]
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *members]))
+
+
+def plan_step(index: LedgerIndex, step: int, algorithm: Algorithm, rules: BatchingRules) -> StepPlan:
+    """Who trains on which of a ledger's answers in ``step``.
 
     Raises:
-        UserError: if the ledger is missing or damaged, or a sequence exceeds the token budget.
+        UserError: if a sequence exceeds the token budget.
     """
-    index = read_index(ledger)
     index = index.take(np.flatnonzero((index.fate == "train") & (index.label != "unknown")))
     answers = _answers(index, algorithm, rules.length_limit)
     is_forwarded = index.is_correct | algorithm.uses_wrong_answers
     if answers.advantage_A is not None:
         is_forwarded &= (answers.advantage_A != 0).numpy()
-    plans = plan_minibatches(index, is_forwarded, step, rules)
-    own = [plan.members_of[data_rank] for plan in plans]
-    needed = np.concatenate([np.empty(0, dtype=np.int64), *(members for minibatch in own for members in minibatch)])
-    tokens = dict(zip(needed.tolist(), read_tokens(ledger, index.row[needed]), strict=True))
-    is_stale_A = torch.from_numpy(index.weight_version < step - 1)
+    return StepPlan(index, answers, plan_minibatches(index, is_forwarded, step, rules), index.weight_version < step - 1)
 
-    def micro_batch(members: np.ndarray, denominator: float) -> MicroBatch:
+
+def pack_minibatches(
+    plan: StepPlan,
+    tokens: Mapping[int, AnswerTokens],
+    algorithm: Algorithm,
+    rules: BatchingRules,
+    data_rank: int,
+    context_rank: int,
+    device: torch.device,
+) -> list[MiniBatch]:
+    """The mini-batches of a step as one rank sees them. ``tokens``: of the answers at ``plan.positions_of(data_rank)``."""
+    is_stale_A = torch.from_numpy(plan.is_stale)
+
+    def micro_batch(members: np.ndarray, denominator: float, recomputes: bool) -> MicroBatch:
         positions = torch.from_numpy(members)
         own_tokens = [tokens[position] for position in members.tolist()]
-        own_answers = answers.take(positions)
-        return _micro_batch(own_tokens, own_answers, is_stale_A[positions], algorithm, denominator, rules, context_rank)
+        own_answers = plan.answers.take(positions)
+        batch = _micro_batch(own_tokens, own_answers, is_stale_A[positions], algorithm, denominator, rules, context_rank)
+        return _to(device, replace(batch, recomputes=recomputes))
 
-    return [
-        MiniBatch(tuple(_to(device, micro_batch(members, plan.denominator)) for members in minibatch), plan.num_tokens)
-        for minibatch, plan in zip(own, plans, strict=True)
-    ]
+    def minibatch(of_all: MiniBatchPlan, recomputing: list[bool]) -> MiniBatch:
+        own = zip(of_all.members_of[data_rank], recomputing, strict=True)
+        return MiniBatch(tuple(micro_batch(members, of_all.denominator, each) for members, each in own), of_all.num_tokens)
+
+    recomputing = plan_recomputing(plan.minibatches, plan.is_stale, data_rank, rules)
+    return [minibatch(of_all, own) for of_all, own in zip(plan.minibatches, recomputing, strict=True)]
 
 
 def _answers(index: LedgerIndex, algorithm: Algorithm, length_limit: int) -> AnswerBatch:

@@ -5,6 +5,7 @@ A mini-batch, one optimizer step, is a random part of the step's answers, or of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.batching.denominator import Denominator, loss_denominator
-from nft_megatron.batching.packing import plan_micro_batches
+from nft_megatron.batching.packing import plan_micro_batches, round_up
 from nft_megatron.config.schema import Config
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class BatchingRules:
     answers to many questions has the less noisy one.
     keep_groups: all answers of a group are in one micro-batch, for losses that couple them.
     length_limit: tokens at which answers are truncated, for rewards that depend on it; 0 if none does.
+    old_logprobs: ``train.old_logprobs``, whose log-probs are π_old for answers of the current weights.
 
     Raises:
         UserError: for ``pad_to_budget`` with a budget that no pack can have.
@@ -56,6 +58,7 @@ class BatchingRules:
     minibatch_of: Literal["answers", "questions"] = "answers"
     keep_groups: bool = False
     length_limit: int = 0
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
 
     @classmethod
     def of(
@@ -85,6 +88,7 @@ class BatchingRules:
             minibatch_of=config.minibatch_of,
             keep_groups=config.algorithm.coupling == "group",
             length_limit=config.rollout.max_answer_tokens,
+            old_logprobs=config.train.old_logprobs,
         )
 
     def __post_init__(self) -> None:
@@ -161,3 +165,32 @@ def _plan(answers: LedgerIndex, is_member: np.ndarray, is_forwarded: np.ndarray,
         denominator=loss_denominator(rules.denominator, answers.answer_length[is_member].tolist()),
         num_tokens=int(answers.answer_length[forwarded].sum()),
     )
+
+
+def plan_recomputing(
+    plans: Sequence[MiniBatchPlan], is_stale_A: np.ndarray, data_rank: int, rules: BatchingRules
+) -> list[list[bool]]:
+    """For each mini-batch and micro-batch of a rank, whether the pass for old log-probs goes through it.
+
+    It goes through every micro-batch that has an answer of the current weights, and then, from the last one backwards, through
+    as many others as make the number equal on all ranks, which may share experts, and a multiple of ``count_multiple``. With
+    ``old_logprobs`` = "engine" there is no such pass.
+
+    >>> pack, empty = np.array([0]), np.empty(0, dtype=np.int64)
+    >>> plan = MiniBatchPlan(members_of=[[pack, empty], [np.array([1]), empty]], denominator=1.0, num_tokens=9)
+    >>> rules = BatchingRules(1, 2, 64, 8, "tokens", 0, tensor_size=1, context_size=1, count_multiple=1, pad_to_budget=False)
+    >>> [plan_recomputing([plan], np.array([False, True]), rank, rules) for rank in range(2)]
+    [[[True, False]], [[False, True]]]
+    """
+    if rules.old_logprobs == "engine":
+        return [[False] * len(plan.members_of[data_rank]) for plan in plans]
+
+    def of_rank(rank: int) -> np.ndarray:
+        return np.array([not is_stale_A[members].all() for plan in plans for members in plan.members_of[rank]], dtype=bool)
+
+    most = max(int(of_rank(rank).sum()) for rank in range(rules.num_ranks))
+    own = of_rank(data_rank)
+    others = np.flatnonzero(~own)[::-1]
+    own[others[: round_up(most, rules.count_multiple) - int(own.sum())]] = True
+    sizes = [len(plan.members_of[data_rank]) for plan in plans]
+    return [part.tolist() for part in np.split(own, np.cumsum(sizes)[:-1])]

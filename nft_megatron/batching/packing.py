@@ -95,10 +95,10 @@ def pack(
     assert all(len(answer.prompt_tokens) for answer in answers), "the first answer token needs a token before it"
     answer_lengths_A = np.array([len(answer.answer_tokens) for answer in answers], dtype=np.int64)
     real_A = np.array([len(answer.prompt_tokens) for answer in answers], dtype=np.int64) + answer_lengths_A
-    padded_A = _round_up(real_A, sequence_multiple)
+    padded_A = round_up(real_A, sequence_multiple)
     num_used = int(padded_A.sum())
     if num_tokens is None:
-        num_tokens = max(multiple, _round_up(num_used, multiple))
+        num_tokens = max(multiple, round_up(num_used, multiple))
     assert num_used <= num_tokens, (num_used, num_tokens)
     assert num_tokens % multiple == 0, (num_tokens, multiple)
 
@@ -151,7 +151,7 @@ def plan_micro_batches(
     >>> plan_micro_batches([2, 2, 2, 2], token_budget=8, num_ranks=1, groups=[7, 5, 7, 5], count_multiple=2)
     [[array([1, 3]), array([0, 2])]]
     """
-    lengths_S = _round_up(np.asarray(lengths, dtype=np.int64), sequence_multiple)
+    lengths_S = round_up(np.asarray(lengths, dtype=np.int64), sequence_multiple)
     names_I, item_S = np.unique(np.arange(len(lengths_S)) if groups is None else groups, return_inverse=True)
     tokens_I = np.bincount(item_S, weights=lengths_S, minlength=len(names_I)).astype(np.int64)
     cost_I = np.bincount(item_S, weights=sequence_cost(lengths_S, hidden_size), minlength=len(names_I))
@@ -165,7 +165,7 @@ def plan_micro_batches(
 
     # Use as few micro-batches as the budget allows; then even them out by the smallest capacity that needs no more of them
     # (MULTIFIT: Coffman, Garey and Johnson 1978).
-    num_micro_batches = _round_up(max(1, *(len(bins) for bins in bins_of_all_ranks(most_units))), count_multiple)
+    num_micro_batches = round_up(max(1, *(len(bins) for bins in bins_of_all_ranks(most_units))), count_multiple)
     candidates = range(-(-int(tokens_I.max(initial=0)) // multiple), most_units)
     smallest = bisect_left(candidates, True, key=lambda u: max(map(len, bins_of_all_ranks(u))) <= num_micro_batches)
     members_I = np.split(np.argsort(item_S, kind="stable"), np.cumsum(np.bincount(item_S))[:-1])
@@ -195,7 +195,7 @@ def _too_long(num_tokens: int, token_budget: int, multiple: int, in_groups: bool
         "train.micro_batch_tokens",
         token_budget,
         f"{what} {num_tokens} tokens" + (f" and packs are multiples of {multiple}" if multiple > 1 else ""),
-        f"raise it to at least {_round_up(num_tokens, multiple)}, or lower rollout.max_answer_tokens"
+        f"raise it to at least {round_up(num_tokens, multiple)}, or lower rollout.max_answer_tokens"
         + (" or rollout.group_size" if in_groups else ""),
     )
 
@@ -228,7 +228,7 @@ def _best_fit(tokens_I: np.ndarray, largest_first: Sequence[int], capacity: int)
     return bins
 
 
-def _round_up(count: Count, multiple: int) -> Count:
+def round_up(count: Count, multiple: int) -> Count:
     """The next multiple, or ``count`` itself if it is one."""
     return -(-count // multiple) * multiple
 

@@ -122,6 +122,13 @@ class Config(ConfigModel):
                 f"weights single tokens, but the loss of {self.algorithm.name} is over whole answers",
                 "set it to null",
             )
+        if train.importance_cap is not None and train.old_logprobs == "engine":
+            raise UserError(
+                "train.importance_cap",
+                train.importance_cap,
+                "weights tokens by π / π_engine, but train.old_logprobs = engine takes π_engine for π",
+                "set it to null, or train.old_logprobs=recompute",
+            )
         fleet = self.fleet
         if rollout.engine == "embedded" and (fleet.servers or fleet.urls):
             raise UserError(

@@ -206,6 +206,10 @@ class TrainConfig(ConfigModel):
     importance_cap: PositiveFloat | None = None
     """Weight each token by min(π / π_engine, this), where π is the trainer's policy under the weights that generated the
     answer: corrects the trainer-engine mismatch. null: no such weights."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """π_old of answers of the current weights. recompute: a forward pass before the updates. engine: the engine's log-probs, as
+    for older answers, without that pass. The first update then measures how far they are from the trainer's; beyond
+    rollout.max_mismatch the run ends before anything of the step is saved or published."""
     denominator: Literal["tokens", "sequences"] | PositiveFloat = "tokens"
     """D in loss = Σ ω·ℓ / D over a whole mini-batch: its response tokens, its sequences, or a fixed number."""
 

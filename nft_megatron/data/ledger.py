@@ -1,8 +1,7 @@
 """The ledger: the rollouts of one step as one Parquet file, one row per answer, the answers of a group together.
 
 A step trains on it, a resumed run reads it instead of generating again, and the report shows it. It is written completely or
-not at all; every page has a checksum, so that a damaged file is refused. Row groups are small, so that a rank reads its own
-rows without decoding the rest.
+not at all; every page has a checksum, so that a damaged file is refused. Row groups are small, so that readers share a file.
 """
 
 from __future__ import annotations
@@ -155,26 +154,65 @@ def read_groups(path: Path) -> list[tuple[Group, Fate]]:
 
 def read_index(path: Path) -> LedgerIndex:
     """The index of all rows, without reading texts and tokens."""
-    columns = [name for name in LedgerIndex.__dataclass_fields__ if name not in ("row", "is_correct")]
-    with _open(path) as ledger:
-        table = ledger.read(columns=columns)
-    arrays = {name: table[name].to_numpy() for name in columns}
-    return LedgerIndex(row=np.arange(table.num_rows), is_correct=arrays["label"] == "correct", **arrays)
+    with open_ledger(path) as ledger:
+        return ledger.index()
 
 
-def read_tokens(path: Path, rows: Sequence[int] | np.ndarray) -> list[AnswerTokens]:
-    """The tokens of ``rows``, in that order. Only the row groups that hold them are read."""
-    wanted = np.asarray(rows, dtype=np.int64)
-    found: dict[int, AnswerTokens] = {}
-    with _open(path) as ledger:
-        sizes = [ledger.metadata.row_group(i).num_rows for i in range(ledger.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        assert wanted.size == 0 or 0 <= wanted.min() <= wanted.max() < starts[-1], "rows of this ledger"
-        for i in np.unique(np.searchsorted(starts, wanted, side="right") - 1):
+@contextlib.contextmanager
+def open_ledger(path: Path) -> Iterator[OpenLedger]:
+    """The ledger for several reads, which read the directory at the file's end once.
+
+    Raises:
+        UserError: the file is missing, no ledger or damaged; also where a read in the block finds that.
+    """
+    with _open(path) as file:
+        yield OpenLedger(file)
+
+
+class OpenLedger:
+    """See :func:`open_ledger`."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def index(self) -> LedgerIndex:
+        """The index of all rows, without reading texts and tokens."""
+        columns = [name for name in LedgerIndex.__dataclass_fields__ if name not in ("row", "is_correct")]
+        table = self._file.read(columns=columns)
+        arrays = {name: table[name].to_numpy() for name in columns}
+        return LedgerIndex(row=np.arange(table.num_rows), is_correct=arrays["label"] == "correct", **arrays)
+
+    def tokens(self, rows: Sequence[int] | np.ndarray) -> list[AnswerTokens]:
+        """The tokens of ``rows``, in that order. Only the row groups that hold them are read."""
+        wanted, starts = np.asarray(rows, dtype=np.int64), self._starts
+        found: dict[int, AnswerTokens] = {}
+        for i in np.unique(self._row_groups_of(wanted)):
             inside = np.unique(wanted[(wanted >= starts[i]) & (wanted < starts[i + 1])])
-            table = ledger.read_row_group(int(i), columns=list(_TOKEN_COLUMNS)).take(inside - starts[i])
+            table = self._file.read_row_group(int(i), columns=list(_TOKEN_COLUMNS)).take(inside - starts[i])
             found.update(zip(inside.tolist(), _tokens(table), strict=True))
-    return [found[row] for row in wanted.tolist()]
+        return [found[row] for row in wanted.tolist()]
+
+    def share_out(self, rows: np.ndarray, num_readers: int) -> np.ndarray:
+        """Which of ``num_readers`` reads each of ``rows``: consecutive row groups, about as many bytes of tokens for each."""
+        row_groups = self._row_groups_of(rows)
+        sizes = np.zeros(self._file.num_row_groups)
+        for i in np.unique(row_groups).tolist():
+            columns = [self._file.metadata.row_group(i).column(j) for j in self._token_columns]
+            sizes[i] = sum(column.total_compressed_size for column in columns)
+        middles = np.cumsum(sizes) - sizes / 2
+        return (middles / max(sizes.sum(), 1) * num_readers).astype(np.int64)[row_groups]
+
+    def _row_groups_of(self, rows: np.ndarray) -> np.ndarray:
+        assert rows.size == 0 or 0 <= rows.min() <= rows.max() < self._starts[-1], "rows of this ledger"
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    @property
+    def _token_columns(self) -> list[int]:
+        """Their numbers among the columns of the file."""
+        schema = self._file.schema
+        return [j for j in range(len(schema)) if schema.column(j).path.split(".")[0] in _TOKEN_COLUMNS]
 
 
 @contextlib.contextmanager

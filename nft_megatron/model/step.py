@@ -20,24 +20,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nft_megatron.algorithms import Algorithm, build_algorithm
-from nft_megatron.batching.batch import MicroBatch, MiniBatch, read_minibatches
+from nft_megatron.batching.batch import MicroBatch, MiniBatch
 from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.model import objective
 from nft_megatron.model.build import NO_TOKEN_COUNT, Chunks, run_schedule, zero_gradients
 from nft_megatron.model.checkpoint import Snapshot, load_checkpoint, take_snapshot
-from nft_megatron.model.control import together
 from nft_megatron.model.export import hf_tensors
 from nft_megatron.model.gradient_cosine import gradient_cosine, gradient_shards
 from nft_megatron.model.gradient_export import hf_gradients
+from nft_megatron.model.lm_head import Entropy
 from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.packed_sequences import attention_kind, pack_sequences
 from nft_megatron.model.policy import lm_head_weight
+from nft_megatron.model.policy_sums import POLICY_WIDTH, PolicySums, policy_row
+from nft_megatron.model.shared_reading import read_minibatches
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
 from nft_megatron.model.update_stats import UpdateStats, summarize
 from nft_megatron.observe.metrics import MetricsRow
-from nft_megatron.observe.mismatch import MismatchSums, mismatch_sums
 from nft_megatron.observe.rate_buckets import RateBuckets, bucket_sums
 from nft_megatron.weights import ModelShape
 
@@ -46,14 +47,20 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, object]]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A prepared rollout step. ``metrics`` cover all ranks.
+    """A prepared rollout step. ``measured``: by the pass for old log-probs; the updates measure what it left out.
 
-    >>> StepBatch(minibatches=(), metrics={"trained_tokens": 0}).metrics["trained_tokens"]
+    >>> StepBatch(minibatches=(), measured=PolicySums()).metrics["trained_tokens"]
     0
     """
 
     minibatches: tuple[MiniBatch, ...]
-    metrics: MetricsRow
+    measured: PolicySums
+
+    @property
+    def metrics(self) -> MetricsRow:
+        """The metrics of the answers, of all ranks, as far as they are measured."""
+        num_tokens = sum(minibatch.num_tokens for minibatch in self.minibatches)
+        return {"trained_tokens": num_tokens} | self.measured.metrics(num_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,26 +84,22 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- before the updates
 
     def prepare(self, ledger: Path, step: int) -> StepBatch:
-        """Plan the updates of ``step``, read this rank's answers from the ledger, recompute their old log-probs.
+        """Plan the updates of ``step``, get this rank's answers from the ledger, recompute their old log-probs.
 
-        The old log-probs come from the same packs as the updates, so that R = 1 bit for bit before the first one.
+        The old log-probs come from the same packs as the updates, so that R = 1 bit for bit before the first one. Packs that
+        take all of them from the engine are left out of the pass.
         """
-        topology = self.topology
-        minibatches = together(
-            topology,
-            lambda: read_minibatches(
-                ledger, step, self.algorithm, self.rules, topology.data_rank, topology.context_rank, topology.device
-            ),
-        )
+        minibatches = read_minibatches(self.topology, ledger, step, self.algorithm, self.rules)
         micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
         with torch.no_grad():
-            recomputed = self._run_schedule(micro_batches, self._old_logprobs, forward_only=True)
-        num_tokens = sum(minibatch.num_tokens for minibatch in minibatches)
-        metrics = {"trained_tokens": num_tokens} | self._old_policy_metrics([sums for _, sums in recomputed], num_tokens)
+            passing = [micro_batch for micro_batch in micro_batches if micro_batch.recomputes]
+            recomputed = self._run_schedule(passing, self._old_logprobs, forward_only=True) if passing else []
+        measured = PolicySums.of(*self._over_all([sums for _, sums in recomputed], POLICY_WIDTH))
         if self.topology.is_last_stage:
+            logprobs = iter([logprob_N for logprob_N, _ in recomputed])
             micro_batches = [
-                self._with_old_policy(micro_batch, logprob_N)
-                for micro_batch, (logprob_N, _) in zip(micro_batches, recomputed, strict=True)
+                self._with_old_policy(each, next(logprobs) if each.recomputes else each.engine_logprob_N)
+                for each in micro_batches
             ]
         in_order, every = iter(micro_batches), self.gradient_cosine_every
         return StepBatch(
@@ -105,14 +108,18 @@ class Trainer:
                     minibatch,
                     micro_batches=tuple(islice(in_order, len(minibatch.micro_batches))),
                     measures_cosine=number == 0 and every > 0 and step % every == 0,
+                    measures_mismatch=number == 0 and self.rules.old_logprobs == "engine",
                 )
                 for number, minibatch in enumerate(minibatches)
             ),
-            metrics,
+            measured,
         )
 
     def _with_old_policy(self, micro_batch: MicroBatch, logprob_N: Tensor) -> MicroBatch:
-        """``micro_batch`` with its π_old, and its weights times min(π_old / π_engine, cap) if a cap is set."""
+        """``micro_batch`` with its π_old, and its weights times min(π_old / π_engine, cap) if a cap is set.
+
+        ``logprob_N``: under the current weights, which are π_old but for older answers.
+        """
         engine_N = micro_batch.engine_logprob_N
         old_logprob_N = torch.where(micro_batch.is_stale_N, engine_N, logprob_N)
         weight_N = micro_batch.weight_N
@@ -120,19 +127,14 @@ class Trainer:
             weight_N = weight_N * (old_logprob_N - engine_N).exp().clamp(max=self.importance_cap)
         return replace(micro_batch, old_logprob_N=old_logprob_N, weight_N=weight_N)
 
-    def _old_policy_metrics(self, sums: Sequence[Tensor], num_tokens: int) -> MetricsRow:
-        """Entropy, and how far the engine's log-probs are from the trainer's if both have the same weights."""
-        largest, *mismatch, entropy = self._over_all(sums, 7)
-        metrics = MismatchSums(tuple(mismatch), max(largest, 0.0)).metrics()
-        return {"entropy": entropy / max(num_tokens, 1)} | metrics
-
     def mismatch(self, ledger: Path, step: int) -> MetricsRow:
         """How far the log-probs of ``ledger``'s answers are from this model's, in the metrics of the step after ``step`` − 1.
 
         Covers right answers of the current weights, version ``step`` − 1. Any loss works that leaves none of them out, whatever
         the other answers to the question are. See :class:`MismatchSums` for the metrics.
         """
-        of_every_answer = replace(self, algorithm=build_algorithm("rft"), rules=replace(self.rules, num_updates=1))
+        rules = replace(self.rules, num_updates=1, old_logprobs="recompute")
+        of_every_answer = replace(self, algorithm=build_algorithm("rft"), rules=rules)
         return of_every_answer.prepare(ledger, step).metrics
 
     def _old_logprobs(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> LossFunction:
@@ -140,8 +142,7 @@ class Trainer:
             targets_N = micro_batch.packed.targets_N
             logprob_N, entropy_N = token_logprobs(hidden_NH, lm_head_weight(chunk), targets_N, entropy="value", **self._head)
             assert entropy_N is not None
-            mismatch = mismatch_sums(logprob_N - micro_batch.engine_logprob_N, ~micro_batch.is_stale_N)
-            sums = torch.cat((mismatch, entropy_N.sum(dtype=torch.float64)[None]))
+            sums = policy_row(micro_batch, logprob_N, entropy_N, measures_mismatch=True)
             return hidden_NH.new_zeros(()), NO_TOKEN_COUNT, (logprob_N, sums)
 
         return function
@@ -152,11 +153,14 @@ class Trainer:
         """One optimizer step on the mini-batch. If loss or gradient is not finite, it is counted but not applied."""
         positive = self._positive_gradient(minibatch) if minibatch.measures_cosine else None
         zero_gradients(self.chunks)
-        sums = self._run_schedule(minibatch.micro_batches, self._loss, forward_only=False)
+        loss = functools.partial(self._loss, measures_mismatch=minibatch.measures_mismatch)
+        sums = self._run_schedule(minibatch.micro_batches, loss, forward_only=False)
         cosine = None
         if positive is not None:
             cosine = gradient_cosine(positive, gradient_shards(self.optimizer), self.topology)
-        largest, loss_positive, loss_negative, kl, clamped, wrong, *buckets = self._over_all(sums, 6 + len(RateBuckets().sums))
+        width = 6 + len(RateBuckets().sums)
+        numbers = self._over_all(sums, width + POLICY_WIDTH, largest=(0, width))
+        largest, loss_positive, loss_negative, kl, clamped, wrong, *buckets = numbers[:width]
         applied = self.optimizer.step(loss_positive + loss_negative)
         return UpdateStats(
             loss_positive=loss_positive,
@@ -169,6 +173,7 @@ class Trainer:
             buckets=RateBuckets(tuple(buckets)),
             gradient_cosine=cosine,
             applied=applied,
+            policy=PolicySums.of(*numbers[width:]),
         )
 
     def _positive_gradient(self, minibatch: MiniBatch) -> list[Tensor]:
@@ -178,7 +183,9 @@ class Trainer:
         self._run_schedule(minibatch.micro_batches, right_only, forward_only=False)
         return gradient_shards(self.optimizer)
 
-    def _loss(self, micro_batch: MicroBatch, chunk: torch.nn.Module, *, right_only: bool = False) -> LossFunction:
+    def _loss(
+        self, micro_batch: MicroBatch, chunk: torch.nn.Module, *, right_only: bool = False, measures_mismatch: bool = False
+    ) -> LossFunction:
         """One pass through the LM head if the loss is a sum over tokens, else two.
 
         ``right_only``: the gradient does not flow through the log-probs of wrong answers.
@@ -194,13 +201,18 @@ class Trainer:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
             weight_VH, targets_N = lm_head_weight(chunk), micro_batch.packed.targets_N
             head = self._head | {"main_grad_VH": weight_VH.main_grad}  # type: ignore[attr-defined]
+            entropy_N = None
             if algorithm.coupling == "token":
-                loss, logprob_N = token_loss_sum(hidden_NH, weight_VH, targets_N, loss_of, **head)
+                entropy_N = None if micro_batch.recomputes else torch.zeros_like(micro_batch.engine_logprob_N)
+                loss, logprob_N = token_loss_sum(hidden_NH, weight_VH, targets_N, loss_of, entropy_N=entropy_N, **head)
             else:
-                logprob_N = token_logprobs(hidden_NH, weight_VH, targets_N, **head).logprob_N
+                entropy: Entropy = "none" if micro_batch.recomputes else "value"
+                logprob_N, entropy_N = token_logprobs(hidden_NH, weight_VH, targets_N, entropy=entropy, **head)
                 trained_N = through(logprob_N, slice(None))
                 loss = objective.sequence_loss(algorithm, micro_batch, trained_N, context_group).sum()
-            return loss, NO_TOKEN_COUNT, self._sums(micro_batch, logprob_N.detach())
+            logprob_N = logprob_N.detach()
+            policy = policy_row(micro_batch, logprob_N, entropy_N, measures_mismatch=measures_mismatch)
+            return loss, NO_TOKEN_COUNT, torch.cat((self._sums(micro_batch, logprob_N), policy))
 
         return function
 
@@ -223,9 +235,10 @@ class Trainer:
         )
         return torch.cat((torch.stack(sums).double(), buckets))
 
-    def summary(self, updates: Sequence[UpdateStats]) -> MetricsRow:
-        """The metrics of a rollout step's updates."""
-        return summarize(updates, self.optimizer.num_updates)
+    def summary(self, batch: StepBatch, updates: Sequence[UpdateStats]) -> MetricsRow:
+        """The metrics of a rollout step and all its updates."""
+        measured = sum((update.policy for update in updates), start=batch.measured)
+        return replace(batch, measured=measured).metrics | summarize(updates, self.optimizer.num_updates)
 
     def gradients(self, minibatch: MiniBatch) -> Iterator[tuple[str, Tensor]]:
         """The gradient of the mini-batch's loss at the current weights, as :func:`.hf_gradients` yields it; no update."""
@@ -281,14 +294,21 @@ class Trainer:
             "group": self.topology.tensor_group,
         }
 
-    def _over_all(self, rows: Sequence[Tensor], width: int) -> list[float]:
-        """The rows of all micro-batches and ranks added up, but of the first number the largest. Waits for the device once."""
-        own = [-torch.inf] + [0.0] * (width - 1)
+    def _over_all(self, rows: Sequence[Tensor], width: int, largest: Sequence[int] = (0,)) -> list[float]:
+        """The rows of all micro-batches and ranks added up, but of the columns ``largest`` the largest number.
+
+        Waits for the device once.
+        """
+        greatest, own = [-torch.inf] * width, [0.0] * width
         if rows:  # other stages have none
             table = torch.stack(list(rows))
-            own = torch.cat((table[:, :1].amax(0), table[:, 1:].sum(0))).tolist()
+            greatest, own = torch.stack((table.amax(0), table.sum(0))).tolist()
         assert len(own) == width, (len(own), width)
-        return self._reduce(own[:1], dist.ReduceOp.MAX) + self._reduce(own[1:], dist.ReduceOp.SUM)
+        numbers = self._reduce(own, dist.ReduceOp.SUM)
+        of_all = self._reduce([greatest[column] for column in largest], dist.ReduceOp.MAX)
+        for column, number in zip(largest, of_all, strict=True):
+            numbers[column] = number
+        return numbers
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         """Sum over all ranks, counting each share of the tokens once: on the last stage's first tensor rank."""

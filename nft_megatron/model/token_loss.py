@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nft_megatron.model.lm_head import HeadGradients, LMHead, accurate, default_chunk_size
+from nft_megatron.model.lm_head import Entropy, HeadGradients, LMHead, accurate, default_chunk_size
 
 LossOf = Callable[[Tensor, slice], Tensor]
 
@@ -33,6 +33,7 @@ def token_loss_sum(
     group: dist.ProcessGroup | None,
     main_grad_VH: Tensor | None = None,
     chunk_size: int | None = None,
+    entropy_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ_n loss_n, differentiable, and ``logprob_N``, without gradient; both float32 (float64 for float64 inputs).
 
@@ -46,6 +47,7 @@ def token_loss_sum(
         main_grad_VH: if given, **this call** adds the weight's gradient to it, in its own dtype, and autograd sees a zero for
             the weight. So the result must enter the total loss with factor 1, as in Megatron's schedule without a scaler; the
             backward pass asserts it.
+        entropy_N: if given, filled with the entropy of each token's distribution, in nats; of the result's dtype.
 
     >>> hidden_NH, weight_VH = torch.eye(2, requires_grad=True), torch.tensor([[0.0, 0.0], [0.0, 9.0]])
     >>> targets_N, weight_N = torch.tensor([0, 1]), torch.tensor([10.0, 1.0])
@@ -64,14 +66,22 @@ def token_loss_sum(
     >>> hidden_NH.grad[0]  # 10 · (1 − 0.5) · the row of token 1
     tensor([ 0., 45.])
     """
-    head = LMHead(temperature, vocab_size, group, main_grad_VH, chunk_size or default_chunk_size(weight_VH), "none")
-    return _TokenLossSum.apply(hidden_NH, weight_VH, targets_N, loss_of, head, torch.is_grad_enabled())
+    entropy: Entropy = "none" if entropy_N is None else "value"
+    head = LMHead(temperature, vocab_size, group, main_grad_VH, chunk_size or default_chunk_size(weight_VH), entropy)
+    return _TokenLossSum.apply(hidden_NH, weight_VH, targets_N, loss_of, head, torch.is_grad_enabled(), entropy_N)
 
 
 class _TokenLossSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, loss_of: LossOf, head: LMHead, with_gradient: bool
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        loss_of: LossOf,
+        head: LMHead,
+        with_gradient: bool,
+        entropy_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = (with_gradient and needs for needs in ctx.needs_input_grad[:2])
         gradients = HeadGradients(hidden_NH, weight_VH, head.main_grad_VH, needs_hidden, needs_weight)
@@ -80,6 +90,8 @@ class _TokenLossSum(torch.autograd.Function):
         for chunk in head.chunks(hidden_NH, weight_VH, targets_N):
             statistics = head.statistics(chunk)
             logprob_N[chunk.tokens] = statistics.logprob_C
+            if entropy_N is not None and statistics.entropy_C is not None:
+                entropy_N[chunk.tokens] = statistics.entropy_C
             with torch.set_grad_enabled(needs_hidden or needs_weight):
                 logprob_C = statistics.logprob_C.requires_grad_()
                 loss = loss_of(logprob_C, chunk.tokens).sum()
@@ -95,11 +107,11 @@ class _TokenLossSum(torch.autograd.Function):
         return total, logprob_N
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad_NH, weight_grad_VH = ctx.saved_tensors
         if weight_grad_VH is not None:
             if ctx.head.main_grad_VH is None:
                 weight_grad_VH = weight_grad_VH * loss_grad
             else:
                 torch._assert_async(loss_grad == 1, "main_grad holds the gradient of the unscaled loss")
-        return None if hidden_grad_NH is None else hidden_grad_NH * loss_grad, weight_grad_VH, None, None, None, None
+        return None if hidden_grad_NH is None else hidden_grad_NH * loss_grad, weight_grad_VH, None, None, None, None, None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from nft_megatron.model.optimizer import Update
+from nft_megatron.model.policy_sums import PolicySums
 from nft_megatron.observe.metrics import MetricsRow
 from nft_megatron.observe.rate_buckets import RateBuckets
 
@@ -16,7 +17,7 @@ from nft_megatron.observe.rate_buckets import RateBuckets
 class UpdateStats:
     """Statistics of one optimizer step over all ranks: sums over tokens, except ``loss_*``, which carry ω/D.
 
-    ``gradient_cosine`` is None if it was not measured.
+    ``gradient_cosine`` is None if it was not measured. ``policy`` covers what no pass for old log-probs measured.
 
     >>> applied = Update(grad_norm=0.7, learning_rate=1e-6)
     >>> stats = UpdateStats(0.4, 0.2, 0.5, 3, 40, 100, 0.1, RateBuckets(), None, applied)
@@ -35,6 +36,7 @@ class UpdateStats:
     buckets: RateBuckets
     gradient_cosine: float | None
     applied: Update
+    policy: PolicySums = field(default_factory=PolicySums)
 
 
 def summarize(updates: Sequence[UpdateStats], num_updates: int) -> MetricsRow:

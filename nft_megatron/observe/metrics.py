@@ -66,7 +66,12 @@ METRICS: dict[str, Metric] = {
         Metric("grad_norm", "1", "gradient norm before clipping, mean over the step's updates"),
         Metric("grad_norm_max", "1", "gradient norm before clipping, largest of the step's updates"),
         Metric("learning_rate", "1", "learning rate of the step's last update"),
-        Metric("entropy", "nats", "entropy of the policy, mean over trained tokens"),
+        Metric(
+            "entropy",
+            "nats",
+            "entropy of the policy, mean over trained tokens: before the step's first update; in packs whose old log-probs are "
+            "not recomputed (answers from older weights, train.old_logprobs=engine) during their own update",
+        ),
         Metric(
             "entropy_sampled",
             "nats",
@@ -77,7 +82,8 @@ METRICS: dict[str, Metric] = {
             "mismatch_mean",
             "nats",
             "|engine log-prob − trainer log-prob| under the same weights, mean over trained tokens; for answers from older "
-            "weights (rollout.max_staleness > 0) π_old is the engine's, for all others the trainer's",
+            "weights (rollout.max_staleness > 0) π_old is the engine's, for all others the trainer's; with "
+            "train.old_logprobs=engine over the first update's tokens",
         ),
         Metric("mismatch_max", "nats", "the same, largest"),
         Metric("mismatch_kl", "nats", "KL divergence of the trainer from the engine that generated the answers, per token"),

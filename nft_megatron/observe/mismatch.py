@@ -30,6 +30,10 @@ class MismatchSums:
     sums: tuple[float, ...] = (0.0,) * 5
     largest: float = 0.0
 
+    def __add__(self, other: MismatchSums) -> MismatchSums:
+        sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
+        return MismatchSums(sums, max(self.largest, other.largest))
+
     def metrics(self) -> MetricsRow:
         """The four numbers in nats (the last a share); of no tokens 0, 0, 0 and 1.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.compute import model_flops
@@ -108,6 +108,8 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
         cpu_offload=cpu_offload,
         fused_gradients=config.kernels.gradient_accumulation_fusion or not cluster.gpu.is_gpu,
     )
+    if config.train.old_logprobs == "engine":
+        time = replace(time, old_logprobs=0.0)
     return TrainPlan(cluster, layout, packs, stages, time)
 
 

@@ -79,7 +79,7 @@ def _time(plan: Plan) -> str:
     if seconds < 0.9 * plan.generate:
         note += f"; fleet.tensor_parallel={size} would take {seconds:,.0f} s"
     notes = {
-        "old_logprobs": "one forward pass over all packs",
+        "old_logprobs": "at most: packs of older answers are left out" if plan.overlaps else "one forward pass over all packs",
         "backward": "including recomputation" if layout.recompute != "none" else "",
         "pipeline_bubble": f"{layout.pipeline} stages, {packs.num_micro_batches} micro-batches" if layout.pipeline > 1 else "",
         "data_communication": "what the backward pass does not hide",

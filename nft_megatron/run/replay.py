@@ -70,7 +70,7 @@ def replay(run_dir: Path, step: int, overrides: Sequence[str], save: Path | None
         if save or against:
             gradients = {name: gradient.cpu().clone() for name, gradient in trainer.gradients(batch.minibatches[0])}
         updates = [trainer.update(minibatch) for minibatch in batch.minibatches]
-        row = batch.metrics | trainer.summary(updates)
+        row = trainer.summary(batch, updates)
 
         def tell() -> None:
             print(f"step {step} of {folder.root}, {config.algorithm.name}, {topology.world_size} processes")

@@ -174,6 +174,8 @@ class Run:
         self._update += 1
         with collected_afterwards():
             stats = self.trainer.update(minibatch)
+        if minibatch.measures_mismatch:  # nothing of this step is saved or published yet
+            self._check_mismatch(stats.policy.mismatch.metrics(), f"the first mini-batch of step {self.step + 1}")
         self._num_skipped = self._num_skipped + 1 if stats.applied.problem else 0
         if self._num_skipped == self.config.train.max_skipped_updates:
             raise RuntimeError(
@@ -243,7 +245,7 @@ class Run:
                 self._evaluate()
         if is_due and self._halted is not None:
             log.warning("step %d is not evaluated: %s", step, self._halted)
-        row = {"step": step} | dataset.metrics | batch.metrics | self.trainer.summary(updates)
+        row = {"step": step} | dataset.metrics | self.trainer.summary(batch, updates)
         num_tokens = {"generate": dataset.generated_tokens, "update": sum(update.num_tokens for update in updates)}
         on_main(self.topology, lambda: self._write_row(row, num_tokens))
         self.stop.limit.phases = self._phases_of(step + 1)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from nft_megatron.algorithms import build_algorithm
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
-from nft_megatron.batching.batch import read_minibatches
+from nft_megatron.batching.batch import MiniBatch, pack_minibatches, plan_step
 from nft_megatron.batching.minibatches import BatchingRules
-from nft_megatron.data.ledger import write_ledger
+from nft_megatron.data.ledger import open_ledger, write_ledger
 
 STEP, SEED = 3, 11
 CPU = torch.device("cpu")
@@ -27,6 +27,15 @@ ALGORITHMS = {
     "dr_grpo": build_algorithm(name="dr_grpo"),
 }
 OMEGA = {"nft": lambda rate: 1 - rate, "rft": lambda rate: 1.0, "dr_grpo": lambda rate: 1.0}  # of a question's right share
+
+
+def read_minibatches(ledger, step, algorithm, rules, data_rank, context_rank, device) -> list[MiniBatch]:
+    """A rank's mini-batches, with its answers read by itself."""
+    with open_ledger(ledger) as opened:
+        plan = plan_step(opened.index(), step, algorithm, rules)
+        positions = plan.positions_of(data_rank)
+        tokens = dict(zip(positions.tolist(), opened.tokens(plan.index.row[positions]), strict=True))
+    return pack_minibatches(plan, tokens, algorithm, rules, data_rank, context_rank, device)
 
 
 def make_group(number, prompt_length, answers, fresh) -> Group:

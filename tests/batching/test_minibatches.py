@@ -1,12 +1,15 @@
 """How a step is split into mini-batches, and what a layout derives from its sizes."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches
+from nft_megatron.batching.minibatches import BatchingRules, plan_minibatches, plan_recomputing
 from nft_megatron.data.ledger import LedgerIndex
 
 RULES = BatchingRules(
@@ -145,3 +148,26 @@ def test_groups_stay_whole_and_counts_are_multiples_if_required(answers):
     whole = list(homes(change(keep_groups=True, count_multiple=4)))
     assert all(set(counts.values()) == {1} and lengths == [4, 4] for counts, lengths in whole)
     assert any(max(counts.values()) > 1 for counts, _ in homes(RULES))  # without keep_groups, not all are
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 3), st.integers(0, 100))
+def test_the_pass_for_old_logprobs_covers_every_current_answer_and_is_as_long_on_all_ranks(seed, ranks, multiple, percent):
+    rng = np.random.default_rng(seed)
+    num = int(rng.integers(1, 60))
+    answers = index_of(np.arange(num) // 4, rng.integers(1, 4, num), rng.integers(1, 12, num))
+    is_stale = rng.integers(0, 100, num) < percent
+    rules = change(num_ranks=ranks, count_multiple=multiple, token_budget=24)
+    plans = plan_minibatches(answers, np.ones(num, dtype=bool), 7, rules)
+    of_rank = [plan_recomputing(plans, is_stale, rank, rules) for rank in range(ranks)]
+    counts, required = set(), []
+    for rank, chosen in enumerate(of_rank):
+        packs = [pack.tolist() for plan in plans for pack in plan.members_of[rank]]
+        flat = [each for minibatch in chosen for each in minibatch]
+        assert [len(minibatch) for minibatch in chosen] == [len(plan.members_of[rank]) for plan in plans]
+        needed = [any(not is_stale[row] for row in pack) for pack in packs]
+        assert all(each or not need for each, need in zip(flat, needed, strict=True))
+        counts.add(sum(flat))
+        required.append(sum(needed))
+    assert counts == {math.ceil(max(required) / multiple) * multiple}
+    of_engine = plan_recomputing(plans, is_stale, 0, dataclasses.replace(rules, old_logprobs="engine"))
+    assert not any(map(any, of_engine))

@@ -105,6 +105,14 @@ def test_an_address_that_keeps_the_key_secret(minimal, url):
     assert load_config(minimal, ["rollout.engine=vllm", f"fleet.urls=['{url}']"]).fleet.urls == (url,)
 
 
+def test_importance_weights_need_recomputed_log_probs(minimal):
+    message = (
+        r"train\.importance_cap = 2\.0: weights tokens by π / π_engine, but train\.old_logprobs = engine takes π_engine for π"
+    )
+    with pytest.raises(UserError, match=message):
+        load_config(minimal, ["train.importance_cap=2", "train.old_logprobs=engine"])
+
+
 def test_missing_field(tmp_path):
     (tmp_path / "c.yaml").write_text("run_dir: r\nmodel: {path: m}\ndata: {train: a}\ntrain: {}\n")
     with pytest.raises(

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nft_megatron.base.errors import UserError
-from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
+from nft_megatron.base.records import Answer, AnswerTokens, Completion, Group, Prompt, Verdict
 from nft_megatron.data import ledger
-from nft_megatron.data.ledger import read_groups, read_index, read_meta, read_tokens, write_ledger
+from nft_megatron.data.ledger import open_ledger, read_groups, read_index, read_meta, write_ledger
 
 
 def make_group(group_id: int, labels: str, lengths: list[int] | None = None, prompt_length: int = 3) -> Group:
@@ -60,6 +60,11 @@ def assert_same_group(one: Group, other: Group) -> None:
         assert_same_array(a.completion.logprobs, b.completion.logprobs)
         for name in ("request_id", "index", "finish_reason", "weight_version", "seconds"):
             assert getattr(a.completion, name) == getattr(b.completion, name)
+
+
+def read_tokens(path: Path, rows: list[int]) -> list[AnswerTokens]:
+    with open_ledger(path) as opened:
+        return opened.tokens(rows)
 
 
 @pytest.fixture
@@ -157,6 +162,40 @@ def test_faulty_logprobs_are_refused(path: Path, logprobs: list[float]) -> None:
     with pytest.raises(ValueError, match="answer 0 to question 'q/1'"):
         write_ledger(path, [group], fates=["train"], meta={})
     assert not path.exists()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=4), min_size=1, max_size=8),
+    max_rows=st.integers(1, 4),
+    num_readers=st.integers(1, 5),
+    data=st.data(),
+)
+def test_readers_share_whole_row_groups_evenly(
+    lengths: list[list[int]], max_rows: int, num_readers: int, data: st.DataObject
+) -> None:
+    groups = [make_group(i, "cwcw"[: len(of)], of) for i, of in enumerate(lengths)]
+    num_rows = sum(map(len, lengths))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "_ROW_GROUP_ROWS", max_rows)
+        path = Path(folder) / "step.parquet"
+        write_ledger(path, groups, fates=["train"] * len(groups), meta={})
+        rows = np.array(data.draw(st.lists(st.integers(0, num_rows - 1), unique=True, max_size=num_rows)), dtype=np.int64)
+        with open_ledger(path) as opened:
+            reader = opened.share_out(rows, num_readers)
+        metadata = pq.ParquetFile(path).metadata
+    row_group = rows // max_rows
+    loads = np.zeros(num_readers)
+    sizes = []
+    for number in np.unique(row_group):
+        (of_group,) = set(reader[row_group == number].tolist())
+        columns = [metadata.row_group(int(number)).column(i) for i in range(metadata.num_columns)]
+        names = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
+        sizes.append(sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] in names))
+        loads[of_group] += sizes[-1]
+    assert (np.diff(reader[np.argsort(rows)]) >= 0).all()
+    assert rows.size == 0 or (reader.min() >= 0 and reader.max() < num_readers)
+    assert loads.max() <= sum(sizes) / num_readers + max(sizes, default=0)
 
 
 def read_all(path: Path) -> None:

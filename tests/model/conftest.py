@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from recorded_step import write_models, write_step
+from recorded_step import one_in_four_current, write_models, write_step
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +14,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
 def ledger(tmp_path_factory) -> Path:
     """A recorded step of answers to train these models on."""
     return write_step(tmp_path_factory.mktemp("ledger") / "step_000001.parquet")
+
+
+@pytest.fixture(scope="session")
+def mixed_ledger(tmp_path_factory) -> Path:
+    """The same with answers of older and of the current weights."""
+    return write_step(tmp_path_factory.mktemp("mixed") / "step_000001.parquet", one_in_four_current)

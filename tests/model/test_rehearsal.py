@@ -125,13 +125,13 @@ def rehearse(tmp_path_factory, models, ledger, rehearsals: dict[str, Rehearsal],
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, models, ledger) -> Stage:
-    return rehearse(tmp_path_factory, models, ledger, QUICK, [*FAULTS, "an item in every micro-batch"])
+def quick(tmp_path_factory, models, mixed_ledger) -> Stage:
+    return rehearse(tmp_path_factory, models, mixed_ledger, QUICK, [*FAULTS, "an item in every micro-batch"])
 
 
 @pytest.fixture(scope="module")
-def more(tmp_path_factory, models, ledger) -> Stage:
-    return rehearse(tmp_path_factory, models, ledger, MORE, [])
+def more(tmp_path_factory, models, mixed_ledger) -> Stage:
+    return rehearse(tmp_path_factory, models, mixed_ledger, MORE, [])
 
 
 def check(stage: Stage, name: str, rehearsal: Rehearsal) -> None:

@@ -64,9 +64,12 @@ def test_nft_in_one_pass_is_nft_on_full_logits(dtype, tolerance):
 def test_one_pass_is_two_passes(dtype):
     hidden, weight, targets, tokens = nft_problem(dtype)
     loss, logprob = token_loss_sum(hidden, weight, targets, lambda *args: nft_loss(tokens, *args), **OPTIONS)
-    in_two = token_logprobs(hidden, weight, targets, **OPTIONS, entropy="value").logprob_N
+    in_two, entropy_in_two = token_logprobs(hidden, weight, targets, **OPTIONS, entropy="value")
     expected = nft_loss(tokens, in_two).sum()
     assert torch.equal(logprob, in_two)
+    entropy = torch.full_like(logprob, torch.nan)
+    again = token_loss_sum(hidden, weight, targets, lambda *args: nft_loss(tokens, *args), **OPTIONS, entropy_N=entropy)
+    assert torch.equal(entropy, entropy_in_two) and torch.equal(again[1], logprob) and torch.equal(again[0], loss)
     torch.testing.assert_close(loss, expected)
     for mine, theirs in zip(
         torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True

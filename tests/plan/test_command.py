@@ -35,6 +35,16 @@ def no_hard_exit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os._exit", leave)
 
 
+def test_the_engines_log_probs_save_a_pass(plan, tmp_path: Path):
+    times = []
+    for source in ("recompute", "engine"):
+        assert plan("parallel.tensor=4", f"train.old_logprobs={source}", "--json", str(tmp_path / "plan.json"))[0] == 0
+        times.append(json.loads((tmp_path / "plan.json").read_text())["training"]["time"])
+    recompute, engine = times
+    assert recompute.pop("old_logprobs") > 0 and engine.pop("old_logprobs") == 0
+    assert recompute == engine
+
+
 def test_a_run_that_fits(plan, tmp_path: Path):
     code, out, err = plan("parallel.tensor=4", "--json", str(tmp_path / "plan.json"))
     assert (code, err) == (0, "")

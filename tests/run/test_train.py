@@ -66,6 +66,21 @@ def test_export_loads_in_transformers_and_answers_the_same(run_config, run_once,
     assert f"{right / len(questions):.1%}" in evaluated.stdout
 
 
+def test_the_engines_log_probs_stand_for_the_trainers_while_they_agree(run_config, command, metrics_of, tmp_path):
+    """Nothing of a step is kept whose first update finds them too far apart."""
+    config = run_config(train={"num_steps": 1, "old_logprobs": "engine"})
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    (row,) = metrics_of(tmp_path / "run")
+    assert 0 < row["mismatch_mean"] <= row["mismatch_max"] < 1e-5
+    assert 0 < row["entropy"] < 5 and row["ratio_max"] > 1
+    refused = command("train", config, f"run_dir={tmp_path / 'other'}", "rollout.max_mismatch=1e-12")
+    assert refused.returncode == 2
+    assert "rollout.max_mismatch = 1e-12: in the first mini-batch of step 1 the log-probs of engine and" in refused.stderr
+    assert not list((tmp_path / "other" / "checkpoints").glob("*")) and not list((tmp_path / "other").glob("hf/*"))
+    assert not (tmp_path / "other" / "metrics.jsonl").exists() or metrics_of(tmp_path / "other") == []
+
+
 def test_nft_learns_the_sums(run_config, command, metrics_of, tmp_path):
     config = run_config(
         train={"num_steps": 30, "micro_batch_tokens": 1024},
