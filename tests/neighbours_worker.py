@@ -17,22 +17,25 @@ from nft_megatron.model.topology import init_topology, shutdown
 NUM_TOKENS = 40
 
 
-def load_and_save(converted: Path, recipe: str, saves: dict[str, dict[str, Any]]) -> list:
-    """Build a model from the checkpoint's ``run_config.yaml`` alone, load the checkpoint by ``recipe``, and return its logits.
+def load_and_save(checkpoints: dict[str, Path], recipe: str, saves: dict[str, dict[str, Any]], out: Path) -> dict[str, list]:
+    """Build a model from each checkpoint's ``run_config.yaml`` alone, load it by ``recipe``, and return its logits.
 
-    ``saves``: folders to save the model to, each with the arguments of ``sharded_state_dict``. Token i is (7 i + 3) mod 131.
+    Each is saved again to ``out/<its name>/<form>``; ``saves`` has the arguments of ``sharded_state_dict`` by form.
+    Token i is (7 i + 3) mod 131.
     """
     init_topology(threads=1)
-    model = build(parse_yaml((converted / "run_config.yaml").read_text())["model"]).eval()
-    exec(recipe, {"model": model, "DST": str(converted)})
     tokens = (7 * torch.arange(NUM_TOKENS) + 3) % 131
     hidden_keys = torch.ones(NUM_TOKENS, NUM_TOKENS).triu(1).bool()[None, None]
-    with torch.no_grad():
-        logits = model(tokens[None], torch.arange(NUM_TOKENS)[None], hidden_keys)[0].tolist()
-    for folder, arguments in saves.items():
-        Path(folder).mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict(**arguments)}, folder)
-    del model
+    logits = {}
+    for name, converted in checkpoints.items():
+        model = build(parse_yaml((converted / "run_config.yaml").read_text())["model"]).eval()
+        exec(recipe, {"model": model, "DST": str(converted)})
+        with torch.no_grad():
+            logits[name] = model(tokens[None], torch.arange(NUM_TOKENS)[None], hidden_keys)[0].tolist()
+        for form, arguments in saves.items():
+            (out / name / form).mkdir(parents=True)
+            dist_checkpointing.save({"model": model.sharded_state_dict(**arguments)}, str(out / name / form))
+        del model
     gc.collect()
     shutdown()
     return logits
@@ -51,6 +54,8 @@ def build(model: dict[str, Any]) -> GPTModel:
     layers = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
+    if config.num_moe_experts is not None:  # the local spec names a norm before a router as if it were fused
+        del layers.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     others = {name: value for name, value in settings.items() if name not in of_config}
     return GPTModel(config, layers, max_sequence_length=others.pop("seq_length"), **others)
 

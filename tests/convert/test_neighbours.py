@@ -1,6 +1,5 @@
 """Megatron-Bridge's and verl's folders, saved by the real Megatron-Core, are found and read; ours has what others read."""
 
-import functools
 import json
 import re
 import shutil
@@ -40,16 +39,10 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 @pytest.fixture(scope="module")
-def loaded(world, models, tmp_path_factory) -> Callable[[str], tuple[torch.Tensor, Path]]:
-    """Logits of Megatron's own model for a family, and the folder where Megatron saved it in each of ``FORMS``."""
-
-    @functools.cache
-    def load(name: str) -> tuple[torch.Tensor, Path]:
-        out = tmp_path_factory.mktemp("saved")
-        saves = {str(out / form): arguments for form, arguments in FORMS.items()}
-        return torch.tensor(world(1)(load_and_save, models[name][1], RECIPE, saves)), out
-
-    return load
+def loaded(world, models, tmp_path_factory) -> tuple[dict[str, list], Path]:
+    """Logits of Megatron's own models, and the folder in which Megatron saved each as ``<name>/<form>``, by ``FORMS``."""
+    out = tmp_path_factory.mktemp("saved")
+    return world(1)(load_and_save, {name: converted for name, (_, converted) in models.items()}, RECIPE, FORMS, out), out
 
 
 def same(a: Path, b: Path) -> bool:
@@ -62,10 +55,9 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("name", BUILT)
 def test_megatrons_own_model_from_run_config_alone_loads_by_the_readmes_recipe(loaded, name: str):
-    logits, _ = loaded(name)
     with torch.no_grad():
         expected = tiny_model(name)((7 * torch.arange(NUM_TOKENS)[None] + 3) % 131).logits[0]
-    assert (logits - expected).abs().max() < 1e-4
+    assert (torch.tensor(loaded[0][name]) - expected).abs().max() < 1e-4
 
 
 def test_run_config_is_part_of_what_check_proves(models, tmp_path: Path):
@@ -108,7 +100,7 @@ def bridge(loaded, models, tmp_path: Path) -> Callable[..., Path]:
 
     def arrange(keeps: bool = True, **sections) -> Path:
         root = tmp_path / "bridge"
-        step = shutil.copytree(loaded("qwen2")[1] / "plain", root / "iter_0000000")
+        step = shutil.copytree(loaded[1] / "qwen2" / "plain", root / "iter_0000000")
         sections = sections or {"model": {"hf_model_id": str(models["qwen2"][0])}}
         (step / "run_config.yaml").write_text(dump_yaml({"checkpoint": {"ckpt_format": "torch_dist"}, **sections}))
         if keeps:
@@ -196,11 +188,11 @@ def test_the_only_step_of_a_root_without_tracker(bridge, models, tmp_path: Path)
 @pytest.mark.parametrize("tracker", [True, False])
 def test_verls_folders_are_found_from_above(loaded, models, tmp_path: Path, layout: str, below: str, tracker: bool):
     actor = tmp_path / "verl" / "global_step_7" / "actor"
-    shutil.copytree(loaded("qwen2")[1] / "plain", actor / layout / "dist_ckpt")
+    shutil.copytree(loaded[1] / "qwen2" / "plain", actor / layout / "dist_ckpt")
     (actor / layout / "huggingface").mkdir()
     shutil.copy(models["qwen2"][0] / "config.json", actor / layout / "huggingface")
     (actor / layout / "huggingface" / "tokenizer.json").write_text(TOKENIZER)
-    shutil.copytree(loaded("qwen3")[1] / "plain", actor.parent / "critic" / layout / "dist_ckpt")  # another model
+    shutil.copytree(loaded[1] / "qwen3" / "plain", actor.parent / "critic" / layout / "dist_ckpt")  # another model
     if tracker:
         (tmp_path / "verl" / "latest_checkpointed_iteration.txt").write_text("7")
     to_hf(tmp_path / "verl" / below.format(layout), tmp_path / "hf")
@@ -217,7 +209,7 @@ def test_verl_may_keep_the_weights_as_a_hugging_face_folder_alone(models, tmp_pa
 
 
 def test_what_megatron_saves_with_a_prefix_converts(loaded, models, tmp_path: Path, capsys):
-    to_hf(loaded("qwen2")[1] / "module.", tmp_path / "hf", model=models["qwen2"][0])
+    to_hf(loaded[1] / "qwen2" / "module.", tmp_path / "hf", model=models["qwen2"][0])
     assert same(tmp_path / "hf", models["qwen2"][0])
     assert "begin with 'module.', which is left out" in capsys.readouterr().out
 
@@ -225,4 +217,4 @@ def test_what_megatron_saves_with_a_prefix_converts(loaded, models, tmp_path: Pa
 def test_halves_of_a_weight_are_refused_by_their_name(loaded, models, tmp_path: Path):
     message = r"holds gate and up apart, as _w and _v \(.*linear_fc1\.weight_v\); .*singleton_local_shards"
     with pytest.raises(UserError, match=message):
-        to_hf(loaded("qwen2")[1] / "apart", tmp_path / "hf", model=models["qwen2"][0])
+        to_hf(loaded[1] / "qwen2" / "apart", tmp_path / "hf", model=models["qwen2"][0])
