@@ -51,7 +51,7 @@ def refuse_names(names: Iterable[str], place: Path, field: str) -> None:
 
     >>> refuse_names(["decoder.layers.mlp.linear_fc1.adapter.linear_in.weight"], Path("iter_0000001"), "SRC")
     Traceback (most recent call last):
-    nft_megatron.base.errors.UserError: SRC = iter_0000001: holds a LoRA adapter (decoder.layers.mlp.linear_fc1.adapter....
+    nft_megatron.base.errors.UserError: SRC = iter_0000001: holds a LoRA adapter (decoder.layers.mlp.linear_fc1.ada...
     """
     names = [name for name in names if not NOT_WEIGHTS.search(name)]
     # Both keep gate and up apart: Megatron-FSDP, which writes no metadata.json (transformer/fsdp_dtensor_checkpoint.py), and

@@ -67,6 +67,9 @@ class FusedLinear(ColumnParallelLinear):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
 
 
+FusedLinear.__name__ = "TELayerNormColumnParallelLinear"  # by which Megatron-Bridge knows how it is split
+
+
 def stand_in(config):
     """The layer of Transformer Engine's spec, of Megatron's local modules."""
     config.persist_layer_norm = config.gradient_accumulation_fusion = config.apply_rope_fusion = False
