@@ -1,58 +1,26 @@
-"""Conversions beside the real mbridge and Megatron-Bridge, whichever can be imported; prints a row for each family.
+"""Conversions beside the real mbridge, on a CPU; prints a row for each family.
 
     python tests/convert/with_peers.py OUT                          makes the models, with this project's transformers
-    PYTHONPATH=THEIR_PACKAGES python tests/convert/with_peers.py OUT      converts them
+    PYTHONPATH=MBRIDGE python tests/convert/with_peers.py OUT       converts them; MBRIDGE: mbridge and its transformers 4
 
-Runs on a CPU: their models' layers of Transformer Engine are replaced by Megatron's local ones under the same names
-(:func:`stand_in`), and packages of theirs that no conversion needs by mocks, where they are not installed.
+Its model's layers of Transformer Engine are replaced by Megatron's local ones under the same names (:func:`stand_in`).
 """
 
 import sys
-import types
-from importlib.machinery import ModuleSpec
 from importlib.metadata import distributions, version
 from pathlib import Path
 
-UNUSED = ["modelopt", "wandb", "mlflow", "nvidia_resiliency_ext", "qwen_vl_utils", "datasets", "timm", "open_clip", "comet_ml"]
-sys.path += [str(Path(__file__).parents[1])]
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from safetensors.torch import load_file
 
-
-class Anything(type):
-    """Its classes have every attribute, can be built and called, and do nothing."""
-
-    def __getattr__(cls, name: str) -> "Anything":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything(name, (), {"__init__": lambda *_, **__: None, "__call__": lambda *_, **__: None})
-
-
-class Mocks:
-    """Finds packages of ``UNUSED`` that nothing else finds."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in UNUSED else None
-
-    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        anything = Anything(spec.name, (), {})
-        return type(spec.name, (types.ModuleType,), {"__getattr__": lambda _, name: getattr(anything, name)})(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-sys.meta_path.append(Mocks())
-
-import torch  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
-from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from nft_megatron.convert.commands import to_hf, to_megatron  # noqa: E402
-from nft_megatron.model.cpu import adapt_to_cpu  # noqa: E402
-from nft_megatron.model.topology import init_topology, shutdown  # noqa: E402
+from nft_megatron.convert.commands import to_hf, to_megatron
+from nft_megatron.model.cpu import adapt_to_cpu
+from nft_megatron.model.topology import init_topology, shutdown
 
 
 class FusedLinear(ColumnParallelLinear):
@@ -67,15 +35,10 @@ class FusedLinear(ColumnParallelLinear):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
 
 
-FusedLinear.__name__ = "TELayerNormColumnParallelLinear"  # by which Megatron-Bridge knows how it is split
-
-
 def stand_in(config):
     """The layer of Transformer Engine's spec, of Megatron's local modules."""
-    config.persist_layer_norm = config.gradient_accumulation_fusion = config.apply_rope_fusion = False
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
+    config.persist_layer_norm = config.gradient_accumulation_fusion = False
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.sharded_state_dict_keys_map = {}
     layer.submodules.input_layernorm = IdentityOp
     layer.submodules.self_attention.submodules.linear_qkv = FusedLinear
@@ -85,21 +48,7 @@ def stand_in(config):
     return layer
 
 
-def of_megatron_bridge(hf: Path, out: Path) -> dict[str, Path]:
-    """``import_ckpt`` of ``hf`` read by us, and ours read by ``export_ckpt``."""
-    UNUSED.extend(("transformer_engine", "triton"))  # Megatron-Core has already looked for them
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.models import gpt_provider
-
-    gpt_provider.transformer_engine_layer_spec = stand_in
-    AutoBridge.import_ckpt(hf, out / "theirs")
-    to_hf(out / "theirs", out / "read theirs")
-    torch.distributed.destroy_process_group()
-    AutoBridge.from_hf_pretrained(hf).export_ckpt(out / "ours", out / "read ours", show_progress=False)
-    return {way: out / way for way in ("read theirs", "read ours")}
-
-
-def of_mbridge(hf: Path, out: Path) -> dict[str, Path]:
+def of_mbridge(hf: Path, out: Path) -> None:
     """mbridge's model saved by Megatron-Core and read by us; ours loaded into its model, which it exports."""
     from mbridge import AutoBridge
 
@@ -114,7 +63,6 @@ def of_mbridge(hf: Path, out: Path) -> dict[str, Path]:
         torch.nn.init.zeros_(parameter)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(out / "ours"))["model"])
     bridge.save_weights([wrapped], str(out / "read ours"))
-    return {way: out / way for way in ("read theirs", "read ours")}
 
 
 def is_same(a: Path, b: Path) -> bool:
@@ -141,24 +89,23 @@ def make_models(folder: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     if not folder.exists():
+        sys.path.append(str(Path(__file__).parents[1]))
         make_models(folder)
-    torch.cuda.current_device, torch.cuda.set_device = lambda: torch.device("cpu"), lambda _: None
-    for package, run in (("mbridge", of_mbridge), ("megatron-bridge", of_megatron_bridge)):
-        if not list(distributions(name=package)):
-            continue
-        print(f"{package} {version(package)}, megatron-core {version('megatron-core')}, torch {torch.__version__}")
-        for out in sorted(folder.iterdir(), key=lambda out: ("tied" in out.name, out.name)):  # mbridge remembers a tied head
-            adapt_to_cpu()
-            init_topology(threads=1)
-            try:
-                ways = run(out / "hf", out)
-                found = ["bit-equal" if is_same(out / "hf", ways[way]) else "differs" for way in ways]
-            except Exception as error:  # a peer's, which lacks a family
-                found = [f"{type(error).__name__}: {error}"]
-            print(f"| {out.name} | {' | '.join(found)} |", flush=True)
-            if torch.distributed.is_initialized():
-                shutdown()
+    if not list(distributions(name="mbridge")):
         return
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    print(f"mbridge {version('mbridge')}, megatron-core {version('megatron-core')}, torch {torch.__version__}")
+    print("| family | read theirs | read ours |")
+    for out in sorted(folder.iterdir(), key=lambda out: ("tied" in out.name, out.name)):  # mbridge remembers a tied head
+        adapt_to_cpu()
+        init_topology(threads=1)
+        try:
+            of_mbridge(out / "hf", out)
+            found = ["bit-equal" if is_same(out / "hf", out / way) else "differs" for way in ("read theirs", "read ours")]
+        except Exception as error:  # mbridge's, which lacks a family
+            found = [f"{type(error).__name__}: {error}"]
+        print(f"| {out.name} | {' | '.join(found)} |", flush=True)
+        shutdown()
 
 
 if __name__ == "__main__":
