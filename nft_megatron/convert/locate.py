@@ -109,10 +109,9 @@ def model_files(checkpoint: Path, field: str, given: Path | None = None) -> Mode
     if (found := _model_of_run(checkpoint)) is not None:
         return ModelFiles(found, found)
     for key, name in _models_of_bridge(checkpoint, field):
-        folder = _local(name)
-        if folder is not None:
-            note = f"config.json is from {folder}, which {key} in {RUN_CONFIG} names, the tokenizer from {kept or folder}"
-            return ModelFiles(folder, kept or folder, note)
+        if (local := _local(name)) is not None:
+            note = f"config.json is from {local}, which {key} in {RUN_CONFIG} names, the tokenizer from {kept or local}"
+            return ModelFiles(local, kept or local, note)
     return None
 
 
