@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from rich.console import Console
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import expand
-from nft_megatron.base.untrusted import is_plain_name, read_text
-from nft_megatron.config.yaml import read_sections
-from nft_megatron.convert.checkpoint import Checkpoint, Problem
+from nft_megatron.convert.bridge_config import RUN_CONFIG, run_config
+from nft_megatron.convert.checkpoint import Checkpoint, Problem, majority_dtype
 from nft_megatron.convert.compare import compare, compare_shapes
+from nft_megatron.convert.foreign import refuse_folder
 from nft_megatron.convert.huggingface import open_huggingface, plan_huggingface
 from nft_megatron.convert.journal import partial_path
+from nft_megatron.convert.locate import ModelFiles, is_huggingface, model_files, resolve, without_model
 from nft_megatron.convert.manifest import read_manifest
 from nft_megatron.convert.mp_rank import is_mp_rank, open_mp_rank
 from nft_megatron.convert.plan import Target
@@ -31,8 +33,6 @@ from nft_megatron.weights.table import WeightTable
 from nft_megatron.weights.torch_dist_index import METADATA
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_MEGATRON_POINTER, _OUR_POINTER = "latest_checkpointed_iteration.txt", "latest"
-_POINTER_REMEDY = "give the path of the checkpoint itself"
 
 
 def _num_threads(workers: int | None) -> int:
@@ -54,17 +54,26 @@ def to_megatron(
 ) -> None:
     """Write the Hugging Face folder ``source`` as a ``torch_dist`` checkpoint that Megatron-Core loads under any layout.
 
-    ``strict`` refuses NaN and infinity. Without ``proof`` tensors are neither hashed nor checked, and the manifest says so.
+    Megatron-Bridge takes it too, by its ``run_config.yaml``. ``strict`` refuses NaN and infinity. Without ``proof`` tensors are
+    neither hashed nor checked, and the manifest says so.
 
     Raises:
         UserError: naming SRC, DST or the tensor that is wrong.
         OSError: if something cannot be written; finished work is kept, and the same call resumes.
     """
-    table = weight_table(read_shape(source, "SRC"))
+    if not is_huggingface(source):
+        refuse_folder(source, "SRC")
+    shape = read_shape(source, "SRC")
+    table = weight_table(shape)
     checkpoint = open_huggingface(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
     target = plan_torch_dist(partial_path(destination), table, _dtypes(checkpoint, dtype))
-    _convert(checkpoint, target, table, destination, source, workers, dry_run, strict, proof)
+    of_bridge = run_config(shape, majority_dtype(target.tensors.values()))
+    if of_bridge is None:
+        print(f"{RUN_CONFIG} for Megatron-Bridge is left out: Megatron-Core cannot express this model's scaling of positions")
+    else:
+        target = replace(target, small={**target.small, RUN_CONFIG: of_bridge})
+    _convert(checkpoint, target, table, destination, ModelFiles(source, source), workers, dry_run, strict, proof)
 
 
 def to_hf(
@@ -89,14 +98,16 @@ def to_hf(
         OSError: if something cannot be written; finished work is kept, and the same call resumes.
     """
     source = resolve(source, "SRC")
-    model_folder = model or model_folder_of(source)
-    if model_folder is None:
-        raise UserError("SRC", source, "has no config.json", "name its Hugging Face folder with --model")
-    table = weight_table(read_shape(model_folder, "--model"))
+    found = model_files(source, "SRC", model)
+    if found is None:
+        raise without_model(source, "SRC")
+    table = weight_table(read_shape(found.config, "--model"))
     checkpoint = open_checkpoint(source, table, "SRC")
     checkpoint.refuse_problems("SRC")
     target = plan_huggingface(partial_path(destination), table.shapes, _dtypes(checkpoint, dtype), max_shard_bytes)
-    _convert(checkpoint, target, table, destination, model_folder, workers, dry_run, strict, proof)
+    if found.note:
+        print(found.note)
+    _convert(checkpoint, target, table, destination, found, workers, dry_run, strict, proof)
 
 
 def convert_checkpoint(source: Path | str, destination: Path | str, *, model: Path | str | None = None) -> None:
@@ -108,7 +119,7 @@ def convert_checkpoint(source: Path | str, destination: Path | str, *, model: Pa
         UserError, OSError: as :func:`to_megatron` and :func:`to_hf` do.
     """
     source, destination = expand(source), expand(destination)
-    if (source / SINGLE).is_file() or (source / INDEX).is_file():
+    if is_huggingface(source):
         to_megatron(source, destination)
     else:
         to_hf(source, destination, model=None if model is None else expand(model))
@@ -124,7 +135,8 @@ def check(a: Path, b: Path, *, model: Path | None = None, prompt: str | None = N
         UserError: if there is any difference, or anything wrong with either.
     """
     paths = resolve(a, "A"), resolve(b, "B")
-    folders = [model_folder_of(path) for path in paths]
+    found = [model_files(path, label) for path, label in zip(paths, "AB", strict=True)]
+    folders = [None if files is None else files.config for files in found]
     described = model or folders[0] or folders[1]
     label = "config.json" if model is None else "--model"
     table = weight_table(read_shape(described, label)) if described is not None else None
@@ -159,10 +171,10 @@ def open_checkpoint(path: Path, table: WeightTable | None, field: str) -> Checkp
     Raises:
         UserError: naming ``field`` if it is of no known format or unreadable.
     """
-    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+    if is_huggingface(path):
         return open_huggingface(path, table, field)
     if table is None:
-        raise UserError(field, path, "has no config.json", "name its Hugging Face folder with --model")
+        raise without_model(path, field)
     if (path / METADATA).is_file():
         return open_torch_dist(path, table, field)
     if is_mp_rank(path):
@@ -173,42 +185,6 @@ def open_checkpoint(path: Path, table: WeightTable | None, field: str) -> Checkp
         f"is not a checkpoint: it has neither {SINGLE}, {INDEX}, {METADATA} nor folders mp_rank_XX",
         "check the path",
     )
-
-
-def resolve(path: Path, field: str) -> Path:
-    """The checkpoint's own folder; ``path`` may also be its parent, with a file that names the newest.
-
-    Raises:
-        UserError: naming ``field`` if it does not exist.
-    """
-    if not path.is_dir():
-        raise UserError(field, path, "no such folder", "give the path of a checkpoint")
-    for pointer in (_MEGATRON_POINTER, _OUR_POINTER):
-        if (path / pointer).is_file():
-            name = read_text(path / pointer, field, _POINTER_REMEDY).strip()
-            if pointer == _MEGATRON_POINTER and name.isascii() and name.isdigit():
-                name = f"iter_{int(name[:20]):07d}"
-            if not is_plain_name(name) or not (path / name).is_dir():
-                raise UserError(field, path / pointer, f"names {name!r}, which is no folder next to it", _POINTER_REMEDY)
-            return path / name
-    return path
-
-
-def model_folder_of(checkpoint: Path) -> Path | None:
-    """The folder of a checkpoint's configuration and tokenizer: its own, or the model that its run started from."""
-    if (checkpoint / "config.json").is_file():
-        return checkpoint
-    run_config = checkpoint.resolve().parent.parent / "config.yaml"  # RUN/checkpoints/step_…
-    if run_config.is_file():
-        section = read_sections(run_config).get("model")
-        if isinstance(section, dict) and isinstance(section.get("path"), str):
-            try:
-                return expand(section["path"])
-            except ValueError as error:
-                raise UserError(
-                    f"{run_config}: model.path", section["path"], str(error), "name the folder with --model"
-                ) from error
-    return None
 
 
 def _dtypes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, torch.dtype]:
@@ -224,7 +200,7 @@ def _convert(
     target: Target,
     table: WeightTable,
     destination: Path,
-    model: Path,
+    model: ModelFiles,
     workers: int | None,
     dry_run: bool,
     strict: bool,

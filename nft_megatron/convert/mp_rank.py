@@ -16,6 +16,7 @@ from typing import Any
 from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import Block, Box, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
+from nft_megatron.convert.foreign import note_on_prefix, refuse_names, shared_prefix
 from nft_megatron.weights.archive import TensorAt, read_archive
 from nft_megatron.weights.decoder import fused_name
 from nft_megatron.weights.table import Entry, Layout, WeightTable, is_buffer, note_on_buffers
@@ -31,7 +32,7 @@ _SECOND = " of a later stage"
 
 def is_mp_rank(folder: Path) -> bool:
     """Whether ``folder`` is the ``iter_…`` folder of such a checkpoint."""
-    return any(path.name.startswith("mp_rank_") for path in folder.iterdir())
+    return any(path.name.startswith("mp_rank_") and path.is_dir() for path in folder.iterdir())
 
 
 def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
@@ -55,8 +56,9 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
             field, folder, f"has {len(ranks)} of the {tensor_size} x {pipeline_size} folders mp_rank_XX_YYY", _REMEDY
         )
     has_experts = any(entry.expert is not None for entry in table.entries)
+    prefixes: set[str] = set()
     shards = [
-        _read_tensor_rank([ranks[rank, stage] for stage in range(pipeline_size)], has_experts, field)
+        _read_tensor_rank([ranks[rank, stage] for stage in range(pipeline_size)], has_experts, prefixes, field)
         for rank in range(tensor_size)
     ]
     found: dict[str, StoredTensor] = {}
@@ -78,11 +80,16 @@ def open_mp_rank(folder: Path, table: WeightTable, field: str) -> Checkpoint:
     reported = {problem.name for problem in problems}
     problems += [problem for problem in of_table if problem.name not in reported]
     differing, equal = compare_copies(copies, tensors, field)
-    return Checkpoint(folder, "mp_rank", tensors, (*differing, *problems), (*equal, *note_on_buffers(shards[0].keys())))
+    of_prefixes = (note for prefix in sorted(prefixes) for note in note_on_prefix(prefix))
+    notes = (*of_prefixes, *equal, *note_on_buffers(shards[0].keys()))
+    return Checkpoint(folder, "mp_rank", tensors, (*differing, *problems), notes)
 
 
-def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict[str, TensorAt]:
-    """The parameters of one tensor rank over all pipeline stages, with layers numbered across the whole model."""
+def _read_tensor_rank(stages: list[Path], has_experts: bool, prefixes: set[str], field: str) -> dict[str, TensorAt]:
+    """The parameters of one tensor rank over all pipeline stages, with layers numbered across the whole model.
+
+    A prefix of all names is left out and added to ``prefixes``.
+    """
     by_chunk: dict[tuple[int, int], Mapping[str, Any]] = {}  # in the model's order: interleaved chunk, then stage
     for stage, path in enumerate(stages):
         descriptor = os.open(path, os.O_RDONLY)
@@ -98,7 +105,11 @@ def _read_tensor_rank(stages: list[Path], has_experts: bool, field: str) -> dict
         if not chunks or not all(isinstance(content[key], dict) for key in chunks.values()):
             raise UserError(field, path, "has no state under 'model'", "give a checkpoint of Megatron-Core")
         for number, key in chunks.items():
-            by_chunk[int(number or 0), stage] = content[key]
+            named = {name: tensor for name, tensor in content[key].items() if isinstance(name, str)}
+            refuse_names(named, path, field)
+            prefix = shared_prefix(named)
+            prefixes.add(prefix)
+            by_chunk[int(number or 0), stage] = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
     parameters: dict[str, TensorAt] = {}
     num_layers = 0
     for _, chunk in sorted(by_chunk.items()):

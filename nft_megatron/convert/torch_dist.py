@@ -29,6 +29,7 @@ import torch
 from nft_megatron.base.errors import UserError
 from nft_megatron.convert.blocks import Box, StoredTensor, covers, matrix, source_blocks
 from nft_megatron.convert.checkpoint import Checkpoint, Problem, compare_copies, compare_with_table
+from nft_megatron.convert.foreign import NOT_WEIGHTS, note_on_prefix, refuse_names, shared_prefix
 from nft_megatron.convert.manifest import NAME as MANIFEST
 from nft_megatron.convert.manifest import read_manifest, sha256
 from nft_megatron.weights.archive import Checksum, TensorAt, read_archive
@@ -37,7 +38,6 @@ from nft_megatron.weights.torch_dist_index import METADATA, Chunk, StoredKey, re
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
-_NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|^rng_state|^rerun_state")
 _MOST_PADDING = 128 * 64
 """Megatron pads the vocabulary to a multiple of 128 rows per tensor rank; more rows mean another vocabulary."""
 
@@ -77,17 +77,20 @@ def _numbers(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
-    """The weights of a checkpoint saved under any layout; optimizer state and all other keys are ignored.
+    """The weights of a checkpoint saved under any layout; optimizer state, and a prefix of all names, are ignored.
 
     Raises:
-        UserError: naming ``field`` for missing, truncated or unreadable files.
+        UserError: naming ``field`` for missing, truncated or unreadable files, and for what ``foreign.py`` refuses.
     """
     _compare_with_manifest(folder, field)
-    keys = read_index(folder, field).tensors
+    stored = read_index(folder, field).tensors
+    refuse_names(stored, folder, field)
+    prefix = shared_prefix(stored)
+    keys = {key.removeprefix(prefix): value for key, value in stored.items()}
     found: dict[str, StoredTensor] = {}
     copies: dict[str, tuple[StoredTensor, str]] = {}
     problems: list[Problem] = []
-    notes: list[str] = []
+    notes = [*note_on_prefix(prefix)]
     used: set[str] = set()
     by_index: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
     with ExitStack() as stack:
@@ -110,7 +113,7 @@ def open_torch_dist(folder: Path, table: WeightTable, field: str) -> Checkpoint:
                 for name in () if entry.exported else read_entry:
                     copies[place.key] = read_entry[name], name
     for key in sorted(keys.keys() - used):
-        if not _NOT_WEIGHTS.search(key) and not is_buffer(key):
+        if not NOT_WEIGHTS.search(key) and not is_buffer(key):
             problems.append(Problem("unexpected", key, f"is a key of {folder} but not of the model that config.json describes"))
     tensors, of_table = compare_with_table(found, table, folder)
     problems += [problem for problem in of_table if not (problem.kind == "missing" and _reported(problem.name, problems))]

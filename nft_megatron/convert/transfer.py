@@ -17,6 +17,7 @@ from nft_megatron.convert.blocks import StoredTensor
 from nft_megatron.convert.checkpoint import Checkpoint, majority_dtype, place
 from nft_megatron.convert.engine import Bytes, Files, bands, cast_band, element, first_non_finite, read_band, run_all
 from nft_megatron.convert.journal import PartialFolder
+from nft_megatron.convert.locate import ModelFiles
 from nft_megatron.convert.manifest import NAME, Manifest, TensorRecord, read_manifest, sha256
 from nft_megatron.convert.plan import Target
 from nft_megatron.weights.fingerprint import begin_digest
@@ -29,7 +30,7 @@ def transfer(
     source: Checkpoint,
     target: Target,
     final: Path,
-    model_folder: Path,
+    model: ModelFiles,
     workers: int,
     advance: Advance,
     *,
@@ -38,7 +39,7 @@ def transfer(
 ) -> Manifest:
     """Write ``target``, which is planned for ``partial_path(final)``, and rename it to ``final``.
 
-    ``model_folder`` provides configuration and tokenizer. A tensor whose dtype differs between target and source is cast. After
+    ``model`` provides configuration and tokenizer. A tensor whose dtype differs between target and source is cast. After
     an interruption, the same call resumes. A value that is not finite is copied and recorded in the manifest; ``strict``
     refuses it. Without ``proof`` no byte of a tensor is checked: no hash, no search for NaN, no comparison with recorded hashes
     and stored checksums. Nothing then shows what has reached the disk, so an interrupted conversion of this kind starts over.
@@ -47,7 +48,7 @@ def transfer(
         UserError: for a source that is damaged or changes while read; a target that exists; under ``strict``, NaN and infinity.
         OSError: if something cannot be written.
     """
-    before = _fingerprint(source, model_folder)
+    before = _fingerprint(source, model.config)
     known = read_manifest(source.path, "SRC") if proof else None
     expected = {name: record.sha256 for name, record in known.tensors.items() if record.sha256} if known is not None else {}
     identity = {
@@ -63,11 +64,11 @@ def transfer(
             os.ftruncate(files.descriptor(file, os.O_RDWR), size)
         job = _Job(files, source, target, folder, expected, advance, strict, proof)
         records = dict(pair for pairs in run_all(job.units(), workers, files.stop) for pair in pairs)
-        if _fingerprint(source, model_folder) != before:
+        if _fingerprint(source, model.config) != before:
             raise UserError("SRC", source.path, "changed while it was read", "start again once it is complete")
         flush = [partial(os.fsync, files.descriptor(file, os.O_RDWR)) for file in target.files]
         run_all(flush, workers, files.stop)
-        _write_around_tensors(target, files, model_folder)
+        _write_around_tensors(target, files, model)
         manifest = Manifest(
             tensors={name: records[name] for name in target.tensors},
             files=_hashes_around_tensors(target),
@@ -89,13 +90,13 @@ def _fingerprint(source: Checkpoint, model_folder: Path) -> dict[str, Any]:
     return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
-def _write_around_tensors(target: Target, files: Files, model_folder: Path) -> None:
+def _write_around_tensors(target: Target, files: Files, model: ModelFiles) -> None:
     """Headers, metadata, configuration: without them the folder does not count as a checkpoint, so they come last."""
     for file, offset, data in target.parts:
         files.write(file, offset, memoryview(data))
     for name, content in target.small.items():
         (target.folder / name).write_bytes(content)
-    copy_model_files(model_folder, target.folder)
+    copy_model_files(model.config, target.folder, model.tokenizer)
     state_dtype(target.folder / "config.json", majority_dtype(target.tensors.values()))
 
 

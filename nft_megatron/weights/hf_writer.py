@@ -21,22 +21,17 @@ T = TypeVar("T")
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
+_MODEL_FILES = ("config.json", "generation_config.json", "LICENSE")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tekken.json")
+_TOKENIZER_FILES = (
+    *_VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
-    "tokenizer.model",
-    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE",
 )
-"""Copied byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other."""
 
 
 def write_hf_folder(
@@ -74,11 +69,20 @@ def write_hf_folder(
         state_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
 
 
-def copy_model_files(source: Path, folder: Path) -> None:
-    """Copy the configuration and tokenizer files that ``source`` has."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def copy_model_files(source: Path, folder: Path, tokenizer: Path | None = None) -> None:
+    """Copy the configuration files that ``source`` has, and the tokenizer's that ``tokenizer`` has, by default ``source`` too.
+
+    Byte for byte: a tokenizer rewritten by one major version of transformers does not load in the other.
+    """
+    for origin, names in ((source, _MODEL_FILES), (tokenizer or source, _TOKENIZER_FILES)):
+        for name in names:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def cut_into_shards(sized: Iterable[tuple[T, int]], max_shard_bytes: int) -> Iterator[list[T]]:
