@@ -28,8 +28,9 @@ class MicroBatch:
 
     ``old_logprob_N`` is log π of the policy that answered: recomputed at the start of the step, or the engine's own if the
     answer is older than the weights. The trainer fills it in, only on the last pipeline stage. ``recomputes``: whether the pass
-    for old log-probs goes through this pack; else the engine's are taken for all of it. ``advantage_N`` is set for algorithms
-    with advantages, ``answers`` for those whose loss depends on whole answers.
+    for old log-probs goes through this pack; else the engine's are taken for all of it. ``has_stale``: whether any answer is
+    stale, known to the host. ``advantage_N`` is set for algorithms with advantages, ``answers`` for those whose loss depends on
+    whole answers.
 
     >>> logprob_N = np.array([-0.1, -0.7], dtype=np.float32)
     >>> packed = pack([AnswerTokens(np.array([5, 6]), np.array([7, 8]), logprob_N)])
@@ -49,6 +50,7 @@ class MicroBatch:
     advantage_N: Tensor | None = None
     answers: AnswerBatch | None = None
     recomputes: bool = True
+    has_stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def pack_minibatches(
         own_tokens = [tokens[position] for position in members.tolist()]
         own_answers = plan.answers.take(positions)
         batch = _micro_batch(own_tokens, own_answers, is_stale_A[positions], algorithm, denominator, rules, context_rank)
-        return _to(device, replace(batch, recomputes=recomputes))
+        return _to(device, replace(batch, recomputes=recomputes, has_stale=bool(plan.is_stale[members].any())))
 
     def minibatch(of_all: MiniBatchPlan, recomputing: list[bool]) -> MiniBatch:
         own = zip(of_all.members_of[data_rank], recomputing, strict=True)

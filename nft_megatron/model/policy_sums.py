@@ -45,9 +45,18 @@ class PolicySums:
         return {"entropy": self.entropy / max(num_tokens, 1)} | self.mismatch.metrics()
 
 
-def policy_row(micro_batch: MicroBatch, logprob_N: Tensor, entropy_N: Tensor | None, *, measures_mismatch: bool) -> Tensor:
-    """``POLICY_WIDTH`` numbers of a pack, float64; zeros without ``entropy_N``, which is that of another pass.
+def needs_entropy(micro_batch: MicroBatch) -> bool:
+    """Whether the update measures the entropy of any token of this pack: of those that the pass for old log-probs left out."""
+    return micro_batch.has_stale or not micro_batch.recomputes
 
+
+def policy_row(
+    micro_batch: MicroBatch, logprob_N: Tensor, entropy_N: Tensor | None, *, in_update: bool, measures_mismatch: bool
+) -> Tensor:
+    """``POLICY_WIDTH`` numbers of a pack, float64; zeros without ``entropy_N``.
+
+    The pass for old log-probs measures the entropy of answers of the current weights, the update that of older ones, whichever
+    packs the pass goes through: which ones those are depends on the layout, and the metric must not.
     ``measures_mismatch``: whether the weights are those of the step's start, which generated all answers that are not stale.
     """
     if entropy_N is None:
@@ -55,4 +64,6 @@ def policy_row(micro_batch: MicroBatch, logprob_N: Tensor, entropy_N: Tensor | N
     is_stale_N = micro_batch.is_stale_N
     counts_N = ~is_stale_N if measures_mismatch else torch.zeros_like(is_stale_N)
     mismatch = mismatch_sums(logprob_N - micro_batch.engine_logprob_N, counts_N)
+    if micro_batch.recomputes:
+        entropy_N = torch.where(is_stale_N == in_update, entropy_N, 0)
     return torch.cat((mismatch, entropy_N.sum(dtype=torch.float64)[None]))

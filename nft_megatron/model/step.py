@@ -33,7 +33,7 @@ from nft_megatron.model.logprob import token_logprobs
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.packed_sequences import attention_kind, pack_sequences
 from nft_megatron.model.policy import lm_head_weight
-from nft_megatron.model.policy_sums import POLICY_WIDTH, PolicySums, policy_row
+from nft_megatron.model.policy_sums import POLICY_WIDTH, PolicySums, needs_entropy, policy_row
 from nft_megatron.model.shared_reading import read_minibatches
 from nft_megatron.model.token_loss import token_loss_sum
 from nft_megatron.model.topology import Topology
@@ -142,7 +142,7 @@ class Trainer:
             targets_N = micro_batch.packed.targets_N
             logprob_N, entropy_N = token_logprobs(hidden_NH, lm_head_weight(chunk), targets_N, entropy="value", **self._head)
             assert entropy_N is not None
-            sums = policy_row(micro_batch, logprob_N, entropy_N, measures_mismatch=True)
+            sums = policy_row(micro_batch, logprob_N, entropy_N, in_update=False, measures_mismatch=True)
             return hidden_NH.new_zeros(()), NO_TOKEN_COUNT, (logprob_N, sums)
 
         return function
@@ -201,17 +201,16 @@ class Trainer:
         def function(hidden_NH: Tensor) -> tuple[Tensor, Tensor, object]:
             weight_VH, targets_N = lm_head_weight(chunk), micro_batch.packed.targets_N
             head = self._head | {"main_grad_VH": weight_VH.main_grad}  # type: ignore[attr-defined]
-            entropy_N = None
             if algorithm.coupling == "token":
-                entropy_N = None if micro_batch.recomputes else torch.zeros_like(micro_batch.engine_logprob_N)
+                entropy_N = torch.zeros_like(micro_batch.engine_logprob_N) if needs_entropy(micro_batch) else None
                 loss, logprob_N = token_loss_sum(hidden_NH, weight_VH, targets_N, loss_of, entropy_N=entropy_N, **head)
             else:
-                entropy: Entropy = "none" if micro_batch.recomputes else "value"
+                entropy: Entropy = "value" if needs_entropy(micro_batch) else "none"
                 logprob_N, entropy_N = token_logprobs(hidden_NH, weight_VH, targets_N, entropy=entropy, **head)
                 trained_N = through(logprob_N, slice(None))
                 loss = objective.sequence_loss(algorithm, micro_batch, trained_N, context_group).sum()
             logprob_N = logprob_N.detach()
-            policy = policy_row(micro_batch, logprob_N, entropy_N, measures_mismatch=measures_mismatch)
+            policy = policy_row(micro_batch, logprob_N, entropy_N, in_update=True, measures_mismatch=measures_mismatch)
             return loss, NO_TOKEN_COUNT, torch.cat((self._sums(micro_batch, logprob_N), policy))
 
         return function
