@@ -69,8 +69,8 @@ METRICS: dict[str, Metric] = {
         Metric(
             "entropy",
             "nats",
-            "entropy of the policy, mean over trained tokens: before the step's first update; of answers whose old log-probs are "
-            "the engine's (from older weights, train.old_logprobs=engine) during their own update",
+            "entropy of the policy, mean over trained tokens: before the step's first update; of answers whose old log-probs "
+            "are the engine's (from older weights, train.old_logprobs=engine) during their own update",
         ),
         Metric(
             "entropy_sampled",
