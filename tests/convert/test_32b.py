@@ -17,6 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nft_megatron.convert.commands import to_hf, to_megatron
 from nft_megatron.convert.engine import Files
+from nft_megatron.convert.locate import ModelFiles
 from nft_megatron.convert.torch_dist_plan import MAX_FILE_BYTES, plan_torch_dist
 from nft_megatron.convert.transfer import _write_around_tensors
 from nft_megatron.weights import read_shape, weight_table
@@ -79,7 +80,7 @@ def target(source: Path, tmp_path_factory) -> Path:
         file.touch()
         os.truncate(file, size)
     with Files("SRC") as files:
-        _write_around_tensors(plan, files, source)
+        _write_around_tensors(plan, files, ModelFiles(source, source))
     assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 30e6
     return folder
 
