@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-field", help="field with the whole answer (default: text, response, completion, output, answer)"
     )
     parser.add_argument("--gold-field", help="field with the right answer (default: gold, ground_truth, final_answer, answer)")
-    parser.add_argument("--mode", default="strict", help="strict, math-verify, dapo or simplerl (default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        default="strict",
+        help="strict, math-verify, dapo, simplerl, published-boxed, published-answer (default: %(default)s)",
+    )
     parser.add_argument("--out", type=user_path, help="write the rows, each with verdict and reason, as JSONL to this file")
     parser.add_argument("--workers", type=int, help="grader processes (default: one per core)")
 

@@ -17,7 +17,7 @@ TEACHES = {
     "eval": ("nft-megatron eval RUN/hf/step_000320", "--benchmarks PATH", "section.key=value"),
     "doctor": ("Exits with 2 if something required is missing",),
     "overlap": ("13-grams", "--against EVAL"),
-    "verify": ("strict, math-verify, dapo or simplerl", "--gold-field"),
+    "verify": ("strict, math-verify, dapo, simplerl, published-boxed, published-answer", "--gold-field"),
     "report": ("--png",),
     "replay": ("--step", "--against", "section.key=value"),
     "serve": ("--name", "--devices"),
