@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from nft_megatron.base.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["launcher_preload"])
@@ -38,10 +39,7 @@ class Ranks:
     """
 
     def __init__(self, function: Callable[..., object], arguments: tuple[object, ...], count: int, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._folder = folder
+        self._folder, port = folder, free_port("127.0.0.1")
         self.processes: list[BaseProcess] = []
         for rank in range(count):
             env = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}

@@ -39,7 +39,7 @@ def gradient_cosine(positive: Sequence[Tensor], whole: Sequence[Tensor], topolog
         wrong = both.double() - right.double()
         sums += torch.stack([(right * wrong).sum(), right.double().square().sum(), wrong.square().sum()])
     sums = sums.cpu()
-    dist.all_reduce(sums, group=topology.control_group)
+    dist.all_reduce(sums, group=topology.host_group)
     product, squared_right, squared_wrong = sums.tolist()
     length = math.sqrt(squared_right * squared_wrong)
     return product / length if length else math.nan

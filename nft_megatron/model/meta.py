@@ -108,6 +108,7 @@ def _fake_place(rank: int, layout: ParallelLayout) -> Iterator[Topology]:
             layout.virtual_pipeline,
             expert=layout.expert,
             timeout_seconds=600.0,
+            host_group=dist.new_group(),
             control_group=dist.new_group(),
         )
     finally:

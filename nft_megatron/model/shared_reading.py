@@ -43,10 +43,10 @@ def read_minibatches(
         _check_lengths(ledger, plan, tokens)
         return plan, reader_A, tokens
 
-    plan, reader_A, tokens = together(topology, read_part)
+    plan, reader_A, tokens = together(topology, read_part, is_short=True)
     tokens = _exchange(topology, plan, reader_A, tokens)
     place = topology.data_rank, topology.context_rank, topology.device
-    return together(topology, lambda: pack_minibatches(plan, tokens, algorithm, rules, *place))
+    return together(topology, lambda: pack_minibatches(plan, tokens, algorithm, rules, *place), is_short=True)
 
 
 def _check_lengths(ledger: Path, plan: StepPlan, tokens: dict[int, AnswerTokens]) -> None:
@@ -66,7 +66,7 @@ def _exchange(
     ``reader_A``: the rank that has read an answer, −1 if none has. Answers travel as int32: prompt, answer, log-probs.
     """
     data_ranks: list[int] = [-1] * topology.world_size
-    dist.all_gather_object(data_ranks, topology.data_rank, group=topology.control_group)
+    dist.all_gather_object(data_ranks, topology.data_rank, group=topology.host_group)
     positions_of = [plan.positions_of(rank) for rank in range(topology.data_size)]
     length_A = plan.index.prompt_length.astype(np.int64) + 2 * plan.index.answer_length.astype(np.int64)
 
@@ -81,9 +81,7 @@ def _exchange(
     arriving = [expected[reader_A[expected] == rank] for rank in range(topology.world_size)]
     num_received = [int(length_A[positions].sum()) for positions in arriving]
     received = torch.empty(sum(num_received), dtype=torch.int32)
-    dist.all_to_all_single(
-        received, sent, num_received, [len(parcels[rank]) for rank in data_ranks], group=topology.control_group
-    )
+    dist.all_to_all_single(received, sent, num_received, [len(parcels[rank]) for rank in data_ranks], group=topology.host_group)
     found, start, numbers = {}, 0, received.numpy()
     for position in np.concatenate(arriving).tolist():
         answer = start + int(plan.index.prompt_length[position])

@@ -314,5 +314,5 @@ class Trainer:
         counts = self.topology.is_last_stage and self.topology.tensor_rank == 0
         neutral = 0.0 if operation == dist.ReduceOp.SUM else -torch.inf
         vector = torch.tensor(list(values) if counts else [neutral] * len(values), dtype=torch.float64)
-        dist.all_reduce(vector, op=operation, group=self.topology.control_group)
+        dist.all_reduce(vector, op=operation, group=self.topology.host_group)
         return vector.tolist()

@@ -31,8 +31,9 @@ class Topology:
 
     ``virtual_pipeline``: parts of the model that each pipeline stage holds. ``replica_group``: the ranks that hold the same
     weights, data × context of them; gradients are summed and optimizer state is sharded over it. The experts of a layer are
-    spread over ``expert_group``, a consecutive part of it; for them ``expert_replica_group`` replaces it. ``control_group``
-    spans all ranks over gloo: for small Python objects, always on the CPU.
+    spread over ``expert_group``, a consecutive part of it; for them ``expert_replica_group`` replaces it. ``host_group`` and
+    ``control_group`` span all ranks over gloo: for what is on the CPU. The deadline of ``host_group`` is that of every
+    collective, ``timeout``; on ``control_group`` ranks wait for work that one of them does alone.
     """
 
     rank: int
@@ -56,7 +57,9 @@ class Topology:
     replica_group: ProcessGroup
     expert_group: ProcessGroup
     expert_replica_group: ProcessGroup
+    host_group: ProcessGroup
     control_group: ProcessGroup
+    timeout: datetime.timedelta
 
     @property
     def is_main(self) -> bool:
@@ -147,6 +150,8 @@ def init_topology(
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
     control_timeout = datetime.timedelta(seconds=control_timeout_seconds)
     control_group = dist.new_group(backend="gloo", timeout=control_timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
+    assert host_group is not None
     topology = take_place(
         here,
         device,
@@ -156,6 +161,7 @@ def init_topology(
         virtual_pipeline,
         expert=expert,
         timeout_seconds=timeout_seconds,
+        host_group=host_group,
         control_group=control_group,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -172,6 +178,7 @@ def take_place(
     *,
     expert: int = 1,
     timeout_seconds: float,
+    host_group: ProcessGroup,
     control_group: ProcessGroup,
 ) -> Topology:
     """The second half of :func:`init_topology`: create the groups of a process that has joined the others."""
@@ -213,7 +220,9 @@ def take_place(
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert_group=expert_group,
         expert_replica_group=parallel_state.get_expert_data_parallel_group(),
+        host_group=host_group,
         control_group=control_group,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
     )
 
 
