@@ -16,7 +16,7 @@ from nft_megatron.model.topology import Topology, init_topology, shutdown
 
 
 def give_up(folder: Path, seconds: float) -> dict[str, str]:
-    """What rank 0 says of a rank 1 that takes no part, by collective, which waits ``seconds``, and the control group ten minutes."""
+    """What rank 0 says of a rank 1 that takes no part, by collective; it waits ``seconds``, in vain."""
     topology = init_topology(threads=1, timeout_seconds=240, control_timeout_seconds=240)
     waits = {
         "on_main": lambda place: control.on_main(place, lambda: 1),
