@@ -9,7 +9,7 @@ import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nft_megatron.base.bounded import BoundError, bounded
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.untrusted import is_plain_name, parse_json, read_json_object
 from nft_megatron.config.yaml import parse_yaml
@@ -24,6 +25,10 @@ from nft_megatron.config.yaml import parse_yaml
 Row = dict[str, Any]
 _SPLIT = re.compile(r"(?<![a-z])(?:train|test|validation|valid|val|dev|eval)(?![a-z])")
 _FRONT_MATTER = re.compile(r"\A---[^\S\n]*+\n(.*?)\n---[^\S\n]*+(?:\n|\Z)", re.DOTALL)
+_ROWS_OF_A_PART = 256
+_LEAST_BYTES, _RATIO = 256 << 20, 1000
+"""What a columnar file may hold, in bytes: one of a megabyte can claim to hold terabytes of one repeated text."""
+_PART_BYTES, _PART_SECONDS = 4 << 30, 600.0
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -173,8 +178,7 @@ def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[str]:
 def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
     with pq.ParquetFile(file) as parquet:
         chosen = _chosen(parquet.schema_arrow.names, columns)
-        for batch in parquet.iter_batches(batch_size=4096, columns=chosen or None):
-            yield from _python_rows(batch)
+        yield from _rows_within_reason(file, parquet.iter_batches(batch_size=_ROWS_OF_A_PART, columns=chosen or None))
 
 
 def _arrow_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -182,15 +186,45 @@ def _arrow_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
         is_file = source.read(6) == b"ARROW1"  # the file format, also called Feather; data sets are streams
         source.seek(0)
         with pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source) as reader:
-            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-                yield from _python_rows(batch.select(_chosen(batch.schema.names, columns) or batch.schema.names))
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            names = _chosen(reader.schema.names, columns) or reader.schema.names
+            yield from _rows_within_reason(file, (batch.select(names) for batch in batches))
 
 
-def _python_rows(batch: pa.RecordBatch) -> Iterator[Row]:
+def _rows_within_reason(file: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
+    """The rows of ``batches``, as long as they hold no more than a file of this size can be meant to hold."""
+    most, taken, parts = _LEAST_BYTES + _RATIO * file.stat().st_size, 0, _parts(batches)
+    remedy = "look into it: it repeats a text millions of times, or is made to exhaust memory"
+    while True:
+        try:
+            with bounded(_PART_SECONDS, _PART_BYTES):
+                part = next(parts, None)
+                rows = [] if part is None or taken + part.nbytes > most else _python_rows(part)
+        except (BoundError, MemoryError) as error:
+            raise _LayoutError(
+                f"{_PART_BYTES >> 20:,} MiB of memory do not hold {_ROWS_OF_A_PART} rows of it", remedy
+            ) from error
+        if part is None:
+            return
+        taken += part.nbytes
+        if taken > most:
+            raise _LayoutError(f"has {file.stat().st_size:,} bytes and holds more than {most:,}", remedy)
+        yield from rows
+
+
+def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """A few rows at a time, without dictionaries, so that each part's size is that of its rows."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS_OF_A_PART):
+            part = batch.slice(start, _ROWS_OF_A_PART)
+            columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in part.columns]
+            yield pa.RecordBatch.from_arrays(columns, names=part.schema.names)
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[Row]:
     """Rows as they were written: 0.1 for the float32 0.10000000149, text for bytes."""
     types = [(entry.name, entry.type) for entry in batch.schema if re.search("float|half|binary", str(entry.type))]
-    for row in batch.to_pylist():
-        yield row | {name: _as_written(row[name], type_) for name, type_ in types}
+    return [row | {name: _as_written(row[name], type_) for name, type_ in types} for row in batch.to_pylist()]
 
 
 def _as_written(value: Any, type_: pa.DataType) -> Any:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.data import files
 from nft_megatron.data.questions import Columns, load_questions
 
 ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "4"}]
@@ -248,6 +249,41 @@ def test_a_hostile_data_file_is_refused_with_one_line(tmp_path: Path, name: str,
     with pytest.raises(UserError, match=message) as refused:
         asked(tmp_path / name)
     assert str(refused.value).isprintable() and len(str(refused.value)) < 2500
+
+
+def _parquet(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="zstd")
+
+
+def _stream(path: Path, table: pa.Table) -> None:
+    with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+
+
+def _file(path: Path, table: pa.Table) -> None:
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.parquet", _parquet), ("a.arrow", _stream), ("b.arrow", _file)])
+@pytest.mark.parametrize("num_rows", [10_000, 1_000_000])
+def test_a_file_that_holds_terabytes_of_one_text_is_refused(tmp_path: Path, monkeypatch, name, write, num_rows) -> None:
+    """100,000 characters a row; in Arrow files by a dictionary."""
+    monkeypatch.setattr(files, "_LEAST_BYTES", 32 << 20)
+    monkeypatch.setattr(files, "_RATIO", 10)
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_rows, dtype=np.int32)), pa.array(["x" * 100_000]))
+    write(tmp_path / name, pa.table({"question": column, "answer": pa.DictionaryArray.from_arrays(column.indices, ["2"])}))
+    assert (tmp_path / name).stat().st_size < 10 << 20
+    with pytest.raises(UserError, match=r"has [\d,]+ bytes and holds more than [\d,]+"):
+        asked(tmp_path / name)
+
+
+def test_a_part_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_PART_BYTES", 256 << 20)
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200, dtype=np.int32)), pa.array(["x" * 10_000_000]))
+    _parquet(tmp_path / "a.parquet", pa.table({"question": column, "answer": ["2"] * 200}))
+    with pytest.raises(UserError, match="256 MiB of memory do not hold 256 rows of it"):
+        asked(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
