@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, PositiveInt
+from pydantic import AfterValidator
 
-from nft_megatron.base.config_model import ConfigModel
+from nft_megatron.base.config_model import ConfigModel, PositiveInt
 from nft_megatron.base.errors import UserError
 
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from nft_megatron.base.config_model import ConfigModel, Line, LineList, LoosePath, PositiveFloat, TextList, as_tuple
+from nft_megatron.base.config_model import (
+    ConfigModel,
+    Line,
+    LineList,
+    LoosePath,
+    PositiveFloat,
+    PositiveInt,
+    ProcessCount,
+    TextList,
+    as_tuple,
+)
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.paths import expand
 
@@ -89,12 +99,13 @@ class SlurmConfig(ConfigModel):
     """Pyxis image of trainers and servers; must contain nft_megatron. The job's script and agent run outside it."""
     container_mounts: Annotated[tuple[Mount, ...], BeforeValidator(as_tuple)] = ()
     """Pyxis mounts, such as "/shared:/shared": run folder, model and data must keep the paths they have outside."""
-    signal_seconds: PositiveInt = 600
-    """How long before the time limit the run is asked to save and exit. Should cover the longest update and its save."""
+    signal_seconds: Annotated[int, Field(gt=0, le=65535)] = 600
+    """How long before the time limit the run is asked to save and exit. Should cover the longest update and its save.
+    Slurm takes at most 65535."""
     restart: Literal["requeue", "chain"] = "requeue"
     """``requeue``: the job requeues itself. ``chain``: for sites that forbid requeueing, `submit` submits ``chain_jobs`` jobs,
     each of which begins after the previous one."""
-    chain_jobs: PositiveInt = 7
+    chain_jobs: ProcessCount = 7
     """Jobs in a chain."""
     max_failures: PositiveInt = 3
     """After this many attempts in a row without progress the run gives up."""

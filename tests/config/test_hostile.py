@@ -162,6 +162,20 @@ def test_aliases_that_repeat_little_are_welcome():
     assert parse_yaml("x: " + "[" * 190 + "]" * 190) and parse_yaml("x: '[[[[' \ny: ']]]]'")
 
 
+def test_every_whole_number_has_an_upper_bound():
+    """Each sizes something: answers, processes, seconds, layers."""
+    unbounded, nodes = [], [("", Config.model_json_schema())]
+    while nodes:
+        where, node = nodes.pop()
+        if isinstance(node, dict):
+            if node.get("type") == "integer" and not {"maximum", "exclusiveMaximum"} & node.keys():
+                unbounded.append(where)
+            nodes += [(f"{where}/{key}", child) for key, child in node.items()]
+        elif isinstance(node, list):
+            nodes += [(where, child) for child in node]
+    assert not unbounded
+
+
 SCALARS = st.one_of(
     st.text(max_size=8),
     st.integers(),
