@@ -55,7 +55,7 @@ class SlurmRun:
     def rows(self) -> list[dict]:
         """Metrics without what depends on the machine's speed."""
         path = self.root / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be half written
         return [{k: v for k, v in json.loads(line).items() if not is_wall_clock(k)} for line in lines]
 
     def known(self) -> str:
