@@ -16,6 +16,7 @@ Copies without ``non_blocking`` wait in either direction (ATen's copy_kernel_cud
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,8 @@ _WAITS = frozenset(("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_u
 _INDEXES = frozenset(("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"))
 KERNELS: dict[str, Any] = {}
 """Kernels without a CPU form, by the operation's name: torch stand-ins that take and give host tensors."""
+CALLED: Counter[str] = Counter()
+"""How often each stand-in was called."""
 
 
 class Device(TorchDispatchMode):
@@ -186,6 +189,8 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None:
         inner["device"] = CPU
     kernel = KERNELS.get(name) or func
+    if name in KERNELS:
+        CALLED[name] += 1
     if makes_device and name in RANDOM:
         result = GENERATOR.draw(lambda: kernel(*inner_args, **inner))
     else:

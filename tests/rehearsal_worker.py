@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore")
 import rehearsal_cuda  # noqa: E402
 import rehearsal_faults  # noqa: E402
 import torch  # noqa: E402
-from rehearsal_device import Device  # noqa: E402
+from rehearsal_device import CALLED, Device  # noqa: E402
 from rehearsal_host import FAULTS, SYNCS  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from whole_step import everything_else  # noqa: E402
@@ -140,6 +140,8 @@ def _steps(case: Case, topology: Topology) -> dict[str, Any]:
         "num_micro_batches": sum(len(minibatch.micro_batches) for minibatch in batch.minibatches),
         "num_buckets": sum(len(buffer.buckets) for chunk in trainer.chunks for buffer in chunk.buffers),
         "overlaps": trainer.chunks[0].ddp_config.overlap_grad_reduce,
+        "layers": trainer.chunks[0].config.transformer_impl,
+        "stand_ins": dict(CALLED),
         "prepare_syncs": prepare.counts,
         "update_syncs": syncs,
     }

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 # The packages that training uses. A module that is imported after `adapt_to_cpu` keeps the real torch.
 _PACKAGES = (
     "megatron.core.dist_checkpointing.serialization",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",  # 0.19 imports it when it first saves
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
