@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(MINOR)
 VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
+ENGINE := $(VENV)/transformer-engine
 # Quickest first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm nemo quickstart test test-rest test-megatron test-all check format bench gpu-check clean
+.PHONY: help setup vllm nemo engine quickstart test test-rest test-megatron test-all check format bench gpu-check clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
@@ -49,6 +50,14 @@ $(NEMO)/.ready: $(READY) requirements/nemo-run.txt
 	$(NEMO)/bin/pip install --quiet -r requirements/nemo-run.txt
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 	    >$$($(NEMO)/bin/python -c 'import site; print(site.getsitepackages()[0])')/nft_megatron.pth
+	@touch $@
+
+engine: $(ENGINE)/.ready  ## Install Transformer Engine's Python, which needs no GPU; without it its rehearsal is skipped
+
+$(ENGINE)/.ready: $(READY) requirements/transformer-engine.txt
+	rm -rf $(ENGINE)
+	$(BIN)/pip install --quiet --no-deps --target $(ENGINE) -r requirements/transformer-engine.txt
+	rm -f $(ENGINE)/transformer_engine/wheel_lib/*.so
 	@touch $@
 
 quickstart: $(READY)  ## Watch NFT improve a tiny model at arithmetic: a few minutes, no GPU

@@ -155,6 +155,9 @@ def install() -> None:
         "set_device": lambda *_: None,
         "synchronize": lambda *_: count_sync("synchronize"),
         "get_device_capability": lambda *_: (9, 0),
+        "get_device_properties": lambda *_: types.SimpleNamespace(
+            major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
+        ),
         "get_device_name": lambda *_: "a pretended GPU",
         "empty_cache": lambda: None,
         "memory_allocated": lambda *_: 0,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rehearsal_device import CALLED, DeviceTensor, on_device
+from rehearsal_host import DeviceMismatch
 from torch.nn import functional
 
 EXTENSION = "transformer_engine_torch"
@@ -54,7 +55,8 @@ def _host(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_host(each) for each in value)
     if isinstance(value, torch.Tensor):
-        assert on_device(value), f"a kernel was given a tensor {tuple(value.shape)} in host memory"
+        if not on_device(value):
+            raise DeviceMismatch(f"a kernel of Transformer Engine was given a tensor {tuple(value.shape)} in host memory")
         return value.memory.detach()  # type: ignore[attr-defined]
     return value
 
@@ -114,11 +116,12 @@ def _multi_tensor_adam(
 ) -> None:
     corrects, decay = rest
     assert mode == 1, "decoupled weight decay"
+    of_first, of_second = (1 - beta1**step, 1 - beta2**step) if corrects else (1, 1)
     for grad, weight, first, second in zip(*lists, strict=True):
         first.lerp_(grad.float(), 1 - beta1)
         second.mul_(beta2).addcmul_(grad.float(), grad.float(), value=1 - beta2)
-        of_first, of_second = (1 - beta1**step, 1 - beta2**step) if corrects else (1, 1)
-        weight.sub_(lr * ((first / of_first) / ((second / of_second).sqrt() + eps) + decay * weight))
+        change = (first.double() / of_first) / ((second.double() / of_second).sqrt() + eps) + decay * weight.double()
+        weight.copy_(weight.double() - lr * change)
 
 
 ENUMS = {

@@ -64,12 +64,12 @@ class Stage:
     def run(self) -> None:
         for engine, cases in self._cases.items():
             if cases:
-                self._run(WORKERS[engine], cases)
+                self._run(WORKERS[engine], cases, [str(ENGINE)] * engine)
 
-    def _run(self, worker: Path, cases: list[dict]) -> None:
+    def _run(self, worker: Path, cases: list[dict], more: list[str]) -> None:
         path = self.root / f"{worker.stem}.json"
         path.write_text(json.dumps(cases))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path, str(ENGINE)])}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path, *more])}
         done = subprocess.run([sys.executable, str(worker), str(path)], env=env, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -90,23 +90,25 @@ class Stage:
         return distance(*weights, self.models[model] / "model.safetensors")
 
 
-def rehearse(tmp_path_factory, models, ledger, rehearsals: dict[str, Rehearsal], faults: list[str]) -> Stage:
+def rehearse(
+    tmp_path_factory, models, ledger, rehearsals: dict[str, Rehearsal], faults: list[str], engine: bool = False
+) -> Stage:
     stage = Stage(tmp_path_factory.mktemp("rehearsal"), models, ledger)
     for model, dtype in {(rehearsal.model, rehearsal.dtype) for rehearsal in rehearsals.values()}:
         stage.add(f"CPU {model} {dtype}", Rehearsal(dtype=dtype, model=model), device="cpu", stages="updates")
     for name, rehearsal in rehearsals.items():
         stage.add(name, rehearsal)
     for fault in faults:
-        stage.add(fault, Rehearsal(), fault=fault, stages="updates")
+        stage.add(fault, Rehearsal(engine=engine), fault=fault, stages="updates")
     stage.run()
     return stage
 
 
-def check(stage: Stage, name: str, rehearsal: Rehearsal) -> None:
+def check(stage: Stage, name: str, rehearsal: Rehearsal, largest: float | None = None) -> None:
     ranks = stage.ranks(name, rehearsal.layout.num_processes)
     reference = f"CPU {rehearsal.model} {rehearsal.dtype}"
     (of_cpu,) = stage.ranks(reference)
-    assert stage.distance(name, reference, rehearsal.model) <= DISTANCE[rehearsal.dtype]
+    assert stage.distance(name, reference, rehearsal.model) <= (largest or DISTANCE[rehearsal.dtype])
     assert differing_metrics(ranks[0], of_cpu, TOLERANCE[rehearsal.dtype]) == []
     for rank in ranks:
         assert rank["overlaps"]
@@ -122,12 +124,16 @@ def check(stage: Stage, name: str, rehearsal: Rehearsal) -> None:
 def check_waits(stage: Stage, name: str, rehearsal: Rehearsal) -> None:
     """The host waits for the device once to prepare a step and once an update, and never because of a micro-batch.
 
-    The optimizer's gradient norm is Megatron's wait; state that returns to host memory is one more of ours.
+    The gradient's norm is one more wait, Megatron's in 0.16, ours where it returns a tensor; state that returns to host memory
+    is another of ours.
     """
     for rank in stage.ranks(name, rehearsal.layout.num_processes):
         for waits, allowed in ((rank["prepare_syncs"], 1), *((syncs, 1) for syncs in rank["update_syncs"])):
             ours = [wait for wait in waits if wait["is_ours"]]
             assert [wait for wait in ours if wait["in_schedule"]] == []
             parking = [wait for wait in ours if wait["file"].endswith("offload.py")]
-            assert sum(wait["count"] for wait in ours) - sum(wait["count"] for wait in parking) <= allowed, ours
+            norm = [wait for wait in ours if wait["file"].endswith("model/optimizer.py")]
+            assert sum(wait["count"] for wait in norm) <= 1, norm
+            others = [wait for wait in ours if wait not in (*parking, *norm)]
+            assert sum(wait["count"] for wait in others) <= allowed, others
             assert sum(wait["count"] for wait in parking) <= bool(rehearsal.layout.optimizer)
