@@ -15,6 +15,7 @@ READY := $(VENV)/.ready-$(MINOR)
 VLLM_READY := $(VENV)/.ready-vllm
 NEMO := $(VENV)/nemo-run
 ENGINE := $(VENV)/transformer-engine
+MEGATRON_TESTS ?= tests/model tests/convert tests/run
 # Quickest first.
 BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
@@ -70,7 +71,7 @@ test-rest: $(READY)
 	$(PYTEST) -m slow tests
 
 test-megatron: $(READY)  ## Test only what the version of Megatron-Core can break: model, converters, training
-	$(PYTEST) -m 'not slow' tests/model tests/convert tests/run
+	$(PYTEST) -m 'not slow' $(MEGATRON_TESTS)
 
 test-all: test test-rest  ## The same and random kills, soak and the remaining layouts
 

@@ -1,12 +1,13 @@
-"""Which suites pass with which versions: a table of real runs of pytest, each in an environment of its own.
+"""Which tests pass with which versions: a table of real runs of pytest, each in an environment of its own.
 
-    python benchmarks/versions.py --environment 3.12+0.19.2=.venv-3.12 --suites model convert run [-- PYTEST OPTIONS]
+    python benchmarks/versions.py --environment 3.12+0.19.2=.venv-3.12 --suites model convert run [--missing] [-- OPTIONS]
     python benchmarks/versions.py
 
-runs the fast tests of tests/SUITE with the environment's own Python, on this checkout. An environment is named by the versions
-of Python and Megatron-Core that it must have, so that a path cannot stand for another one. Every run appends one line to
-results/versions.jsonl as it ends: the versions as the environment reports them, commit, tests passed, failed and skipped,
-seconds, and the names of those that failed. Without environments it only prints the table, which docs/architecture.md shows.
+runs the fast tests of tests/SUITE with the environment's own Python, on this checkout, one pytest for each file, with OPTIONS.
+An environment is named by the versions of Python and Megatron-Core that it must have, so that a path cannot stand for another
+one. Every file appends one line to results/versions.jsonl as it ends: the versions as the environment reports them, commit,
+tests passed, failed and skipped, seconds, and the names of those that failed. ``--missing`` leaves out files that have a line
+with these versions. Without environments it only prints the table, which docs/architecture.md shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,16 +42,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", action="append", default=[], metavar="PYTHON+MEGATRON=PATH")
     parser.add_argument("--suites", nargs="+", default=SUITES, metavar="NAME", help="folders of tests/")
-    parser.add_argument("--by-file", action="store_true", help="one pytest for each file: what ends it ends only that")
-    parser.add_argument("pytest", nargs="*", default=["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"])
+    parser.add_argument("--missing", action="store_true", help="only files that were not run with these versions")
+    parser.add_argument("pytest", nargs="*", default=[])
     options = parser.parse_args()
     environments = [checked(environment) for environment in options.environment]
     for python, versions in environments:
-        for suite in options.suites:
-            row = versions | run(python, suite, options.pytest, options.by_file)
-            with RESULTS.open("a") as results:
-                results.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+        done = {row["path"] for row in rows() if _versions(row) == _versions(versions)} if options.missing else set()
+        files = [path for suite in options.suites for path in sorted((ROOT / "tests" / suite).rglob("test_*.py"))]
+        for path in (str(path.relative_to(ROOT)) for path in files):
+            if path not in done:
+                row = versions | run(python, path, options.pytest)
+                with RESULTS.open("a") as results:
+                    results.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
     print(table(rows()), end="")
 
 
@@ -75,55 +78,48 @@ def label(versions: dict[str, str]) -> str:
     return f"{versions['python'].rpartition('.')[0]}+{versions.get('megatron-core')}"
 
 
-def run(python: Path, suite: str, options: list[str], by_file: bool) -> dict[str, object]:
-    """One run of a suite, by pytest's own record of it."""
-    paths = sorted((ROOT / "tests" / suite).rglob("test_*.py")) if by_file else [ROOT / "tests" / suite]
-    started, counts, failures = time.monotonic(), Counter[str](), []
-    for path in paths:
-        more, failed = _pytest(python, path.relative_to(ROOT), options)
-        counts, failures = counts + more, failures + failed
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {
-        "suite": suite,
-        "tier": TIER,
-        "commit": commit,
-        **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
-        "seconds": round(time.monotonic() - started),
-        "failures": failures,
-    }
-
-
-def _pytest(python: Path, path: Path, options: list[str]) -> tuple[Counter[str], list[str]]:
-    """How the tests under ``path`` ended, and the names of those that failed."""
+def run(python: Path, path: str, options: list[str]) -> dict[str, object]:
+    """One run of a file, by pytest's own record of it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    row: dict[str, object] = {"path": path, "tier": TIER, "commit": commit}
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.xml"
         command = [python, "-m", "pytest", "-q", "-m", TIER, f"--junitxml={record}", *options, path]
+        started = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, env=environment)
+        row["seconds"] = round(time.monotonic() - started)
         if done.returncode not in (0, 1, 5):  # of pytest: all passed, some failed, none was chosen
-            return Counter(failed=1), [f"{path}: pytest ended with {done.returncode}"]
+            return row | {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"pytest ended with {done.returncode}"]}
         cases = [(case, {part.tag for part in case}) for case in ElementTree.parse(record).iter("testcase")]
-    outcomes = ["failed" if {"failure", "error"} & tags else "skipped" if "skipped" in tags else "passed" for _, tags in cases]
-    failed = [case for (case, _), outcome in zip(cases, outcomes, strict=True) if outcome == "failed"]
-    return Counter(outcomes), [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+    failed = [str(case.get("name")) for case, tags in cases if tags & {"failure", "error"}]
+    skipped = sum("skipped" in tags for _, tags in cases)
+    return row | {"passed": len(cases) - len(failed) - skipped, "failed": len(failed), "skipped": skipped, "failures": failed}
 
 
 def rows() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def table(rows: list[dict]) -> str:
-    """The newest run of every suite with every versions of Python, Megatron-Core and torch, as Markdown."""
-    newest = {(*_versions(row), row["suite"]): row for row in rows}
-    suites = [*SUITES, *sorted({row["suite"] for row in rows} - {*SUITES})]
-    lines = [
-        "| Python | Megatron-Core | torch | " + " | ".join(f"tests/{suite}" for suite in suites) + " |",
-        "|---|---|---|" + "---|" * len(suites),
-    ]
-    for versions in sorted({_versions(row) for row in rows}, key=lambda each: [_numbers(version) for version in each]):
-        cells = [_cell(newest.get((*versions, suite))) for suite in suites]
-        lines.append(f"| {' | '.join((*versions, *cells))} |")
-    return "\n".join(lines) + "\n"
+    """Tests passed, failed and skipped by versions and suite, of the newest run of every file, as Markdown.
+
+    >>> run = {"python": "3.12.1", "megatron-core": "0.19.2", "torch": "2.13.0", "passed": 2, "failed": 1, "skipped": 0}
+    >>> print(table([run | {"path": "tests/run/test_a.py"}, run | {"path": "tests/run/test_a.py", "passed": 3, "failed": 0}]))
+    | Python | Megatron-Core | torch | tests/run |
+    |---|---|---|---|
+    | 3.12.1 | 0.19.2 | 2.13.0 | 3 / 0 / 0 (1 file) |
+    <BLANKLINE>
+    """
+    cells: dict[tuple[str, str, str], dict[str, list[dict]]] = {}
+    for row in {(*_versions(row), row["path"]): row for row in rows}.values():
+        cells.setdefault(_versions(row), {}).setdefault(Path(row["path"]).parts[1], []).append(row)
+    suites = sorted({suite for found in cells.values() for suite in found}, key=lambda suite: (suite not in SUITES, suite))
+    heads = ["Python", "Megatron-Core", "torch", *(f"tests/{suite}" for suite in suites)]
+    lines = [heads, ["---"] * len(heads)]
+    for versions in sorted(cells, key=lambda each: [_numbers(version) for version in each]):
+        lines.append([*versions, *(_cell(cells[versions].get(suite, [])) for suite in suites)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace(" --- ", "---")
 
 
 def _versions(row: dict) -> tuple[str, str, str]:
@@ -134,8 +130,11 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.partition("+")[0].split(".")]
 
 
-def _cell(row: dict | None) -> str:
-    return f"{row['passed']} / {row['failed']} / {row['skipped']}" if row else "not run"
+def _cell(rows: list[dict]) -> str:
+    if not rows:
+        return "not run"
+    counts = " / ".join(str(sum(row[outcome] for row in rows)) for outcome in ("passed", "failed", "skipped"))
+    return f"{counts} ({len(rows)} file{'s' * (len(rows) > 1)})"
 
 
 if __name__ == "__main__":
