@@ -41,21 +41,25 @@ print(json.dumps(versions))"""
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", action="append", default=[], metavar="PYTHON+MEGATRON=PATH")
-    parser.add_argument("--suites", nargs="+", default=SUITES, metavar="NAME", help="folders of tests/")
+    parser.add_argument("--suites", nargs="+", default=SUITES, metavar="NAME", help="folders or files of tests/")
     parser.add_argument("--missing", action="store_true", help="only files that were not run with these versions")
     parser.add_argument("pytest", nargs="*", default=[])
     options = parser.parse_args()
     environments = [checked(environment) for environment in options.environment]
     for python, versions in environments:
         done = {row["path"] for row in rows() if _versions(row) == _versions(versions)} if options.missing else set()
-        files = [path for suite in options.suites for path in sorted((ROOT / "tests" / suite).rglob("test_*.py"))]
-        for path in (str(path.relative_to(ROOT)) for path in files):
+        for path in (path for suite in options.suites for path in files_of(suite)):
             if path not in done:
                 row = versions | run(python, path, options.pytest)
                 with RESULTS.open("a") as results:
                     results.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
     print(table(rows()), end="")
+
+
+def files_of(suite: str) -> list[str]:
+    path = ROOT / "tests" / suite
+    return [str(file.relative_to(ROOT)) for file in (sorted(path.rglob("test_*.py")) if path.is_dir() else [path])]
 
 
 def checked(environment: str) -> tuple[Path, dict[str, str]]:
