@@ -48,7 +48,7 @@ def main() -> None:
     environments = [checked(environment) for environment in options.environment]
     for python, versions in environments:
         done = {row["path"] for row in rows() if _versions(row) == _versions(versions)} if options.missing else set()
-        for path in (path for suite in options.suites for path in files_of(suite)):
+        for path in dict.fromkeys(path for suite in options.suites for path in files_of(suite)):
             if path not in done:
                 row = versions | run(python, path, options.pytest)
                 with RESULTS.open("a") as results:
