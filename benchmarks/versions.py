@@ -7,7 +7,7 @@ runs the fast tests of tests/SUITE with the environment's own Python, on this ch
 An environment is named by the versions of Python and Megatron-Core that it must have, so that a path cannot stand for another
 one. Every file appends one line to results/versions.jsonl as it ends: the versions as the environment reports them, commit,
 tests passed, failed and skipped, seconds, and the names of those that failed. ``--missing`` leaves out files that have a line
-with these versions. Without environments it only prints the table, which docs/architecture.md shows.
+with these versions. At the end, and at once without environments, it prints the table and puts it into docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.jsonl"
+DOCS = ROOT / "docs" / "architecture.md"
+TABLE = re.compile(r"\| Python \| Megatron-Core \| torch \|.*\n(?:\|.*\n)*")
 SUITES = ("model", "convert", "run")
 TIER = "not slow"
 REPORT = """import json, platform
@@ -54,7 +57,8 @@ def main() -> None:
                 with RESULTS.open("a") as results:
                     results.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-    print(table(rows()), end="")
+    print(found := table(rows()), end="")
+    DOCS.write_text(TABLE.sub(found, DOCS.read_text()))
 
 
 def files_of(suite: str) -> list[str]:
