@@ -191,8 +191,10 @@ def load_checkpoint(
     """Restore what :meth:`Snapshot.write` wrote, under this run's layout, and return its ``extra``. A collective.
 
     On the layout and kind of device that wrote it, training continues bit for bit as if it had not stopped. On others,
-    generators keep their seeds. The optimizer keeps its own settings: a changed config takes effect. Every
-    byte of the files is read once, under the layout that wrote it by its writer, and kept in host memory until all are verified.
+    generators keep their seeds. The optimizer keeps its own settings: a changed config takes effect.
+
+    Every byte of the files is read once, under the layout that wrote it by the rank that needs it, and kept in host memory
+    until all files are verified.
 
     Raises:
         UserError: on every rank, for a folder that is incomplete, damaged, or of another version or model; in the last case
