@@ -74,7 +74,7 @@ def _set_generators(states: dict[str, Any], topology: Topology) -> None:
     get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def _sharded_state(chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology) -> dict[str, Any]:
+def sharded_state(chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology) -> dict[str, Any]:
     """What this rank alone holds of weights and optimizer state, and by the chunk's number what else its modules keep."""
     metadata = {"dp_cp_group": topology.replica_group}
     model = {str(part): policy_model(chunk).sharded_state_dict(metadata=metadata) for part, chunk in enumerate(chunks)}
@@ -115,7 +115,7 @@ def take_snapshot(
 
     ``extra`` is returned by :func:`load_checkpoint`: plain Python objects, the same on every rank.
     """
-    state = _sharded_state(chunks, optimizer, topology)
+    state = sharded_state(chunks, optimizer, topology)
     state["generators"] = _generators(topology)
     state["common"] = {
         "format": _FORMAT,
@@ -229,7 +229,7 @@ def _load(
     topology: Topology,
     common: dict[str, Any],
 ) -> None:
-    state = _sharded_state(chunks, optimizer, topology)
+    state = sharded_state(chunks, optimizer, topology)
     without_engine_state(state["model"], stored.metadata.state_dict_metadata)
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
