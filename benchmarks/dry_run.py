@@ -71,7 +71,8 @@ class Rank:
 
     ``place``: pipeline, data, context and tensor rank. ``rows``: of the ledger that it reads. ``trained``: rows on which it
     trains; ``num_loss_tokens``: of all its packs. ``plan``: of the checkpoint's tensors; ``objects``: keys of what else it
-    writes; ``wanted``: the boxes of each tensor that it reads back. ``messages``: of publishing. ``published``: names and shapes.
+    writes; ``wanted``: the boxes of each tensor that it reads back. ``messages``: of publishing. ``published``: names and
+    shapes.
     """
 
     place: tuple[int, int, int, int]
@@ -235,8 +236,10 @@ def check_publishing(ranks: list[Rank], shape: ModelShape) -> str:
     return f"publishing: {len(published)} tensors on rank 0, {sum(messages.values()):,} messages, each sent and received"
 
 
-def run(shape: ModelShape, layout: ParallelLayout, num_answers: int, mean: float, num_processes: int) -> list[str]:
-    """Go through all ranks of ``layout``; returns what was found, a sentence for each part. Raises AssertionError."""
+def all_ranks(
+    shape: ModelShape, layout: ParallelLayout, num_answers: int, mean: float, num_processes: int = 1
+) -> tuple[list[Rank], np.ndarray]:
+    """What every rank of ``layout`` would do, and the length of every answer of the ledger."""
     rules = BatchingRules(
         num_updates=16,
         num_ranks=layout.data,
@@ -253,11 +256,17 @@ def run(shape: ModelShape, layout: ParallelLayout, num_answers: int, mean: float
         ledger = Path(folder) / "step_000001.parquet"
         write_step(ledger, num_answers, mean)
         work = partial(dry_run, shape=shape, layout=layout, rules=rules, ledger=ledger)
-        # One process for many ranks, forked from this one, which has imported everything.
-        with multiprocessing.get_context("fork").Pool(num_processes, maxtasksperchild=16) as pool:
-            ranks = pool.map(work, range(layout.num_gpus), chunksize=1)
+        if num_processes == 1:
+            ranks = [work(rank) for rank in range(layout.num_gpus)]
+        else:  # forked from this process, which has imported everything, and anew now and then: torch keeps some of each group
+            with multiprocessing.get_context("fork").Pool(num_processes, maxtasksperchild=16) as pool:
+                ranks = pool.map(work, range(layout.num_gpus), chunksize=1)
         with open_ledger(ledger) as opened:
-            lengths = opened.index().answer_length
+            return ranks, opened.index().answer_length
+
+
+def check(ranks: list[Rank], shape: ModelShape, layout: ParallelLayout, lengths: np.ndarray) -> list[str]:
+    """A sentence for each part. Raises :class:`AssertionError`, or torch's :class:`ValueError` for overlapping tensors."""
     return [check_ledger(ranks, layout, lengths), check_checkpoint(ranks, layout), check_publishing(ranks, shape)]
 
 
@@ -282,7 +291,9 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     start = time.monotonic()
-    found = run(PUBLIC_MODELS[options.model], layout, options.answers, options.mean, options.processes)
+    shape = PUBLIC_MODELS[options.model]
+    ranks, lengths = all_ranks(shape, layout, options.answers, options.mean, options.processes)
+    found = check(ranks, shape, layout, lengths)
     print(f"# python benchmarks/dry_run.py · {platform.machine()}, torch {torch.__version__}")
     print(f"{options.model}, {layout.num_gpus} ranks: {layout}")
     print("\n".join(found))
