@@ -89,14 +89,29 @@ class Rank:
 def dry_run(rank: int, shape: ModelShape, layout: ParallelLayout, rules: BatchingRules, ledger: Path) -> Rank:
     with fake_place(rank, layout, torch.device("cpu")) as topology:
         rows, trained, num_loss_tokens = read_and_pack(topology, rules, ledger)
-        # nn.Module.to replaces fake parameters, to which Megatron keeps weak references; they are where they should be
-        with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.nn.Module, "to", lambda self, *_: self):
+        with _without_memory():
             chunks = build_model(shape, topology, dtype=torch.bfloat16)
             optimizer = PolicyOptimizer(chunks, OptimizerConfig())
             plan, objects, wanted = plan_checkpoint(chunks, optimizer, topology)
             messages, published = publish(chunks, topology, shape)
         place = topology.pipeline_rank, topology.data_rank, topology.context_rank, topology.tensor_rank
     return Rank(place, rows, trained, num_loss_tokens, plan, objects, wanted, messages, published)
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Tensors have shapes alone. What objects ranks exchange while they build is the same on all of them."""
+
+    def all_gather_object(objects: list, own: object, group: dist.ProcessGroup | None = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        # it replaces fake parameters, of which Megatron keeps weak references; they are where they should be
+        mock.patch.object(torch.nn.Module, "to", lambda self, *_: self),
+        mock.patch.object(dist, "all_gather_object", all_gather_object),
+    ):
+        yield
 
 
 def read_and_pack(topology: Topology, rules: BatchingRules, ledger: Path) -> tuple[np.ndarray, np.ndarray, int]:

@@ -4,17 +4,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from meta_worker import TINY, case
 
+from nft_megatron.data import ledger
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import dry_run
 
-CASES = {
-    "tied, 16 ranks": case(TINY, 2, 2, 2, 2, 2),
-    "untied, 16 ranks": case(replace(TINY, tied_embeddings=False), 2, 2, 1, 1, 4),
-}
+SHAPE, LAYOUT = case(replace(TINY, num_layers=4), 2, 2, 2, 2, 2)
+"""Tied: the last stage has a second copy of the embedding."""
 
 
 def _with(rank: int, **changes: Callable) -> Callable[[list], list]:
@@ -38,14 +39,12 @@ FAULTS: dict[str, Callable[[list], list]] = {
 }
 
 
-def measure() -> dict[str, dict]:
-    """By case: what was found, and what each fault raised (None: nothing)."""
-    results = {}
-    for name, (shape, layout) in CASES.items():
-        ranks, lengths = dry_run.all_ranks(shape, layout, num_answers=256, mean=40.0)
-        raised = {fault: _raised(plant(ranks), shape, layout, lengths) for fault, plant in FAULTS.items()}
-        results[name] = {"found": dry_run.check(ranks, shape, layout, lengths), "raised": raised}
-    return results
+def measure() -> dict:
+    """What was found, and what each fault raised (None: nothing)."""
+    with mock.patch.object(ledger, "_ROW_GROUP_TOKENS", 1000):
+        ranks, lengths = dry_run.all_ranks(SHAPE, LAYOUT, num_answers=256, mean=40.0)
+    raised = {fault: _raised(plant(ranks), SHAPE, LAYOUT, lengths) for fault, plant in FAULTS.items()}
+    return {"found": dry_run.check(ranks, SHAPE, LAYOUT, lengths), "raised": raised}
 
 
 def _raised(*arguments) -> str | None:
