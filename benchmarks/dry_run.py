@@ -1,6 +1,6 @@
 """Every rank of a large run, one after the other: do their parts fit together?
 
-In each rank's place the real code runs, with tensors that have shapes but no memory (torch's FakeTensorMode) and a process
+In each rank's place the real code runs, with tensors that have shapes but no memory (torch's meta device) and a process
 group without peers: it builds its part of the model and the distributed optimizer; reads its row groups of a made-up ledger of
 --answers answers, and packs what it trains on; plans what it writes of a checkpoint; goes through the stream of weights to
 publish. Then their plans are put together:
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import platform
 import tempfile
 import time
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed, and a GPU would be used
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,7 +42,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica as is_written
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -49,7 +51,7 @@ from nft_megatron.batching.batch import pack_minibatches, plan_step
 from nft_megatron.batching.minibatches import BatchingRules
 from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.data.ledger import open_ledger
-from nft_megatron.model import checkpoint, export
+from nft_megatron.model import checkpoint, cpu, export
 from nft_megatron.model.build import Chunks, build_model
 from nft_megatron.model.meta import fake_place
 from nft_megatron.model.optimizer import PolicyOptimizer
@@ -87,7 +89,7 @@ class Rank:
 
 
 def dry_run(rank: int, shape: ModelShape, layout: ParallelLayout, rules: BatchingRules, ledger: Path) -> Rank:
-    with fake_place(rank, layout, torch.device("cpu")) as topology:
+    with fake_place(rank, layout, torch.device("meta")) as topology:
         rows, trained, num_loss_tokens = read_and_pack(topology, rules, ledger)
         with _without_memory():
             chunks = build_model(shape, topology, dtype=torch.bfloat16)
@@ -105,10 +107,16 @@ def _without_memory() -> Iterator[None]:
     def all_gather_object(objects: list, own: object, group: dist.ProcessGroup | None = None) -> None:
         objects[:] = [own] * len(objects)
 
+    def type_of(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """As on the accelerator, which Megatron compares (optimizer/distrib_optimizer.py:361-433)."""
+        found = of_tensor(tensor, *arguments, **options)
+        return found.replace("cuda.meta.", "") if isinstance(found, str) else found
+
+    meta, of_tensor = torch.device("meta"), torch.Tensor.type
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        # it replaces fake parameters, of which Megatron keeps weak references; they are where they should be
-        mock.patch.object(torch.nn.Module, "to", lambda self, *_: self),
+        meta,
+        mock.patch.object(cpu, "CPU", meta),  # where Megatron believes its accelerator to be
+        mock.patch.object(torch.Tensor, "type", type_of),
         mock.patch.object(dist, "all_gather_object", all_gather_object),
     ):
         yield
@@ -124,7 +132,7 @@ def read_and_pack(topology: Topology, rules: BatchingRules, ledger: Path) -> tup
         opened.tokens(own)
         positions = plan.positions_of(topology.data_rank)
         tokens = dict(zip(positions.tolist(), opened.tokens(plan.index.row[positions]), strict=True))
-    place = topology.data_rank, topology.context_rank, topology.device
+    place = topology.data_rank, topology.context_rank, torch.device("cpu")
     minibatches = pack_minibatches(plan, tokens, algorithm, rules, *place)
     packs = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
     return own, plan.index.row[positions], sum(len(each.packed.targets_N) for each in packs)
