@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 from meta_worker import TINY, case
 
 from nft_megatron.data import ledger
@@ -28,11 +29,26 @@ def _with(rank: int, **changes: Callable) -> Callable[[list], list]:
     return change
 
 
+def _longer(items: list) -> list:
+    """The last of the items whose boxes do not end their tensor's rows has one more."""
+    for number in reversed(range(len(items))):
+        data = items[number].tensor_data
+        if len(data.size) != 3:
+            continue
+        first, length = data.chunk.offsets[1], data.chunk.sizes[1]
+        if first + length < data.size[1]:
+            sizes = torch.Size([data.chunk.sizes[0], length + 1, data.chunk.sizes[2]])
+            longer = replace(items[number], tensor_data=replace(data, chunk=replace(data.chunk, sizes=sizes)))
+            return [*items[:number], longer, *items[number + 1 :]]
+    raise AssertionError("no such item")
+
+
 FAULTS: dict[str, Callable[[list], list]] = {
     "a rank reads an answer less": _with(3, rows=lambda rows: rows[1:]),
     "a rank reads another's answers too": lambda ranks: _with(3, rows=lambda rows: np.append(rows, ranks[4].rows))(ranks),
     "a rank's packs lack a token": _with(5, num_loss_tokens=lambda number: number - 1),
     "a rank writes what another writes": lambda ranks: _with(2, plan=lambda _: ranks[0].plan)(ranks),
+    "a rank writes a row of another's, too": _with(2, plan=lambda plan: replace(plan, items=_longer(plan.items))),
     "a rank writes a tensor less": _with(2, plan=lambda plan: replace(plan, items=plan.items[1:])),
     "a message is not received": lambda ranks: _with(0, messages=lambda each: each[:-1])(ranks),
     "a tensor is published twice": _with(0, published=lambda each: [*each, each[0]]),
