@@ -17,7 +17,7 @@ from nft_megatron.convert.commands import to_hf, to_megatron
 from nft_megatron.model.build import Chunks, build_model, build_parts
 from nft_megatron.model.checkpoint import save_checkpoint
 from nft_megatron.model.load import load_weights
-from nft_megatron.model.meta import _fake_place
+from nft_megatron.model.meta import fake_place
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.packed_sequences import pack_sequences
 from nft_megatron.model.policy import lm_head_weight, policy_model
@@ -141,7 +141,7 @@ def wanted(folder: Path, tensor: int, pipeline: int) -> list[dict[str, list]]:
     layout = ParallelLayout(tensor, pipeline, 1, 1, 1, True, "none", 16384)
     ranks = []
     for rank in range(layout.num_gpus):
-        with _fake_place(rank, layout) as topology, torch.device("meta"):
+        with fake_place(rank, layout, torch.device("meta")) as topology, torch.device("meta"):
             config = transformer_config(shape, topology, torch.bfloat16, True, "none", True)
             (model,) = build_parts(shape, topology, config)
             tensors, objects = [], []

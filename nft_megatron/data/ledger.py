@@ -27,7 +27,7 @@ LEDGER_VERSION = 1
 Fate = Literal["train", "surplus", "sampled"]
 
 _VERSION_KEY, _META_KEY = b"nft_megatron.ledger_version", b"nft_megatron.meta"
-_ROW_GROUP_TOKENS, _ROW_GROUP_ROWS = 2**18, 256
+_ROW_GROUP_TOKENS, _ROW_GROUP_ROWS, _READERS = 2**18, 256, 16
 
 SCHEMA = pa.schema(
     [
@@ -103,10 +103,15 @@ def write_ledger(path: Path, groups: Sequence[Group], *, fates: Sequence[Fate], 
     schema = SCHEMA.with_metadata({_VERSION_KEY: str(LEDGER_VERSION), _META_KEY: json.dumps(meta)})
     plain = set(_TOKEN_COLUMNS[1:]) | {"answer"}  # hardly anything repeats in these
     with atomic_file(Path(path)) as temporary:
-        dictionary_columns = [name for name in SCHEMA.names if name not in plain]
-        with pq.ParquetWriter(
-            temporary, schema, compression="zstd", use_dictionary=dictionary_columns, write_page_checksum=True
-        ) as writer:
+        writer = pq.ParquetWriter(
+            temporary,
+            schema,
+            compression="zstd",
+            use_dictionary=[name for name in SCHEMA.names if name not in plain],
+            write_statistics=["group_id"],  # every reader reads the directory, and those of all columns are half of it
+            write_page_checksum=True,
+        )
+        with writer:
             for chunk in _row_groups(rows):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema), row_group_size=len(chunk))
 
@@ -270,18 +275,22 @@ def _row(group: Group, answer: Answer, fate: Fate) -> dict[str, Any]:
 
 
 def _row_groups(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Split ``rows`` so that no chunk exceeds the limits of a row group, unless it is a single row."""
-    chunk: list[dict[str, Any]] = []
-    num_tokens = 0
-    for row in rows:
-        length = row["prompt_length"] + row["answer_length"]
-        if chunk and (num_tokens + length > _ROW_GROUP_TOKENS or len(chunk) == _ROW_GROUP_ROWS):
-            yield chunk
-            chunk, num_tokens = [], 0
-        chunk.append(row)
-        num_tokens += length
-    if chunk:
-        yield chunk
+    """Split ``rows`` into parts of about equally many tokens and at most the rows of a row group.
+
+    Unless one part suffices, there are a multiple of 16 of them, so that 2, 4, 8 or 16 readers get equally many. The limit of
+    tokens may be exceeded by half an answer.
+    """
+    lengths = np.array([row["prompt_length"] + row["answer_length"] for row in rows])
+    total = int(lengths.sum())
+    count = -(-total // _ROW_GROUP_TOKENS)
+    if count > 1:
+        count = -(-count // _READERS) * _READERS
+    middles = np.cumsum(lengths) - lengths / 2
+    parts = np.minimum(middles * count // max(total, 1), count - 1)
+    for _, members in groupby(zip(parts.tolist(), rows, strict=True), key=lambda pair: pair[0]):
+        chunk = [row for _, row in members]
+        for start in range(0, len(chunk), _ROW_GROUP_ROWS):
+            yield chunk[start : start + _ROW_GROUP_ROWS]
 
 
 def _tokens(table: pa.Table) -> list[AnswerTokens]:

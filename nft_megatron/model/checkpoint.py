@@ -1,23 +1,22 @@
 """Saves and restores weights, optimizer and generators in Megatron-Core's ``torch_dist`` format.
 
-A checkpoint does not depend on the layout that wrote it: every tensor is stored by its position in the whole model, the
-optimizer's shards as the parameters they belong to (Megatron's ``fully_reshardable``; during a save every rank holds the
-optimizer state of its replica group, 12 bytes per parameter). So it loads under other tensor, pipeline and data sizes.
+A checkpoint does not depend on the layout that wrote it: every tensor is stored by its position in the whole model. So it loads
+under other tensor, pipeline and data sizes. Each rank writes the weights and optimizer state of which it alone is in charge
+(:mod:`.parameter_shards`), and under the same layout reads them back; nothing is gathered but the weights after reading.
 
-A save has two halves. :func:`take_snapshot` gathers and copies, while the ranks wait; :meth:`Snapshot.write` no longer needs
-the model and may run in a thread, with its own control group. The caller provides an empty folder and publishes it once all
-ranks have returned. Saving follows Megatron's own ``dist_checkpointing.save`` with two differences. Its writer forks processes
-and starts a manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for workers that the
-kernel killed (dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); here torch's writer works in this process.
-And if rank 0 fails to write the common part, the other ranks learn of it instead of waiting.
+A save has two halves. :func:`take_snapshot` copies this part to host memory, while the ranks wait; :meth:`Snapshot.write` no
+longer needs the model and may run in a thread, with its own control group. The caller provides an empty folder and publishes
+it once all ranks have returned. Saving follows Megatron's own ``dist_checkpointing.save`` with two differences. Its writer
+forks processes and starts a manager, which needs a ``__main__`` guard in the user's script and waits without a deadline for
+workers that the kernel killed (dist_checkpointing/strategies/filesystem_async.py:54, 266 and 308); here torch's writer works
+in this process. And if rank 0 fails to write the common part, the other ranks learn of it instead of waiting.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,9 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.model.checkpoint_reader import REMEDY, StoredCheckpoint
 from nft_megatron.model.checksums import verify_checksums, write_checksums
 from nft_megatron.model.control import on_main, together
-from nft_megatron.model.engine_state import load_weights_of, without_engine_state
+from nft_megatron.model.engine_state import load_engine_state, without_engine_state
 from nft_megatron.model.optimizer import PolicyOptimizer
+from nft_megatron.model.parameter_shards import gather_weights, parameter_shards
 from nft_megatron.model.policy import policy_model
 from nft_megatron.model.topology import Topology
 
@@ -74,40 +74,15 @@ def _set_generators(states: dict[str, Any], topology: Topology) -> None:
     get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def _sharded_state(
-    chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": topology.replica_group,
-        "chained_optim_avoid_prefix": True,
-    }
+def sharded_state(chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, topology: Topology) -> dict[str, Any]:
+    """What this rank alone holds of weights and optimizer state, and by the chunk's number what else its modules keep."""
+    metadata = {"dp_cp_group": topology.replica_group}
     model = {str(part): policy_model(chunk).sharded_state_dict(metadata=metadata) for part, chunk in enumerate(chunks)}
-    with _padding_counted(chunks):
-        state = optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": state}
-
-
-@contextlib.contextmanager
-def _padding_counted(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Let Megatron gather optimizer state with the padding between its buckets.
-
-    It drops the padding but then looks parameters up at offsets that include it, so that with more than one bucket (a tied
-    embedding split over pipeline stages has its own) moments and master weights of the later buckets are saved shifted
-    (optimizer/distrib_optimizer.py:1118 and 1508, "see issue #504").
-    """
-    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    holders = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
-    unpadded = [holder.numel_unpadded for holder in holders]
-    for buffer in buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-    try:
-        yield
-    finally:
-        for holder, numel in zip(holders, unpadded, strict=True):
-            holder.numel_unpadded = numel
+    shards = parameter_shards(optimizer.megatron.chained_optimizers, model)
+    objects = {
+        part: {name: each for name, each in state.items() if isinstance(each, ShardedObject)} for part, state in model.items()
+    }
+    return {"shards": {str(number): shard for number, shard in enumerate(shards)}, "model": objects}
 
 
 @dataclass(frozen=True)
@@ -140,8 +115,7 @@ def take_snapshot(
 
     ``extra`` is returned by :func:`load_checkpoint`: plain Python objects, the same on every rank.
     """
-    with optimizer.state_on_device():
-        state = _sharded_state(chunks, optimizer, topology, is_loading=False)
+    state = sharded_state(chunks, optimizer, topology)
     state["generators"] = _generators(topology)
     state["common"] = {
         "format": _FORMAT,
@@ -151,16 +125,15 @@ def take_snapshot(
     }
     sharded, common = save_preprocess(state)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    _copy_weights(by_key, chunks)
+    _copy(by_key)
     return Snapshot(mcore_to_pyt_state_dict(by_key, is_loading=False), copy.deepcopy(common))
 
 
-def _copy_weights(by_key: dict[str, list[ShardedBase]], chunks: Sequence[DistributedDataParallel]) -> None:
-    """Copy weights out of the memory that training changes. Optimizer state was copied when Megatron gathered it."""
-    live = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+def _copy(by_key: dict[str, list[ShardedBase]]) -> None:
+    """Copy tensors out of the memory that training changes, one after the other."""
     for shards in by_key.values():
         for shard in shards:
-            if isinstance(shard, ShardedTensor) and shard.data.untyped_storage().data_ptr() in live:
+            if isinstance(shard, ShardedTensor):
                 shard.data = shard.data.detach().to("cpu", copy=True)
 
 
@@ -220,12 +193,15 @@ def load_checkpoint(
     On the layout and kind of device that wrote it, training continues bit for bit as if it had not stopped. On others,
     generators keep their seeds. The optimizer keeps its own settings: a changed config takes effect.
 
+    Every byte of the files is read once, under the layout that wrote it by the rank that needs it, and kept in host memory
+    until all files are verified.
+
     Raises:
         UserError: on every rank, for a folder that is incomplete, damaged, or of another version or model; in the last case
             weights may be partly overwritten.
     """
-    verify_checksums(folder, topology)
-    stored = together(topology, lambda: StoredCheckpoint(folder))
+    contents = verify_checksums(folder, topology)
+    stored = together(topology, lambda: StoredCheckpoint(folder, contents))
     common = together(topology, lambda: _common(stored))
     with optimizer.state_on_device():
         _load(stored, chunks, optimizer, topology, common)
@@ -253,7 +229,7 @@ def _load(
     topology: Topology,
     common: dict[str, Any],
 ) -> None:
-    state = _sharded_state(chunks, optimizer, topology, is_loading=True)
+    state = sharded_state(chunks, optimizer, topology)
     without_engine_state(state["model"], stored.metadata.state_dict_metadata)
     if common["layout"] == _layout(topology):
         state["generators"] = _generators(topology)
@@ -268,32 +244,17 @@ def _load(
             f"is of another model: {_first_line(error)}",
             "use the run's original model.path, or another run_dir",
         ) from error
+    gather_weights(chunks)
     for part, chunk in enumerate(chunks):
-        load_weights_of(policy_model(chunk), loaded["model"][str(part)])
+        load_engine_state(policy_model(chunk), loaded.get("model", {}).get(str(part), {}))
     optimizer.num_updates = common["num_updates"]
-    _load_optimizer(optimizer, loaded["optimizer"])
+    optimizer.count_updates()
     if "generators" in loaded:
         try:
             _set_generators(loaded["generators"], topology)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             problem = f"has no usable states of random generators ({_first_line(error)})"
             raise UserError("checkpoint", stored.folder, problem, REMEDY) from error
-
-
-def _load_optimizer(optimizer: PolicyOptimizer, loaded: Any) -> None:
-    """Restore master weights, moments and step counters; settings stay those of this run.
-
-    ``DistributedOptimizer.load_state_dict`` is bypassed. It requires the parameter groups that the checkpoint was written with,
-    which differ if experts are spread over other ranks, and it restores one counter tensor shared by all parameters
-    (optimizer/distrib_optimizer.py:825), which torch's AdamW would increment once per parameter.
-    """
-    chained = optimizer.megatron.chained_optimizers
-    for number, megatron in enumerate(chained):
-        states = megatron.optimizer.state.values()
-        for state in states:
-            state.pop("step", None)  # Megatron looks for a counter among the moments that it did not save (:940)
-        megatron.load_parameter_state_from_fully_reshardable((loaded[number] if len(chained) > 1 else loaded)["param_state"])
-    optimizer.count_updates()
 
 
 def _first(error: BaseException) -> BaseException:

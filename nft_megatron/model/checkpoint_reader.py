@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +46,21 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.base.inert_pickle import UnreadablePickle, read_pickle
 from nft_megatron.base.untrusted import read_json_object
 from nft_megatron.model.megatron import load_through
-from nft_megatron.weights.archive import load_archive, load_file
+from nft_megatron.weights.archive import Source, load_archive, load_file
 from nft_megatron.weights.torch_dist_index import TorchDistIndex, read_index
 
 REMEDY = "resume from an older checkpoint: write its name into checkpoints/latest"
 
 
 class StoredCheckpoint:
-    """A checkpoint whose index and common part have been read.
+    """A checkpoint whose index and common part have been read. ``contents``: files that have been read already, by name.
 
     Raises:
         UserError: if one of them is damaged, or more than plain data and tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, contents: Mapping[str, bytearray] | None = None) -> None:
+        self.folder, self.contents = folder, contents or {}
         config = read_json_object(folder / "metadata.json", "checkpoint", REMEDY)
         if config.get("sharded_backend") != "torch_dist":  # the other fields differ between versions of Megatron-Core
             raise UserError("checkpoint", folder / "metadata.json", "is not Megatron-Core's: no backend torch_dist", REMEDY)
@@ -128,7 +130,7 @@ class _Planner(MCoreLoadPlanner):
 class _Reader(FileSystemReader):
     def __init__(self, stored: StoredCheckpoint) -> None:
         super().__init__(stored.folder)
-        self._folder, self._metadata = stored.folder, stored.metadata
+        self._folder, self._metadata, self._contents = stored.folder, stored.metadata, stored.contents
 
     def read_metadata(self) -> Metadata:
         return self._metadata
@@ -140,21 +142,23 @@ class _Reader(FileSystemReader):
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
         for name, items in by_file.items():
             path = self._folder / name
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
+            with ExitStack() as stack:
+                source: Source | None = self._contents.get(name)
+                if source is None:
+                    source = os.open(path, os.O_RDONLY)
+                    stack.callback(os.close, source)
                 for item in items:
-                    self._read_item(item, planner, path, descriptor)
-            finally:
-                os.close(descriptor)
+                    self._read_item(item, planner, path, source)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read_item(self, item: ReadItem, planner: _Planner, path: Path, descriptor: int) -> None:
+    def _read_item(self, item: ReadItem, planner: _Planner, path: Path, source: Source) -> None:
         key, place = item.storage_index.fqn, self.storage_data[item.storage_index]
-        if place.offset + place.length > os.fstat(descriptor).st_size:
+        size = os.fstat(source).st_size if isinstance(source, int) else len(source)
+        if place.offset + place.length > size:
             raise UserError("checkpoint", path, f"is truncated within {key}", REMEDY)
-        value = load_archive(path, descriptor, place.offset, place.length, "checkpoint")
+        value = load_archive(path, source, place.offset, place.length, "checkpoint")
         if item.type == LoadItemType.BYTE_IO:
             if "_extra_state" in key and not (isinstance(value, list) and all(map(_is_empty_state, value))):
                 raise UserError("checkpoint", path, f"{key} is more than an empty state of Transformer Engine", REMEDY)

@@ -31,6 +31,15 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
+def _content(path: Path) -> bytearray:
+    content = bytearray(path.stat().st_size)
+    with path.open("rb", buffering=0) as file:
+        view = memoryview(content)
+        while num_bytes := file.readinto(view[:_BLOCK]):
+            view = view[num_bytes:]
+    return content if not view else content[: -len(view)]
+
+
 def write_checksums(folder: Path, topology: Topology) -> None:
     """Write ``checksums.json`` over all files in ``folder``. Every rank reads back its own files, rank 0 the common ones."""
     own = [path for path in folder.iterdir() if path.name.startswith(f"__{topology.rank}_")]
@@ -47,25 +56,43 @@ def write_checksums(folder: Path, topology: Topology) -> None:
     on_main(topology, write)
 
 
-def verify_checksums(folder: Path, topology: Topology) -> None:
-    """Read every file once, each rank its share, and compare. A collective.
+def verify_checksums(folder: Path, topology: Topology) -> dict[str, bytearray]:
+    """Read every file once in the world and compare. A collective.
+
+    Returns what this rank has read, by the file's name: first of all the file that it wrote if this run has the layout that
+    wrote it. Other files are dealt out.
 
     Raises:
         DamagedCheckpointError: on every rank, if the folder is incomplete or a file differs from what was written.
     """
 
-    def verify() -> None:
+    def verify() -> dict[str, bytearray]:
         if not (folder / _FILE).is_file():
             raise DamagedCheckpointError("checkpoint", folder, f"is not a complete checkpoint (no {_FILE})", _REMEDY)
         try:
             checksums = read_json_object(folder / _FILE, "checkpoint", _REMEDY)
         except UserError as error:
             raise DamagedCheckpointError(error.field, error.value, error.problem, error.remedy) from error
-        for name in sorted(checksums)[topology.rank :: topology.world_size]:
+        contents = {}
+        for name in sorted(checksums):
+            if _writer(name) % topology.world_size != topology.rank:
+                continue
             if not is_plain_name(name) or not (folder / name).is_file():
                 raise DamagedCheckpointError("checkpoint", folder, f"lacks its file {name}", _REMEDY)
-            if _crc32(folder / name) != checksums[name]:
+            contents[name] = _content(folder / name)
+            if zlib.crc32(contents[name]) != checksums[name]:
                 problem = f"{name} is damaged: it does not match its recorded checksum"
                 raise DamagedCheckpointError("checkpoint", folder, problem, _REMEDY)
+        return contents
 
-    together(topology, verify)
+    return together(topology, verify)
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a file.
+
+    >>> _writer("__12_0.distcp"), _writer("common.pt"), _writer("__x")
+    (12, 0, 0)
+    """
+    rank = name.removeprefix("__").partition("_")[0] if name.startswith("__") else ""
+    return int(rank) if rank.isdecimal() else 0

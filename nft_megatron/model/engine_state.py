@@ -32,8 +32,7 @@ def without_engine_state(model: dict[str, dict[str, Any]], keys: Iterable[str]) 
             del model[part][name]
 
 
-def load_weights_of(module: torch.nn.Module, state: dict[str, Any]) -> None:
-    """``module.load_state_dict``, but that extra states may be missing."""
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    missing = [name for name in missing if _NAME not in name]
-    assert not missing and not unexpected, (missing, unexpected)
+def load_engine_state(module: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Give ``module`` the extra states in ``state``; it keeps all others."""
+    _, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected

@@ -52,7 +52,7 @@ def meta_ranks(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype = t
         UserError: if the model cannot be split that way.
     """
     for rank in range(layout.num_gpus):
-        with _fake_place(rank, layout) as topology:
+        with fake_place(rank, layout, torch.device("meta")) as topology:
             yield _built(shape, topology, layout.sequence_parallel, dtype)
 
 
@@ -93,15 +93,15 @@ def _built(shape: ModelShape, topology: Topology, sequence_parallel: bool, dtype
 
 
 @contextmanager
-def _fake_place(rank: int, layout: ParallelLayout) -> Iterator[Topology]:
-    """The topology of ``rank`` among processes that do not exist; collectives are no-ops."""
+def fake_place(rank: int, layout: ParallelLayout, device: torch.device) -> Iterator[Topology]:
+    """The topology of ``rank`` among processes that do not exist; collectives are no-ops. Call it when no group is open."""
     if not torch.cuda.is_available():
         adapt_to_cpu()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.num_gpus)
     try:
         yield take_place(
             RankInfo(rank, layout.num_gpus),
-            torch.device("meta"),
+            device,
             layout.tensor,
             layout.pipeline,
             layout.context,

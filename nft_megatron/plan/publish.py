@@ -19,9 +19,6 @@ from nft_megatron.weights import ModelShape, num_parameters
 WRITE_SECONDS, READ_SECONDS, HASH_SECONDS = 2.0, 0.65, 0.57
 """Per GB: rank 0's writer of weights and exports; a server's rank that reads all of them; their fingerprint, on each rank."""
 
-STATE_BYTES = 12
-"""Per parameter in a checkpoint besides the weights in ``model.dtype``: the moments, and master weights if that is bfloat16."""
-
 
 @dataclass(frozen=True)
 class Publish:
@@ -56,10 +53,15 @@ def publish_time(config: Config, shape: ModelShape, cluster: Cluster, servers: S
     return Publish("broadcast" + (" and a copy on disk (fleet.keep_copy)" if config.fleet.keep_copy else ""), parts)
 
 
+def state_bytes(dtype_bytes: int) -> int:
+    """Per parameter in a checkpoint besides the weights: the moments, and master weights if ``model.dtype`` is not float32."""
+    return 8 if dtype_bytes == ELEMENT["float32"] else 12
+
+
 def checkpoint_bytes(config: Config, shape: ModelShape) -> float:
     """Bytes of one checkpoint: weights, master weights and moments."""
-    state = STATE_BYTES if config.model.dtype == "bfloat16" else STATE_BYTES - 4
-    return (ELEMENT[config.model.dtype] + state) * num_parameters(shape)
+    element = ELEMENT[config.model.dtype]
+    return (element + state_bytes(element)) * num_parameters(shape)
 
 
 def export_bytes(config: Config, shape: ModelShape) -> float:

@@ -122,6 +122,7 @@ def _storage(plan: Plan) -> str:
     kept = f"checkpoints {_bytes(disk.checkpoints)}" + (f", weights {_bytes(disk.weights)}" if disk.weights else "")
     rows = [
         ("host memory", memory),
+        ("a save", f"each rank copies {_bytes(host.copy)} to host memory, and writes that"),
         ("disk", f"{_bytes(disk.whole_run)} after the whole run, of it at most {kept}"),
         (
             "",

@@ -9,16 +9,13 @@ from nft_megatron.config.schema import Config
 from nft_megatron.plan.hardware import GB
 from nft_megatron.plan.layouts import Cluster
 from nft_megatron.plan.memory import StageMemory
-from nft_megatron.plan.publish import checkpoint_bytes, export_bytes
+from nft_megatron.plan.publish import checkpoint_bytes, export_bytes, state_bytes
 from nft_megatron.plan.servers import Servers
 from nft_megatron.plan.workload import Workload
 from nft_megatron.weights import ModelShape, num_parameters
 
 LEDGER_BYTES = 9.8
 """Per token in a ledger: ids, log-probs and text, compressed. Measured: 8,192 answers of 5,000 tokens take 401 MB."""
-
-SAVE_BYTES = 29
-"""Host memory per parameter of a rank's part of the model, from the copy for a checkpoint until it is written. Measured."""
 
 PROCESS_BYTES = {True: 6e9, False: 1e9}
 """Assumed host memory of a trainer's or a server's process, on GPUs and without."""
@@ -32,8 +29,12 @@ KEPT_VERSIONS = 3
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes on the fullest node that trains, by component, and on one that only generates (0 without such nodes)."""
+    """Bytes on the fullest node that trains, by component, and on one that only generates (0 without such nodes).
 
+    ``copy``: of one rank, for a checkpoint. ``checkpoint``: of all ranks of the node.
+    """
+
+    copy: float
     processes: float
     checkpoint: float
     offloaded: float
@@ -63,8 +64,11 @@ class Disk:
 
 
 def copied_bytes(stage: StageMemory, dtype_bytes: int) -> float:
-    """Bytes that a rank of ``stage`` copies to the host for a checkpoint."""
-    return SAVE_BYTES * stage.parameters / dtype_bytes
+    """Bytes that a rank of ``stage`` copies to host memory for a checkpoint, holds until they are written, and writes: its part
+    of the optimizer's state and of the weights. Measured: at most 1.02 times that (benchmarks/checkpoint_parallel.py).
+    """
+    own = stage.optimizer / state_bytes(dtype_bytes)
+    return stage.optimizer + dtype_bytes * own
 
 
 def host_memory(
@@ -73,9 +77,11 @@ def host_memory(
     """Of a node whose ranks all hold ``stage``, the fullest."""
     ranks = min(cluster.gpus_per_node, cluster.num_trainers)
     process = PROCESS_BYTES[cluster.gpu.is_gpu]
+    copy = copied_bytes(stage, dtype_bytes)
     return HostMemory(
+        copy=copy,
         processes=ranks * process,
-        checkpoint=ranks * copied_bytes(stage, dtype_bytes),
+        checkpoint=ranks * copy,
         offloaded=ranks * stage.offloaded,
         answers=TOKEN_BYTES * work.num_asked * (work.mean_answer + work.prompt_tokens),
         engine=0.0 if servers.overlaps else 2 * 2.0 * num_parameters(shape) + servers.num * PROCESS_BYTES[False],

@@ -27,6 +27,9 @@ _MOST_DIRECTORY_BYTES = 1 << 25
 """Of an archive's list of records: about half a million."""
 _MOST_PICKLE_BYTES = 1 << 28
 
+Source = int | bytearray
+"""A file: its descriptor, or its bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
@@ -113,11 +116,16 @@ _KNOWN: Mapping[str, Any] = {
 }
 
 
+def _read_at(source: Source, num_bytes: int, offset: int) -> bytes:
+    """At most ``num_bytes``, as ``os.pread``."""
+    return os.pread(source, num_bytes, offset) if isinstance(source, int) else bytes(source[offset : offset + num_bytes])
+
+
 class _Window(io.RawIOBase):
     """``num_bytes`` of a file from ``start``, as a file of which ``zipfile`` reads the directory and small records."""
 
-    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
-        self._descriptor, self._start, self._size, self._position = descriptor, start, num_bytes, 0
+    def __init__(self, source: Source, start: int, num_bytes: int) -> None:
+        self._source, self._start, self._size, self._position = source, start, num_bytes, 0
 
     def readable(self) -> bool:
         return True
@@ -137,32 +145,32 @@ class _Window(io.RawIOBase):
         size = left if size < 0 else min(size, left)
         if size > _MOST_DIRECTORY_BYTES:
             raise ValueError(f"its list of records has {size} bytes")
-        data = os.pread(self._descriptor, size, self._start + self._position)
+        data = _read_at(self._source, size, self._start + self._position)
         self._position += len(data)
         return data
 
 
 @dataclass(frozen=True)
 class _Archive:
-    """``num_bytes`` from ``start`` of the file that is open as ``descriptor``."""
+    """``num_bytes`` from ``start`` of ``source``."""
 
-    descriptor: int
+    source: Source
     start: int
     records: Mapping[str, zipfile.ZipInfo]
     num_bytes: int
 
     @staticmethod
-    def open(descriptor: int, start: int, num_bytes: int) -> _Archive:
-        with zipfile.ZipFile(_Window(descriptor, start, num_bytes)) as archive:
+    def open(source: Source, start: int, num_bytes: int) -> _Archive:
+        with zipfile.ZipFile(_Window(source, start, num_bytes)) as archive:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        return _Archive(descriptor, start, records, num_bytes)
+        return _Archive(source, start, records, num_bytes)
 
     def place(self, name: str) -> tuple[int, int, int]:
         """Where a record's bytes are in the file: offset, number, CRC-32. A compressed one is refused: torch writes none."""
         info = self.records[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ValueError(f"its record {name} is compressed or encrypted")
-        header = os.pread(self.descriptor, 30, self.start + info.header_offset)
+        header = _read_at(self.source, 30, self.start + info.header_offset)
         offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if header[:4] != b"PK\x03\x04" or not 0 <= offset <= offset + info.file_size <= self.num_bytes:
             raise ValueError(f"its record {name} lies outside of it")
@@ -173,7 +181,7 @@ class _Archive:
         offset, num_bytes, crc32 = self.place(name)
         if num_bytes > most:
             raise ValueError(f"its record {name} has {num_bytes} bytes")
-        data = os.pread(self.descriptor, num_bytes, offset)
+        data = _read_at(self.source, num_bytes, offset)
         if crc32 and zlib.crc32(data) != crc32:  # 0: written without one
             raise ValueError(f"its record {name} does not match its checksum")
         return data
@@ -202,8 +210,9 @@ def read_archive(file: Path, descriptor: int, start: int, num_bytes: int, field:
     return _read(file, descriptor, start, num_bytes, field, storage, refuse_others=False)
 
 
-def load_archive(file: Path, descriptor: int, start: int, num_bytes: int, field: str) -> Any:
-    """The object given to ``torch.save``, with its tensors on the CPU: what ``torch.load`` would return.
+def load_archive(file: Path, source: Source, start: int, num_bytes: int, field: str) -> Any:
+    """The object given to ``torch.save``, with its tensors on the CPU: what ``torch.load`` would return. Tensors of a file that
+    is in memory are views of it.
 
     Raises:
         UserError: as :func:`read_archive`, and naming the class or function if the object is more than plain data and tensors.
@@ -215,14 +224,23 @@ def load_archive(file: Path, descriptor: int, start: int, num_bytes: int, field:
 
         def make(dtype: torch.dtype, first: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
             if key not in loaded:
-                loaded[key] = torch.empty(size, dtype=torch.uint8)
-                read_into(descriptor, offset, loaded[key])
+                loaded[key] = _bytes(source, offset, size)
             whole = loaded[key][: size // dtype.itemsize * dtype.itemsize].view(dtype)
             return whole.as_strided(shape, stride, first)
 
         return _Storage(dtype, size, make)
 
-    return _read(file, descriptor, start, num_bytes, field, storage, refuse_others=True)
+    return _read(file, source, start, num_bytes, field, storage, refuse_others=True)
+
+
+def _bytes(source: Source, offset: int, num_bytes: int) -> torch.Tensor:
+    if isinstance(source, int):
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        read_into(source, offset, data)
+        return data
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)  # which frombuffer refuses
+    return torch.frombuffer(source, dtype=torch.uint8, count=num_bytes, offset=offset)
 
 
 def load_file(file: Path, field: str) -> Any:
@@ -255,7 +273,7 @@ def _is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def _read(
     file: Path,
-    descriptor: int,
+    source: Source,
     start: int,
     num_bytes: int,
     field: str,
@@ -264,7 +282,7 @@ def _read(
     refuse_others: bool,
 ) -> Any:
     try:
-        archive = _Archive.open(descriptor, start, num_bytes)
+        archive = _Archive.open(source, start, num_bytes)
         if "byteorder" in archive.records and archive.read("byteorder", 16) != b"little":
             raise UserError(field, file, "was written by a big-endian machine", "rewrite it on a little-endian machine")
 

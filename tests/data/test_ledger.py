@@ -147,11 +147,29 @@ def test_no_groups_at_all(path: Path) -> None:
     assert read_meta(path) == {"cursor": 3}
 
 
-def test_row_groups_are_bounded_by_tokens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_ROW_GROUP_TOKENS", 20)
-    write_ledger(path, [make_group(1, "cwcw", [7, 7, 40, 1])], fates=["train"], meta={})
-    file = pq.ParquetFile(path)
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [2, 1, 1]
+@pytest.mark.parametrize(("limit", "expected"), [(5_000, 16), (400, 16), (300, 32), (8_000, 1)])
+def test_row_groups_have_equally_many_tokens_and_share_out_evenly(
+    path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: int
+) -> None:
+    """Fewer rows than a row group may have."""
+    monkeypatch.setattr(ledger, "_ROW_GROUP_TOKENS", limit)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 41, (62, 4))
+    write_ledger(
+        path, [make_group(i, "cwcw", of) for i, of in enumerate(lengths.tolist())], fates=["train"] * len(lengths), meta={}
+    )
+    tokens = lengths.ravel() + 3
+    assert 300 * 16 < 5_000 < tokens.sum() < 400 * 16 < 8_000
+    with open_ledger(path) as opened:
+        readers = [opened.share_out(np.arange(tokens.size), number) for number in (2, 16)]
+    metadata = pq.ParquetFile(path).metadata
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert len(sizes) == expected
+    share = tokens.sum() / expected
+    assert all(abs(part.sum() - share) <= tokens.max() for part in np.split(tokens, np.cumsum(sizes)[:-1]))
+    row_group = np.repeat(np.arange(expected), sizes)
+    for reader, number in zip(readers, (2, 16), strict=True) if expected > 1 else ():
+        assert np.bincount(reader[np.unique(row_group, return_index=True)[1]]).tolist() == [expected // number] * number
 
 
 @pytest.mark.parametrize("logprobs", [[-1.0], [-1.0, math.nan], [-math.inf, -1.0]])

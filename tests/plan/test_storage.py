@@ -6,6 +6,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.plan.estimate import Plan, make_plan
 from nft_megatron.plan.layouts import cluster_of, layout_of
 from nft_megatron.plan.models import PUBLIC_MODELS
+from nft_megatron.plan.report import report
 from nft_megatron.plan.storage import check_host
 from nft_megatron.plan.workload import Assumptions
 
@@ -22,12 +23,21 @@ def test_a_node_holds_the_copies_of_all_its_ranks(make_config):
     config = make_config(parallel={"tensor": 4}, optimizer={"cpu_offload": 0.5})
     host = plan(config).host
     part = NUMEL / 4
-    assert host.checkpoint == pytest.approx(8 * 29 * part, rel=1e-3)  # eight ranks; norms are in each of them
+    assert host.copy == pytest.approx((2 + 12) * part / 2, rel=1e-3)  # of two replicas; norms are in each tensor rank
+    assert host.checkpoint == 8 * host.copy
     assert host.offloaded == pytest.approx(8 * 0.5 * 12 * part / 2, rel=1e-3)  # two replicas
     assert host.processes == host.rollout_node == 8 * 6e9
     check_host(config, host)
-    with pytest.raises(UserError, match=r"needs 5\d\d GB of host memory: 442 for a checkpoint's copies, 46 for the offloaded"):
-        check_host(make_config(cluster={"node_memory_gb": 500}), host)
+    with pytest.raises(UserError, match=r"needs \d\d\d GB of host memory: 107 for a checkpoint's copies, 46 for the offloaded"):
+        check_host(make_config(cluster={"node_memory_gb": 190}), host)
+
+
+@pytest.mark.parametrize(("dtype", "per_parameter"), [("bfloat16", 14), ("float32", 12)])
+def test_all_ranks_together_copy_a_checkpoint_once(make_config, dtype, per_parameter):
+    config = make_config(parallel={"tensor": 1}, model={"dtype": dtype})
+    host = plan(config).host
+    assert 8 * host.copy == pytest.approx(per_parameter * NUMEL, rel=1e-6)
+    assert report(plan(config), "m").count(f"each rank copies {per_parameter * NUMEL / 8e9:,.0f} GB to host memory") == 1
 
 
 def test_disk_grows_by_ledgers_and_exports_and_holds_what_is_kept(make_config):
