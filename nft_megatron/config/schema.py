@@ -159,6 +159,15 @@ class Config(ConfigModel):
                 "interleaves pipeline stages, but there is only one",
                 "set parallel.pipeline to 2 or more, or this to 1",
             )
+        parallel = self.parallel
+        for field in ("first_stage_layers", "last_stage_layers"):
+            if getattr(parallel, field) is not None and parallel.pipeline == 1:
+                raise UserError(
+                    f"parallel.{field}",
+                    getattr(parallel, field),
+                    "divides the layers between pipeline stages, but there is only one",
+                    "set parallel.pipeline to 2 or more, or this to null",
+                )
         if self.data.template == "plain" and "{question}" not in self.data.plain_format:
             raise UserError(
                 "data.plain_format",

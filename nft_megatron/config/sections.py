@@ -223,6 +223,11 @@ class ParallelConfig(ConfigModel):
     """Pipeline stages."""
     virtual_pipeline: PositiveInt = 1
     """Parts of the model on each pipeline stage. 2 or more: the interleaved schedule, with a smaller bubble."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage, which also holds the embedding. null: as many as every other stage."""
+    last_stage_layers: PositiveInt | None = None
+    """Layers of the last pipeline stage, which also holds the LM head: fewer than elsewhere make it as fast as the others.
+    null: as many as every other stage."""
     context: PositiveInt = 1
     """Context-parallel ranks, which split every sequence."""
     expert: PositiveInt = 1

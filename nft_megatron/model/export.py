@@ -55,7 +55,7 @@ def hf_tensors(
 def _stage(entry: Entry, shape: ModelShape, topology: Topology) -> int:
     """The pipeline stage that holds an entry."""
     if entry.name.startswith("decoder.layers."):
-        return topology.stage_of(int(entry.name.split(".")[2]), shape.num_layers)
+        return topology.stages.stage_of(int(entry.name.split(".")[2]), shape.num_layers)
     return 0 if entry.name.startswith("embedding.") else topology.pipeline_size - 1
 
 

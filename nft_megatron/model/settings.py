@@ -60,6 +60,8 @@ def transformer_config(
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.pipeline_size,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=topology.stages.first,
+        num_layers_in_last_pipeline_stage=topology.stages.last,
         # Otherwise two stages exchange activations and gradients between the same two ranks in one batch of messages, which are
         # distinguished only by their order (pipeline_parallel/p2p_communication.py:26).
         overlap_p2p_comm=interleaved,
@@ -158,15 +160,7 @@ def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool
         raise UserError("parallel.expert", topology.expert_size, problem, f"choose a divisor of {num_experts}")
     if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
         raise UserError("parallel.sequence_parallel", False, "experts under tensor parallelism require it", "set it to true")
-    num_parts = topology.pipeline_size * topology.virtual_pipeline
-    if shape.num_layers % num_parts:
-        interleaved = topology.virtual_pipeline > 1
-        raise UserError(
-            "parallel.pipeline × parallel.virtual_pipeline" if interleaved else "parallel.pipeline",
-            num_parts,
-            f"does not divide the model's {shape.num_layers} layers",
-            "choose a divisor",
-        )
+    topology.stages.layers(shape.num_layers)
 
 
 def padded_vocab(shape: ModelShape, topology: Topology) -> int:

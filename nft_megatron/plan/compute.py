@@ -104,7 +104,7 @@ class StageWork:
 def stage_work(shape: ModelShape, layout: ParallelLayout, stage: int, packs: Packs, dtype: str) -> StageWork:
     """The share of ``packs`` on one rank of ``stage``: context ranks split tokens, tensor ranks heads and MLP units."""
     b, share = ELEMENT[dtype], 1 / (layout.tensor * layout.context)
-    layers = shape.num_layers // layout.pipeline
+    layers = layout.stages.layers(shape.num_layers)[stage]
     forward, backward = layer_passes(shape, packs.tokens, packs.pairs, b, layout.recompute)
     parts = [work.scaled(layers * share) for work in (forward, forward, backward)]
     if stage == layout.pipeline - 1:

@@ -99,20 +99,20 @@ def _numel_by_part(shape: ModelShape, tensor: int, vocab: int) -> dict[str | int
     return parts
 
 
-def stage_experts(shape: ModelShape, layout: ParallelLayout, *, on_gpu: bool) -> int:
-    """Parameters of experts on each rank of a stage, all of which have as many layers; 0 in a dense model."""
+def stage_experts(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
+    """Parameters of experts on each rank of a stage; 0 in a dense model."""
     parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
-    return shape.num_layers // layout.pipeline * parts.get("experts", 0) // layout.expert
+    return layout.stages.layers(shape.num_layers)[stage] * parts.get("experts", 0) // layout.expert
 
 
 def stage_numel(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
     """Parameters on each rank of a stage. A tied LM head is a second copy if the last stage is not the first."""
     parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
     first, last = stage == 0, stage == layout.pipeline - 1
-    total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stage_of(layer, shape.num_layers) == stage)
+    total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stages.stage_of(layer, shape.num_layers) == stage)
     total += parts["embedding"] if first else 0
     total += parts["final_layernorm"] if last else 0
-    total += stage_experts(shape, layout, on_gpu=on_gpu)
+    total += stage_experts(shape, layout, stage, on_gpu=on_gpu)
     return total + (parts["output_layer"] if last and not (first and shape.tied_embeddings) else 0)
 
 
@@ -138,12 +138,12 @@ def stage_memory(
     numel = stage_numel(shape, layout, stage, on_gpu=on_gpu)
     tokens = layout.local_tokens
     is_last = stage == layout.pipeline - 1
-    experts = stage_experts(shape, layout, on_gpu=on_gpu)
+    experts = stage_experts(shape, layout, stage, on_gpu=on_gpu)
     own = math.ceil((numel - experts) / layout.replicas) + math.ceil(experts / layout.expert_replicas)
     state = own * (8 if dtype == "float32" else 12)
 
     layer = layer_bytes(shape, layout, b, fused=on_gpu)
-    layers = shape.num_layers // layout.pipeline
+    layers = layout.stages.layers(shape.num_layers)[stage]
     output = 0.0 if is_last else b * h / layout.sequence_shards  # kept by the schedule until its gradient arrives
     in_flight = layout.in_flight(stage, num_micro_batches)
     kept = in_flight * (layers * layer.kept(layout.recompute) + output)

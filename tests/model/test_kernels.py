@@ -13,6 +13,7 @@ from nft_megatron.model import settings
 from nft_megatron.model.megatron import engine_fuses_gradients
 from nft_megatron.model.settings import check_deterministic, transformer_config
 from nft_megatron.weights.shape import SHAPE_EXAMPLE
+from nft_megatron.weights.stages import Stages
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def told(monkeypatch):
             tensor_size=1,
             pipeline_size=1,
             virtual_pipeline=1,
+            stages=Stages(1),
             context_size=context,
             expert_size=1,
         )

@@ -29,7 +29,7 @@ def sent(collectives: list[dict], direction: str, ranks: int) -> float:
 def test_tensor_parallel_bytes(counted, make_layout, sequence_parallel: bool, recompute: str):
     seen = counted(2, 1, sequence_parallel)[f"bfloat16 {recompute}"]["collectives"]
     layout = make_layout(tensor=2, sequence_parallel=sequence_parallel, recompute=recompute)
-    moved = traffic(plan_worker.small_shape(2), layout, PACKS, "bfloat16")
+    moved = traffic(plan_worker.small_shape(2), layout, 0, PACKS, "bfloat16")
     assert moved.tensor[0] == sent(seen, "forward", 2)
     overlapped = (
         2 * 4 * NUM_TOKENS * 64 * 2 / 2
@@ -40,7 +40,7 @@ def test_tensor_parallel_bytes(counted, make_layout, sequence_parallel: bool, re
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_context_parallel_bytes(counted, make_layout, recompute: str):
     seen = counted(1, 2)[f"bfloat16 {recompute}"]["collectives"]
-    moved = traffic(plan_worker.small_shape(2), make_layout(context=2, recompute=recompute), PACKS, "bfloat16")
+    moved = traffic(plan_worker.small_shape(2), make_layout(context=2, recompute=recompute), 0, PACKS, "bfloat16")
     assert moved.context == (sent(seen, "forward", 2), sent(seen, "backward", 2))
     assert moved.tensor == (0, 0)
 
