@@ -45,6 +45,7 @@ from nft_megatron.model.engine_state import load_weights_of, without_engine_stat
 from nft_megatron.model.optimizer import PolicyOptimizer
 from nft_megatron.model.policy import policy_model
 from nft_megatron.model.topology import Topology
+from nft_megatron.model.weight_gathering import gather_weights
 
 _FORMAT = 1
 _COMMON_KINDS = {"format": int, "layout": list, "num_updates": int, "extra": dict}
@@ -140,6 +141,7 @@ def take_snapshot(
 
     ``extra`` is returned by :func:`load_checkpoint`: plain Python objects, the same on every rank.
     """
+    gather_weights(chunks)
     with optimizer.state_on_device():
         state = _sharded_state(chunks, optimizer, topology, is_loading=False)
     state["generators"] = _generators(topology)
@@ -227,6 +229,7 @@ def load_checkpoint(
     verify_checksums(folder, topology)
     stored = together(topology, lambda: StoredCheckpoint(folder))
     common = together(topology, lambda: _common(stored))
+    gather_weights(chunks)  # or a later one would put the shards of before over what is loaded
     with optimizer.state_on_device():
         _load(stored, chunks, optimizer, topology, common)
     return common["extra"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from nft_megatron.model.load import table_parameters
 from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import Topology
+from nft_megatron.model.weight_gathering import gather_weights
 from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.table import Entry, Layout, split
 
@@ -30,6 +31,7 @@ def hf_tensors(
     Ranks that hold the same weights as a participant stay idle. ``value``: maps a parameter to the tensor of its shape to yield
     instead of the parameter itself.
     """
+    gather_weights(chunks)
     if topology.expert_replica_group.rank() != 0:
         return
     parameters = dict(table_parameters(chunks))

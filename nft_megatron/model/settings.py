@@ -37,6 +37,7 @@ def transformer_config(
     kernels = kernels or KernelsConfig()
     _check_context(shape, topology, kernels)
     with_engine, on_cuda = _has_transformer_engine(topology, dtype), topology.device.type == "cuda"
+    _check_tensor_overlap(shape, kernels, with_engine)
     interleaved = topology.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -81,6 +82,7 @@ def transformer_config(
         transformer_impl="transformer_engine" if with_engine else "local",
         apply_rope_fusion=with_engine,
         gradient_accumulation_fusion=on_cuda and kernels.gradient_accumulation_fusion and (with_engine or _has_apex()),
+        tp_comm_overlap=kernels.overlap_tensor_communication,
         cp_comm_type=kernels.context_communication,  # Transformer Engine's attention alone reads it
         deterministic_mode=kernels.deterministic,
         bias_activation_fusion=on_cuda,
@@ -107,6 +109,16 @@ def _check_context(shape: ModelShape, topology: Topology, kernels: KernelsConfig
             "a2a",
             f"divides the {heads} key-value heads of a tensor rank among {topology.context_size} context ranks",
             "choose p2p or all_gather",
+        )
+
+
+def _check_tensor_overlap(shape: ModelShape, kernels: KernelsConfig, with_engine: bool) -> None:
+    if kernels.overlap_tensor_communication and (not with_engine or shape.experts is not None):
+        raise UserError(
+            "kernels.overlap_tensor_communication",
+            True,
+            "is for the dense layers of Transformer Engine, on a GPU and in bfloat16",
+            "set it to false" + ("" if shape.experts else ", or install transformer-engine"),
         )
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.rank_info import RankInfo, rank_info
 from nft_megatron.model.cpu import adapt_to_cpu
+from nft_megatron.model.tensor_overlap import close_buffers
 from nft_megatron.weights.stages import Stages
 
 ProcessGroup = dist.ProcessGroup
@@ -243,6 +244,7 @@ def shutdown() -> None:
     if not dist.is_initialized():
         return
     has_threads = dist.get_backend() != "fake"  # the groups of nft_megatron/model/meta.py have none, and a collection is slow
+    close_buffers()
     parallel_state.destroy_model_parallel()
     if has_threads:
         gc.collect()

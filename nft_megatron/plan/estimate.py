@@ -12,6 +12,7 @@ from nft_megatron.plan.memory import ELEMENT, StageMemory, stage_memory
 from nft_megatron.plan.publish import Publish, publish_time, save_time
 from nft_megatron.plan.servers import servers_of, with_tensor_parallel
 from nft_megatron.plan.storage import Disk, HostMemory, copied_bytes, disk, host_memory
+from nft_megatron.plan.switches import Switches
 from nft_megatron.plan.time import TrainTime, train_time
 from nft_megatron.plan.workload import Assumptions, Packs, Workload, pack_update, workload_of
 from nft_megatron.weights import ModelShape, num_parameters
@@ -86,6 +87,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
     check_layout(shape, layout)
     packs = pack_update(config, shape, layout, work)
     dtype, cpu_offload = config.model.dtype, config.optimizer.cpu_offload
+    switches = Switches.of(config, on_gpu=cluster.gpu.is_gpu)
     stages = tuple(
         stage_memory(
             shape,
@@ -95,6 +97,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
             on_gpu=cluster.gpu.is_gpu,
             num_micro_batches=packs.num_micro_batches,
             cpu_offload=cpu_offload,
+            switches=switches,
         )
         for stage in range(layout.pipeline)
     )
@@ -106,7 +109,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
         num_updates=work.num_updates,
         dtype=dtype,
         cpu_offload=cpu_offload,
-        fused_gradients=config.kernels.gradient_accumulation_fusion or not cluster.gpu.is_gpu,
+        switches=switches,
     )
     if config.train.old_logprobs == "engine":
         time = replace(time, old_logprobs=0.0)

@@ -17,6 +17,7 @@ from nft_megatron.plan.compute import Work, stage_work
 from nft_megatron.plan.hardware import ACHIEVABLE
 from nft_megatron.plan.layouts import Cluster, ParallelLayout
 from nft_megatron.plan.memory import ELEMENT, stage_experts, stage_numel
+from nft_megatron.plan.switches import DEFAULTS, Switches
 from nft_megatron.plan.workload import Packs
 from nft_megatron.weights import ModelShape
 
@@ -143,19 +144,29 @@ class Roofline:
             self.transfer(moved.pipeline[direction], 2, apart),
         )
 
-    def passes(self, shape: ModelShape, stage: int, packs: Packs) -> StagePasses:
+    def passes(self, shape: ModelShape, stage: int, packs: Packs, switches: Switches) -> StagePasses:
         """All packs of an update on ``stage``."""
         layout = self.layout
-        work, moved = stage_work(shape, layout, stage, packs, self.dtype), traffic(shape, layout, stage, packs, self.dtype)
+        work = stage_work(shape, layout, stage, packs, self.dtype, fused_head=switches.fused_head)
+        moved = traffic(shape, layout, stage, packs, self.dtype)
         starts = expert_seconds(shape, layout, stage) * packs.num_micro_batches
         again = starts if layout.recompute != "none" else 0.0
         return StagePasses(
             logprobs=self.work(work.logprobs) + starts,
             forward=self.work(work.forward) + starts,
             backward=self.work(work.backward) + 2 * starts + again,
-            ahead=self.layers(moved, 0),
-            behind=self.layers(moved, 1),
+            ahead=self.waits(moved, 0, work.forward, switches),
+            behind=self.waits(moved, 1, work.backward, switches),
         )
+
+    def waits(self, moved: LayerTraffic, direction: int, work: Work, switches: Switches) -> tuple[float, float, float, float]:
+        """:meth:`layers`. Overlapped tensor communication leaves what the products do not cover, and one piece of each
+        collective: a rank's own piece of an all-gather is there before, that of a reduce-scatter comes last.
+        """
+        tensor, *others = self.layers(moved, direction)
+        if switches.overlapped_tensor:
+            tensor = max(tensor / self.layout.tensor, tensor - self.work(Work(matmul=work.matmul)))
+        return tensor, *others
 
 
 def train_time(
@@ -167,11 +178,11 @@ def train_time(
     num_updates: int,
     dtype: str,
     cpu_offload: float,
-    fused_gradients: bool = True,
+    switches: Switches = DEFAULTS,
 ) -> TrainTime:
     """Old log-probs and all updates of a rollout step; each update trains ``packs``."""
     rate = Roofline(layout, cluster, dtype)
-    stages = [rate.passes(shape, stage, packs) for stage in range(layout.pipeline)]
+    stages = [rate.passes(shape, stage, packs, switches) for stage in range(layout.pipeline)]
     slowest = max(stages, key=lambda stage: stage.total)
     forward, backward, ahead, behind = slowest.forward, slowest.backward, slowest.ahead, slowest.behind
     slots = packs.num_micro_batches * layout.virtual_pipeline
@@ -190,7 +201,8 @@ def train_time(
     summing, gathering = collective(FLOAT32), collective(ELEMENT[dtype])
     own = dense / ranks + experts / few
     waited = max(0.0, summing - backward / packs.num_micro_batches)
-
+    hidden = min(gathering, forward / packs.num_micro_batches) if switches.overlapped_gathering else 0.0
+    adds = 0.0 if switches.fused_gradients else add_seconds(numel, cluster, dtype)
     return TrainTime(
         old_logprobs=num_updates * logprobs * (1 + (layout.pipeline - 1) / (slots * num_updates)),
         forward=num_updates * forward,
@@ -199,10 +211,10 @@ def train_time(
         context_communication=num_updates * (ahead[1] + behind[1]),
         expert_communication=num_updates * (ahead[2] + behind[2]),
         pipeline_communication=num_updates * (ahead[3] + behind[3]),
-        data_communication=num_updates * (waited + gathering),
+        data_communication=num_updates * (waited + gathering) - (num_updates - 1) * hidden,  # the last is published at once
         pipeline_bubble=num_updates * slowest.total * (layout.pipeline - 1) / slots,
-        optimizer=num_updates * optimizer_seconds(numel, own, cluster, dtype, cpu_offload),
-        gradient_adds=0.0 if fused_gradients else num_updates * packs.num_micro_batches * add_seconds(numel, cluster, dtype),
+        optimizer=num_updates * optimizer_seconds(numel, own, cluster, dtype, cpu_offload, switches.moment_bytes),
+        gradient_adds=num_updates * packs.num_micro_batches * adds,
     )
 
 
@@ -218,13 +230,15 @@ def add_seconds(numel: int, cluster: Cluster, dtype: str) -> float:
     return numel * 2 * (ELEMENT[dtype] + FLOAT32) / (cluster.gpu.memory_bandwidth * ACHIEVABLE.memory)
 
 
-def optimizer_seconds(numel: int, own: float, cluster: Cluster, dtype: str, cpu_offload: float) -> float:
+def optimizer_seconds(
+    numel: int, own: float, cluster: Cluster, dtype: str, cpu_offload: float, moment_bytes: int = 2 * FLOAT32
+) -> float:
     """One update: clear gradients and take their norm, read and write the state, fetch and return an offloaded share.
 
     Args:
         numel: parameters on this rank. own: those whose state it holds.
     """
-    gpu, state = cluster.gpu, 3 if dtype == "bfloat16" else 2
-    traffic = FLOAT32 * (2 * numel + own) + own * (2 * FLOAT32 * state + ELEMENT[dtype])
-    over_host = 2 * FLOAT32 * state * own * cpu_offload
+    gpu, state = cluster.gpu, moment_bytes + (FLOAT32 if dtype == "bfloat16" else 0)
+    traffic = FLOAT32 * (2 * numel + own) + own * (2 * state + ELEMENT[dtype])
+    over_host = 2 * state * own * cpu_offload
     return traffic / (gpu.memory_bandwidth * ACHIEVABLE.memory) + over_host / (gpu.host_bandwidth * ACHIEVABLE.host)

@@ -10,6 +10,7 @@ from nft_megatron.plan.hardware import ACCELERATORS, ACHIEVABLE
 from nft_megatron.plan.layouts import Cluster
 from nft_megatron.plan.memory import stage_numel
 from nft_megatron.plan.models import PUBLIC_MODELS
+from nft_megatron.plan.switches import Switches
 from nft_megatron.plan.time import optimizer_seconds, traffic, train_time
 from nft_megatron.plan.workload import Packs
 
@@ -115,7 +116,7 @@ def test_the_optimizer_moves_its_state_and_an_offloaded_share_of_it():
 
 def test_gradients_are_added_in_a_pass_of_their_own_only_without_the_fused_kernel(make_layout):
     layout, packs = make_layout(data=8), Packs(4, 16384, 10**7, 10000)
-    fused, apart = seconds(layout, packs), seconds(layout, packs, fused_gradients=False, num_updates=3)
+    fused, apart = seconds(layout, packs), seconds(layout, packs, switches=Switches(fused_gradients=False), num_updates=3)
     numel = stage_numel(SHAPE, layout, 0, on_gpu=True)
     # each of 3 × 4 times: write and read a bfloat16 gradient, read and write its float32 sum
     assert apart.gradient_adds == pytest.approx(3 * 4 * numel * (2 + 2 + 4 + 4) / (3.35e12 * ACHIEVABLE.memory))

@@ -1,0 +1,35 @@
+"""Weights that ranks gather during the next forward pass, ``kernels.overlap_parameter_gather``.
+
+The distributed optimizer updates this rank's shard of the weights. Megatron then gathers them bucket by bucket: a hook before
+each layer's forward pass waits for the layer's bucket and starts the next one. So weights are complete only where a forward
+pass has been, and whatever else reads them must wait itself: the LM head, which is no layer here, exports and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+
+def gather_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Complete all weights on every rank. A collective over the ranks that hold the same weights.
+
+    Call it before weights are read or replaced outside of a forward pass.
+    """
+    for chunk in chunks:
+        if _overlaps(chunk):
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
+
+
+def await_weight(chunk: torch.nn.Module, weight: torch.nn.Parameter) -> None:
+    """In a forward pass, wait for a weight that is used outside of its layer."""
+    if _overlaps(chunk):
+        chunk.param_to_bucket_group[weight].finish_param_sync()
+
+
+def _overlaps(chunk: torch.nn.Module) -> bool:
+    return isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather
