@@ -78,7 +78,7 @@ class FusedAdam(torch.optim.Optimizer):
 def transformer_engine() -> Iterator[None]:
     """Let Megatron-Core find the stand-in."""
     from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.optimizer import optimizer_config
+    from megatron.core.optimizer import distrib_optimizer, optimizer_config
 
     names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
     modules = {name: ModuleType(name) for name in names}
@@ -86,6 +86,7 @@ def transformer_engine() -> Iterator[None]:
     with (
         mock.patch.dict(sys.modules, modules),
         mock.patch.object(megatron_optimizer, "Adam", FusedAdam),
+        mock.patch.object(distrib_optimizer, "Adam", FusedAdam, create=True),
         mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
         mock.patch.object(megatron_optimizer, "is_te_min_version", return_value=True),
         mock.patch.object(optimizer_config, "is_te_min_version", return_value=True),

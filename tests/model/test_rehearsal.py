@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,11 @@ FAMILIES = ("qwen3", "llama 3", "mistral", "qwen3_moe", "qwen3_moe raw")
 MORE = {
     "pipeline 2": Rehearsal(Layout(2, {"pipeline": 2}), options={"stages": "updates"}),
     "data 2, several buckets": Rehearsal(Layout(2), options={"bucket": SMALL_BUCKETS, "stages": "updates"}),
+    "data 2, several buckets, overlapped gathering": Rehearsal(
+        LAYOUTS["data 2, overlapped gathering"], options={"bucket": SMALL_BUCKETS}
+    ),
+    "pipeline 2, uneven": Rehearsal(Layout(2, {"pipeline": 2, "last_stage_layers": 1}), options={"stages": "updates"}),
+    "torch's operators for the LM head": Rehearsal(Layout(1, kernels={"fused_lm_head": False}), options={"stages": "updates"}),
     **{f"{name}, {dtype}": Rehearsal(LAYOUTS[name], dtype, model) for name, dtype, model in LAYOUTS_AND_DTYPES},
     **{family: Rehearsal(model=family) for family in FAMILIES},
     "qwen3_moe, expert 2": Rehearsal(Layout(2, {"expert": 2}), model="qwen3_moe"),
@@ -83,7 +88,7 @@ class Stage:
         if rehearsal.model not in self.models:
             self.models[rehearsal.model] = save_tiny(rehearsal.model, self.root / "families" / rehearsal.model)
         layout, folder = rehearsal.layout, self.root / f"case {len(self._cases)}"
-        changed = Layout(layout.num_processes, layout.parallel, layout.model, {**layout.train, **TOKENS}, layout.optimizer)
+        changed = replace(layout, train={**layout.train, **TOKENS})
         config = write_config(folder, self.models[rehearsal.model], changed, dtype=rehearsal.dtype)
         case = {"out": str(self.root / name), "config": str(config), "ledger": str(self.ledger), "world": layout.num_processes}
         self._cases.append(case | rehearsal.options | options)
