@@ -20,7 +20,6 @@ from nft_megatron.model.settings import check_deterministic, transformer_config
 from nft_megatron.weights.shape import SHAPE_EXAMPLE, Experts
 from nft_megatron.weights.stages import Stages
 
-
 ONE_STAGE = Stages(1)
 
 
