@@ -86,7 +86,8 @@ def transformer_engine() -> Iterator[None]:
     with (
         mock.patch.dict(sys.modules, modules),
         mock.patch.object(megatron_optimizer, "Adam", FusedAdam),
-        mock.patch.object(distrib_optimizer, "Adam", FusedAdam, create=True),
+        mock.patch.object(distrib_optimizer, "Adam", FusedAdam),
+        mock.patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", True),
         mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
         mock.patch.object(megatron_optimizer, "is_te_min_version", return_value=True),
         mock.patch.object(optimizer_config, "is_te_min_version", return_value=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.compute import model_flops
 from nft_megatron.plan.generation import Generation, generation
@@ -169,3 +170,10 @@ def _utilisation(config: Config, shape: ModelShape, work: Workload, training: Tr
 def check_model(config: Config, shape: ModelShape) -> None:
     """Raise :class:`UserError` for what no layout changes: a context longer than the model's."""
     config.check_context(shape.max_positions)
+    if config.kernels.overlap_tensor_communication and shape.experts is not None:
+        raise UserError(
+            "kernels.overlap_tensor_communication",
+            True,
+            "is for the dense layers of Transformer Engine, on a GPU and in bfloat16",
+            "set it to false",
+        )

@@ -4,14 +4,19 @@ from dataclasses import replace
 
 import pytest
 
+from nft_megatron.base.errors import UserError
+from nft_megatron.plan.command import _too_large
 from nft_megatron.plan.compute import head_passes, stage_work
+from nft_megatron.plan.estimate import check_model, plan_training
 from nft_megatron.plan.hardware import ACCELERATORS, ACHIEVABLE
-from nft_megatron.plan.layouts import Cluster
+from nft_megatron.plan.layouts import Cluster, cluster_of, layout_of
 from nft_megatron.plan.memory import stage_memory, stage_numel
 from nft_megatron.plan.models import PUBLIC_MODELS
+from nft_megatron.plan.search import search
 from nft_megatron.plan.switches import Switches
 from nft_megatron.plan.time import train_time
-from nft_megatron.plan.workload import Packs
+from nft_megatron.plan.workload import Assumptions, Packs, workload_of
+from nft_megatron.weights.shape import Experts
 
 SHAPE = PUBLIC_MODELS["Qwen2.5-7B"]
 CLUSTER = Cluster(ACCELERATORS["h100"], 8, 8, 0)
@@ -120,3 +125,26 @@ def test_a_last_stage_with_fewer_layers_is_no_longer_the_slowest(make_layout):
     layers = [stage_memory(SHAPE, uneven, stage, **MEMORY).activations / (4 - stage) for stage in range(3)]
     assert layers == pytest.approx([layers[0]] * 3)
     assert str(uneven).startswith("tensor 1 x pipeline 4, 4 layers in the last stage x context 1")
+
+
+def test_overlapped_tensor_communication_is_refused_for_experts(make_config):
+    config = make_config(kernels={"overlap_tensor_communication": True}, parallel={"tensor": 2}, train={"pad_to_budget": True})
+    check_model(config, SHAPE)
+    with pytest.raises(UserError, match="is for the dense layers of Transformer Engine"):
+        check_model(config, replace(SHAPE, experts=Experts(8, 2, 64, normalise_topk=True)))
+
+
+def test_the_layout_that_is_offered_instead_has_even_stages(make_config):
+    """An override that leaves the number of layers of an end would not fit it."""
+    config = make_config(
+        model={"path": "Qwen2.5-32B"},
+        rollout={"max_answer_tokens": 3584},
+        parallel={"pipeline": 2, "last_stage_layers": 30},
+        train={"micro_batch_tokens": 16384},
+    )
+    cluster = cluster_of(config)
+    shape, assumptions = PUBLIC_MODELS["Qwen2.5-32B"], Assumptions()
+    plan = plan_training(config, shape, cluster, layout_of(config, cluster), workload_of(config, assumptions))
+    assert not plan.fits
+    remedy = _too_large(plan, search(config, shape, cluster, assumptions)).remedy
+    assert "parallel.last_stage_layers=null" in remedy and "first_stage_layers" not in remedy
