@@ -54,7 +54,17 @@ class FusedAdam(torch.optim.Optimizer):
 
     def set_scaled_state(self, param, state_name, unscaled_state):
         assert unscaled_state.dtype == torch.float32
-        self.state[param][state_name].copy_(unscaled_state)
+        state = self.state[param].setdefault(state_name, torch.empty(param.shape, dtype=self.dtypes[state_name]))
+        state.copy_(unscaled_state)
+
+    def load_state_dict(self, state_dict):
+        """torch's own gives every state the dtype of its parameter."""
+        super().load_state_dict(state_dict)
+        parameters = [param for group in self.param_groups for param in group["params"]]
+        for number, states in state_dict["state"].items():
+            self.state[parameters[number]] = {}
+            for name, state in states.items():
+                self.set_scaled_state(parameters[number], name, state.float())
 
     @torch.no_grad()
     def step(self, closure=None):
