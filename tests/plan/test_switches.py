@@ -140,7 +140,8 @@ def test_the_layout_that_is_offered_instead_has_even_stages(make_config):
         model={"path": "Qwen2.5-32B"},
         rollout={"max_answer_tokens": 3584},
         parallel={"pipeline": 2, "last_stage_layers": 30},
-        train={"micro_batch_tokens": 16384},
+        train={"micro_batch_tokens": 8192},
+        cluster={"trainer_nodes": 4},
     )
     cluster = cluster_of(config)
     shape, assumptions = PUBLIC_MODELS["Qwen2.5-32B"], Assumptions()
