@@ -24,7 +24,15 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def sums_kernel(logits, target_row, is_own, sums, num_tokens, num_rows, block: tl.constexpr):
+def sums_kernel(
+    logits: tl.tensor,
+    target_row: tl.tensor,
+    is_own: tl.tensor,
+    sums: tl.tensor,
+    num_tokens: tl.tensor,
+    num_rows: tl.tensor,
+    block: tl.constexpr,
+) -> None:
     """One token: ``sums`` [4, C] of :meth:`LMHead._local_sums`."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * num_rows
@@ -48,17 +56,17 @@ def sums_kernel(logits, target_row, is_own, sums, num_tokens, num_rows, block: t
 
 @triton.jit
 def gradient_kernel(
-    logits,
-    target_row,
-    is_own,
-    log_sum_exp,
-    logprob_grad,
-    entropy,
-    entropy_grad,
-    num_rows,
+    logits: tl.tensor,
+    target_row: tl.tensor,
+    is_own: tl.tensor,
+    log_sum_exp: tl.tensor,
+    logprob_grad: tl.tensor,
+    entropy: tl.tensor,
+    entropy_grad: tl.tensor,
+    num_rows: tl.tensor,
     with_entropy: tl.constexpr,
     block: tl.constexpr,
-):
+) -> None:
     """One block of one token: its logits become their gradient. Incoming gradients are those of :mod:`.lm_head`, over the
     temperature; those of the entropy are read only ``with_entropy``."""
     token = tl.program_id(0).to(tl.int64)

@@ -19,17 +19,17 @@ def gather_weights(chunks: Sequence[torch.nn.Module]) -> None:
     Call it before weights are read or replaced outside of a forward pass.
     """
     for chunk in chunks:
-        if _overlaps(chunk):
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        if (ddp := _overlapping(chunk)) is not None:
+            for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
                 if group.param_gather_handle is not None or not group.param_gather_dispatched:
                     group.start_param_sync(force_sync=True)
 
 
 def await_weight(chunk: torch.nn.Module, weight: torch.nn.Parameter) -> None:
     """In a forward pass, wait for a weight that is used outside of its layer."""
-    if _overlaps(chunk):
-        chunk.param_to_bucket_group[weight].finish_param_sync()
+    if (ddp := _overlapping(chunk)) is not None:
+        ddp.param_to_bucket_group[weight].finish_param_sync()
 
 
-def _overlaps(chunk: torch.nn.Module) -> bool:
-    return isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather
+def _overlapping(chunk: torch.nn.Module) -> DistributedDataParallel | None:
+    return chunk if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather else None

@@ -163,10 +163,10 @@ class Roofline:
         """:meth:`layers`. Overlapped tensor communication leaves what the products do not cover, and one piece of each
         collective: a rank's own piece of an all-gather is there before, that of a reduce-scatter comes last.
         """
-        tensor, *others = self.layers(moved, direction)
+        tensor, context, expert, pipeline = self.layers(moved, direction)
         if switches.overlapped_tensor:
             tensor = max(tensor / self.layout.tensor, tensor - self.work(Work(matmul=work.matmul)))
-        return tensor, *others
+        return tensor, context, expert, pipeline
 
 
 def train_time(
