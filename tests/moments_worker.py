@@ -33,6 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay=0.0,
         *,
         adam_w_mode=True,
+        capturable=False,
         master_weights=False,
         master_weight_dtype=torch.float32,
         exp_avg_dtype=torch.float32,
@@ -40,7 +41,7 @@ class FusedAdam(torch.optim.Optimizer):
         use_decoupled_grad=False,
         store_param_remainders=False,
     ):
-        assert adam_w_mode and master_weights and use_decoupled_grad and not store_param_remainders
+        assert adam_w_mode and not capturable and master_weights and use_decoupled_grad and not store_param_remainders
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}
 
