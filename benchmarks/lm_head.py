@@ -8,7 +8,8 @@ Every way goes from hidden states [T, H], a weight [V, H] and T targets to the g
   verl-like               log-prob and entropy, both with gradient, by one logsumexp and a softmax of all logits in float32
   NeMo-RL-like            all logits in the inputs' dtype; their log_softmax in float32 chunks, again in the backward pass
   token_logprobs          this package in two passes; also with the entropy's gradient, and adding to an existing main_grad
-  token_loss_sum          this package in one pass, with the loss of NFT; also adding to an existing main_grad
+  token_loss_sum          this package in one pass, with the loss of NFT; also adding to an existing main_grad; on CUDA with its
+                          kernels and with torch's operators
 
 The peers are a few lines each, after their algorithms. Every measurement is a process of its own. Memory is the peak of the
 whole process above its inputs (a main_grad is one of them), on CUDA that of the allocator. Time is CPU time of one thread after
@@ -45,6 +46,7 @@ from nft_megatron.model.token_loss import token_loss_sum
 
 FULL, FULL_ENTROPY = "full logits", "full logits, entropy"
 MEGATRON, MEGATRON_AGAIN = "Megatron", "Megatron, logits again"
+OPERATORS = "token_loss_sum, operators"
 LIMIT_8, LIMIT_6 = "products, 8 THV", "products, 6 THV"
 
 
@@ -59,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab", type=int, default=vocab, help="V (%(default)s)")
     add("--chunk", type=int, default=None, help="tokens of a chunk of this package's (its default)")
     add("--dtypes", nargs="+", default=["bfloat16"] if on_cuda else ["bfloat16", "float32"], help="(%(default)s)")
-    add("--ways", nargs="+", default=list(WAYS), metavar="WAY", help="some of: " + "; ".join(WAYS))
+    ways = [way for way in WAYS if on_cuda or way != OPERATORS]
+    add("--ways", nargs="+", default=ways, metavar="WAY", help="some of: " + "; ".join(WAYS))
     add("--repeats", type=int, default=1 if on_cuda else 3, help="rounds in which all ways take turns (%(default)s)")
     add("--measure", nargs=2, metavar=("WAY", "DTYPE"), help="one way in this process, as JSON")
     return parser.parse_args()
@@ -186,7 +189,7 @@ def two_passes(inputs: Inputs, entropy: str = "none") -> None:
     total.backward()
 
 
-def one_pass(inputs: Inputs) -> None:
+def one_pass(inputs: Inputs, fused: bool = True) -> None:
     token_loss = build_algorithm("nft").token_loss
     old_logprob_N, is_correct_N = -12 + inputs.entropy_upstream_N, inputs.upstream_N > 0
     rate_N = torch.full_like(inputs.upstream_N, 0.4)
@@ -195,7 +198,7 @@ def one_pass(inputs: Inputs) -> None:
         batch = TokenBatch(logprob_C, old_logprob_N[chunk], is_correct_N[chunk], rate_N[chunk])
         return inputs.upstream_N[chunk].abs() * token_loss(batch).loss_N
 
-    token_loss_sum(*inputs[:3], loss_of, **options(inputs))[0].backward()
+    token_loss_sum(*inputs[:3], loss_of, **options(inputs), fused=fused)[0].backward()
 
 
 WITH_MAIN_GRAD = ", main_grad"
@@ -213,6 +216,7 @@ WAYS: dict[str, Callable[[Inputs], None]] = {
     "token_logprobs" + WITH_MAIN_GRAD: two_passes,
     "token_loss_sum": one_pass,
     "token_loss_sum" + WITH_MAIN_GRAD: one_pass,
+    OPERATORS: lambda inputs: one_pass(inputs, fused=False),
 }
 
 

@@ -29,7 +29,7 @@ from nft_megatron.weights import ModelShape, read_shape
 
 @dataclass(frozen=True)
 class Layout:
-    """``loads``: names of the models to load; ``saves``: those to save again."""
+    """``loads``: names of the models to load; ``saves``: those to save again. ``last``: layers of the last stage."""
 
     tensor: int
     pipeline: int
@@ -38,6 +38,7 @@ class Layout:
     context: int = 1
     expert: int = 1
     virtual: int = 1
+    last: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -55,6 +56,7 @@ def measure(layout: Layout, folders: dict[str, tuple[Path, Path]], out: Path) ->
         layout.pipeline,
         layout.context,
         virtual_pipeline=layout.virtual,
+        last_stage_layers=layout.last,
         expert=layout.expert,
         timeout_seconds=240,
         threads=1,

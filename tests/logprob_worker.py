@@ -36,6 +36,22 @@ def ours(hidden, weight, targets, upstream, temperature, group=None, chunk_size=
     return logprob.detach(), entropies.detach(), *torch.autograd.grad(total, (hidden, weight))
 
 
+def loss_of_one_pass(hidden, weight, targets, upstream, temperature, group=None):
+    """``token_loss_sum`` of the log-probs times ``upstream[0]``, with the gradients of hidden states and weight."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss, logprob_N = token_loss_sum(
+        hidden,
+        weight,
+        targets,
+        lambda logprob_C, chunk: upstream[0, chunk] * logprob_C,
+        temperature=temperature,
+        vocab_size=VOCAB,
+        group=group,
+        chunk_size=8,
+    )
+    return loss.detach(), logprob_N, *torch.autograd.grad(loss, (hidden, weight))
+
+
 def run_rank(folder):
     """One of two ranks: writes its results for ``CASES`` to ``folder``."""
     dist.init_process_group("gloo", init_method="env://")
@@ -50,17 +66,5 @@ def _results(rank):
         hidden, weight, targets, upstream = problem(num_tokens, padded, dtype)
         weight = weight.chunk(2)[rank]
         logprobs = ours(hidden, weight, targets, upstream, 0.7, group=dist.group.WORLD, entropy="gradient")
-        hidden.requires_grad_()
-        weight.requires_grad_()
-        loss, logprob_N = token_loss_sum(
-            hidden,
-            weight,
-            targets,
-            lambda logprob_C, chunk, upstream=upstream: upstream[0, chunk] * logprob_C,
-            temperature=0.7,
-            vocab_size=VOCAB,
-            group=dist.group.WORLD,
-            chunk_size=8,
-        )
-        results.append((logprobs, (loss.detach(), logprob_N, *torch.autograd.grad(loss, (hidden, weight)))))
+        results.append((logprobs, loss_of_one_pass(hidden, weight, targets, upstream, 0.7, group=dist.group.WORLD)))
     return results

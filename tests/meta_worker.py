@@ -32,20 +32,25 @@ EXPERTS = replace(
 )
 
 
-def case(shape: ModelShape, tensor: int, pipeline: int, virtual: int, context: int, data: int, expert: int = 1) -> tuple:
-    return shape, ParallelLayout(tensor, pipeline, virtual, context, data, True, "none", 16384, expert)
+def case(
+    shape: ModelShape, tensor: int, pipeline: int, virtual: int, context: int, data: int, expert: int = 1, **ends: int
+) -> tuple:
+    return shape, ParallelLayout(tensor, pipeline, virtual, context, data, True, "none", 16384, expert, **ends)
 
 
 CASES = {
     "32B on 64 GPUs": case(PUBLIC_MODELS["Qwen2.5-32B"], 8, 4, 1, 2, 1),
     "32B interleaved": case(PUBLIC_MODELS["Qwen2.5-32B"], 4, 4, 4, 1, 1),
+    "32B interleaved, uneven": case(PUBLIC_MODELS["Qwen2.5-32B"], 4, 4, 2, 1, 1, first_stage_layers=16, last_stage_layers=12),
     "7B": case(PUBLIC_MODELS["Qwen2.5-Math-7B"], 2, 2, 1, 1, 2),
     "tiny": case(TINY, 1, 1, 1, 1, 1),
     "tiny, tensor 4": case(TINY, 4, 1, 1, 2, 1),
     "tiny, two stages": case(TINY, 2, 2, 1, 1, 1),
+    "tiny, uneven": case(TINY, 1, 3, 1, 1, 1, last_stage_layers=2),
     "tiny, interleaved": case(TINY, 2, 2, 2, 1, 2),
     "experts, tensor 2": case(EXPERTS, 2, 1, 1, 1, 2),
     "experts over 2": case(EXPERTS, 2, 2, 1, 2, 2, 2),
+    "experts, uneven": case(EXPERTS, 1, 2, 1, 1, 1, first_stage_layers=5),
 }
 
 

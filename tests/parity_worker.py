@@ -70,6 +70,8 @@ def _in_topology(config: Path, action: Callable[[Topology], None]) -> None:
         parallel.pipeline,
         parallel.context,
         virtual_pipeline=parallel.virtual_pipeline,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
         timeout_seconds=240,
         threads=1,
     )

@@ -55,8 +55,10 @@ class Layout:
     model: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=dict)
+    kernels: dict = field(default_factory=dict)
 
 
+OVERLAP = {"overlap_parameter_gather": True}
 LAYOUTS = {
     "alone": Layout(1),
     "recompute MLPs": Layout(1, model={"recompute": "selective"}),
@@ -65,10 +67,16 @@ LAYOUTS = {
     "pipeline 2, recompute layers": Layout(2, {"pipeline": 2}, {"recompute": "full"}),
     "pipeline 4": Layout(4, {"pipeline": 4}),
     "pipeline 2 interleaved": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pipeline 3, uneven": Layout(3, {"pipeline": 3, "first_stage_layers": 1, "last_stage_layers": 1}),
+    "pipeline 2, uneven × data 2": Layout(4, {"pipeline": 2, "last_stage_layers": 1}),
     "pipeline 2, fixed lengths": Layout(2, {"pipeline": 2}, train={"pad_to_budget": True}),
     "data 2": Layout(2),
     "data 2, half of the optimizer on the host": Layout(2, optimizer={"cpu_offload": 0.5}),
     "data 4": Layout(4),
+    "data 2, overlapped gathering": Layout(2, kernels=OVERLAP),
+    "pipeline 2 interleaved × data 2, overlapped gathering": Layout(
+        4, {"pipeline": 2, "virtual_pipeline": 2}, {"recompute": "full"}, kernels=OVERLAP
+    ),
     "context 2": Layout(2, {"context": 2}),
     "context 2, recompute layers": Layout(2, {"context": 2}, {"recompute": "full"}),
     "context 4": Layout(4, {"context": 4}),
@@ -89,9 +97,11 @@ REPRESENTATIVE = (
     "tensor 2, no sequence parallel",
     "pipeline 2, recompute layers",
     "pipeline 2 interleaved",
+    "pipeline 3, uneven",
     "pipeline 2, fixed lengths",
     "data 2",
     "data 2, half of the optimizer on the host",
+    "data 2, overlapped gathering",
     "context 2 × data 2",
     "tensor 2 × context 2",
     "tensor 2 × pipeline 2 × context 2",
@@ -225,6 +235,7 @@ def write_config(folder: Path, model: Path, layout: Layout, algorithm: str = "nf
             **settings.train,
         },
         "parallel": layout.parallel,
+        "kernels": layout.kernels,
     }
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -1,7 +1,7 @@
 """Puts the pretended GPU of rehearsal_device.py in place of torch.cuda, NCCL and the kernels that training calls.
 
 Stand-ins, all in plain torch: gloo for NCCL (and for its collectives of unequal lengths); torch's variable-length attention,
-written out in float32; ``torch.compile`` leaves functions as they are.
+written out in float32; ``torch.compile`` leaves functions as they are. The LM head's kernels are in rehearsal_head.py.
 """
 
 from __future__ import annotations

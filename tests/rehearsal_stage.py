@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from recorded_step import Layout, write_config
@@ -56,7 +56,7 @@ class Stage:
         if rehearsal.model not in self.models:
             self.models[rehearsal.model] = save_tiny(rehearsal.model, self.root / "families" / rehearsal.model)
         layout, folder = rehearsal.layout, self.root / "cases" / name
-        changed = Layout(layout.num_processes, layout.parallel, layout.model, {**layout.train, **TOKENS}, layout.optimizer)
+        changed = replace(layout, train={**layout.train, **TOKENS})
         config = write_config(folder, self.models[rehearsal.model], changed, dtype=rehearsal.dtype)
         case = {"out": str(self.root / name), "config": str(config), "ledger": str(self.ledger), "world": layout.num_processes}
         self._cases[rehearsal.engine].append(case | rehearsal.options | options)

@@ -28,6 +28,7 @@ warnings.filterwarnings("ignore")
 
 import rehearsal_cuda  # noqa: E402
 import rehearsal_faults  # noqa: E402
+import rehearsal_head  # noqa: E402
 import torch  # noqa: E402
 from rehearsal_device import CALLED, Device  # noqa: E402
 from rehearsal_host import FAULTS, SYNCS  # noqa: E402
@@ -35,7 +36,7 @@ from safetensors.torch import save_file  # noqa: E402
 from whole_step import everything_else  # noqa: E402
 
 from nft_megatron.config.load import load_config  # noqa: E402
-from nft_megatron.model import build  # noqa: E402
+from nft_megatron.model import build, lm_head  # noqa: E402
 from nft_megatron.model.topology import Topology, init_topology, shutdown  # noqa: E402
 from nft_megatron.run.build import build_trainer  # noqa: E402
 from nft_megatron.weights import read_shape  # noqa: E402
@@ -93,6 +94,7 @@ def _fork(case: Case, rank: int, port: int) -> int:
 def rehearse(case: Case) -> dict[str, Any]:
     if case.device == "cuda":
         rehearsal_cuda.install()
+        lm_head.kernels = lambda: rehearsal_head
     with Device() if case.device == "cuda" else contextlib.nullcontext():
         parallel = load_config(Path(case.config)).parallel
         topology = init_topology(
@@ -100,6 +102,8 @@ def rehearse(case: Case) -> dict[str, Any]:
             parallel.pipeline,
             parallel.context,
             virtual_pipeline=parallel.virtual_pipeline,
+            first_stage_layers=parallel.first_stage_layers,
+            last_stage_layers=parallel.last_stage_layers,
             expert=parallel.expert,
             timeout_seconds=120,
             threads=1,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from nft_megatron.model.step import Trainer
+from nft_megatron.model.weight_gathering import gather_weights
 from nft_megatron.rollout.fleet.broadcast import fill_buckets, open_bucket
 from nft_megatron.run.weight_sync import WeightSync
 from nft_megatron.weights.fingerprint import weights_fingerprint
@@ -62,6 +63,7 @@ def everything_else(trainer: Trainer, ledger: Path, model: Path, out: Path) -> d
 
 def state_of(trainer: Trainer) -> dict[tuple[int, int, str], torch.Tensor]:
     """Weights, masters and moments of this rank, copied to the host."""
+    gather_weights(trainer.chunks)
     state = {}
     with trainer.optimizer.state_on_device():
         for i, optimizer in enumerate(trainer.optimizer.megatron.chained_optimizers):

@@ -148,6 +148,7 @@ def _fast_paths(config: Config | None) -> Iterator[Finding]:
 
     has_engine, has_apex = _imports("transformer_engine"), _imports("fused_weight_gradient_mlp_cuda")
     fuses = config is None or config.kernels.gradient_accumulation_fusion
+    fuses_head = config is None or config.kernels.fused_lm_head
     apex = "apex from github.com/NVIDIA/apex with its CUDA extensions (the registry's apex is a different project)"
     paths = [
         (
@@ -163,6 +164,12 @@ def _fast_paths(config: Config | None) -> Iterator[Finding]:
             f"install Transformer Engine or {apex}",
         ),
         (
+            "LM head",
+            "Triton's kernels" if fuses_head and _imports("triton") else "",
+            "torch's operators, a pass over memory each",
+            "pip install triton" if fuses_head else "set kernels.fused_lm_head=true",
+        ),
+        (
             "weight gradients",
             f"added to main_grad by {'Transformer Engine' if has_engine else 'apex'}'s kernel"
             if fuses and (has_engine or has_apex)
@@ -174,6 +181,24 @@ def _fast_paths(config: Config | None) -> Iterator[Finding]:
     for name, fast, slow, remedy in paths:
         is_fast = bool(fast) and torch.cuda.is_available()
         yield Finding(name, fast if is_fast else slow, remedy if torch.cuda.is_available() and not is_fast else "")
+    if config is not None:
+        yield from _needing_engine(config, has_engine and torch.cuda.is_available())
+
+
+def _needing_engine(config: Config, has_engine: bool) -> Iterator[Finding]:
+    """Switches without which the configured run would not start, and with which Transformer Engine is required."""
+    moments, overlap = config.optimizer, config.kernels.overlap_tensor_communication
+    for field, is_on, value in (
+        ("kernels.overlap_tensor_communication", overlap, "true"),
+        ("optimizer.first_moment", moments.first_moment == "bfloat16", "bfloat16"),
+        ("optimizer.second_moment", moments.second_moment == "bfloat16", "bfloat16"),
+    ):
+        if is_on and not has_engine:
+            off = "false" if value == "true" else "float32"
+            remedy = f"set it to {off}, or train on GPUs: pip install --no-build-isolation 'nft_megatron[te]'"
+            yield Finding(field, f"{value}, needs a GPU and Transformer Engine", remedy, is_fault=True)
+        elif is_on:
+            yield Finding(field, value)
 
 
 def _broadcasts(config: Config | None) -> Iterator[Finding]:

@@ -32,6 +32,17 @@ class KernelsConfig(ConfigModel):
     """How context-parallel ranks exchange keys and values under Transformer Engine: in a ring, overlapped with attention
     (its default); gathered before it; or as heads instead of tokens, which needs as many key-value heads per tensor rank as
     context ranks. Layers without Transformer Engine gather."""
+    fused_lm_head: bool = True
+    """On GPUs the passes over the LM head's logits are two Triton kernels, which read each logit twice and write it once, where
+    torch's operators move eight times as much. Triton comes with torch's CUDA builds. false: torch's operators."""
+    overlap_parameter_gather: bool = False
+    """Data-parallel ranks gather updated weights during the next forward pass, each part just before the layer that needs it,
+    instead of all at once after the update. The weights of a step's last update are gathered before they are published.
+    Megatron-LM's --overlap-param-gather; on in Megatron-Bridge's recipes."""
+    overlap_tensor_communication: bool = False
+    """Tensor-parallel ranks exchange activations in pieces during the matrix products (Transformer Engine's userbuffers;
+    Megatron-LM's --tp-comm-overlap, on in NVIDIA's performance recipes). Needs Transformer Engine, tensor ranks within a node,
+    sequence_parallel, and train.pad_to_budget, as its buffers have one size."""
     device_connections: PositiveInt | None = None
     """CUDA_DEVICE_MAX_CONNECTIONS of the trainers. null: 1 under tensor or context parallelism on GPUs before Blackwell, as
     Megatron-LM demands, so that communication begins before the matrix product that hides it; else CUDA's own. What the

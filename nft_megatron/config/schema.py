@@ -159,6 +159,15 @@ class Config(ConfigModel):
                 "interleaves pipeline stages, but there is only one",
                 "set parallel.pipeline to 2 or more, or this to 1",
             )
+        parallel = self.parallel
+        for field in ("first_stage_layers", "last_stage_layers"):
+            if getattr(parallel, field) is not None and parallel.pipeline == 1:
+                raise UserError(
+                    f"parallel.{field}",
+                    getattr(parallel, field),
+                    "divides the layers between pipeline stages, but there is only one",
+                    "set parallel.pipeline to 2 or more, or this to null",
+                )
         if self.data.template == "plain" and "{question}" not in self.data.plain_format:
             raise UserError(
                 "data.plain_format",
@@ -180,6 +189,8 @@ class Config(ConfigModel):
                 "has no effect with data.template = plain",
                 "remove it, or set data.template=chat",
             )
+        self._check_moments()
+        self._check_tensor_overlap()
         if self.verify.hard_seconds < self.verify.soft_seconds:
             raise UserError(
                 "verify.hard_seconds",
@@ -188,6 +199,48 @@ class Config(ConfigModel):
                 "raise it above that, so that a grader can give up before it is killed",
             )
         return self
+
+    def _check_moments(self) -> None:
+        """A moment m ← β·m + (1 − β)·x keeps its value under x = 0 if (1 − β)·m rounds to nothing, below 2⁻⁸·m in bfloat16."""
+        optimizer = self.optimizer
+        for field, moment, beta in (
+            ("first_moment", optimizer.first_moment, "beta1"),
+            ("second_moment", optimizer.second_moment, "beta2"),
+        ):
+            if moment == "float32":
+                continue
+            problem, remedy, kept = "", "set it to float32", getattr(optimizer, beta)
+            if self.model.dtype == "float32":
+                problem = "needs a bfloat16 model: Transformer Engine's layers and optimizer are not used for float32 ones"
+            elif optimizer.cpu_offload:
+                problem = f"is kept on the GPU, but optimizer.cpu_offload = {optimizer.cpu_offload}"
+                remedy += ", or optimizer.cpu_offload=0"
+            elif 1 - kept < 2**-8:
+                problem = f"would stop shrinking with optimizer.{beta} = {kept}, as 1 − {beta} is below its rounding"
+                remedy += f", or lower optimizer.{beta} to 0.996 or less"
+            if problem:
+                raise UserError(f"optimizer.{field}", moment, problem, remedy)
+
+    def _check_tensor_overlap(self) -> None:
+        parallel, field = self.parallel, "kernels.overlap_tensor_communication"
+        if not self.kernels.overlap_tensor_communication:
+            return
+        if not 1 < parallel.tensor <= self.cluster.gpus_per_node:
+            raise UserError(
+                field,
+                True,
+                f"needs 2 to cluster.gpus_per_node = {self.cluster.gpus_per_node} tensor ranks, which share a node; "
+                f"parallel.tensor = {parallel.tensor}",
+                "set it to false, or change parallel.tensor",
+            )
+        if not parallel.sequence_parallel:
+            raise UserError(
+                field, True, "exchanges what sequence parallelism splits", "set it to false, or parallel.sequence_parallel=true"
+            )
+        if not self.train.pad_to_budget:
+            raise UserError(
+                field, True, "has buffers of one size, but packs have many", "set it to false, or train.pad_to_budget=true"
+            )
 
     @property
     def filters_prompts(self) -> bool:

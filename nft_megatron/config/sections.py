@@ -166,8 +166,18 @@ class OptimizerConfig(ConfigModel):
     """Added to the square root of the second moment."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which Adam's first moment is kept. bfloat16 saves 2 bytes per parameter, as DeepSeek-V3 did (arXiv 2412.19437,
+    section 3.3.3): Megatron-LM's precision-aware optimizer. Needs Transformer Engine; not with cpu_offload."""
+    second_moment: Literal["float32", "bfloat16"] = "float32"
+    """The same of the second moment; in bfloat16 only with beta2 up to 0.996, or it would stop shrinking."""
     cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of master weights and moments that are kept and updated in host memory."""
+
+    @property
+    def has_small_moments(self) -> bool:
+        """Whether a moment is kept in fewer bits than float32."""
+        return "bfloat16" in (self.first_moment, self.second_moment)
 
     def learning_rate_at(self, update: int) -> float:
         """learning_rate · min(1, t / warmup_updates) for update t, counted from 1; with ``warmup_stair`` in stairs from 0.
@@ -223,6 +233,11 @@ class ParallelConfig(ConfigModel):
     """Pipeline stages."""
     virtual_pipeline: PositiveInt = 1
     """Parts of the model on each pipeline stage. 2 or more: the interleaved schedule, with a smaller bubble."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage, which also holds the embedding. null: as many as every other stage."""
+    last_stage_layers: PositiveInt | None = None
+    """Layers of the last pipeline stage, which also holds the LM head: fewer than elsewhere make it as fast as the others.
+    null: as many as every other stage."""
     context: PositiveInt = 1
     """Context-parallel ranks, which split every sequence."""
     expert: PositiveInt = 1

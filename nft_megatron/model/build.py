@@ -43,6 +43,7 @@ from nft_megatron.config.kernels import KernelsConfig
 from nft_megatron.model.megatron import engine_fuses_gradients
 from nft_megatron.model.policy import PolicyModel, block_spec
 from nft_megatron.model.settings import Recompute, padded_vocab, transformer_config
+from nft_megatron.model.tensor_overlap import open_buffers
 from nft_megatron.model.topology import Topology
 from nft_megatron.weights import ModelShape
 
@@ -61,6 +62,7 @@ def build_model(
     sequence_parallel: bool = True,
     recompute: Recompute = "none",
     variable_lengths: bool = True,
+    pack_tokens: int = 0,
     kernels: KernelsConfig | None = None,
 ) -> Chunks:
     """This rank's part of the model, with zero weights until they are loaded: ``topology.virtual_pipeline`` chunks.
@@ -70,6 +72,7 @@ def build_model(
         sequence_parallel: shard activations outside attention and MLP between tensor ranks; no effect at tensor size 1.
         recompute: what the backward pass recomputes instead of storing: ``selective`` the MLPs, ``full`` whole layers.
         variable_lengths: pipeline stages exchange the length of every pack. Otherwise all packs have the same length.
+        pack_tokens: that length, over all context ranks; read only for ``kernels.overlap_tensor_communication``.
         kernels: section ``kernels`` of the configuration; None: its defaults.
 
     Raises:
@@ -79,10 +82,13 @@ def build_model(
     if config.deterministic_mode and topology.device.type == "cuda":
         torch.use_deterministic_algorithms(True)  # not with warn_only, under which torch's flash attention ignores it
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if config.tp_comm_overlap:
+        open_buffers(topology, pack_tokens, shape.hidden_size, dtype)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=topology.device.type == "cuda",
+        overlap_param_gather=kernels is not None and kernels.overlap_parameter_gather,
     )
     chunks = [
         DistributedDataParallel(

@@ -42,9 +42,10 @@ from nft_megatron.model.checksums import verify_checksums, write_checksums
 from nft_megatron.model.control import on_main, together
 from nft_megatron.model.engine_state import load_engine_state, without_engine_state
 from nft_megatron.model.optimizer import PolicyOptimizer
-from nft_megatron.model.parameter_shards import gather_weights, parameter_shards
+from nft_megatron.model.parameter_shards import parameter_shards
 from nft_megatron.model.policy import policy_model
 from nft_megatron.model.topology import Topology
+from nft_megatron.model.weight_gathering import gather_replaced_weights, gather_weights
 
 _FORMAT = 1
 _COMMON_KINDS = {"format": int, "layout": list, "num_updates": int, "extra": dict}
@@ -203,6 +204,7 @@ def load_checkpoint(
     contents = verify_checksums(folder, topology)
     stored = together(topology, lambda: StoredCheckpoint(folder, contents))
     common = together(topology, lambda: _common(stored))
+    gather_weights(chunks)  # or a later one would put the shards of before over what is loaded
     with optimizer.state_on_device():
         _load(stored, chunks, optimizer, topology, common)
     return common["extra"]
@@ -244,7 +246,7 @@ def _load(
             f"is of another model: {_first_line(error)}",
             "use the run's original model.path, or another run_dir",
         ) from error
-    gather_weights(chunks)
+    gather_replaced_weights(chunks)
     for part, chunk in enumerate(chunks):
         load_engine_state(policy_model(chunk), loaded.get("model", {}).get(str(part), {}))
     optimizer.num_updates = common["num_updates"]

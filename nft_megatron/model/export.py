@@ -11,6 +11,7 @@ from torch import Tensor
 from nft_megatron.model.load import table_parameters
 from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import Topology
+from nft_megatron.model.weight_gathering import gather_weights
 from nft_megatron.weights import ModelShape, weight_table
 from nft_megatron.weights.table import Entry, Layout, split
 
@@ -30,6 +31,7 @@ def hf_tensors(
     Ranks that hold the same weights as a participant stay idle. ``value``: maps a parameter to the tensor of its shape to yield
     instead of the parameter itself.
     """
+    gather_weights(chunks)
     if topology.expert_replica_group.rank() != 0:
         return
     parameters = dict(table_parameters(chunks))
@@ -55,7 +57,7 @@ def hf_tensors(
 def _stage(entry: Entry, shape: ModelShape, topology: Topology) -> int:
     """The pipeline stage that holds an entry."""
     if entry.name.startswith("decoder.layers."):
-        return topology.stage_of(int(entry.name.split(".")[2]), shape.num_layers)
+        return topology.stages.stage_of(int(entry.name.split(".")[2]), shape.num_layers)
     return 0 if entry.name.startswith("embedding.") else topology.pipeline_size - 1
 
 

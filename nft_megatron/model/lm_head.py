@@ -15,9 +15,9 @@ and, with a and b the incoming gradients of a token's log-prob and entropy,
         head.differentiate(chunk, statistics.log_sum_exp_C, logprob_grad_C)
         gradients.add(chunk)
 
-Logits have the dtype of the inputs, as the matrix product returns them. Everything after is in float32, on blocks of rows. So
-peak memory beyond the inputs is the logits of one chunk, a few blocks, and the weight's gradient in float32 unless it is added
-to an existing buffer.
+Logits have the dtype of the inputs, as the matrix product returns them. Everything after is in float32: on CUDA in two kernels
+(:mod:`.lm_head_kernels`), else by torch's operators on blocks of rows. So peak memory beyond the inputs is the logits of one
+chunk, a few blocks, and the weight's gradient in float32 unless it is added to an existing buffer.
 
 Shapes: N loss tokens; C tokens of a chunk; B of them in a block; H hidden size; V rows of the weight on this rank. The padded
 vocabulary is split into equal consecutive ranges, one per tensor-parallel rank in order, as in Megatron-Core; rows from
@@ -26,7 +26,11 @@ vocabulary is split into equal consecutive ranges, one per tensor-parallel rank 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -86,6 +90,8 @@ class LMHead(NamedTuple):
     main_grad_VH: Tensor | None
     chunk_size: int
     entropy: Entropy
+    fused: bool = True
+    """On CUDA, go through the logits with Triton's kernels instead of torch's operators, if Triton is there."""
 
     def chunks(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Iterator[Chunk]:
         """Every chunk in turn."""
@@ -125,6 +131,8 @@ class LMHead(NamedTuple):
 
     def _local_sums(self, chunk: Chunk) -> Tensor:
         """[4, C] over this rank's logits: max z; Σ e^(z − max); z of the target, or 0; Σ e^(z − max)·(z − max), or 0."""
+        if fused := self._kernels(chunk):
+            return fused.local_sums(chunk.logits_CV, chunk.target_row_C1, chunk.is_own_C1)
         sums_4C = chunk.logits_CV.new_zeros(4, len(chunk.logits_CV), dtype=accurate(chunk.logits_CV.dtype))
         sums_4C[2] = torch.where(chunk.is_own_C1, chunk.logits_CV.gather(1, chunk.target_row_C1), 0).squeeze(1)
         for rows, logits_BV, shifted_BV in chunk.blocks():
@@ -145,6 +153,11 @@ class LMHead(NamedTuple):
         entropy_grad_C: Tensor | None = None,
     ) -> None:
         """Turn the chunk's logits into the gradient of hidden · weightᵀ, which is dz / temperature."""
+        if fused := self._kernels(chunk):
+            b_C = None if entropy_grad_C is None else entropy_grad_C / self.temperature
+            targets = chunk.target_row_C1, chunk.is_own_C1
+            fused.differentiate(chunk.logits_CV, *targets, log_sum_exp_C, logprob_grad_C / self.temperature, entropy_C, b_C)
+            return
         a_C1 = (logprob_grad_C / self.temperature).unsqueeze(1)
         for rows, logits_BV, logp_BV in chunk.blocks():
             torch.sub(logits_BV, log_sum_exp_C[rows, None], out=logp_BV)
@@ -156,6 +169,16 @@ class LMHead(NamedTuple):
                 grad_BV = logp_BV.add_(entropy_C[rows, None]).mul_(-b_B1).sub_(a_C1[rows]).mul_(p_BV)
             grad_BV.scatter_add_(1, chunk.target_row_C1[rows], a_C1[rows] * chunk.is_own_C1[rows])
             logits_BV.copy_(grad_BV)
+
+    def _kernels(self, chunk: Chunk) -> ModuleType | None:
+        logits_CV = chunk.logits_CV
+        return kernels() if self.fused and logits_CV.is_cuda and logits_CV.dtype is not torch.float64 else None
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """:mod:`.lm_head_kernels`, or None without Triton, which comes with torch's CUDA builds."""
+    return import_module("nft_megatron.model.lm_head_kernels") if find_spec("triton") else None
 
 
 class HeadGradients:

@@ -33,6 +33,7 @@ def token_logprobs(
     main_grad_VH: Tensor | None = None,
     chunk_size: int | None = None,
     entropy: Entropy = "none",
+    fused: bool = True,
 ) -> LogProbs:
     """log softmax(hidden · weightᵀ / temperature) at ``targets_N``, float32 (float64 for float64 inputs).
 
@@ -48,6 +49,7 @@ def token_logprobs(
             Megatron's DDP. Autograd then sees a zero for the weight, so that hooks on its gradient still run.
         chunk_size: tokens whose logits exist at once; None for :func:`.lm_head.default_chunk_size`.
         entropy: whether to compute it, and whether its gradient flows.
+        fused: on CUDA, whether to use Triton's kernels (:mod:`.lm_head_kernels`).
 
     >>> hidden_NH, weight_VH = torch.eye(2), torch.tensor([[0.0, 0.0], [0.0, 9.0], [5.0, 5.0]])
     >>> targets_N = torch.tensor([0, 1])
@@ -57,7 +59,7 @@ def token_logprobs(
     >>> logprob_N.exp(), entropy_N.exp()
     (tensor([0.5000, 0.9999]), tensor([2.0000, 1.0012]))
     """
-    head = LMHead(temperature, vocab_size, group, main_grad_VH, chunk_size or default_chunk_size(weight_VH), entropy)
+    head = LMHead(temperature, vocab_size, group, main_grad_VH, chunk_size or default_chunk_size(weight_VH), entropy, fused)
     return LogProbs(*_TokenLogProbs.apply(hidden_NH, weight_VH, targets_N, head))
 
 

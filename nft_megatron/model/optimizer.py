@@ -15,13 +15,16 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.config.sections import OptimizerConfig
 from nft_megatron.model.offload import OffloadedState
 
@@ -44,6 +47,33 @@ class Update:
         return bool(self.problem)
 
 
+def _moments(settings: OptimizerConfig, config: TransformerConfig) -> dict[str, Any]:
+    """Megatron's settings of its precision-aware optimizer; none if both moments are float32.
+
+    Master weights stay float32 and whole: ``store_param_remainders`` would keep only the bits that the bfloat16 weights lack,
+    and checkpoints could not be resumed without it.
+
+    Raises:
+        UserError: without Transformer Engine's Adam.
+    """
+    if not settings.has_small_moments:
+        return {}
+    if config.transformer_impl != "transformer_engine":
+        field = "first_moment" if settings.first_moment == "bfloat16" else "second_moment"
+        raise UserError(
+            f"optimizer.{field}",
+            "bfloat16",
+            "needs a GPU and Transformer Engine, whose Adam alone keeps moments in it",
+            "set it to float32, or install transformer-engine",
+        )
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": getattr(torch, settings.first_moment),
+        "exp_avg_sq_dtype": getattr(torch, settings.second_moment),
+        "store_param_remainders": False,
+    }
+
+
 class PolicyOptimizer:
     """Updates the weights of ``chunks``. Create it after the weights are loaded: it takes the master copies.
 
@@ -56,6 +86,7 @@ class PolicyOptimizer:
         self.settings = settings
         self.num_updates = 0
         dtype = chunks[0].config.params_dtype
+        moments = _moments(settings, chunks[0].config)
         self.megatron = get_megatron_optimizer(
             MegatronConfig(
                 optimizer="adam",
@@ -68,6 +99,8 @@ class PolicyOptimizer:
                 bf16=dtype is torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=True,
+                overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+                **moments,
             ),
             list(chunks),
             use_gloo_process_groups=False,
@@ -80,7 +113,12 @@ class PolicyOptimizer:
     def _allocate_moments(self) -> None:
         """Create the zero moments now rather than in the first update: a checkpoint may be saved or restored before it."""
         for megatron in self.megatron.chained_optimizers:
-            megatron.init_state_fn(megatron.optimizer)
+            if self.settings.has_small_moments:  # Megatron's call lacks an argument of Transformer Engine's from 2.1 on
+                for group in megatron.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        megatron.optimizer.initialize_state(parameter, store_param_remainders=False)
+            else:
+                megatron.init_state_fn(megatron.optimizer)
         self.count_updates()
 
     def count_updates(self) -> None:
@@ -131,7 +169,12 @@ class PolicyOptimizer:
             return Update(grad_norm, learning_rate, problem)
         if self.settings.clip_grad:
             for megatron in self.megatron.chained_optimizers:  # two if experts are spread over ranks
-                clip_grad_by_total_norm_fp32(megatron.get_parameters(), self.settings.clip_grad, grad_norm)
+                clip_grad_by_total_norm_fp32(
+                    megatron.get_parameters(),
+                    self.settings.clip_grad,
+                    grad_norm,
+                    use_decoupled_grad=self.settings.has_small_moments,
+                )
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
         self.megatron.step_with_ready_grads()

@@ -72,12 +72,6 @@ def parameter_shards(optimizers: Sequence[DistributedOptimizer], model: Mapping[
     return shards
 
 
-def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Give every rank of the replica group the weights that others hold. A collective over it, as after an update."""
-    for chunk in chunks:
-        chunk.start_param_sync(force_sync=True)
-
-
 def _ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:
     """Parameters of which this rank updates elements, and which."""
     for of_buffer in optimizer.gbuf_ranges:
@@ -88,9 +82,13 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]
 
 
 def _state(optimizer: DistributedOptimizer, parameter: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-    names = _MOMENTS if tensors[_MASTER].dtype == weight.dtype else (_MASTER, *_MOMENTS)
-    return {name: tensors[name].detach() for name in names}
+    """The tensors themselves. Transformer Engine's Adam, where moments are bfloat16, also holds the master weights."""
+    group, position = optimizer.model_param_group_index_map[parameter]
+    main = optimizer.optimizer.param_groups[group]["params"][position]
+    state = optimizer.optimizer.state[main]
+    master = state.get("master_param", main).detach()
+    moments = {name: state[name].detach() for name in _MOMENTS}
+    return moments if master.dtype == weight.dtype else {_MASTER: master} | moments
 
 
 def _boxes_of(

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from nft_megatron.model.attention import PackedAttention, rotary_cos_sin
 from nft_megatron.model.packed_sequences import PackedSequences
+from nft_megatron.model.weight_gathering import await_weight
 from nft_megatron.weights import ModelShape
 from nft_megatron.weights.rotary import inverse_frequencies
 
@@ -126,6 +127,7 @@ def lm_head_weight(chunk: torch.nn.Module) -> Tensor:
     """
     model = policy_model(chunk)
     assert model.post_process, "only the model's last chunk has an LM head"
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+    tied = model.share_embeddings_and_output_weights
+    weight_VH = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    await_weight(chunk, weight_VH)
+    return weight_VH

@@ -37,6 +37,7 @@ def transformer_config(
     kernels = kernels or KernelsConfig()
     _check_context(shape, topology, kernels)
     with_engine, on_cuda = _has_transformer_engine(topology, dtype), topology.device.type == "cuda"
+    _check_tensor_overlap(shape, kernels, with_engine)
     interleaved = topology.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -60,6 +61,8 @@ def transformer_config(
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.pipeline_size,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=topology.stages.first,
+        num_layers_in_last_pipeline_stage=topology.stages.last,
         # Otherwise two stages exchange activations and gradients between the same two ranks in one batch of messages, which are
         # distinguished only by their order (pipeline_parallel/p2p_communication.py:26).
         overlap_p2p_comm=interleaved,
@@ -79,6 +82,7 @@ def transformer_config(
         transformer_impl="transformer_engine" if with_engine else "local",
         apply_rope_fusion=with_engine,
         gradient_accumulation_fusion=on_cuda and kernels.gradient_accumulation_fusion and (with_engine or _has_apex()),
+        tp_comm_overlap=kernels.overlap_tensor_communication,
         cp_comm_type=kernels.context_communication,  # Transformer Engine's attention alone reads it
         deterministic_mode=kernels.deterministic,
         bias_activation_fusion=on_cuda,
@@ -105,6 +109,16 @@ def _check_context(shape: ModelShape, topology: Topology, kernels: KernelsConfig
             "a2a",
             f"divides the {heads} key-value heads of a tensor rank among {topology.context_size} context ranks",
             "choose p2p or all_gather",
+        )
+
+
+def _check_tensor_overlap(shape: ModelShape, kernels: KernelsConfig, with_engine: bool) -> None:
+    if kernels.overlap_tensor_communication and (not with_engine or shape.experts is not None):
+        raise UserError(
+            "kernels.overlap_tensor_communication",
+            True,
+            "is for the dense layers of Transformer Engine, on a GPU and in bfloat16",
+            "set it to false" + ("" if shape.experts else ", or install transformer-engine"),
         )
 
 
@@ -158,15 +172,7 @@ def _check_layout(shape: ModelShape, topology: Topology, sequence_parallel: bool
         raise UserError("parallel.expert", topology.expert_size, problem, f"choose a divisor of {num_experts}")
     if shape.experts is not None and topology.tensor_size > 1 and not sequence_parallel:
         raise UserError("parallel.sequence_parallel", False, "experts under tensor parallelism require it", "set it to true")
-    num_parts = topology.pipeline_size * topology.virtual_pipeline
-    if shape.num_layers % num_parts:
-        interleaved = topology.virtual_pipeline > 1
-        raise UserError(
-            "parallel.pipeline × parallel.virtual_pipeline" if interleaved else "parallel.pipeline",
-            num_parts,
-            f"does not divide the model's {shape.num_layers} layers",
-            "choose a divisor",
-        )
+    topology.stages.layers(shape.num_layers)
 
 
 def padded_vocab(shape: ModelShape, topology: Topology) -> int:

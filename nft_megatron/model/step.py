@@ -69,6 +69,7 @@ class Trainer:
 
     ``importance_cap``: largest importance weight of a token against the engine's own distribution; None: no such weights.
     ``gradient_cosine_every``: steps between measurements of the angle between gradients of right and wrong answers; 0: none.
+    ``fused_lm_head``: use Triton's kernels for the LM head on CUDA.
     """
 
     topology: Topology
@@ -80,6 +81,7 @@ class Trainer:
     temperature: float
     importance_cap: float | None = None
     gradient_cosine_every: int = 0
+    fused_lm_head: bool = True
 
     # ---------------------------------------------------------------------------------------------- before the updates
 
@@ -291,6 +293,7 @@ class Trainer:
             "temperature": self.temperature,
             "vocab_size": self.shape.vocab_size,
             "group": self.topology.tensor_group,
+            "fused": self.fused_lm_head,
         }
 
     def _over_all(self, rows: Sequence[Tensor], width: int, largest: Sequence[int] = (0,)) -> list[float]:

@@ -34,6 +34,7 @@ def token_loss_sum(
     main_grad_VH: Tensor | None = None,
     chunk_size: int | None = None,
     entropy_N: Tensor | None = None,
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Σ_n loss_n, differentiable, and ``logprob_N``, without gradient; both float32 (float64 for float64 inputs).
 
@@ -41,7 +42,7 @@ def token_loss_sum(
     computed.
 
     Args:
-        hidden_NH, weight_VH, targets_N, temperature, vocab_size, group, chunk_size: as for ``token_logprobs``.
+        hidden_NH, weight_VH, targets_N, temperature, vocab_size, group, chunk_size, fused: as for ``token_logprobs``.
         loss_of: maps the log-probs of the tokens ``chunk``, a slice into N, and ``chunk`` itself to the loss of each token:
             weighted, differentiable in its log-prob, and independent of the others. Called once per chunk; never for N = 0.
         main_grad_VH: if given, **this call** adds the weight's gradient to it, in its own dtype, and autograd sees a zero for
@@ -67,7 +68,7 @@ def token_loss_sum(
     tensor([ 0., 45.])
     """
     entropy: Entropy = "none" if entropy_N is None else "value"
-    head = LMHead(temperature, vocab_size, group, main_grad_VH, chunk_size or default_chunk_size(weight_VH), entropy)
+    head = LMHead(temperature, vocab_size, group, main_grad_VH, chunk_size or default_chunk_size(weight_VH), entropy, fused)
     return _TokenLossSum.apply(hidden_NH, weight_VH, targets_N, loss_of, head, torch.is_grad_enabled(), entropy_N)
 
 

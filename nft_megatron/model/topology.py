@@ -21,6 +21,8 @@ import torch.distributed as dist
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.rank_info import RankInfo, rank_info
 from nft_megatron.model.cpu import adapt_to_cpu
+from nft_megatron.model.tensor_overlap import close_buffers
+from nft_megatron.weights.stages import Stages
 
 ProcessGroup = dist.ProcessGroup
 
@@ -29,11 +31,12 @@ ProcessGroup = dist.ProcessGroup
 class Topology:
     """This process's position and groups.
 
-    ``virtual_pipeline``: parts of the model that each pipeline stage holds. ``replica_group``: the ranks that hold the same
-    weights, data × context of them; gradients are summed and optimizer state is sharded over it. The experts of a layer are
-    spread over ``expert_group``, a consecutive part of it; for them ``expert_replica_group`` replaces it. ``host_group`` and
-    ``control_group`` span all ranks over gloo: for what is on the CPU. The deadline of ``host_group`` is that of every
-    collective, ``timeout``; on ``control_group`` ranks wait for work that one of them does alone.
+    ``virtual_pipeline``: parts of the model that each pipeline stage holds. ``stages``: the layers of each stage.
+    ``replica_group``: the ranks that hold the same weights, data × context of them; gradients are summed and optimizer state is
+    sharded over it. The experts of a layer are spread over ``expert_group``, a consecutive part of it; for them
+    ``expert_replica_group`` replaces it. ``host_group`` and ``control_group`` span all ranks over gloo: for what is on the CPU.
+    The deadline of ``host_group`` is that of every collective, ``timeout``; on ``control_group`` ranks wait for work that one
+    of them does alone.
     """
 
     rank: int
@@ -45,6 +48,7 @@ class Topology:
     pipeline_rank: int
     pipeline_size: int
     virtual_pipeline: int
+    stages: Stages
     context_rank: int
     context_size: int
     data_rank: int
@@ -76,11 +80,6 @@ class Topology:
         """Whether this stage holds the final norm and the LM head; only there a loss exists."""
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def stage_of(self, layer: int, num_layers: int) -> int:
-        """The pipeline stage that holds a layer. The stages take parts of the model in turn, ``virtual_pipeline`` times."""
-        layers_per_part = num_layers // (self.pipeline_size * self.virtual_pipeline)
-        return layer // layers_per_part % self.pipeline_size
-
 
 def _check_sizes(world_size: int, tensor: int, pipeline: int, context: int, expert: int) -> None:
     sizes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.context": context}
@@ -109,6 +108,8 @@ def init_topology(
     context: int = 1,
     *,
     virtual_pipeline: int = 1,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
     expert: int = 1,
     timeout_seconds: float = 600.0,
     control_timeout_seconds: float = 600.0,
@@ -121,6 +122,7 @@ def init_topology(
         tensor: ranks that share each layer; pipeline: stages that share the layers; context: ranks that share each sequence.
             The remaining factor is data parallel.
         virtual_pipeline: parts of the model on each stage; more than one for the interleaved schedule.
+        first_stage_layers, last_stage_layers: where those stages do not have as many layers as the others.
         expert: ranks, of data × context, that share the experts of each layer.
         timeout_seconds: deadline of every collective; a rank that waits longer raises instead of hanging.
         control_timeout_seconds: the same for the control group, on which ranks wait for rank 0 to collect answers.
@@ -156,9 +158,8 @@ def init_topology(
         here,
         device,
         tensor,
-        pipeline,
         context,
-        virtual_pipeline,
+        Stages(pipeline, virtual_pipeline, first_stage_layers, last_stage_layers),
         expert=expert,
         timeout_seconds=timeout_seconds,
         host_group=host_group,
@@ -172,9 +173,8 @@ def take_place(
     here: RankInfo,
     device: torch.device,
     tensor: int,
-    pipeline: int,
     context: int,
-    virtual_pipeline: int,
+    stages: Stages,
     *,
     expert: int = 1,
     timeout_seconds: float,
@@ -186,8 +186,8 @@ def take_place(
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        pipeline_model_parallel_size=stages.num,
+        virtual_pipeline_model_parallel_size=stages.parts if stages.parts > 1 else None,
         context_parallel_size=context,
         expert_model_parallel_size=expert,
         distributed_timeout_minutes=timeout_seconds / 60,
@@ -207,7 +207,8 @@ def take_place(
         tensor_size=tensor_group.size(),
         pipeline_rank=pipeline_group.rank(),
         pipeline_size=pipeline_group.size(),
-        virtual_pipeline=virtual_pipeline,
+        virtual_pipeline=stages.parts,
+        stages=stages,
         context_rank=context_group.rank(),
         context_size=context_group.size(),
         data_rank=data_group.rank(),
@@ -243,6 +244,7 @@ def shutdown() -> None:
     if not dist.is_initialized():
         return
     has_threads = dist.get_backend() != "fake"  # the groups of nft_megatron/model/meta.py have none, and a collection is slow
+    close_buffers()
     parallel_state.destroy_model_parallel()
     if has_threads:
         gc.collect()

@@ -64,6 +64,8 @@ def _too_large(plan: TrainPlan, found: Search) -> UserError:
             f"parallel.pipeline={layout.pipeline} parallel.virtual_pipeline={layout.virtual_pipeline} "
             f"parallel.context={layout.context} "
             + (f"parallel.expert={layout.expert} " if layout.expert > 1 else "")
+            + ("parallel.first_stage_layers=null " if plan.layout.first_stage_layers else "")
+            + ("parallel.last_stage_layers=null " if plan.layout.last_stage_layers else "")
             + f"model.recompute={layout.recompute}; --layouts lists others"
         )
     else:

@@ -87,9 +87,20 @@ def layer_passes(shape: ModelShape, tokens: float, pairs: float, element: int, r
     return forward, Work(2 * forward.matmul, 2.5 * forward.attention, 2 * forward.bytes) + again
 
 
-def head_pass(shape: ModelShape, positions: float, element: int) -> Work:
-    """One product with the LM head at ``positions``, and the work on its logits. The update has three of them."""
-    return Work(2.0 * positions * shape.hidden_size * shape.vocab_size, 0.0, 4 * element * positions * shape.vocab_size)
+def head_passes(shape: ModelShape, positions: float, element: int, *, fused: bool = True) -> tuple[Work, Work, Work]:
+    """The LM head at ``positions``: for old log-probs with their entropy, and in an update forward and backward.
+
+    Products write and read each logit. Between them it is read for the sums, read for its gradient and written as that: in
+    kernels, or in passes over float32 temporaries as tests/model/test_lm_head_kernels.py counts them.
+    """
+    product, logits = 2.0 * positions * shape.hidden_size * shape.vocab_size, positions * shape.vocab_size
+    between = (0, 0, 0) if fused else (32 + element, 16 + element, 24)
+    with_entropy, without, gradient = (each + more for each, more in zip((element, element, 2 * element), between, strict=True))
+    return (
+        Work(product, 0.0, (element + with_entropy) * logits),
+        Work(product, 0.0, (element + without) * logits),
+        Work(2 * product, 0.0, (gradient + 2 * element) * logits),
+    )
 
 
 @dataclass(frozen=True)
@@ -101,15 +112,17 @@ class StageWork:
     backward: Work
 
 
-def stage_work(shape: ModelShape, layout: ParallelLayout, stage: int, packs: Packs, dtype: str) -> StageWork:
+def stage_work(
+    shape: ModelShape, layout: ParallelLayout, stage: int, packs: Packs, dtype: str, *, fused_head: bool = True
+) -> StageWork:
     """The share of ``packs`` on one rank of ``stage``: context ranks split tokens, tensor ranks heads and MLP units."""
     b, share = ELEMENT[dtype], 1 / (layout.tensor * layout.context)
-    layers = shape.num_layers // layout.pipeline
+    layers = layout.stages.layers(shape.num_layers)[stage]
     forward, backward = layer_passes(shape, packs.tokens, packs.pairs, b, layout.recompute)
     parts = [work.scaled(layers * share) for work in (forward, forward, backward)]
     if stage == layout.pipeline - 1:
-        head = head_pass(shape, packs.positions, b)
-        parts = [part + head.scaled(times * share) for part, times in zip(parts, (1, 1, 2), strict=True)]
+        head = head_passes(shape, packs.positions, b, fused=fused_head)
+        parts = [part + of_head.scaled(share) for part, of_head in zip(parts, head, strict=True)]
     return StageWork(*parts)
 
 

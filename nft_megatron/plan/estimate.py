@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.compute import model_flops
 from nft_megatron.plan.generation import Generation, generation
@@ -12,6 +13,7 @@ from nft_megatron.plan.memory import ELEMENT, StageMemory, stage_memory
 from nft_megatron.plan.publish import Publish, publish_time, save_time
 from nft_megatron.plan.servers import servers_of, with_tensor_parallel
 from nft_megatron.plan.storage import Disk, HostMemory, copied_bytes, disk, host_memory
+from nft_megatron.plan.switches import Switches
 from nft_megatron.plan.time import TrainTime, train_time
 from nft_megatron.plan.workload import Assumptions, Packs, Workload, pack_update, workload_of
 from nft_megatron.weights import ModelShape, num_parameters
@@ -86,6 +88,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
     check_layout(shape, layout)
     packs = pack_update(config, shape, layout, work)
     dtype, cpu_offload = config.model.dtype, config.optimizer.cpu_offload
+    switches = Switches.of(config, on_gpu=cluster.gpu.is_gpu)
     stages = tuple(
         stage_memory(
             shape,
@@ -95,6 +98,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
             on_gpu=cluster.gpu.is_gpu,
             num_micro_batches=packs.num_micro_batches,
             cpu_offload=cpu_offload,
+            switches=switches,
         )
         for stage in range(layout.pipeline)
     )
@@ -106,7 +110,7 @@ def plan_training(config: Config, shape: ModelShape, cluster: Cluster, layout: P
         num_updates=work.num_updates,
         dtype=dtype,
         cpu_offload=cpu_offload,
-        fused_gradients=config.kernels.gradient_accumulation_fusion or not cluster.gpu.is_gpu,
+        switches=switches,
     )
     if config.train.old_logprobs == "engine":
         time = replace(time, old_logprobs=0.0)
@@ -166,3 +170,10 @@ def _utilisation(config: Config, shape: ModelShape, work: Workload, training: Tr
 def check_model(config: Config, shape: ModelShape) -> None:
     """Raise :class:`UserError` for what no layout changes: a context longer than the model's."""
     config.check_context(shape.max_positions)
+    if config.kernels.overlap_tensor_communication and shape.experts is not None:
+        raise UserError(
+            "kernels.overlap_tensor_communication",
+            True,
+            "is for the dense layers of Transformer Engine, on a GPU and in bfloat16",
+            "set it to false",
+        )

@@ -8,6 +8,7 @@ from nft_megatron.base.errors import UserError
 from nft_megatron.config.schema import Config
 from nft_megatron.plan.hardware import Accelerator, accelerator
 from nft_megatron.weights import ModelShape
+from nft_megatron.weights.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ParallelLayout:
     """How model and sequences are split, and what trades memory for time.
 
     ``micro_batch_tokens`` is the size of a whole pack, which the context ranks split. ``expert`` of the data × context ranks
-    share the experts of each layer.
+    share the experts of each layer. ``first_stage_layers``, ``last_stage_layers``: None for as many as the others have.
 
     >>> layout = ParallelLayout(4, 2, 1, 2, 8, True, "none", micro_batch_tokens=16384)
     >>> layout.num_gpus, layout.replicas, layout.local_tokens
@@ -79,6 +80,8 @@ class ParallelLayout:
     recompute: str
     micro_batch_tokens: int
     expert: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def replicas(self) -> int:
@@ -104,14 +107,10 @@ class ParallelLayout:
         """Tokens of a full pack on one context rank."""
         return self.micro_batch_tokens // self.context
 
-    def stage_of(self, layer: int, num_layers: int) -> int:
-        """The pipeline stage of a layer: parts of the model are dealt to the stages in turn.
-
-        >>> layout = ParallelLayout(1, 2, 2, 1, 1, True, "none", 4096)
-        >>> [layout.stage_of(layer, 8) for layer in range(8)]
-        [0, 0, 1, 1, 0, 0, 1, 1]
-        """
-        return layer * self.pipeline * self.virtual_pipeline // num_layers % self.pipeline
+    @property
+    def stages(self) -> Stages:
+        """Which layers a pipeline stage has."""
+        return Stages(self.pipeline, self.virtual_pipeline, self.first_stage_layers, self.last_stage_layers)
 
     def in_flight(self, stage: int, num_micro_batches: int) -> float:
         """Most micro-batches whose activations a stage stores at once; parts of a stage count as fractions.
@@ -128,6 +127,8 @@ class ParallelLayout:
     def __str__(self) -> str:
         parts = f" x virtual {self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
         experts = f", experts over {self.expert}" if self.expert > 1 else ""
+        ends = ((self.first_stage_layers, "first"), (self.last_stage_layers, "last"))
+        parts += "".join(f", {count} layers in the {which} stage" for count, which in ends if count is not None)
         return f"tensor {self.tensor} x pipeline {self.pipeline}{parts} x context {self.context} x data {self.data}{experts}"
 
 
@@ -160,6 +161,8 @@ def layout_of(config: Config, cluster: Cluster) -> ParallelLayout:
         recompute=config.model.recompute,
         micro_batch_tokens=config.train.micro_batch_tokens,
         expert=parallel.expert,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
     )
 
 
@@ -178,7 +181,4 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         raise UserError("parallel.expert", layout.expert, problem, f"choose a divisor of {num_experts}")
     if shape.experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
         raise UserError("parallel.sequence_parallel", False, "experts under tensor parallelism require it", "set it to true")
-    parts = layout.pipeline * layout.virtual_pipeline
-    if shape.num_layers % parts:
-        field = "parallel.pipeline" + (" × parallel.virtual_pipeline" if layout.virtual_pipeline > 1 else "")
-        raise UserError(field, parts, f"does not divide the model's {shape.num_layers} layers", "choose a divisor")
+    layout.stages.layers(shape.num_layers)

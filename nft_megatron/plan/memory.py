@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from nft_megatron.plan.activations import FLOAT32, final_norm_bytes, layer_bytes
 from nft_megatron.plan.layouts import ParallelLayout
+from nft_megatron.plan.switches import DEFAULTS, Switches
 from nft_megatron.weights import ModelShape, weight_table
 
 VOCABULARY_MULTIPLE = 128
@@ -28,6 +29,10 @@ BLOCK_BYTES = {False: 2**22, True: 2**28}
 GPU_RUNTIME = 4e9
 CPU_RUNTIME = 4e7
 """Assumed memory of the libraries. GPU: CUDA context, workspaces, NCCL's buffers for about ten groups. CPU: as observed."""
+
+OVERLAP_BUFFERS = 12
+"""Hidden states of a pack that Transformer Engine 2.20 holds for overlapped tensor-parallel communication: one for each matrix
+product in its initialize_ub (pytorch/module/base.py)."""
 
 FIT, UPDATE_FIT = 0.9, 0.95
 """Share of a device's memory that a plan may use in the passes and in the update. The rest covers errors of the estimates and
@@ -99,20 +104,20 @@ def _numel_by_part(shape: ModelShape, tensor: int, vocab: int) -> dict[str | int
     return parts
 
 
-def stage_experts(shape: ModelShape, layout: ParallelLayout, *, on_gpu: bool) -> int:
-    """Parameters of experts on each rank of a stage, all of which have as many layers; 0 in a dense model."""
+def stage_experts(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
+    """Parameters of experts on each rank of a stage; 0 in a dense model."""
     parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
-    return shape.num_layers // layout.pipeline * parts.get("experts", 0) // layout.expert
+    return layout.stages.layers(shape.num_layers)[stage] * parts.get("experts", 0) // layout.expert
 
 
 def stage_numel(shape: ModelShape, layout: ParallelLayout, stage: int, *, on_gpu: bool) -> int:
     """Parameters on each rank of a stage. A tied LM head is a second copy if the last stage is not the first."""
     parts = _numel_by_part(shape, layout.tensor, padded_vocab(shape, layout.tensor, on_gpu=on_gpu))
     first, last = stage == 0, stage == layout.pipeline - 1
-    total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stage_of(layer, shape.num_layers) == stage)
+    total = sum(parts[layer] for layer in range(shape.num_layers) if layout.stages.stage_of(layer, shape.num_layers) == stage)
     total += parts["embedding"] if first else 0
     total += parts["final_layernorm"] if last else 0
-    total += stage_experts(shape, layout, on_gpu=on_gpu)
+    total += stage_experts(shape, layout, stage, on_gpu=on_gpu)
     return total + (parts["output_layer"] if last and not (first and shape.tied_embeddings) else 0)
 
 
@@ -125,6 +130,7 @@ def stage_memory(
     on_gpu: bool,
     num_micro_batches: int,
     cpu_offload: float = 0.0,
+    switches: Switches = DEFAULTS,
 ) -> StageMemory:
     """Memory of a rank of ``stage`` at its peak.
 
@@ -133,17 +139,18 @@ def stage_memory(
         on_gpu: with Transformer Engine's operators; otherwise the local ones.
         num_micro_batches: of an update; fewer than pipeline stages store fewer activations.
         cpu_offload: share of the optimizer's state on the host.
+        switches: moments in fewer bits, buffers of overlapped communication, temporaries of an LM head without kernels.
     """
     b, h, t = ELEMENT[dtype], shape.hidden_size, layout.tensor
     numel = stage_numel(shape, layout, stage, on_gpu=on_gpu)
     tokens = layout.local_tokens
     is_last = stage == layout.pipeline - 1
-    experts = stage_experts(shape, layout, on_gpu=on_gpu)
+    experts = stage_experts(shape, layout, stage, on_gpu=on_gpu)
     own = math.ceil((numel - experts) / layout.replicas) + math.ceil(experts / layout.expert_replicas)
-    state = own * (8 if dtype == "float32" else 12)
+    state = own * (switches.moment_bytes + (0 if dtype == "float32" else FLOAT32))
 
     layer = layer_bytes(shape, layout, b, fused=on_gpu)
-    layers = shape.num_layers // layout.pipeline
+    layers = layout.stages.layers(shape.num_layers)[stage]
     output = 0.0 if is_last else b * h / layout.sequence_shards  # kept by the schedule until its gradient arrives
     in_flight = layout.in_flight(stage, num_micro_batches)
     kept = in_flight * (layers * layer.kept(layout.recompute) + output)
@@ -156,6 +163,7 @@ def stage_memory(
     gradients = copies * (b * (3 if on_gpu else 2) * units / t + b * 2 * h)
     received = 2 * b * h / layout.sequence_shards if layout.pipeline > 1 else 0.0
     working = tokens * (layer.made_again(layout.recompute) + gradients + received) + largest_weight
+    buffers = OVERLAP_BUFFERS * b * h * tokens if switches.overlapped_tensor else 0
     return StageMemory(
         stage=stage,
         parameters=b * numel,
@@ -164,18 +172,18 @@ def stage_memory(
         offloaded=round(state * cpu_offload),
         activations=tokens * kept,
         working=working,
-        lm_head=lm_head_bytes(shape, layout, dtype, on_gpu=on_gpu) if is_last else 0.0,
+        lm_head=lm_head_bytes(shape, layout, dtype, on_gpu=on_gpu, fused=switches.fused_head) if is_last else 0.0,
         summing=0.0 if on_gpu else FLOAT32 * numel,  # gloo sums into a copy of the whole buffer
-        runtime=GPU_RUNTIME if on_gpu else CPU_RUNTIME,
+        runtime=(GPU_RUNTIME if on_gpu else CPU_RUNTIME) + buffers,
     )
 
 
-def lm_head_bytes(shape: ModelShape, layout: ParallelLayout, dtype: str, *, on_gpu: bool) -> float:
-    """Held by the LM head for a full pack in which every position carries a loss."""
+def lm_head_bytes(shape: ModelShape, layout: ParallelLayout, dtype: str, *, on_gpu: bool, fused: bool = True) -> float:
+    """Held by the LM head for a full pack in which every position carries a loss. Its kernels need no temporaries."""
     b, tokens = ELEMENT[dtype], layout.local_tokens
     rows = padded_vocab(shape, layout.tensor, on_gpu=on_gpu) // layout.tensor
     chunk = max(1, LOGITS_BYTES // (rows * b * MIN_CHUNK)) * MIN_CHUNK
-    logits = min(chunk, tokens) * rows * b + 2 * BLOCK_BYTES[on_gpu]
+    logits = min(chunk, tokens) * rows * b + (0 if on_gpu and fused else 2 * BLOCK_BYTES[on_gpu])
     hidden = b * shape.hidden_size * tokens
     afterwards = 2 * hidden + _weight_gradient(rows * shape.hidden_size, b, on_gpu)  # autograd's own gradient is a zero
     return 2 * hidden + max(logits, afterwards)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from nft_megatron.plan.activations import FLOAT32
-from nft_megatron.plan.compute import StageWork, Work, stage_work
+from nft_megatron.plan.compute import Work, stage_work
 from nft_megatron.plan.hardware import ACHIEVABLE
 from nft_megatron.plan.layouts import Cluster, ParallelLayout
 from nft_megatron.plan.memory import ELEMENT, stage_experts, stage_numel
+from nft_megatron.plan.switches import DEFAULTS, Switches
 from nft_megatron.plan.workload import Packs
 from nft_megatron.weights import ModelShape
 
@@ -68,8 +69,8 @@ def bubble_share(num_stages: int, num_parts: int, num_micro_batches: int) -> flo
     return (num_stages - 1) / (num_micro_batches * num_parts + num_stages - 1)
 
 
-def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str) -> LayerTraffic:
-    """Communication of a stage's layers.
+def traffic(shape: ModelShape, layout: ParallelLayout, stage: int, packs: Packs, dtype: str) -> LayerTraffic:
+    """Communication of the layers of ``stage``.
 
     Tensor, with sequence parallelism: forward, an all-gather before and a reduce-scatter after attention and MLP; backward,
     two all-gathers of output gradients block, while the other four collectives overlap matrix products
@@ -78,7 +79,7 @@ def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str)
     overlapped under the interleaved schedule. Experts: each token's copies go to the ranks of its experts and back.
     """
     b, t, c = ELEMENT[dtype], layout.tensor, layout.context
-    layers, tokens = shape.num_layers // layout.pipeline, packs.tokens / c
+    layers, tokens = layout.stages.layers(shape.num_layers)[stage], packs.tokens / c
     unit = layers * tokens * shape.hidden_size * b * (t - 1) / t
     again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
     tensor_backward = (2 if layout.sequence_parallel else 0) + again
@@ -92,6 +93,23 @@ def traffic(shape: ModelShape, layout: ParallelLayout, packs: Packs, dtype: str)
         sent = 2 * layers * copies * shape.hidden_size * b * (layout.expert - 1) / layout.expert
     experts = (sent, sent * (1 if layout.recompute == "none" else 2))
     return LayerTraffic((4 * unit, tensor_backward * unit), (heads * b, context_backward), experts, (hidden, hidden))
+
+
+@dataclass(frozen=True)
+class StagePasses:
+    """Seconds of an update's passes on one rank of a stage. ahead, behind: what it waits for in the two passes, of each kind of
+    communication of its layers.
+    """
+
+    logprobs: float
+    forward: float
+    backward: float
+    ahead: tuple[float, float, float, float]
+    behind: tuple[float, float, float, float]
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + sum(self.ahead) + sum(self.behind)
 
 
 @dataclass(frozen=True)
@@ -126,6 +144,30 @@ class Roofline:
             self.transfer(moved.pipeline[direction], 2, apart),
         )
 
+    def passes(self, shape: ModelShape, stage: int, packs: Packs, switches: Switches) -> StagePasses:
+        """All packs of an update on ``stage``."""
+        layout = self.layout
+        work = stage_work(shape, layout, stage, packs, self.dtype, fused_head=switches.fused_head)
+        moved = traffic(shape, layout, stage, packs, self.dtype)
+        starts = expert_seconds(shape, layout, stage) * packs.num_micro_batches
+        again = starts if layout.recompute != "none" else 0.0
+        return StagePasses(
+            logprobs=self.work(work.logprobs) + starts,
+            forward=self.work(work.forward) + starts,
+            backward=self.work(work.backward) + 2 * starts + again,
+            ahead=self.waits(moved, 0, work.forward, switches),
+            behind=self.waits(moved, 1, work.backward, switches),
+        )
+
+    def waits(self, moved: LayerTraffic, direction: int, work: Work, switches: Switches) -> tuple[float, float, float, float]:
+        """:meth:`layers`. Overlapped tensor communication leaves what the products do not cover, and one piece of each
+        collective: a rank's own piece of an all-gather is there before, that of a reduce-scatter comes last.
+        """
+        tensor, context, expert, pipeline = self.layers(moved, direction)
+        if switches.overlapped_tensor:
+            tensor = max(tensor / self.layout.tensor, tensor - self.work(Work(matmul=work.matmul)))
+        return tensor, context, expert, pipeline
+
 
 def train_time(
     shape: ModelShape,
@@ -136,28 +178,19 @@ def train_time(
     num_updates: int,
     dtype: str,
     cpu_offload: float,
-    fused_gradients: bool = True,
+    switches: Switches = DEFAULTS,
 ) -> TrainTime:
     """Old log-probs and all updates of a rollout step; each update trains ``packs``."""
     rate = Roofline(layout, cluster, dtype)
-    moved = traffic(shape, layout, packs, dtype)
-    ahead, behind = rate.layers(moved, 0), rate.layers(moved, 1)
-
-    starts = expert_seconds(shape, layout) * packs.num_micro_batches
-    again = starts if layout.recompute != "none" else 0.0
-
-    def busy(work: StageWork) -> float:
-        return rate.work(work.forward) + rate.work(work.backward)
-
-    stages = [stage_work(shape, layout, stage, packs, dtype) for stage in range(layout.pipeline)]
-    work = max(stages, key=busy)
-    forward, backward = rate.work(work.forward) + starts, rate.work(work.backward) + 2 * starts + again
-    passes = forward + backward + sum(ahead) + sum(behind)
+    stages = [rate.passes(shape, stage, packs, switches) for stage in range(layout.pipeline)]
+    slowest = max(stages, key=lambda stage: stage.total)
+    forward, backward, ahead, behind = slowest.forward, slowest.backward, slowest.ahead, slowest.behind
     slots = packs.num_micro_batches * layout.virtual_pipeline
-    logprobs = max(rate.work(stage.logprobs) for stage in stages) + starts + sum(ahead)
+    logprobs = max(stage.logprobs + sum(stage.ahead) for stage in stages)
 
-    numel = max(stage_numel(shape, layout, stage, on_gpu=cluster.gpu.is_gpu) for stage in range(layout.pipeline))
-    experts = stage_experts(shape, layout, on_gpu=cluster.gpu.is_gpu)
+    on_gpu = cluster.gpu.is_gpu
+    numel, fullest = max((stage_numel(shape, layout, stage, on_gpu=on_gpu), stage) for stage in range(layout.pipeline))
+    experts = stage_experts(shape, layout, fullest, on_gpu=on_gpu)
     dense, ranks, few = numel - experts, layout.replicas, layout.expert_replicas
 
     def collective(element: int) -> float:
@@ -168,7 +201,8 @@ def train_time(
     summing, gathering = collective(FLOAT32), collective(ELEMENT[dtype])
     own = dense / ranks + experts / few
     waited = max(0.0, summing - backward / packs.num_micro_batches)
-
+    hidden = min(gathering, forward / packs.num_micro_batches) if switches.overlapped_gathering else 0.0
+    adds = 0.0 if switches.fused_gradients else add_seconds(numel, cluster, dtype)
     return TrainTime(
         old_logprobs=num_updates * logprobs * (1 + (layout.pipeline - 1) / (slots * num_updates)),
         forward=num_updates * forward,
@@ -177,18 +211,18 @@ def train_time(
         context_communication=num_updates * (ahead[1] + behind[1]),
         expert_communication=num_updates * (ahead[2] + behind[2]),
         pipeline_communication=num_updates * (ahead[3] + behind[3]),
-        data_communication=num_updates * (waited + gathering),
-        pipeline_bubble=num_updates * passes * (layout.pipeline - 1) / slots,
-        optimizer=num_updates * optimizer_seconds(numel, own, cluster, dtype, cpu_offload),
-        gradient_adds=0.0 if fused_gradients else num_updates * packs.num_micro_batches * add_seconds(numel, cluster, dtype),
+        data_communication=num_updates * (waited + gathering) - (num_updates - 1) * hidden,  # the last is published at once
+        pipeline_bubble=num_updates * slowest.total * (layout.pipeline - 1) / slots,
+        optimizer=num_updates * optimizer_seconds(numel, own, cluster, dtype, cpu_offload, switches.moment_bytes),
+        gradient_adds=num_updates * packs.num_micro_batches * adds,
     )
 
 
-def expert_seconds(shape: ModelShape, layout: ParallelLayout) -> float:
-    """What it takes to start the products of a stage's experts one by one in a forward pass; twice as many backward."""
+def expert_seconds(shape: ModelShape, layout: ParallelLayout, stage: int) -> float:
+    """What it takes to start the products of the experts of ``stage`` one by one in a forward pass; twice as many backward."""
     if shape.experts is None:
         return 0.0
-    return EXPERT_SECONDS * shape.num_layers / layout.pipeline * shape.experts.num_experts / layout.expert
+    return EXPERT_SECONDS * layout.stages.layers(shape.num_layers)[stage] * shape.experts.num_experts / layout.expert
 
 
 def add_seconds(numel: int, cluster: Cluster, dtype: str) -> float:
@@ -196,13 +230,15 @@ def add_seconds(numel: int, cluster: Cluster, dtype: str) -> float:
     return numel * 2 * (ELEMENT[dtype] + FLOAT32) / (cluster.gpu.memory_bandwidth * ACHIEVABLE.memory)
 
 
-def optimizer_seconds(numel: int, own: float, cluster: Cluster, dtype: str, cpu_offload: float) -> float:
+def optimizer_seconds(
+    numel: int, own: float, cluster: Cluster, dtype: str, cpu_offload: float, moment_bytes: int = 2 * FLOAT32
+) -> float:
     """One update: clear gradients and take their norm, read and write the state, fetch and return an offloaded share.
 
     Args:
         numel: parameters on this rank. own: those whose state it holds.
     """
-    gpu, state = cluster.gpu, 3 if dtype == "bfloat16" else 2
-    traffic = FLOAT32 * (2 * numel + own) + own * (2 * FLOAT32 * state + ELEMENT[dtype])
-    over_host = 2 * FLOAT32 * state * own * cpu_offload
+    gpu, state = cluster.gpu, moment_bytes + (FLOAT32 if dtype == "bfloat16" else 0)
+    traffic = FLOAT32 * (2 * numel + own) + own * (2 * state + ELEMENT[dtype])
+    over_host = 2 * state * own * cpu_offload
     return traffic / (gpu.memory_bandwidth * ACHIEVABLE.memory) + over_host / (gpu.host_bandwidth * ACHIEVABLE.host)

@@ -168,6 +168,7 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.model.recompute,
         variable_lengths=not config.train.pad_to_budget,
+        pack_tokens=rules.token_budget,
         kernels=config.kernels,
     )
     check_deterministic(chunks[0].config, config.max_sequence_tokens, config.train.micro_batch_tokens)
@@ -182,6 +183,7 @@ def build_trainer(config: Config, topology: Topology, shape: ModelShape) -> Trai
         temperature=config.rollout.temperature,
         importance_cap=config.train.importance_cap,
         gradient_cosine_every=config.observe.gradient_cosine_every,
+        fused_lm_head=config.kernels.fused_lm_head,
     )
 
 

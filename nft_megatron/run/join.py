@@ -25,6 +25,8 @@ def init_distributed(config: Config) -> AbstractContextManager[Topology]:
         parallel.pipeline,
         parallel.context,
         virtual_pipeline=parallel.virtual_pipeline,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
         expert=parallel.expert,
         timeout_seconds=parallel.timeout_seconds,
         control_timeout_seconds=config.rollout.step_deadline_seconds,

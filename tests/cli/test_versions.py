@@ -85,3 +85,27 @@ def test_a_gpu_s_findings_name_the_switch_that_the_environment_overrules(on_gpu,
     without = {finding.name: finding for finding in doctor.findings()}
     assert without["weight gradients"].state == "added to main_grad by Transformer Engine's kernel"
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in without
+
+
+def test_switches_that_need_transformer_engine_are_faults_without_it(on_gpu, monkeypatch, run_config):
+    from nft_megatron.config.load import load_config
+
+    config = load_config(
+        run_config(
+            model={"dtype": "bfloat16"},
+            parallel={"tensor": 2},
+            train={"pad_to_budget": True},
+            kernels={"overlap_tensor_communication": True},
+            optimizer={"first_moment": "bfloat16"},
+        )
+    )
+    for has_engine in (True, False):
+        monkeypatch.setattr(doctor, "_imports", lambda module, has_engine=has_engine: has_engine)
+        found = {finding.name: finding for finding in doctor.findings(config)}
+        overlap, moment = found["kernels.overlap_tensor_communication"], found["optimizer.first_moment"]
+        assert "optimizer.second_moment" not in found
+        assert (overlap.is_fault, moment.is_fault) == (not has_engine, not has_engine)
+        needs = "" if has_engine else ", needs a GPU and Transformer Engine"
+        assert (overlap.state, moment.state) == (f"true{needs}", f"bfloat16{needs}")
+        assert found["LM head"].state == ("Triton's kernels" if has_engine else "torch's operators, a pass over memory each")
+    assert found["LM head"].remedy == "pip install triton"

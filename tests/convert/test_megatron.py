@@ -24,6 +24,7 @@ LAYOUTS = {
     "tp4 pp2": Layout(4, 2, ALL),
     "cp2": Layout(1, 1, ALL, context=2),
     "pp2 vpp2": Layout(1, 2, DEEP, DEEP, virtual=2),
+    "pp3 uneven": Layout(1, 3, DEEP, DEEP, last=2),
     "ep2": Layout(1, 1, MOE, MOE, expert=2),
 }
 LOADED = [(layout, name) for layout, what in LAYOUTS.items() for name in what.loads]
@@ -36,7 +37,7 @@ FORMATS = [
 
 
 def save_deep(name: str, folder: Path) -> Path:
-    """Four layers, for two stages of two parts each."""
+    """Four layers, for two stages of two parts each, or for uneven stages."""
     config_class, model_class, changes = FAMILIES[name.removesuffix(" deep")]
     torch.manual_seed(0)
     model = model_class(config_class(**copy.deepcopy({**SIZES, **changes}) | {"num_hidden_layers": 4}))

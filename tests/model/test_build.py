@@ -16,6 +16,7 @@ from nft_megatron.model.build import build_model
 from nft_megatron.model.settings import padded_vocab
 from nft_megatron.model.topology import init_topology
 from nft_megatron.weights.shape import SHAPE_EXAMPLE, Experts
+from nft_megatron.weights.stages import Stages
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_experts_are_spread_over_data_and_context_ranks(monkeypatch: pytest.Monk
 )
 def test_models_that_cannot_be_cut_that_way(sizes: tuple[int, int, int], field: str, problem: str):
     tensor, pipeline, virtual_pipeline = sizes
-    place = SimpleNamespace(tensor_size=tensor, pipeline_size=pipeline, virtual_pipeline=virtual_pipeline, expert_size=1)
+    place = SimpleNamespace(tensor_size=tensor, stages=Stages(pipeline, virtual_pipeline), expert_size=1)
     with pytest.raises(UserError, match=problem) as caught:
         build_model(SHAPE_EXAMPLE, place)
     assert caught.value.field == field
@@ -72,7 +73,7 @@ def test_models_that_cannot_be_cut_that_way(sizes: tuple[int, int, int], field: 
     ],
 )
 def test_experts_that_cannot_be_cut_that_way(experts: Experts | None, tensor: int, expert: int, field: str, problem: str):
-    place = SimpleNamespace(tensor_size=tensor, pipeline_size=1, virtual_pipeline=1, expert_size=expert)
+    place = SimpleNamespace(tensor_size=tensor, stages=Stages(1), expert_size=expert)
     with pytest.raises(UserError, match=problem) as caught:
         build_model(replace(SHAPE_EXAMPLE, experts=experts), place, sequence_parallel=False)
     assert caught.value.field == field

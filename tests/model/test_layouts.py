@@ -17,12 +17,21 @@ NAMES = (
     "tensor 2",
     "pipeline 2, recompute layers",
     "pipeline 2 interleaved",
+    "pipeline 2, uneven × data 2",
     "data 2, half of the optimizer on the host",
+    "data 2, overlapped gathering",
+    "pipeline 2 interleaved × data 2, overlapped gathering",
     "context 2",
     "tensor 2 × pipeline 2 × context 2",
 )
 FIRST = NAMES[0]
-QUICK = {"tensor 2", "pipeline 2 interleaved", "data 2, half of the optimizer on the host"}
+QUICK = {
+    "tensor 2",
+    "pipeline 2 interleaved",
+    "pipeline 2, uneven × data 2",
+    "data 2, half of the optimizer on the host",
+    "data 2, overlapped gathering",
+}
 
 
 @pytest.fixture(scope="module")

@@ -65,10 +65,13 @@ def _expert_replica(replica: tuple[int, int], layout) -> tuple[int, int]:
     return -1, (data * layout.context + context) // layout.expert
 
 
-def test_stages_and_parts_are_where_the_plan_says(built: dict):
-    shape, layout = meta_worker.CASES["32B interleaved"]
-    for rank in built["32B interleaved"]:
+@pytest.mark.parametrize("name", ["32B interleaved", "32B interleaved, uneven", "tiny, uneven"])
+def test_stages_and_parts_are_where_the_plan_says(built: dict, name: str):
+    shape, layout = meta_worker.CASES[name]
+    for rank in built[name]:
         layers = {int(name.split(".")[2]) for name in rank["shapes"] if name.startswith("decoder.layers.")}
         assert layers == {
-            layer for layer in range(shape.num_layers) if layout.stage_of(layer, shape.num_layers) == rank["pipeline_rank"]
+            layer
+            for layer in range(shape.num_layers)
+            if layout.stages.stage_of(layer, shape.num_layers) == rank["pipeline_rank"]
         }

@@ -38,6 +38,11 @@ FAMILIES = ("qwen3", "llama 3", "mistral", "qwen3_moe", "qwen3_moe raw")
 MORE = {
     "pipeline 2": Rehearsal(Layout(2, {"pipeline": 2}), options={"stages": "updates"}),
     "data 2, several buckets": Rehearsal(Layout(2), options={"bucket": SMALL_BUCKETS, "stages": "updates"}),
+    "data 2, several buckets, overlapped gathering": Rehearsal(
+        LAYOUTS["data 2, overlapped gathering"], options={"bucket": SMALL_BUCKETS}
+    ),
+    "pipeline 2, uneven": Rehearsal(Layout(2, {"pipeline": 2, "last_stage_layers": 1}), options={"stages": "updates"}),
+    "torch's operators for the LM head": Rehearsal(Layout(1, kernels={"fused_lm_head": False}), options={"stages": "updates"}),
     **{f"{name}, {dtype}": Rehearsal(LAYOUTS[name], dtype, model) for name, dtype, model in LAYOUTS_AND_DTYPES},
     **{family: Rehearsal(model=family) for family in FAMILIES},
     "qwen3_moe, expert 2": Rehearsal(Layout(2, {"expert": 2}), model="qwen3_moe"),

@@ -26,6 +26,7 @@ def place(layout) -> SimpleNamespace:
         context_size=layout.context,
         pipeline_size=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
+        stages=layout.stages,
         expert_size=layout.expert,
     )
 
@@ -58,6 +59,8 @@ def test_packs_are_cut_as_by_the_trainer(make_config, make_layout, fields: dict)
         {"pipeline": 7},
         {"pipeline": 2, "virtual_pipeline": 7},
         {"pipeline": 2, "virtual_pipeline": 4},
+        {"pipeline": 4, "last_stage_layers": 4},
+        {"pipeline": 4, "last_stage_layers": 5},
         {"expert": 2, "data": 2},
     ],
 )

@@ -10,6 +10,7 @@ from nft_megatron.plan.hardware import ACCELERATORS, ACHIEVABLE
 from nft_megatron.plan.layouts import Cluster
 from nft_megatron.plan.memory import stage_numel
 from nft_megatron.plan.models import PUBLIC_MODELS
+from nft_megatron.plan.switches import Switches
 from nft_megatron.plan.time import optimizer_seconds, traffic, train_time
 from nft_megatron.plan.workload import Packs
 
@@ -29,7 +30,7 @@ def sent(collectives: list[dict], direction: str, ranks: int) -> float:
 def test_tensor_parallel_bytes(counted, make_layout, sequence_parallel: bool, recompute: str):
     seen = counted(2, 1, sequence_parallel)[f"bfloat16 {recompute}"]["collectives"]
     layout = make_layout(tensor=2, sequence_parallel=sequence_parallel, recompute=recompute)
-    moved = traffic(plan_worker.small_shape(2), layout, PACKS, "bfloat16")
+    moved = traffic(plan_worker.small_shape(2), layout, 0, PACKS, "bfloat16")
     assert moved.tensor[0] == sent(seen, "forward", 2)
     overlapped = (
         2 * 4 * NUM_TOKENS * 64 * 2 / 2
@@ -40,7 +41,7 @@ def test_tensor_parallel_bytes(counted, make_layout, sequence_parallel: bool, re
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_context_parallel_bytes(counted, make_layout, recompute: str):
     seen = counted(1, 2)[f"bfloat16 {recompute}"]["collectives"]
-    moved = traffic(plan_worker.small_shape(2), make_layout(context=2, recompute=recompute), PACKS, "bfloat16")
+    moved = traffic(plan_worker.small_shape(2), make_layout(context=2, recompute=recompute), 0, PACKS, "bfloat16")
     assert moved.context == (sent(seen, "forward", 2), sent(seen, "backward", 2))
     assert moved.tensor == (0, 0)
 
@@ -115,7 +116,7 @@ def test_the_optimizer_moves_its_state_and_an_offloaded_share_of_it():
 
 def test_gradients_are_added_in_a_pass_of_their_own_only_without_the_fused_kernel(make_layout):
     layout, packs = make_layout(data=8), Packs(4, 16384, 10**7, 10000)
-    fused, apart = seconds(layout, packs), seconds(layout, packs, fused_gradients=False, num_updates=3)
+    fused, apart = seconds(layout, packs), seconds(layout, packs, switches=Switches(fused_gradients=False), num_updates=3)
     numel = stage_numel(SHAPE, layout, 0, on_gpu=True)
     # each of 3 × 4 times: write and read a bfloat16 gradient, read and write its float32 sum
     assert apart.gradient_adds == pytest.approx(3 * 4 * numel * (2 + 2 + 4 + 4) / (3.35e12 * ACHIEVABLE.memory))

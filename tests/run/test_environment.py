@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -5,6 +7,7 @@ from nft_megatron.base.exported import EXPORTED, without_exported
 from nft_megatron.config.load import load_config
 from nft_megatron.run.environment import export_environment, overruled, trainer_environment
 
+PADDED = {"num_steps": 1, "pad_to_budget": True}
 GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -91,3 +94,26 @@ main(["train", sys.argv[1]])
 """
     done = subprocess.run([sys.executable, "-c", code, str(run_config())], capture_output=True, text=True)
     assert done.stdout.split() == ["expandable_segments:True", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({}, "needs 2 to cluster.gpus_per_node = 8 tensor ranks, which share a node; parallel.tensor = 1"),
+        ({"parallel": {"tensor": 16}}, "parallel.tensor = 16"),
+        ({"parallel": {"tensor": 2, "sequence_parallel": False}}, "exchanges what sequence parallelism splits"),
+        ({"parallel": {"tensor": 2}, "train": {"num_steps": 1}}, "has buffers of one size, but packs have many"),
+    ],
+)
+def test_overlapped_tensor_communication_is_refused_where_it_cannot_work(config, sections, problem):
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        config(**{"train": PADDED, **sections}, kernels={"overlap_tensor_communication": True})
+    works = config(parallel={"tensor": 8}, train=PADDED, kernels={"overlap_tensor_communication": True})
+    assert works.kernels.overlap_tensor_communication
+
+
+@pytest.mark.parametrize("field", ["first_stage_layers", "last_stage_layers"])
+def test_layers_of_a_stage_are_refused_without_stages(config, field):
+    with pytest.raises(ValueError, match=rf"parallel\.{field} = 3: divides the layers between pipeline stages"):
+        config(parallel={field: 3})
+    assert getattr(config(parallel={field: 3, "pipeline": 2}).parallel, field) == 3
