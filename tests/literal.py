@@ -39,6 +39,16 @@ def literal_loss(name, logprobs, old_logprobs, is_correct, truncated, limit, opt
         advantage = advantage / ((reward - reward.mean()) ** 2).mean().sqrt()
     losses = []
     for k in range(num):
+        if name == "gspo":  # the geometric mean of the ratios
+            s = ratios[k].log().mean().exp()
+            losses.append(
+                -torch.minimum(s * advantage[k], s.clamp(1 - options["clip_low"], 1 + options["clip_high"]) * advantage[k])
+            )
+            continue
+        if name == "cispo":
+            weight = torch.minimum(ratios[k], torch.tensor(options["max_ratio"], dtype=torch.float64)).detach()
+            losses.append(-(weight * advantage[k] * (logprobs[k] - old_logprobs[k])).sum())
+            continue
         bounded = ratios[k].clamp(1 - options["clip_low"], 1 + options["clip_high"])
         loss = -torch.minimum(ratios[k] * advantage[k], bounded * advantage[k]).sum()
         losses.append(loss / len(ratios[k]) if options.get("per_answer_mean") else loss)

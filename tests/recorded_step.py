@@ -42,6 +42,8 @@ ALGORITHMS = {
     "grpo, mean of each answer": Objective({"name": "grpo", "per_answer_mean": True}, {"denominator": "sequences"}),
     "dr_grpo": Objective({"name": "dr_grpo"}),
     "dapo": Objective({"name": "dapo", "overlong_buffer": 0.8}),
+    "gspo": Objective({"name": "gspo", "clip_low": 0.2, "clip_high": 0.3}, {"denominator": "sequences"}),
+    "cispo": Objective({"name": "cispo", "max_ratio": 1.5}),
     "infonca": Objective({"name": "infonca"}, {"micro_batch_tokens": 320}),
 }
 

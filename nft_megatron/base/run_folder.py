@@ -58,6 +58,11 @@ class RunFolder:
         return self.root / "prompts.parquet"
 
     @property
+    def algorithm(self) -> Path:
+        """The import path of a user's own algorithm and the hash of its source."""
+        return self.root / "algorithm.txt"
+
+    @property
     def has_begun(self) -> bool:
         """Whether answers were collected or a checkpoint written: from then on, what the run computes may not change."""
         return bool(self.config.exists() and (self.latest_step() or any(self.ledgers.rglob("*.parquet"))))
@@ -80,6 +85,11 @@ class RunFolder:
     def latest(self) -> Path:
         """Holds the name of the newest complete checkpoint."""
         return self.checkpoints / "latest"
+
+    @property
+    def best(self) -> Path:
+        """Holds the name of the checkpoint of the highest held-out accuracy, if ``checkpoint.keep_best`` asks for it."""
+        return self.checkpoints / "best"
 
     @property
     def ledgers(self) -> Path:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("boxed", "answer", "keep", "none"),
         help="as data.instruction, for every question (default: AIME and AMC as in training, others as they stand)",
     )
-    parser.add_argument("--grader", default="simplerl", help="a verify.mode (default: %(default)s, as in the paper)")
+    parser.add_argument("--grader", default="simplerl", help="a verify.mode, or a URL (default: %(default)s, as in the paper)")
     parser.add_argument(
         "--overlap",
         metavar="FILE",

@@ -15,6 +15,7 @@ from nft_megatron.base.output import OutputError, guarded_output
 from nft_megatron.base.version import __version__
 
 COMMANDS = {
+    "init": "write a first configuration for a model and a file of questions",
     "train": "train, or resume a run",
     "plan": "estimate memory, time and layouts of a run before it starts",
     "eval": "measure a Hugging Face model folder on benchmarks or held-out questions",
@@ -22,6 +23,7 @@ COMMANDS = {
     "overlap": "find evaluation questions that are in the training data",
     "verify": "grade a file of answers",
     "report": "write a run's report page",
+    "fork": "begin a new run from a step of another, with other settings",
     "replay": "retrain a recorded step, under another layout or algorithm",
     "serve": "run a vLLM server on another machine for a run's fleet",
     "slurm": "train as a batch job that resumes by itself: render, submit, status, logs, stop, …",

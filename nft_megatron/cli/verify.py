@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         default="strict",
-        help="strict, math-verify, dapo, simplerl, published-boxed, published-answer (default: %(default)s)",
+        help="strict, math-verify, dapo, simplerl, published-boxed, published-answer, module:function or a URL "
+        "(default: %(default)s)",
     )
     parser.add_argument("--out", type=user_path, help="write the rows, each with verdict and reason, as JSONL to this file")
     parser.add_argument("--workers", type=int, help="grader processes (default: one per core)")

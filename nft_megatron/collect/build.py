@@ -91,7 +91,7 @@ def unmatched_questions(questions: Sequence[Question], settings: VerifyConfig, f
         ((question.gold, question.place or question.question_id) for question in questions),
         unmatched,
         field,
-        f"verify.mode={settings.mode}",
+        f"verify.mode={settings.grader}",
         "name the column of the final answers with data.answer_field, correct them, or choose another verify.mode",
     )
     return unmatched
@@ -154,4 +154,5 @@ def open_rollout_client(
     if config.rollout.max_staleness and not engine.overlaps:
         engine = ExclusiveEngine(engine, config.rollout.step_deadline_seconds)
     verifier = stack.enter_context(Verifier(config.verify))
+    verifier.check()
     return RolloutClient(engine, verifier, tokenizer, config.seed, config.rollout.deadline_seconds, timer, progress)

@@ -151,7 +151,7 @@ class RolloutClient:
                     continue
                 question = questions[prompt_id]
                 text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
-                question.answers[completion.index] = (completion, text, self._judge(text, question.prompt.gold, completion))
+                question.answers[completion.index] = (completion, text, self._judge(text, question.prompt, completion))
                 self.progress.advance()
                 if len(question.answers) == group_size:
                     (broken if question.broken_off() else finished).append(prompt_id)
@@ -167,9 +167,9 @@ class RolloutClient:
             for prompt_id in [*finished, *broken]:
                 yield prompt_id, questions[prompt_id].judged(self.deadline_seconds)
 
-    def _judge(self, text: str, gold: str, completion: Completion) -> Future[Verdict]:
+    def _judge(self, text: str, prompt: Prompt, completion: Completion) -> Future[Verdict]:
         if completion.finish_reason != "abort":
-            return self.verifier.submit(text, gold, completion.finish_reason)
+            return self.verifier.submit(text, prompt.gold, completion.finish_reason, prompt.question)
         aborted: Future[Verdict] = Future()
         aborted.set_result(Verdict("unknown", reason="engine fault", verifier="none"))
         return aborted

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.imported import ImportPath
 from nft_megatron.base.paths import expand
 from nft_megatron.config.renamed import RENAMED, is_record, translate
 from nft_megatron.config.schema import DEFAULT_ALGORITHM, Config
@@ -41,7 +42,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def config_from(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The configuration in ``tree`` (modified in place) after ``overrides``. Raises as :func:`load_config` does."""
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -68,7 +69,8 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set in ``tree``, in place, what ``override`` says. Raises :class:`UserError` if it is no ``section.key=value``."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError("override", override, "is not of the form section.key=value", "for example train.num_steps=100")
@@ -146,6 +148,8 @@ def _models_of(field: FieldInfo) -> tuple[type[BaseModel], ...]:
 
 def _type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation == ImportPath:
+        return "module:name"
     if origin is typing.Annotated:
         return _type_name(arguments[0])
     if origin is typing.Literal:
@@ -185,10 +189,14 @@ def _readable(error: ValidationError) -> UserError:
         return UserError(field, value, "is empty" + more, "name at least one")
     if isinstance(cause, ValueError):
         return UserError(field, value, str(cause) + more, f"the type is {_expected(path)}")
-    if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or a number is valid
-        return UserError(field, value, "is not allowed" + more, f"the type is {_expected(path)} > 0")
+    if kind == "literal_error" and others and others[0]["loc"][:2] == first["loc"][:2]:  # a word or something else is valid
+        expected = _expected(path)
+        positive = " > 0" if expected.endswith("number") else ""
+        return UserError(field, value, "is not allowed" + more, f"the type is {expected}{positive}")
     if kind.startswith("union_tag"):
-        return UserError("algorithm.name", value["name"], "no such algorithm" + more, f"one of {', '.join(_ALGORITHMS)}")
+        return UserError(
+            "algorithm.name", value["name"], "no such algorithm" + more, f"one of {', '.join(_ALGORITHMS)}, or module:Class"
+        )
     return UserError(
         field, value, first["msg"] + more, f"the type is {_expected(path)}; `nft-megatron train --help` explains it"
     )

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from nft_megatron.algorithms import ALGORITHMS, Algorithm
+from nft_megatron.algorithms import ALGORITHMS, Algorithm, imported_algorithm
 from nft_megatron.base.config_model import ConfigModel, LoosePath
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.imported import is_import_path
 from nft_megatron.config.fleet import FleetConfig
 from nft_megatron.config.kernels import KernelsConfig
 from nft_megatron.config.sections import (
@@ -31,13 +32,27 @@ from nft_megatron.config.sections import (
 from nft_megatron.config.slurm import SlurmConfig
 
 DEFAULT_ALGORITHM = "nft"
+
+
+def _algorithm(value: Any, of_this_project: ValidatorFunctionWrapHandler) -> Any:
+    """A section ``algorithm`` as the algorithm that it names, which may be a user's own."""
+    if isinstance(value, Algorithm):
+        return value
+    if isinstance(value, dict):
+        value = {"name": DEFAULT_ALGORITHM, **value}
+        if isinstance(value["name"], str) and is_import_path(value["name"]):
+            return imported_algorithm(value["name"], value)
+    return of_this_project(value)
+
+
 if TYPE_CHECKING:
     AlgorithmConfig = Algorithm
 else:
     AlgorithmConfig = Annotated[
         Union[tuple(ALGORITHMS.values())],  # noqa: UP007 (known only at run time)
         Field(discriminator="name"),
-        BeforeValidator(lambda value: {"name": DEFAULT_ALGORITHM, **value} if isinstance(value, dict) else value),
+        WrapValidator(_algorithm),
+        SerializeAsAny(),
     ]
 
 _MOST_ANSWERS = 1 << 24
@@ -191,6 +206,13 @@ class Config(ConfigModel):
             )
         self._check_moments()
         self._check_tensor_overlap()
+        if self.checkpoint.keep_best and not self.evaluate.data:
+            raise UserError(
+                "checkpoint.keep_best",
+                self.checkpoint.keep_best,
+                "goes by held-out accuracy, but evaluate.data is empty",
+                "name held-out questions in evaluate.data, or set it to 0",
+            )
         if self.verify.hard_seconds < self.verify.soft_seconds:
             raise UserError(
                 "verify.hard_seconds",

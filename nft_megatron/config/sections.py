@@ -5,9 +5,11 @@ Every field's docstring is its help text: ``nft-megatron train --help`` prints t
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from nft_megatron.base.config_model import (
     ConfigModel,
@@ -19,6 +21,8 @@ from nft_megatron.base.config_model import (
     ProcessCount,
     TextList,
 )
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.imported import ImportPath
 
 
 class ModelConfig(ConfigModel):
@@ -92,7 +96,7 @@ class RolloutConfig(ConfigModel):
     have shown the share of mixed questions."""
     prompt_filter: bool | None = None
     """Train only on questions with both right and wrong answers (DAPO's dynamic sampling). null: as in the paper, true for all
-    algorithms except GRPO and Dr. GRPO, whose steps then have questions_per_step questions of any kind."""
+    algorithms except GRPO, Dr. GRPO and GSPO, whose steps then have questions_per_step questions of any kind."""
     max_rounds: PositiveInt = 10
     """Rounds of questions per step; after that the step trains on the groups it has, with a warning."""
     max_staleness: Count = 0
@@ -125,30 +129,83 @@ class RolloutConfig(ConfigModel):
     """Longest wait of the other ranks while rank 0 collects or evaluates a whole step; they notice at once if rank 0 dies."""
 
 
+def _service_url(url: str) -> str:
+    parts = urlsplit(url)
+    try:
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # the port is no number, or too large
+        is_address = False
+    if not is_address or parts.query or parts.fragment or any(char.isspace() for char in url):
+        raise ValueError("is not the address of a service; write http://127.0.0.1:PORT/PATH")
+    return url
+
+
+BuiltInMode = Literal["strict", "math-verify", "dapo", "published-boxed", "published-answer", "simplerl", "program"]
+
+
 class VerifyConfig(ConfigModel):
     """How answers are graded."""
 
-    mode: Literal["strict", "math-verify", "dapo", "published-boxed", "published-answer", "simplerl"] = "strict"
+    mode: (
+        Literal["strict", "math-verify", "dapo", "published-boxed", "published-answer", "simplerl", "program"] | ImportPath
+    ) = "strict"
     """``strict``: the last \\boxed{} only, integers by exact comparison, the rest by math-verify on the box.
     ``math-verify``: the whole text. ``dapo``: the "Answer:" line, else the last \\boxed{}, in the last 300 characters, exactly
     the gold. ``published-boxed``, ``published-answer``: the training grader of the authors' code, the text of the last
     \\boxed{} in the last 100 characters, or the "Answer:" line; truncated answers are judged too. ``simplerl``: for final
-    evaluations, too lenient to train on (it forgives a factor of 100). docs/verification.md compares them."""
+    evaluations, too lenient to train on (it forgives a factor of 100). docs/verification.md compares them.
+    ``program``: the last block of code must pass the tests in the gold, in a sandbox.
+    ``my_package.my_module:grade``: your own function of answer, gold and question; docs/own_verifier.md."""
+    url: Annotated[str, AfterValidator(_service_url)] | None = None
+    """An HTTP service that grades instead of ``mode``: POST {"answer", "gold", "question"}, reply {"verdict"}."""
+    accept_rules: str | None = None
+    """A run is not resumed under another function, service or source than its answers were graded by, unless this names the new
+    rules as the refusal prints them."""
     workers: ProcessCount = 2
-    """Grader processes, started when the first answer needs math-verify."""
+    """Grader processes, started when the first answer needs one; requests at a time to ``url``."""
+    memory_gib: PositiveFloat = 2.0
+    """Address space of a grader process, in GiB. Beyond it the verdict is unknown."""
     soft_seconds: PositiveFloat = 1.0
     """CPU time after which a grader gives up (or, at twice that, is ended by the kernel): verdict unknown. A busy machine
     therefore changes no verdict."""
     hard_seconds: PositiveFloat = 3.0
     """Wall-clock time after which a grader that has not answered is killed and replaced. Its task is tried once more, alone and
-    for up to ten times as long, before its verdict is unknown."""
+    for up to ten times as long, before its verdict is unknown. With ``url``: time for one reply, retries included."""
+
+    @property
+    def grader(self) -> str:
+        """``url`` if it is set, else ``mode``."""
+        return self.url or self.mode
+
+    @classmethod
+    def of_grader(cls, grader: str, **others: Any) -> VerifyConfig:
+        """The section with a mode, an import path or a URL, as the command line takes them.
+
+        >>> VerifyConfig.of_grader("http://127.0.0.1:8000/grade").grader, VerifyConfig.of_grader("dapo").mode
+        ('http://127.0.0.1:8000/grade', 'dapo')
+        """
+        is_url = grader.startswith(("http://", "https://"))
+        return cls.model_validate(others | ({"url": grader, "mode": "strict"} if is_url else {"mode": grader, "url": None}))
+
+    @model_validator(mode="after")
+    def _check_one_grader(self) -> VerifyConfig:
+        if self.url is not None and self.mode != "strict":
+            raise UserError("verify.url", self.url, f"grades instead of verify.mode = {self.mode}", "set only one of them")
+        return self
 
 
 class OptimizerConfig(ConfigModel):
     """AdamW with float32 master weights, sharded over data-parallel ranks."""
 
     learning_rate: PositiveFloat = 1e-6
-    """Learning rate, constant after the warm-up."""
+    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, as in the paper, or falling to ``min_rate`` at update ``decay_updates``."""
+    decay_updates: PositiveInt | None = None
+    """The update, counted from the run's first, from which on the rate is the smallest. Of a whole run: train.num_steps ·
+    train.updates_per_step. Set apart from these, so that a run continued beyond num_steps keeps its schedule."""
+    min_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Smallest rate of a falling schedule, as a share of learning_rate."""
     warmup_updates: Count = 10
     """Updates of linear warm-up: update t has learning rate · t / warmup_updates."""
     warmup_stair: PositiveInt | None = None
@@ -180,7 +237,11 @@ class OptimizerConfig(ConfigModel):
         return "bfloat16" in (self.first_moment, self.second_moment)
 
     def learning_rate_at(self, update: int) -> float:
-        """learning_rate · min(1, t / warmup_updates) for update t, counted from 1; with ``warmup_stair`` in stairs from 0.
+        """learning_rate · min(1, t / W) · decay for update t, counted from 1, with W = warmup_updates; with ``warmup_stair``
+        the warm-up is in stairs from 0.
+
+        With p = (t − W) / (decay_updates − W), from 0 to 1, and m = min_rate, the decay is 1 (constant), 1 − (1 − m)·p (linear)
+        or m + (1 − m)·(1 + cos πp) / 2 (cosine).
 
         >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=4)
         >>> [settings.learning_rate_at(update) for update in (1, 2, 4, 100)]
@@ -188,11 +249,37 @@ class OptimizerConfig(ConfigModel):
         >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=4, warmup_stair=2)
         >>> [settings.learning_rate_at(update) for update in (1, 2, 3, 4, 5, 100)]
         [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+        >>> settings = OptimizerConfig(learning_rate=1.0, warmup_updates=2, schedule="linear", decay_updates=6, min_rate=0.2)
+        >>> [round(settings.learning_rate_at(update), 9) for update in (1, 2, 3, 4, 6, 100)]
+        [0.5, 1.0, 0.8, 0.6, 0.2, 0.2]
         """
+        rate = self.learning_rate * self._decay_at(update)
         if self.warmup_stair is not None:
             update = (update - 1) // self.warmup_stair * self.warmup_stair
-            return self.learning_rate * (min(1.0, update / self.warmup_updates) if self.warmup_updates else 1.0)
-        return self.learning_rate * min(1.0, update / max(1, self.warmup_updates))
+            return rate * (min(1.0, update / self.warmup_updates) if self.warmup_updates else 1.0)
+        return rate * min(1.0, update / max(1, self.warmup_updates))
+
+    def _decay_at(self, update: int) -> float:
+        if self.schedule == "constant":
+            return 1.0
+        assert self.decay_updates is not None
+        passed = min(1.0, max(0.0, (update - self.warmup_updates) / (self.decay_updates - self.warmup_updates)))
+        left = 1 - passed if self.schedule == "linear" else (1 + math.cos(math.pi * passed)) / 2
+        return self.min_rate + (1 - self.min_rate) * left
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimizerConfig:
+        if self.schedule == "constant" and self.decay_updates is not None:
+            problem = "has no effect with optimizer.schedule = constant"
+            raise UserError("optimizer.decay_updates", self.decay_updates, problem, "remove it, or set linear or cosine")
+        if self.schedule != "constant" and (self.decay_updates or 0) <= self.warmup_updates:
+            raise UserError(
+                "optimizer.decay_updates",
+                self.decay_updates,
+                f"must be above optimizer.warmup_updates = {self.warmup_updates} with optimizer.schedule = {self.schedule}",
+                "set it to the updates of the whole run, train.num_steps · train.updates_per_step",
+            )
+        return self
 
 
 class TrainConfig(ConfigModel):
@@ -307,6 +394,9 @@ class CheckpointConfig(ConfigModel):
     """Rollout steps between checkpoints; the last step always has one."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
+    keep_best: Count = 0
+    """How many checkpoints to keep in addition: those of the highest held-out accuracy, of steps that were evaluated
+    (``evaluate.every``). ``checkpoints/best`` names the best of all that are there."""
     asynchronous: bool = True
     """Write checkpoints during the next step, from a copy in host memory. false: wait until they are on disk."""
     export_every: Count = 0

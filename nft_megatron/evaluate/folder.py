@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from nft_megatron.base.atomic_io import atomic_file, remove_leftovers
 from nft_megatron.base.errors import UserError
@@ -33,6 +33,7 @@ from nft_megatron.evaluate.run import Evaluation, evaluate
 from nft_megatron.evaluate.summary import reasons_table, summary_of, table_of
 from nft_megatron.observe.metrics import PhaseTimer
 from nft_megatron.observe.progress import open_progress
+from nft_megatron.verify.modes import mode_of
 from nft_megatron.verify.rules import rules_of
 from nft_megatron.verify.service import Verifier
 from nft_megatron.weights import ModelShape, num_parameters, read_shape, weight_table
@@ -40,7 +41,6 @@ from nft_megatron.weights.hf_reader import HFReader, refuse_non_finite
 
 log = logging.getLogger(__name__)
 
-GRADERS: tuple[str, ...] = get_args(VerifyConfig.model_fields["mode"].annotation)
 _SOFT_SECONDS, _HARD_SECONDS = 10.0, 120.0
 
 
@@ -76,7 +76,7 @@ def evaluate_folder(config: Config, model_folder: Path | str, out: Path | None =
         "truncated_rate": result.truncated_rate,
         "unknown_rate": result.unknown_rate,
         "answer_length_mean": result.answer_length_mean,
-        "verifier": rules_of(config.verify.mode),
+        "verifier": rules_of(config.verify.grader),
         "reasons": result.reasons,
     }
     if out is not None:
@@ -172,14 +172,12 @@ def evaluate_benchmarks(config: Config, model_folder: Path, options: BenchmarkOp
 
 def _with_grader(config: Config, grader: str) -> Config:
     """``config`` with the evaluation's grader and longer deadlines: an unknown verdict is a hole in the table."""
-    if grader not in GRADERS:
-        raise UserError("--grader", grader, "no such grader", f"use one of {', '.join(GRADERS)}")
-    verify = config.verify.model_dump() | {
-        "mode": grader,
+    mode_of(grader, "--grader")
+    verify = config.verify.model_dump(exclude={"mode", "url"}) | {
         "soft_seconds": max(config.verify.soft_seconds, _SOFT_SECONDS),
         "hard_seconds": max(config.verify.hard_seconds, _HARD_SECONDS),
     }
-    return config.model_copy(update={"verify": VerifyConfig(**verify)})
+    return config.model_copy(update={"verify": VerifyConfig.of_grader(grader, **verify)})
 
 
 def _sampling(config: Config, model_folder: Path, shape: ModelShape, tokenizer: Any, options: BenchmarkOptions) -> Sampling:
@@ -220,7 +218,7 @@ def _unmatched(tasks: Sequence[Task], settings: VerifyConfig) -> dict[str, dict[
             unmatched = unmatched_golds((prompt.gold for prompt in task.prompts), verifier)
             places = [(prompt.gold, prompt.question_id) for prompt in task.prompts]
             field, remedy = f"--benchmarks ({task.benchmark.title})", "choose another --grader, or remove them from the file"
-            refuse_unmatched(places, by_themselves(unmatched), field, f"--grader {settings.mode}", remedy)
+            refuse_unmatched(places, by_themselves(unmatched), field, f"--grader {settings.grader}", remedy)
             golds = {place: unmatched[gold].kind for gold, place in places if gold in unmatched}
             if golds:
                 found[task.benchmark.name] = golds
@@ -229,7 +227,7 @@ def _unmatched(tasks: Sequence[Task], settings: VerifyConfig) -> dict[str, dict[
                     task.benchmark.title,
                     len(golds),
                     len(places),
-                    settings.mode,
+                    settings.grader,
                     counts_of(unmatched[gold] for gold, _ in places if gold in unmatched),
                     ", ".join(list(golds)[:3]),
                 )
@@ -252,7 +250,7 @@ def _answer(
         remove_leftovers(own[0].path.parent)
     opened = _open_model(config, model_folder, shape, tokenizer, num_steps=len(everything), first_step=len(done))
     with opened as (client, fingerprint):
-        grader = {"grader": config.verify.mode, "rules": rules_of(config.verify.mode)}
+        grader = {"grader": config.verify.grader, "rules": rules_of(config.verify.grader)}
         common = {"weights": fingerprint, **grader, "seed": config.seed, **asdict(sampling)}
         common = json.loads(json.dumps(common))  # as it will be read back
         settings = {

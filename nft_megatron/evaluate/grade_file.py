@@ -25,7 +25,7 @@ from nft_megatron.data.files import rows_of
 from nft_megatron.data.gold_check import by_themselves, counts_of, refuse_unmatched, unmatched_golds
 from nft_megatron.data.golds import GoldError, read_gold
 from nft_megatron.observe.progress import open_progress
-from nft_megatron.verify.modes import MODES
+from nft_megatron.verify.modes import mode_of
 from nft_megatron.verify.reasons import REASONS, reason_of
 from nft_megatron.verify.reasons import verdict as unknown
 from nft_megatron.verify.rules import rules_of
@@ -36,6 +36,7 @@ Row = dict[str, Any]
 LABELS: tuple[str, ...] = get_args(Label)
 _GOLDS = ("gold", "ground_truth", "final_answer", "answer")
 _ANSWERS = ("text", "response", "completion", "output", "answer")
+_QUESTIONS = ("question", "problem", "prompt")
 """The usual names of fields, in the order in which they count."""
 _LONG = ("prompt_tokens", "answer_tokens", "behaviour_logprobs")
 """Columns of a ledger that take most of its bytes and no grader reads."""
@@ -89,9 +90,8 @@ def verify_file(
     Raises :class:`UserError` with file and line if a line is not a row, lacks a field, or has no text there; and at the end,
     with everything written, if more than 1 % of the golds are not matched by themselves: the shares say nothing then.
     """
-    if mode not in MODES:
-        raise UserError("--mode", mode, "no such mode", f"use one of {', '.join(MODES)}")
-    settings = VerifyConfig.model_validate({"mode": mode, "workers": workers or os.cpu_count() or 1})
+    mode_of(mode, "--mode")
+    settings = VerifyConfig.of_grader(mode, workers=workers or os.cpu_count() or 1)
     num_rows = sum(map(_count, paths))
 
     def golds() -> Iterator[tuple[str, str]]:
@@ -106,10 +106,11 @@ def verify_file(
         sink = stack.enter_context(_open_out(out)) if out else None
         progress = stack.enter_context(open_progress(1))
         verifier = stack.enter_context(Verifier(settings))
+        verifier.check()
         respelled = unmatched_golds((gold for gold, _ in golds()), verifier)
         unmatched = by_themselves(respelled)
         progress.phase("verify", total=num_rows)
-        answers = (_answer_of(row, where, fields) for _, where, row, fields in to_grade)
+        answers = ((*_answer_of(row, where, fields), _question_of(row)) for _, where, row, fields in to_grade)
         for (path, where, row, fields), graded in zip(rows, verifier.verify_many(answers), strict=True):
             gold = _answer_of(row, where, fields)[1] if unmatched else ""
             is_matched = gold not in unmatched
@@ -184,6 +185,11 @@ def _answer_of(row: Row, where: str, fields: Fields) -> tuple[str, str, FinishRe
         raise UserError("FILE", where, f"the gold in {gold_field!r} is empty", "put the correct answer there")
     reason = row.get("finish_reason")
     return text, gold, reason if reason in ("length", "abort") else "stop"
+
+
+def _question_of(row: Row) -> str:
+    """For a user's verifier; empty where the row has no text of a usual name."""
+    return next((row[name] for name in _QUESTIONS if isinstance(row.get(name), str)), "")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """AdamW over Megatron-Core's distributed optimizer: float32 master weights and moments, sharded over data-parallel ranks.
 
     g      = Σ gradients, scaled by min(1, clip / (‖g‖ + 1e-6))           ‖g‖ over all ranks, each parameter once
-    update t (from 1):  lr_t = lr · min(1, t / warm-up updates)
+    update t (from 1):  lr_t = lr · min(1, t / warm-up updates) · decay       OptimizerConfig.learning_rate_at
     θ      ← θ − lr_t · (m̂ / (√v̂ + ε) + decay · θ)                        no decay for biases and norms, unless decay_all
 
 The first update already moves the weights: a warm-up that starts from zero wastes it (``warmup_stair`` does so, as published).

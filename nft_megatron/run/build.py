@@ -45,6 +45,7 @@ from nft_megatron.rollout.engine import Engine
 from nft_megatron.rollout.fleet.engine import FleetEngine
 from nft_megatron.run.checkpoints import Checkpoints
 from nft_megatron.run.join import init_distributed
+from nft_megatron.run.own_source import keep_source
 from nft_megatron.run.questions import read_questions
 from nft_megatron.run.rank0 import Rank0Services
 from nft_megatron.run.run import Run
@@ -71,7 +72,10 @@ CHANGEABLE = (
     "checkpoint",
     "evaluate",
     "observe",
+    "verify.url",
+    "verify.accept_rules",
     "verify.workers",
+    "verify.memory_gib",
     "rollout.processes",
     "rollout.batch_size",
     "rollout.max_rounds",
@@ -137,6 +141,7 @@ def _build(config: Config, topology: Topology, stop: StopRequests, watchdog: Wat
             folder,
             trainer,
             config.checkpoint.keep,
+            num_best=config.checkpoint.keep_best,
             num_ledgers_kept=config.checkpoint.keep_ledgers,
             asynchronous=config.checkpoint.asynchronous,
             deadline_seconds=config.deadlines.save_seconds,
@@ -220,9 +225,11 @@ def _open_rank0_services(
 ) -> Rank0Services:
     """Rank 0: take the run folder, read the questions, start engine and verifier. ``stack`` closes everything opened here."""
     stack.enter_context(folder.open(wait_seconds=LOCK_SECONDS if is_attempt() else 0.0))
-    check_for_training(config.verify.mode)
+    check_for_training(config.verify.grader)
     _check_same_run(config, folder)
     _check_steps(config, folder)
+    earlier = earlier_rules(folder, config.verify)
+    keep_source(folder, config.algorithm.name)
     with HFReader(config.model.path) as reader:
         reader.check(weight_table(shape))
     tokenizer = load_tokenizer(config.model.path)
@@ -250,8 +257,8 @@ def _open_rank0_services(
             filters_prompts=config.filters_prompts,
             left_out=questions.left_out,
             interrupted=stop.reason,
-            rules=rules_of(config.verify.mode),
-            earlier_rules=earlier_rules(folder, config.verify.mode),
+            rules=rules_of(config.verify.grader),
+            earlier_rules=earlier,
         ),
         evaluate=(
             (lambda progress: evaluate(replace(client, progress=progress), held_out.prompts, config.evaluate, sampling))

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-from nft_megatron.base.atomic_io import make_temporary_folder, publish_folder, remove
+from nft_megatron.base.atomic_io import make_temporary_folder, publish_folder
 from nft_megatron.base.background import in_background
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.run_folder import RunFolder
@@ -19,11 +19,11 @@ from nft_megatron.model.checksums import DamagedCheckpointError
 from nft_megatron.model.control import first_of, on_main, together
 from nft_megatron.model.step import Trainer
 from nft_megatron.model.topology import Topology, with_own_control_group
-from nft_megatron.run.retention import remove_old_ledgers
+from nft_megatron.run.retention import remove_old_checkpoints, remove_old_ledgers
 
 log = logging.getLogger(__name__)
 
-_COLLECTOR = "collector.parquet"
+COLLECTOR = "collector.parquet"
 _GRACE_SECONDS = 60.0
 
 
@@ -40,12 +40,13 @@ class Checkpoints:
         trainer: Trainer,
         num_kept: int,
         *,
+        num_best: int = 0,
         num_ledgers_kept: int | None = None,
         asynchronous: bool,
         deadline_seconds: float,
     ) -> None:
         self._folder, self._trainer, self._num_kept = folder, trainer, num_kept
-        self._num_ledgers_kept = num_ledgers_kept
+        self._num_best, self._num_ledgers_kept = num_best, num_ledgers_kept
         self._topology = trainer.topology
         self._of_writer = with_own_control_group(self._topology, deadline_seconds) if asynchronous else None
         self._pending: Future[float] | None = None
@@ -53,7 +54,8 @@ class Checkpoints:
     def save(self, step: int, collector: CollectorState) -> None:
         """Start the checkpoint of ``step``. It exists once :meth:`finish` has returned.
 
-        Once it is written, the pointer moves to it, then all but the ``num_kept`` newest are deleted, then old ledgers.
+        Once it is written, the pointer moves to it, then all but the ``num_kept`` newest and the ``num_best`` best are deleted,
+        then old ledgers.
         Whatever fails, the pointer still names a complete checkpoint and nothing half-written is left.
         """
         assert self._pending is None, "finish() the previous one first"
@@ -95,7 +97,7 @@ class Checkpoints:
         target = self._folder.checkpoint(step)
         temporary = on_main(topology, lambda: make_temporary_folder(target, make_parent=False))
         try:
-            on_main(topology, lambda: collector.save(temporary / _COLLECTOR))
+            on_main(topology, lambda: collector.save(temporary / COLLECTOR))
             snapshot.write(temporary, topology)  # ends with checksums over all files
             on_main(topology, lambda: self._publish(temporary, target))
         finally:
@@ -111,9 +113,8 @@ class Checkpoints:
     def _keep_newest(self, step: int) -> None:
         self._folder.check_is_open()
         self._folder.set_latest(step)
-        for old in [other for other in self._folder.checkpoint_steps() if other <= step][: -self._num_kept]:
-            remove(self._folder.checkpoint(old))
-        remove_old_ledgers(self._folder, self._num_ledgers_kept)
+        remove_old_checkpoints(self._folder, step, self._num_kept, self._num_best)
+        remove_old_ledgers(self._folder, step, self._num_ledgers_kept, self._num_kept)
 
     def restore(self) -> tuple[int, CollectorState | None]:
         """Restore the newest good checkpoint: returns its step (0 if there is none) and, on rank 0, the collector's state.
@@ -144,7 +145,10 @@ class Checkpoints:
             raise UserError(
                 "checkpoints/latest", path.name, f"that folder holds step {saved_step}", "give folders their own names"
             )
-        return CollectorState.load(path / _COLLECTOR) if topology.is_main else None
+        if not topology.is_main:
+            return None
+        state = path / COLLECTOR  # a fork that asks other questions has none; checksums know of it
+        return CollectorState.load(state) if state.exists() else CollectorState()
 
     def _check_is_there(self, path: Path) -> None:
         if not path.is_dir():

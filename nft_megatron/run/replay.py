@@ -60,7 +60,7 @@ def replay(run_dir: Path, step: int, overrides: Sequence[str], save: Path | None
     config = replay_config(folder, overrides)
     with init_distributed(config) as topology:
         on_main(topology, lambda: _check_is_there(folder, step, config.rollout.max_staleness))
-        on_main(topology, lambda: _tell_rules(folder.ledger(step), config.verify.mode))
+        on_main(topology, lambda: _tell_rules(folder.ledger(step), config.verify.grader))
         reference = on_main(topology, lambda: _recorded(folder, step) if against is None else _load_metrics(against))
         trainer = together(topology, lambda: build_trainer(config, topology, read_shape(config.model.path)))
         if step > 1:

@@ -39,10 +39,12 @@ def _decided(reason: str) -> Verdict:
 
 @dataclass(frozen=True)
 class Undecided:
-    """Only computer algebra can tell whether ``text`` gives ``gold`` as its answer."""
+    """Only computer algebra can tell whether ``text`` gives ``gold`` as its answer, or a user's verifier, which may also need
+    the ``question``."""
 
     text: str
     gold: str
+    question: str = ""
 
 
 def compare(answer: str, gold: str) -> Verdict | Undecided:

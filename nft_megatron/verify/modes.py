@@ -1,4 +1,7 @@
-"""The ways to judge an answer, as one table: what is decided at once, and which judge compares the rest."""
+"""The ways to judge an answer: what is decided at once, and which judge compares the rest.
+
+A *grader* is the name of a mode, the import path of a user's function, or the URL of a user's service.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nft_megatron.base.errors import UserError
+from nft_megatron.base.imported import is_import_path, source_hash
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.verify.comparison import STRICT, Undecided
 from nft_megatron.verify.grade import DAPO, cut_off, grade, grade_dapo
+from nft_megatron.verify.program import PROGRAM
 from nft_megatron.verify.published import ANSWER, BOXED, grade_answer, grade_boxed
 from nft_megatron.verify.reasons import verdict
 from nft_megatron.verify.simplerl import SIMPLERL
 
-JudgeName = Literal["strict", "math-verify", "simplerl"]
+JudgeName = Literal["strict", "math-verify", "simplerl", "function", "service", "program"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,11 @@ class Mode:
     version: str
     forgives: str = ""
 
+    @property
+    def is_free(self) -> bool:
+        """Whether answers and golds may have any form: no gold is a formula that a box could hold."""
+        return self.judge in ("function", "service", "program")
+
 
 def _whole_text(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undecided:
     return cut_off(finish_reason, "math-verify") or Undecided(text, gold)
@@ -38,12 +48,17 @@ def _whole_text_even_cut(text: str, gold: str, finish_reason: FinishReason) -> V
     return verdict("engine fault", SIMPLERL) if finish_reason == "abort" else Undecided(text, gold)
 
 
+def _program(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undecided:
+    return cut_off(finish_reason, PROGRAM) or Undecided(text, gold)
+
+
 MODES: dict[str, Mode] = {
     "strict": Mode(grade, judge="strict", version=STRICT),
     "math-verify": Mode(_whole_text, judge="math-verify", version=""),
     "dapo": Mode(grade_dapo, judge=None, version=DAPO),
     "published-boxed": Mode(grade_boxed, judge=None, version=BOXED),
     "published-answer": Mode(grade_answer, judge=None, version=ANSWER),
+    "program": Mode(_program, judge="program", version=PROGRAM),
     "simplerl": Mode(
         _whole_text_even_cut,
         judge="simplerl",
@@ -52,6 +67,40 @@ MODES: dict[str, Mode] = {
     ),
 }
 """Modes by their name in ``verify.mode``."""
+
+
+def mode_of(grader: str, field: str = "verify.mode") -> Mode:
+    """The mode of that name, or that of a user's function or service.
+
+    Raises:
+        UserError: naming ``field``; ``grader`` is none of these, or the function's module is not there.
+
+    >>> mode_of("textwrap:dedent").judge, mode_of("http://127.0.0.1:8000/grade").version
+    ('function', 'service/http://127.0.0.1:8000/grade')
+    """
+    if grader in MODES:
+        return MODES[grader]
+    if grader.startswith(("http://", "https://")):
+        return _users("service", f"service/{grader}")
+    if is_import_path(grader):
+        return _users("function", f"{grader}/{source_hash(grader, field)}")
+    raise UserError(field, grader, "no such mode", f"use one of {', '.join(MODES)}, module:function or a URL")
+
+
+def _users(judge: JudgeName, version: str) -> Mode:
+    def decide(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undecided:
+        return cut_off(finish_reason, version) or Undecided(text, gold)
+
+    return Mode(decide, judge, version)
+
+
+def is_users_rules(rules: str) -> bool:
+    """Whether ``rules``, as verdicts name them, are those of a user's function or service.
+
+    >>> is_users_rules("my_grader:grade/0f3c"), is_users_rules("strict/4 math-verify/0.9.0")
+    (True, False)
+    """
+    return ":" in rules
 
 
 def check_for_training(mode: str) -> None:
@@ -64,7 +113,7 @@ def check_for_training(mode: str) -> None:
     Traceback (most recent call last):
     nft_megatron.base.errors.UserError: verify.mode = simplerl: forgives a factor of 100, ...
     """
-    if forgiven := MODES[mode].forgives:
+    if forgiven := mode_of(mode).forgives:
         others = [name for name in MODES if not MODES[name].forgives]
         raise UserError(
             "verify.mode",

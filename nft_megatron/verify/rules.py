@@ -9,18 +9,20 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable
 
-from nft_megatron.verify.modes import MODES
+from nft_megatron.verify.modes import mode_of
 
 
 def rules_of(mode: str) -> str:
-    """The rules of a mode: the version of its own, and that of math-verify where it compares by that.
+    """The rules of a mode: the version of its own, and that of math-verify where it compares by that. Of a user's function: its
+    import path and a hash of its source; of a service: its URL.
 
     >>> rules_of("dapo").partition("/")[0], len(rules_of("strict").split())
     ('dapo', 2)
     """
-    uses_math_verify = MODES[mode].judge in ("strict", "math-verify")
+    own = mode_of(mode)
+    uses_math_verify = own.judge in ("strict", "math-verify")
     library = f"math-verify/{importlib.metadata.version('math-verify')}" if uses_math_verify else ""
-    return f"{MODES[mode].version} {library}".strip()
+    return f"{own.version} {library}".strip()
 
 
 def other_rules(verifiers: Iterable[str], mode: str) -> str | None:

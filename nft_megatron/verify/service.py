@@ -31,14 +31,17 @@ from dataclasses import replace
 from types import TracebackType
 
 from nft_megatron.base.deadline import Deadline
+from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import FinishReason, Verdict
 from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.verify.comparison import Undecided
-from nft_megatron.verify.modes import MODES, JudgeName
+from nft_megatron.verify.http_grader import HttpGrader
+from nft_megatron.verify.modes import Mode, mode_of
 from nft_megatron.verify.reasons import reason_of, verdict
 from nft_megatron.verify.rules import rules_of
 from nft_megatron.verify.turns import Turns
 
+_PROGRAM = "nft_megatron.verify.worker"
 _START_SECONDS = 300.0  # for imports, on a busy machine
 _ALONE = 10  # times the hard limit: a tenth of a core is enough for a task that has the pool to itself
 _KERNEL = 2  # times the soft limit: the processor time after which the kernel ends a process that does not give up
@@ -54,19 +57,22 @@ class Worker:
     The thread that starts it must outlive it: the kernel counts the end of that *thread* as the parent's death.
     """
 
-    def __init__(self, judge: JudgeName, settings: VerifyConfig, memory_bytes: int) -> None:
+    def __init__(self, mode: Mode, settings: VerifyConfig, memory_bytes: int) -> None:
+        assert mode.judge is not None
+        judge = settings.grader if mode.judge == "function" else mode.judge
         self.num_tasks = 0
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
         limits = (os.getpid(), settings.soft_seconds, _KERNEL * settings.soft_seconds, memory_bytes)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nft_megatron.verify.worker", judge, str(theirs.fileno()), *map(str, limits)],
+                [sys.executable, "-P", "-m", _PROGRAM, judge, mode.version, str(theirs.fileno()), *map(str, limits)],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                process_group=0,  # what a user's function starts is killed with it
             )
         self._is_ready = False
         self._is_killed = False
@@ -78,15 +84,14 @@ class Worker:
     def judge(self, task: Undecided, seconds: float) -> Verdict:
         """The verdict, with an empty ``verifier``. A worker that does not answer within ``seconds`` is killed.
 
-        The clock starts when the worker, once ready, has the task.
+        The clock starts when the worker, once ready, has the task. Raises :class:`UserError` as :meth:`get_ready` does.
         """
-        request = json.dumps({"gold": task.gold, "text": task.text}).encode() + b"\n"
+        request = json.dumps({"gold": task.gold, "text": task.text, "question": task.question}).encode() + b"\n"
         self.num_tasks += 1
         started = time.monotonic()
         try:
             if not self._is_ready:
-                self._exchange(b"", _START_SECONDS)
-                self._is_ready = True
+                self.get_ready()
                 started = time.monotonic()
             reply = json.loads(self._exchange(request, seconds))
         except TimeoutError:
@@ -106,10 +111,24 @@ class Worker:
             )
         return verdict(reply["reason"], "", detail=reply["detail"], seconds=reply["seconds"])
 
+    def get_ready(self) -> None:
+        """Wait until it has loaded what it needs.
+
+        Raises:
+            UserError: a user's function cannot be loaded.
+            OSError: it died, or takes too long.
+        """
+        if problem := json.loads(self._exchange(b"", _START_SECONDS)).get("problem"):
+            raise UserError(*problem)
+        self._is_ready = True
+
     def kill(self) -> None:
-        """End the process now. May be called from another thread; a pending :meth:`judge` returns *unknown*."""
-        self._is_killed = True
-        self.process.kill()
+        """End the process now, with all that it started. May be called from another thread; a pending :meth:`judge` returns
+        *unknown*."""
+        if not self._is_killed:
+            self._is_killed = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill the process and wait until the kernel has reclaimed its memory, which may be gigabytes."""
@@ -134,14 +153,17 @@ class Worker:
 
 def _key(task: Undecided) -> bytes:
     """The cache key of a comparison: 32 bytes, however long the texts are."""
-    return hashlib.sha256(json.dumps([task.gold, task.text]).encode()).digest()
+    return hashlib.sha256(json.dumps([task.gold, task.text, task.question]).encode()).digest()
 
 
 _Job = tuple[Undecided, "Future[Verdict]"]
 
 
+_Grader = Worker | HttpGrader
+
+
 class Verifier:
-    r"""Judges answers in one of :data:`~nft_megatron.verify.modes.MODES`; thread-safe. Close it, or use ``with``.
+    r"""Judges answers as ``settings`` say; thread-safe. Close it, or use ``with``.
 
     >>> with Verifier() as verifier:
     ...     verifier.submit(r"So it is \boxed{34}.", gold="34", finish_reason="stop").result().label
@@ -152,36 +174,65 @@ class Verifier:
         self,
         settings: VerifyConfig | None = None,
         *,
-        memory_bytes: int = 2 * 2**30,
+        memory_bytes: int | None = None,
         tasks_per_worker: int = 2000,
     ) -> None:
         self._settings = settings = settings or VerifyConfig()
-        self._mode = MODES[settings.mode]
-        self._memory_bytes, self._tasks_per_worker = memory_bytes, tasks_per_worker
-        self._name = rules_of(settings.mode)
+        self._mode = mode_of(settings.grader)
+        self._memory_bytes = memory_bytes or int(settings.memory_gib * 2**30)
+        self._tasks_per_worker = tasks_per_worker
+        self._name = rules_of(settings.grader)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._turns = Turns()
         self._lock = threading.Lock()  # of everything below
         self._cache: OrderedDict[bytes, Future[Verdict]] = OrderedDict()
-        self._workers: set[Worker] = set()
-        self._spare: Worker | None = None
+        self._workers: set[_Grader] = set()
+        self._spare: _Grader | None = None
         self._is_closed = False
 
-    def submit(self, text: str, gold: str, finish_reason: FinishReason) -> Future[Verdict]:
-        """The verdict on one answer. From asyncio: ``await asyncio.wrap_future(verifier.submit(…))``.
+    @property
+    def is_free(self) -> bool:
+        """Whether answers and golds may have any form: no gold is a formula that a box could hold."""
+        return self._mode.is_free
+
+    def check(self) -> None:
+        """Return once a user's function is loaded or a user's service has replied; of other modes, at once.
+
+        Raises:
+            UserError: it cannot be loaded, or does not reply.
+        """
+        if self._mode.judge in ("function", "program"):
+            try:
+                self._keep_spare()
+                assert isinstance(self._spare, Worker)
+                self._spare.get_ready()
+            except OSError as error:
+                problem = "its grader ended, or took too long, before it was ready"
+                raise UserError("verify.mode", self._settings.grader, problem, "import its module by hand") from error
+        elif self._mode.judge == "service":
+            result = self._start().judge(Undecided("", ""), self._settings.hard_seconds)
+            if reason_of(result) == "no reply":
+                problem = f"gives {result.reason} within verify.hard_seconds = {self._settings.hard_seconds:g}"
+                raise UserError("verify.url", self._settings.grader, problem, "start the service, or raise the limit")
+
+    def submit(self, text: str, gold: str, finish_reason: FinishReason, question: str = "") -> Future[Verdict]:
+        """The verdict on one answer. From asyncio: ``await asyncio.wrap_future(verifier.submit(…))``. Only a user's verifier
+        sees the ``question``.
 
         Unblocked by: the mode's own decision, at once; else a worker's reply or the limits, after tasks queued before.
         """
         decision = self._mode.decide(text, gold, finish_reason)
         if isinstance(decision, Undecided):
-            return self._compare(decision)
+            return self._compare(replace(decision, question=question) if self.is_free else decision)
         decided: Future[Verdict] = Future()
         decided.set_result(decision)
         return decided
 
-    def verify_many(self, answers: Iterable[tuple[str, str, FinishReason]]) -> Iterator[Verdict]:
-        """The verdicts on all (text, gold, finish reason), in order, each as soon as all before it are ready.
+    def verify_many(
+        self, answers: Iterable[tuple[str, str, FinishReason] | tuple[str, str, FinishReason, str]]
+    ) -> Iterator[Verdict]:
+        """The verdicts on all (text, gold, finish reason[, question]), in order, each as soon as all before it are ready.
 
         Reads at most ``_AHEAD`` answers beyond the last verdict yielded, so that a file of any size fits in memory.
         """
@@ -236,7 +287,7 @@ class Verifier:
 
     def _serve(self) -> None:
         """Body of one thread: judge tasks, with one worker after another, until the verifier is closed."""
-        worker: Worker | None = None
+        worker: _Grader | None = None
         while (job := self._jobs.get()) is not None:
             task, future = job
             try:
@@ -249,7 +300,7 @@ class Verifier:
                 self._forget(task)  # a retry may succeed
             future.set_result(replace(result, verifier=self._name))
 
-    def _judge(self, worker: Worker | None, task: Undecided) -> tuple[Worker | None, Verdict]:
+    def _judge(self, worker: _Grader | None, task: Undecided) -> tuple[_Grader | None, Verdict]:
         """The verdict and the worker for the next task. A task that loses its worker is tried once more, alone."""
         with self._turns.together():
             worker = self._usable(worker)
@@ -263,14 +314,14 @@ class Verifier:
         return worker, result
 
     @staticmethod
-    def _result(worker: Worker | None, task: Undecided, seconds: float) -> Verdict:
+    def _result(worker: _Grader | None, task: Undecided, seconds: float) -> Verdict:
         return worker.judge(task, seconds) if worker else verdict("verifier closed", "")
 
     def _forget(self, task: Undecided) -> None:
         with self._lock:
             self._cache.pop(_key(task), None)
 
-    def _usable(self, worker: Worker | None) -> Worker | None:
+    def _usable(self, worker: _Grader | None) -> _Grader | None:
         """``worker`` itself, or the spare once it is dead or has done its tasks; None if the verifier is closed."""
         if worker and worker.is_alive and worker.num_tasks < self._tasks_per_worker:
             return worker
@@ -291,6 +342,7 @@ class Verifier:
             if self._spare is None and not self._is_closed:
                 self._spare = self._start()
 
-    def _start(self) -> Worker:
-        assert self._mode.judge is not None
-        return Worker(self._mode.judge, self._settings, self._memory_bytes)
+    def _start(self) -> _Grader:
+        if self._mode.judge == "service":
+            return HttpGrader(self._settings.grader)
+        return Worker(self._mode, self._settings, self._memory_bytes)

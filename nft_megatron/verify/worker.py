@@ -1,12 +1,15 @@
 """The program of one judge, a process that :mod:`nft_megatron.verify.service` starts, kills and replaces.
 
-    python -m nft_megatron.verify.worker JUDGE SOCKET_FD PARENT_PID SOFT_SECONDS KERNEL_SECONDS MEMORY_BYTES
+    python -m nft_megatron.verify.worker JUDGE RULES SOCKET_FD PARENT_PID SOFT_SECONDS KERNEL_SECONDS MEMORY_BYTES
 
-It reads one JSON object per line, {"gold", "text"}, and writes one, {"reason", "detail", "seconds"}. The judge runs in the main
-thread with math-verify's own alarms off: those count whole seconds of wall-clock time and restart with every call, whereas here
-one timer covers the comparison. It counts the worker's own processor time, so that a busy machine delays a verdict but does not
-change it. Where Python cannot interrupt itself (a power of huge integers), the kernel ends the process after KERNEL_SECONDS of
-processor time, even if nobody is left to kill it; and it dies with its parent.
+It reads one JSON object per line, {"gold", "text", "question"}, and writes one, {"reason", "detail", "seconds"}. JUDGE is one
+of ``JUDGES``, or the import path of a user's function, whose source must be that of RULES. The first line that it writes is {}
+when it is ready, or {"problem"} if that function cannot be loaded.
+
+The judge runs in the main thread with math-verify's own alarms off: those count whole seconds of wall-clock time and restart
+with every call, whereas here one timer covers the comparison. It counts the worker's own processor time, so that a busy machine
+delays a verdict but does not change it. Where Python cannot interrupt itself (a power of huge integers), the kernel ends the
+process after KERNEL_SECONDS of processor time, even if nobody is left to kill it; and it dies with its parent.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import IO, Any
+
+from nft_megatron.base.errors import UserError
+from nft_megatron.base.imported import import_object, is_import_path, source_hash
+from nft_megatron.verify.program import judge_program
+from nft_megatron.verify.sandbox import Limits, probe
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The first task of a kind costs up to a third of a second in imports and parser tables: paid before any task arrives.
@@ -43,7 +51,11 @@ class SoftLimit(BaseException):
     """The comparison used up the soft limit. Not an ``Exception``: math-verify catches all of those."""
 
 
-def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
+Judge = Callable[[str, str, str], tuple[str, str]]
+"""Gold, text and question in, reason and detail out."""
+
+
+def judge_math_verify(gold: str, text: str, question: str = "") -> tuple[str, str]:
     """Reason and detail, compared as the authors' code does for questions in the style of MATH, but with three labels.
 
     The gold is read as LaTeX in a box, the text as an expression or LaTeX. A gold that math-verify cannot read, or
@@ -54,7 +66,7 @@ def judge_math_verify(gold: str, text: str) -> tuple[str, str]:
     return _compare(gold, text, lambda expected, given: verify(expected, given, timeout_seconds=None, raise_on_error=True))
 
 
-def judge_strict(gold: str, text: str) -> tuple[str, str]:
+def judge_strict(gold: str, text: str, question: str = "") -> tuple[str, str]:
     """Like :func:`judge_math_verify` on a box alone, but equations are compared as such, and equality is confirmed."""
     from math_verify.grader import verify
 
@@ -96,18 +108,67 @@ def _read_gold(gold: str) -> list[Any]:
     return parse(rf"\boxed{{{gold}}}", (LatexExtractionConfig(),), parsing_timeout=None, raise_on_error=True)
 
 
-def judge_simplerl(gold: str, text: str) -> tuple[str, str]:
+def judge_simplerl(gold: str, text: str, question: str = "") -> tuple[str, str]:
     """Reason and detail from :func:`nft_megatron.verify.simplerl.grade`."""
     from nft_megatron.verify.simplerl import grade
 
     return grade(text, gold).reason, ""
 
 
-JUDGES: dict[str, Callable[[str, str], tuple[str, str]]] = {
+JUDGES: dict[str, Judge] = {
     "strict": judge_strict,
     "math-verify": judge_math_verify,
     "simplerl": judge_simplerl,
 }
+
+
+_OF_LABEL = {"correct": "accepted", "wrong": "rejected", "unknown": "undecided"}
+_MOST_SHOWN = 200
+
+
+def judge_of(path: str, rules: str) -> Judge:
+    """The judge that calls the user's function at ``path`` as ``function(answer, gold, question)``.
+
+    The function returns "correct", "wrong" or "unknown", or True, False or None for these. Anything else is *no verdict*, an
+    exception a *crash*.
+
+    Raises:
+        UserError: the function cannot be loaded, or its source is no longer that of ``rules``.
+    """
+    if (now := f"{path}/{source_hash(path, 'verify.mode')}") != rules:
+        raise UserError("verify.mode", path, f"its source has changed while it was in use: {rules} is now {now}", "start again")
+    function = import_object(path, "verify.mode")
+    if not callable(function):
+        raise UserError("verify.mode", path, f"is no function but {type(function).__name__}", "name a function")
+
+    def judge(gold: str, text: str, question: str) -> tuple[str, str]:
+        try:
+            return reason_of_label(function(text, gold, question))
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            return "crash", type(error).__name__ if isinstance(error, MemoryError) else _shown(error)
+
+    return judge
+
+
+def reason_of_label(label: object) -> tuple[str, str]:
+    """Reason and detail for what a user's verifier returned.
+
+    >>> reason_of_label("wrong"), reason_of_label(True), reason_of_label(None), reason_of_label(0.7)
+    (('rejected', ''), ('accepted', ''), ('undecided', ''), ('no verdict', '0.7'))
+    """
+    if isinstance(label, bool) or label is None:
+        return {True: "accepted", False: "rejected", None: "undecided"}[label], ""
+    if isinstance(label, str) and label in _OF_LABEL:
+        return _OF_LABEL[label], ""
+    return "no verdict", repr(label)[:_MOST_SHOWN]
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception:  # its own __str__
+        text = type(error).__name__
+    return text[:_MOST_SHOWN]
 
 
 @contextmanager
@@ -140,30 +201,55 @@ def _die_with_parent(parent: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until the socket closes or memory runs out."""
-    name, descriptor, parent, soft_seconds, kernel_seconds, memory_bytes = arguments
+    name, rules, descriptor, parent, soft_seconds, kernel_seconds, memory_bytes = arguments
     _die_with_parent(int(parent))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     logging.disable(logging.CRITICAL)
-    judge = JUDGES[name]
-    for gold, answer in _FIRST_TASKS:
-        judge(gold, rf"\boxed{{{answer}}}")
     with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rw", encoding="utf-8") as stream:
-        stream.write("{}\n")  # ready
-        stream.flush()
+        try:
+            judge = _prepared(name, rules, Limits(float(soft_seconds), int(memory_bytes)))
+        except UserError as error:
+            _write(stream, {"problem": [error.field, str(error.value), error.problem, error.remedy]})
+            return
+        _write(stream, {})
+        me = os.getpid()
         for line in stream:
             task = json.loads(line)
             started = time.perf_counter()
             try:
                 with limits(float(soft_seconds), float(kernel_seconds)):
-                    reason, detail = judge(task["gold"], task["text"])
+                    reason, detail = judge(task["gold"], task["text"], task["question"])
             except SoftLimit:
                 reason, detail = "soft limit", ""
             except Exception as error:
                 reason, detail = "crash", type(error).__name__
-            stream.write(json.dumps({"reason": reason, "detail": detail, "seconds": time.perf_counter() - started}) + "\n")
-            stream.flush()
+            if os.getpid() != me:  # a user's function has forked, and this is the child: it may not answer too
+                os._exit(1)
+            _write(stream, {"reason": reason, "detail": detail, "seconds": time.perf_counter() - started})
             if detail == MemoryError.__name__:
                 return
+
+
+def _prepared(name: str, rules: str, limits_of_programs: Limits) -> Judge:
+    """The judge, its imports done."""
+    if is_import_path(name):
+        return judge_of(name, rules)
+    if name == "program":
+        try:
+            probe(limits_of_programs)
+        except OSError as error:
+            remedy = "allow user namespaces, or grade with a service elsewhere (verify.url)"
+            raise UserError("verify.mode", name, f"programs cannot be isolated here: {error}", remedy) from error
+        return lambda gold, text, question: judge_program(gold, text, limits_of_programs)
+    judge = JUDGES[name]
+    for gold, answer in _FIRST_TASKS:
+        judge(gold, rf"\boxed{{{answer}}}", "")
+    return judge
+
+
+def _write(stream: IO[str], message: dict[str, Any]) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ VARIANTS = {
     "dr_grpo": ("dr_grpo", {"clip_low": 0.1}),
     "dapo": ("dapo", {}),
     "dapo, half of the limit": ("dapo", {"overlong_buffer": 0.5, "overlong_penalty": 0.7}),
+    "gspo": ("gspo", {}),
+    "gspo, a wide clip": ("gspo", {"clip_low": 0.1, "clip_high": 0.2}),
+    "cispo": ("cispo", {}),
+    "cispo, a narrow clip": ("cispo", {"max_ratio": 1.2}),
     "infonca": ("infonca", {}),
     "infonca without supervision": ("infonca", {"beta": 0.5, "sft_weight": 0.0}),
 }

@@ -8,15 +8,15 @@ from nft_megatron.base.errors import UserError
 
 
 def test_the_papers_algorithms_are_there_under_their_own_names():
-    assert set(ALGORITHMS) == {"nft", "rft", "grpo", "dr_grpo", "dapo", "infonca"}
+    assert set(ALGORITHMS) == {"nft", "rft", "grpo", "dr_grpo", "dapo", "infonca", "gspo", "cispo"}
     assert {name: build_algorithm(name).name for name in ALGORITHMS} == {name: name for name in ALGORITHMS}
 
 
 def test_what_the_rooms_around_them_must_keep_to():
-    assert {name for name in ALGORITHMS if build_algorithm(name).coupling != "token"} == {"infonca"}
+    assert {name for name in ALGORITHMS if build_algorithm(name).coupling != "token"} == {"infonca", "gspo"}
     assert build_algorithm("nft", ratio_type="sequence").coupling == "sequence"
     assert {name for name, each in ALGORITHMS.items() if not each.uses_wrong_answers} == {"rft"}
-    assert {name for name, each in ALGORITHMS.items() if not each.needs_mixed_groups} == {"grpo", "dr_grpo"}
+    assert {name for name, each in ALGORITHMS.items() if not each.needs_mixed_groups} == {"grpo", "dr_grpo", "gspo"}
 
 
 def test_an_unknown_name_is_a_user_error():
@@ -38,6 +38,8 @@ def test_an_unknown_name_is_a_user_error():
         ("grpo", {"clip_low": 1.0}),
         ("dapo", {"overlong_buffer": 0.0}),
         ("infonca", {"beta": 0.0}),
+        ("gspo", {"clip_low": 0.0}),
+        ("cispo", {"max_ratio": 0.5}),
     ],
 )
 def test_options_that_mean_nothing_are_refused(name, options):

@@ -12,6 +12,8 @@ from nft_megatron.cli.main import COMMANDS, main
 
 HEAVY = {"torch", "transformers", "megatron", "sympy", "pyarrow", "numpy", "matplotlib"}
 TEACHES = {
+    "init": ("MODEL", "DATA", "data.answer_field=final"),
+    "fork": ("--step", "its weights, its optimizer", "section.key=value"),
     "train": ("torchrun --nproc-per-node N", "optimizer", "learning_rate"),
     "plan": ("nft-megatron plan CONFIG --gpus 256", "TFLOP/s", "--layouts"),
     "eval": ("nft-megatron eval RUN/hf/step_000320", "--benchmarks PATH", "section.key=value"),

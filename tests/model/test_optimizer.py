@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from optimizer_worker import NUM_UPDATES, PROBLEMS, measure
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from nft_megatron.config.sections import OptimizerConfig
 
@@ -26,6 +28,33 @@ def test_warm_up_in_stairs_is_one_that_steps_once_per_rollout_step():
     rates = [settings.learning_rate_at(update) for update in range(1, 193)]
     assert rates == pytest.approx([1e-6 * min(1, step / 10) for step in range(12) for _ in range(16)], rel=1e-12)
     assert OptimizerConfig(learning_rate=1e-6, warmup_updates=0, warmup_stair=16).learning_rate_at(1) == 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("min_rate", [0.0, 0.1])
+def test_a_falling_rate_is_torchs(schedule, warmup, min_rate):
+    """LinearLR and CosineAnnealingLR from the end of the warm-up to ``decay_updates``; then the smallest rate for good."""
+    last, lr = 50, 1e-3
+    settings = OptimizerConfig(
+        learning_rate=lr, warmup_updates=warmup, schedule=schedule, decay_updates=last, min_rate=min_rate
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
+    scheduler = (
+        LinearLR(optimizer, 1.0, min_rate, last - warmup)
+        if schedule == "linear"
+        else CosineAnnealingLR(optimizer, last - warmup, lr * min_rate)
+    )
+    for update in range(warmup, last + 1):
+        expected = optimizer.param_groups[0]["lr"]
+        if update:
+            assert settings.learning_rate_at(update) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+    assert settings.learning_rate_at(10 * last) == pytest.approx(lr * min_rate, abs=1e-18)
+    assert [settings.learning_rate_at(update) for update in range(1, warmup)] == pytest.approx(
+        [lr * update / warmup for update in range(1, warmup)]
+    )
 
 
 def test_updates_are_those_of_adamw_in_float64(measured: dict):

@@ -12,7 +12,7 @@ def trained_groups(run):
     return [[group for group, fate in read_groups(path) if fate == "train"] for path in ledgers]
 
 
-@pytest.mark.parametrize("name", ["nft", "rft", "dapo", "infonca"])
+@pytest.mark.parametrize("name", ["nft", "rft", "dapo", "infonca", "cispo"])
 def test_mixed_questions_alone_where_the_loss_needs_them(run_config, command, metrics_of, tmp_path, name):
     done = command("train", run_config(algorithm={"name": name}, **BUDGET))
     assert done.returncode == 0, done.stderr
@@ -21,7 +21,7 @@ def test_mixed_questions_alone_where_the_loss_needs_them(run_config, command, me
         assert row["grad_norm"] > 0 and row["skipped_updates"] == 0
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo"])
 def test_all_questions_where_nothing_is_filtered(run_config, command, metrics_of, tmp_path, name):
     """As in appendix B.2.4: as many as asked, mixed or not; those on which all answers agree have no token to forward."""
     sections = BUDGET | {"rollout": {"questions_per_step": 10}}

@@ -1,11 +1,12 @@
 """What is deleted as a run goes on, and what never is."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nft_megatron.base.run_folder import RunFolder
-from nft_megatron.run.retention import remove_old_exports, remove_old_ledgers
+from nft_megatron.run.retention import remove_old_checkpoints, remove_old_exports, remove_old_ledgers
 
 
 @pytest.fixture
@@ -34,15 +35,68 @@ def folder(tmp_path: Path) -> RunFolder:
     ],
 )
 def test_ledgers_that_a_kept_checkpoint_needs_stay(folder: RunFolder, num_kept: int | None, left: list[int]):
-    remove_old_ledgers(folder, num_kept)
+    remove_old_ledgers(folder, 8, num_kept, 2)
     assert folder.ledger_steps() == left
     assert folder.probe.exists()
+
+
+def test_a_checkpoint_kept_for_its_accuracy_keeps_no_ledgers(folder: RunFolder):
+    folder.checkpoint(2).mkdir()
+    remove_old_ledgers(folder, 8, 1, 2)
+    assert folder.ledger_steps() == [6, 7, 8, 9]
+
+
+def test_a_checkpoint_beyond_the_newest_is_of_no_use(folder: RunFolder):
+    folder.checkpoint(9).mkdir()  # of a run that was set back to 8
+    remove_old_ledgers(folder, 8, 1, 2)
+    assert folder.ledger_steps() == [6, 7, 8, 9]
+
+
+ROWS = [
+    {"step": 1, "eval_accuracy_initial": 0.9},
+    {"step": 2, "eval_accuracy": 0.5},
+    {"step": 4, "eval_accuracy": 0.7},
+    {"step": 7, "eval_accuracy": 0.7, "eval_step": 6},
+    {"step": 8, "eval_accuracy": None},
+    {"step": 9},
+]
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "num_best", "left", "best"),
+    [
+        (1, 0, [10], None),
+        (1, 1, [4, 10], 4),  # 6 has the same accuracy
+        (1, 2, [4, 6, 10], 4),
+        (1, 9, [2, 4, 6, 10], 4),  # 8 was not judged, 10 not evaluated
+        (2, 1, [4, 8, 10], 4),
+        (9, 1, [2, 4, 6, 8, 10], 4),
+    ],
+)
+def test_the_best_checkpoints_stay_beside_the_newest(tmp_path: Path, num_kept, num_best, left, best):
+    folder = RunFolder(tmp_path)
+    folder.make_folders()
+    for step in (2, 4, 6, 8, 10, 12):  # 12 has been left by a run that was set back
+        folder.checkpoint(step).mkdir()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    remove_old_checkpoints(folder, 10, num_kept, num_best)
+    assert folder.checkpoint_steps() == [*left, 12]
+    assert (folder.best.read_text() if folder.best.exists() else None) == (best and f"step_{best:06d}")
+
+
+def test_without_a_judged_evaluation_nothing_is_best(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.make_folders()
+    for step in (1, 2):
+        folder.checkpoint(step).mkdir()
+    remove_old_checkpoints(folder, 2, 1, 1)
+    assert folder.checkpoint_steps() == [2] and not folder.best.exists()
 
 
 def test_before_the_first_checkpoint_all_ledgers_stay(folder: RunFolder):
     for step in (6, 8):
         folder.checkpoint(step).rmdir()
-    remove_old_ledgers(folder, 1)
+    remove_old_ledgers(folder, 8, 1, 2)
     assert len(folder.ledger_steps()) == 9
 
 

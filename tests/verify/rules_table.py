@@ -15,8 +15,8 @@ from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.worker import JUDGES
 
 TABLE = Path(__file__).with_name("rules_table.json")
-OWN_RULES = tuple(name for name, mode in MODES.items() if mode.version)
-"""The modes whose rules are in this package: not those of math-verify alone, whose version is the package's."""
+OWN_RULES = tuple(name for name, mode in MODES.items() if mode.version and not mode.is_free)
+"""The modes whose rules for mathematics are in this package: not those of math-verify alone, whose version is the package's."""
 
 
 def verdict_of(mode: str, text: str, gold: str) -> str:
@@ -25,7 +25,7 @@ def verdict_of(mode: str, text: str, gold: str) -> str:
     if not isinstance(decided, Undecided):
         return decided.reason
     try:
-        return JUDGES[MODES[mode].judge or ""](decided.gold, decided.text)[0]
+        return JUDGES[MODES[mode].judge or ""](decided.gold, decided.text, decided.question)[0]
     except Exception as error:
         return f"crash: {type(error).__name__}"
 

@@ -14,6 +14,7 @@ from verify import rules_table
 from nft_megatron.base.records import Answer, Completion, Group, Prompt, Verdict
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.collect.rules import earlier_rules
+from nft_megatron.config.sections import VerifyConfig
 from nft_megatron.data.ledger import read_meta, read_verifiers, write_ledger
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import verdict
@@ -70,16 +71,16 @@ def write(path: Path, *verifiers: str) -> None:
 def test_the_newest_answers_count(tmp_path, caplog):
     folder = RunFolder(tmp_path)
     folder.make_folders()
-    assert earlier_rules(folder, "strict") is None
+    assert earlier_rules(folder, VerifyConfig()) is None
     write(folder.ledger(1), "strict/1")
-    assert earlier_rules(folder, "strict") == "strict/1"
+    assert earlier_rules(folder, VerifyConfig()) == "strict/1"
     assert re.search(
         r"the answers up to step_000001 were judged by strict/1; those to come are judged by strict/\d", caplog.text
     )
     write(folder.ledger(2), rules_of("strict"), MODES["strict"].version, "none")
-    assert earlier_rules(folder, "strict") is None, "a resumed run has told it once"
+    assert earlier_rules(folder, VerifyConfig()) is None, "a resumed run has told it once"
     write(folder.round_part(3, 0, 0), rules_of("strict"), "strict/2 math-verify/0.9.0")
-    assert earlier_rules(folder, "strict") is not None
+    assert earlier_rules(folder, VerifyConfig()) is not None
     assert read_verifiers(folder.round_part(3, 0, 0)) == [rules_of("strict"), "strict/2 math-verify/0.9.0"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from grader_processes import kill_workers, workers_of
 from waiting import until
 
-from nft_megatron.config.sections import VerifyConfig
+from nft_megatron.config.sections import BuiltInMode, VerifyConfig
 from nft_megatron.verify.modes import MODES
 from nft_megatron.verify.reasons import reason_of
 from nft_megatron.verify.service import Verifier, Worker
@@ -184,7 +184,7 @@ def test_a_task_whose_worker_is_killed_is_tried_again(monkeypatch) -> None:
 
 
 def test_the_table_has_every_mode_that_a_config_may_name() -> None:
-    assert set(get_args(VerifyConfig.model_fields["mode"].annotation)) == set(MODES)
+    assert set(get_args(BuiltInMode)) == set(MODES)
 
 
 def test_dapo_mode_starts_no_process() -> None:
