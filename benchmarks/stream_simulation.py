@@ -164,7 +164,7 @@ class World:
             trained = self.ledgers.popleft()
             self.staleness_seen += [self.version - self.groups[group].version for group in trained]
             self.trained += trained
-            self.training_until = self.now + self.train_seconds
+            self.training_until = self.now + self.train_seconds * len(trained) / self.arguments.questions
 
 
 class Rounds:
@@ -204,6 +204,7 @@ class Stream:
         self.world, self.in_flight, self.waiting = world, {}, {}
         target = a.servers * a.slots
         self.rules = Admission(a.questions, world.staleness, a.answers, target, 10**9, order)
+        self.rate: float | None = None
         self.has_closed = False
 
     def closed(self, group: int) -> None:
@@ -215,18 +216,21 @@ class Stream:
     def advance(self) -> None:
         world, rules = self.world, self.rules
         while self.has_closed and world.step - 1 - world.staleness <= world.version:
-            if (chosen := rules.choose(world.step, self.waiting, self.in_flight)) is None:
+            if (chosen := rules.choose(world.step, self.waiting, self.in_flight, self.rate)) is None:
                 break
             for group in chosen:
                 del self.waiting[group]
             world.ledgers.append(chosen)
             world.step += 1
+            self.rate = world.arguments.mixed
         self.has_closed = self.has_closed and world.step - 1 - world.staleness > world.version
         while rules.may_ask(
             step=world.step,
             version=world.version,
-            num_pending=len(self.waiting) + len(self.in_flight),
+            num_waiting=len(self.waiting),
+            num_in_flight=len(self.in_flight),
             num_unfinished=world.num_unfinished,
+            mixed_rate=self.rate,
         ):
             self.in_flight[world.ask()] = rules.deadline(world.version)
 

@@ -91,12 +91,13 @@ class Gathered:
     """What a step's ledger is made of.
 
     ``sampled``: the groups closed since the last ledger. ``trainable``: those that may be trained on, from then or earlier, and
-    first those that this step trains. ``num_too_old``: answers left out of them. ``metrics``: how they were gathered.
-    ``num_tokens``: generated in this process.
+    first the ``num_trained`` that this step trains. ``num_too_old``: answers left out of them. ``metrics``: how they were
+    gathered. ``num_tokens``: generated in this process.
     """
 
     sampled: Sequence[Group]
     trainable: Sequence[Group]
+    num_trained: int
     num_too_old: int
     cursor: int
     num_tokens: int
@@ -179,22 +180,21 @@ class Collector:
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
         """Write the step's ledger; return the number of tokens generated for it."""
-        quota = self.settings.questions_per_step
         gathered = self._gather(step, state)
-        sampled, trainable = gathered.sampled, gathered.trainable
+        sampled, trainable, num_trained = gathered.sampled, gathered.trainable, gathered.num_trained
         if not trainable:
             raise self._nothing_to_train_on(sampled)
         with self.client.timer.phase("ledger"):
-            kept = trainable if self.settings.max_staleness else trainable[:quota]
+            kept = trainable if self.settings.max_staleness else trainable[:num_trained]
             metrics: MetricsRow = {
                 **self.left_out,
                 **gathered.metrics,
-                "groups_surplus": max(len(trainable) - quota, 0),
+                "groups_surplus": len(trainable) - num_trained,
                 "answers_too_old": gathered.num_too_old,
                 **sampled_metrics(sampled, self.settings.group_size),
-                **trained_metrics(step, trainable[:quota]),
+                **trained_metrics(step, trainable[:num_trained]),
             }
-            fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(kept))]
+            fates: list[Fate] = ["train" if index < num_trained else "surplus" for index in range(len(kept))]
             meta = {
                 "step": step,
                 "cursor": gathered.cursor,
@@ -234,7 +234,7 @@ class Collector:
             len(group.answers) - len(without_older(group, oldest).answers) for group in [*state.surplus, *sampled]
         )
         metrics: MetricsRow = {"rounds": num_rounds, "groups_abandoned": cursor - state.cursor - len(sampled)}
-        return Gathered(sampled, mixed, num_too_old, cursor, num_tokens, metrics)
+        return Gathered(sampled, mixed, min(len(mixed), quota), num_too_old, cursor, num_tokens, metrics)
 
     def _mixed_rate(self, sampled: Sequence[Group], before: float | None) -> float | None:
         return sum(group.is_mixed for group in sampled) / len(sampled) if sampled else before

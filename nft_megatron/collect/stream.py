@@ -21,6 +21,7 @@ from nft_megatron.collect.collector import Collector, CollectorState, Gathered
 from nft_megatron.collect.group_stream import GroupStream
 from nft_megatron.collect.verdict_counts import describe_verdicts
 from nft_megatron.data.ledger import check_step, read_groups, write_ledger
+from nft_megatron.observe.metrics import MetricsRow
 
 log = logging.getLogger(__name__)
 
@@ -38,35 +39,34 @@ class StreamCollector(Collector):
         return GroupStream(self.client, self.settings.group_size, self.sampling, purpose="train")
 
     def finish(self) -> None:
-        self.groups.close()
+        if "groups" in vars(self):
+            self.groups.close()
 
     def _gather(self, step: int, state: CollectorState) -> Gathered:
-        parts = _Parts(self, step)
+        parts, groups = _Parts(self, step), self.groups
         sampled = parts.read()
         closed = {group.group_id for group in sampled}
         cursor = max([state.cursor, *(group_id + 1 for group_id in closed)])
-        open_before = [i for i in (*state.in_flight, *range(state.cursor, cursor)) if i not in closed]
-        again = deque(i for i in open_before if i not in self.groups.in_flight)  # all, in a new process
+        open_before, in_flight = [*state.in_flight, *range(state.cursor, cursor)], groups.in_flight
+        again = deque(i for i in open_before if i not in closed and i not in in_flight)  # all, in a new process
         waiting: dict[int, Group] = {}
         num_too_old = num_tokens = 0
         batch = [*state.surplus, *sampled]
+        chosen = None
         try:
             while True:
-                waiting |= {group.group_id: group for group in batch if self._may_train(group)}
-                for group_id in [i for i, group in waiting.items() if self._deadline(group) < step]:
-                    num_too_old += len(waiting.pop(group_id).answers)
-                deadlines = {i: self._deadline(group) for i, group in waiting.items()}
-                in_flight = {i: self.admission.deadline(version) for i, version in self.groups.in_flight.items()}
-                chosen = self.admission.choose(step, deadlines, in_flight)
-                if chosen is None and self._is_hopeless(step, sampled, waiting):
-                    chosen = list(waiting)[: self.settings.questions_per_step]
+                if batch or not waiting:
+                    waiting |= {group.group_id: group for group in batch if self._may_train(group)}
+                    for group_id in [i for i, group in waiting.items() if self._deadline(group) < step]:
+                        num_too_old += len(waiting.pop(group_id).answers)
+                    chosen = self._choose(step, waiting, sampled, state.mixed_rate)
                 if chosen is not None:
                     break
-                while self._may_ask(step, len(waiting)):
+                while self._may_ask(step, len(waiting), state.mixed_rate):
                     position = again.popleft() if again else cursor
                     cursor = max(cursor, position + 1)
                     (prompt,) = self.order.take(position, 1)
-                    self.groups.ask(position, prompt, self.rounds.lengths.get(prompt.question_id))
+                    groups.ask(position, prompt, self.rounds.lengths.get(prompt.question_id))
                 batch = self._next(step)
                 sampled += batch
                 num_tokens += sum(len(answer.completion.tokens) for group in batch for answer in group.answers)
@@ -78,9 +78,20 @@ class StreamCollector(Collector):
             parts.flush()
             raise
         trainable = [waiting.pop(i) for i in chosen] + list(waiting.values())
-        positions = sorted([*self.groups.in_flight, *again])
-        metrics = {"groups_in_flight": len(positions)}
-        return Gathered(sampled, trainable, num_too_old, cursor, num_tokens, metrics, positions)
+        positions = sorted([*groups.in_flight, *again])
+        metrics: MetricsRow = {"groups_in_flight": len(positions)}
+        return Gathered(sampled, trainable, len(chosen), num_too_old, cursor, num_tokens, metrics, positions)
+
+    def _choose(
+        self, step: int, waiting: dict[int, Group], sampled: Sequence[Group], mixed_rate: float | None
+    ) -> list[int] | None:
+        """The groups that the step trains, or None as long as it must wait for more."""
+        deadlines = {i: self._deadline(group) for i, group in waiting.items()}
+        in_flight = {i: self.admission.deadline(version) for i, version in self.groups.in_flight.items()}
+        chosen = self.admission.choose(step, deadlines, in_flight, mixed_rate)
+        if chosen is None and self._is_hopeless(step, sampled, waiting):
+            return list(waiting)[: self.settings.questions_per_step]
+        return chosen
 
     def _next(self, step: int) -> list[Group]:
         if (closed := self.groups.next(_POLL_SECONDS)) is None:
@@ -92,12 +103,14 @@ class StreamCollector(Collector):
     def _may_train(self, group: Group) -> bool:
         return group.is_mixed or bool(group.num_judged and not self.filters_prompts)
 
-    def _may_ask(self, step: int, num_waiting: int) -> bool:
+    def _may_ask(self, step: int, num_waiting: int, mixed_rate: float | None) -> bool:
         return self.admission.may_ask(
             step=step,
             version=self.groups.version,
-            num_pending=num_waiting + len(self.groups),
+            num_waiting=num_waiting,
+            num_in_flight=len(self.groups),
             num_unfinished=self.groups.num_unfinished,
+            mixed_rate=mixed_rate,
         )
 
     def _deadline(self, group: Group) -> int:

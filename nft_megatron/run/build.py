@@ -269,7 +269,8 @@ def _open_rank0_services(
 def _collector_class(config: Config) -> Callable[..., Collector]:
     if not config.rollout.stream:
         return Collector
-    return functools.partial(StreamCollector, admission=Admission.of(config.rollout, last_step=config.train.num_steps))
+    rules = Admission.of(config.rollout, config.train.num_steps, config.filters_prompts)
+    return functools.partial(StreamCollector, admission=rules)
 
 
 def _open_probe(

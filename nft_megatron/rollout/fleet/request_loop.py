@@ -275,11 +275,13 @@ class RequestLoop:
         kept: dict[int, int] = {}
         for index in sorted(stream.left):
             key, version = (stream.sub_request.request, index), stream.member.weight_version
-            partial = call.partial.pop(key, None) or PartialAnswer.nothing(version)
-            partial = partial.grown(stream.pieces[index], version)
+            before = call.partial.pop(key, None) or PartialAnswer.nothing(version)
+            partial = before.grown(stream.pieces[index], version)
             if stream.is_cut and call.rule.may_continue(partial.tokens, partial.logprobs):
                 call.partial[key] = partial
                 kept[index] = stream.partial[index]
+            else:
+                self.meter.tally(stream.member.name).wasted_tokens += len(before.tokens)
         return kept
 
     async def _check_versions(self, versions: Sequence[int], member: Member) -> None:
