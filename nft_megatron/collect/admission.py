@@ -3,8 +3,8 @@
 A question asked while the engine holds version v has the *deadline* v + 1 + s with s = ``rollout.max_staleness``: the last step
 that may train all its answers. :meth:`Admission.choose` never forms a step before all groups with its deadline have closed, and
 then trains all of them: so none becomes too old, whatever is asked. A step has Q = ``rollout.questions_per_step`` groups; more
-only if more are due. :meth:`Admission.may_ask` sees to it that hardly ever more are: with n groups waiting, m in flight and a
-share p of mixed questions, it asks as long as n + p·m groups fit into the steps up to the deadline.
+only if more are due. :meth:`Admission.may_ask` sees to it that few more are: with n groups waiting, m in flight and a share p
+of mixed questions, it asks as long as n + p·m groups fit into the steps up to the deadline.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def test_every_group_is_trained_once_and_in_time(order, staleness, mixed, train,
             assert 0 <= step - 1 - version <= staleness
         steps = [step for step, _ in stream.trained.values()]
         sizes = np.bincount(steps, minlength=31)[1:]
-        assert sizes.min() == 4 and sizes.mean() < 4.7, "hardly ever more than a step's quota"
+        deviation = np.sqrt(4 * (1 - mixed))  # of the number of mixed ones among 4/p questions
+        assert sizes.min() == 4 and sizes.mean() < 4.1 + deviation
         assert stream.trained.keys() | stream.dropped | stream.waiting.keys() | stream.in_flight.keys() == set(
             range(stream.asked)
         )
