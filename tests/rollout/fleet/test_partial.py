@@ -94,15 +94,15 @@ def test_an_answer_may_be_cut_again_and_again(folder, servers, background):
         for server in servers:
             server.behave(hold=1, version="3")
         answers = background.submit(list, engine.generate([greedy_request(seed)], greedy()))
-        for cut in range(6):
+        for _ in range(6):
             until(lambda: held(engine, 1, 1))
             (stream,) = engine._request_loop._streams.values()
             number = int(stream.member.name[1:])
             servers[number].behave(hold=-1, fault="drop", version="3")
             until(lambda ended=stream: ended not in list(engine._request_loop._streams.values()))
-            servers[number].behave(hold=1 if cut < 5 else -1, version="3")
+            servers[number].behave(hold=1, fault="", version="3")
         for server in servers:
-            server.behave(hold=-1, version="3")
+            server.behave(hold=-1, fault="", version="3")
         (completion,) = answers.result()
     check(completion, seed)
 
@@ -138,7 +138,7 @@ def test_a_sampled_answer_continues_with_a_seed_of_its_own(folder, servers, back
         until(lambda: call.partial)
         seed = call.partial[0, 0].seed(11)
         for server in servers:
-            server.behave(hold=-1, version="3")
+            server.behave(hold=-1, fault="", version="3")
         (completion,) = answers.result()
     rest = expected_answer(seed, MAX_TOKENS - 513)
     first = expected_answer(11, MAX_TOKENS)
