@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--budget", type=int, default=2_000_000, help="outstanding tokens of a server (%(default)s)")
     add("--step-ms", type=float, default=8.0, help="fixed time of a decoding step (%(default)s)")
     add("--answer-us", type=float, default=70.0, help="time that each answer adds to it (%(default)s)")
-    add("--steps", type=int, default=20, help="steps to simulate (%(default)s)")
+    add("--steps", type=int, default=10, help="steps to simulate (%(default)s)")
     return parser.parse_args()
 
 

@@ -101,7 +101,8 @@ class RolloutConfig(ConfigModel):
     groups train a later step, and the engine's own log-probs are π_old. Older answers are dropped and counted."""
     stream: bool = False
     """With max_staleness of 1 or more: collect without rounds. stream_answers answers are always in progress, new weights reach
-    them on the way, and a step trains on groups that have closed. No answer becomes too old, and none is thrown away."""
+    them on the way, and a step trains on groups that have closed, questions_per_step of them or a few more. No answer becomes
+    too old, and no mixed group is thrown away."""
     stream_answers: PositiveInt | None = None
     """Answers in progress in a stream. null: half of those that a step trains on, questions_per_step · group_size / 2."""
     stream_order: Literal["closed", "question"] = "closed"
