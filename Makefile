@@ -17,7 +17,7 @@ NEMO := $(VENV)/nemo-run
 ENGINE := $(VENV)/transformer-engine
 MEGATRON_TESTS ?= tests/model tests/convert tests/run
 # Quickest first.
-BENCHMARKS := fleet_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
+BENCHMARKS := fleet_simulation stream_simulation packing embedded_engine verifiers plan_memory train_step converters lm_head
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 

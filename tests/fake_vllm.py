@@ -76,6 +76,14 @@ def expected_answer(seed, max_tokens):
     return [*tokens[:-1], STOP], logprobs, "stop"
 
 
+def greedy_rest(token_ids, max_tokens):
+    """What follows ``token_ids``: a prompt that ends with the stop token, then the answer so far, which the prompt gives."""
+    begun = token_ids[::-1].index(STOP)
+    tokens, logprobs, reason = expected_answer(token_ids[0], begun + max_tokens)
+    assert tokens[:begun] == token_ids[len(token_ids) - begun :], "another answer's beginning"
+    return tokens[begun:], logprobs[begun:], reason
+
+
 class FakeServer:
     def __init__(self):
         self.behaviour, self.seen, self.proof = Behaviour(), Counter(), None
@@ -188,6 +196,8 @@ class FakeServer:
         """All answers advance together: first one token, then ``stream_interval`` at a time."""
         parameters = asked["sampling_params"]
         answers = [expected_answer(parameters["seed"] + i, parameters["max_tokens"]) for i in range(parameters["n"])]
+        if parameters["temperature"] == 0:
+            answers = [greedy_rest(asked["token_ids"], parameters["max_tokens"])]
         proven = {"X_NFT_Proof": self.proof} if self.proof else {}
         writer.write(head(Content_Type="text/event-stream", Transfer_Encoding="chunked", **proven))
         begin, end = 0, 1
@@ -196,7 +206,7 @@ class FakeServer:
             if 0 <= self.behaviour.hold <= begin:
                 await self.held(begin, reader)
             await asyncio.sleep((end - begin) * self.behaviour.token_seconds)
-            for index, (tokens, _, reason) in enumerate(answers):
+            for index, (tokens, logprobs, reason) in enumerate(answers):
                 if begin >= len(tokens):
                     continue
                 fault = self.fault(asked)
@@ -214,6 +224,8 @@ class FakeServer:
                     entries[-1] = entries[-1].replace(
                         f'"token_id":{_TOKENS[(start + len(entries) - 1) % _POOL]},', f'"token_id":{STOP},'
                     )
+                if parameters["temperature"] == 0:
+                    entries = [_entry(*each) for each in zip(tokens[begin:end], logprobs[begin:end], strict=True)]
                 if fault == "nan":
                     entries[-1] = _entry(tokens[-1], -9999.0)
                 ending = ("abort" if fault == "abort" else reason) if is_last else None

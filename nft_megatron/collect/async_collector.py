@@ -36,7 +36,7 @@ class AsyncCollector:
         self._changed = threading.Condition()
         self._collected: dict[int, tuple[Dataset, CollectorState]] = {}
         self._is_closing = False
-        self._work = in_background("collect-ahead", lambda: self._run(state))
+        self._work = in_background("collect-ahead", lambda: self._collect(state))
         self._work.add_done_callback(lambda _: self._wake())
 
     def published(self, version: int) -> None:
@@ -76,6 +76,12 @@ class AsyncCollector:
 
     def _closing_reason(self) -> str | None:
         return "the end of the run" if self._is_closing else None
+
+    def _collect(self, state: CollectorState) -> None:
+        try:
+            self._run(state)
+        finally:
+            self._collector.finish()
 
     def _run(self, state: CollectorState) -> None:
         for step in range(self._first_step, self._last_step + 1):

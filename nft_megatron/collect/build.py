@@ -127,6 +127,7 @@ def open_engine(
             budget_tokens=outstanding_tokens(config, shape),
             silence_seconds=config.fleet.answer_seconds,
             servers_seconds=config.fleet.wait_seconds,
+            keep_partial=config.keeps_partial,
         )
     return EmbeddedEngine(
         model_folder,

@@ -2,7 +2,7 @@
 
 A step is collected in rounds; once the quota is met, all rounds become the step's one ledger file. That file holds everything
 about the collection that later steps and the metrics need, so a step whose file exists counts as collected. Answers from
-weights older than ``rollout.max_staleness`` allows are dropped when the ledger is written.
+weights older than ``rollout.max_staleness`` allows are dropped when the ledger is written. ``stream.py`` knows no rounds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class CollectorState:
 
     ``cursor``: number of questions asked so far, a position in the seeded order. ``mixed_rate``: share of the last step's
     questions that were mixed, None before the first step. ``surplus``: mixed groups beyond the quota, empty unless staleness is
-    allowed. ``questions``: a hash of all questions, to which the cursor refers; empty before the first step.
+    allowed. ``questions``: a hash of all questions, to which the cursor refers; empty before the first step. ``in_flight``:
+    positions before the cursor whose questions a stream had not closed.
 
     >>> CollectorState(cursor=1024, mixed_rate=0.6, questions="6b86b273ff34fce1").surplus
     ()
@@ -46,17 +47,26 @@ class CollectorState:
     mixed_rate: float | None = None
     surplus: tuple[Group, ...] = ()
     questions: str = ""
+    in_flight: tuple[int, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write the state as a ledger file whose groups are the surplus."""
-        meta = {"cursor": self.cursor, "mixed_rate": self.mixed_rate, "questions": self.questions}
+        meta = {"cursor": self.cursor, "mixed_rate": self.mixed_rate, "questions": self.questions} | _in_flight(self.in_flight)
         write_ledger(path, self.surplus, fates=["surplus"] * len(self.surplus), meta=meta)
 
     @classmethod
     def load(cls, path: Path) -> CollectorState:
         meta = read_meta(path)
         surplus = tuple(group for group, _ in read_groups(path))
-        return cls(meta["cursor"], meta["mixed_rate"], surplus, meta["questions"])
+        return cls(meta["cursor"], meta["mixed_rate"], surplus, meta["questions"], tuple(meta.get(_IN_FLIGHT, ())))
+
+
+_IN_FLIGHT = "in_flight"
+"""Only in ledgers of a stream."""
+
+
+def _in_flight(positions: Sequence[int]) -> dict[str, list[int]]:
+    return {_IN_FLIGHT: list(positions)} if positions else {}
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,25 @@ class Dataset:
     ledger: Path
     metrics: MetricsRow
     generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a step's ledger is made of.
+
+    ``sampled``: the groups closed since the last ledger. ``trainable``: those that may be trained on, from then or earlier, and
+    first the ``num_trained`` that this step trains. ``num_too_old``: answers left out of them. ``metrics``: how they were
+    gathered. ``num_tokens``: generated in this process.
+    """
+
+    sampled: Sequence[Group]
+    trainable: Sequence[Group]
+    num_trained: int
+    num_too_old: int
+    cursor: int
+    num_tokens: int
+    metrics: MetricsRow
+    in_flight: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -128,8 +157,11 @@ class Collector:
             surplus = (
                 tuple(group for group, fate in read_groups(path) if fate == "surplus") if self.settings.max_staleness else ()
             )
-        after = CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions)
+        after = CollectorState(meta["cursor"], meta["mixed_rate"], surplus, self.questions, tuple(meta.get(_IN_FLIGHT, ())))
         return Dataset(path, meta["metrics"], generated_tokens), after
+
+    def finish(self) -> None:
+        """Nothing more will be collected."""
 
     def _check_questions(self, known: str) -> None:
         if known not in ("", self.questions):
@@ -147,53 +179,65 @@ class Collector:
         return UserError("rollout.max_rounds", self.settings.max_rounds, problem, remedy)
 
     def _fill(self, path: Path, step: int, state: CollectorState) -> int:
+        """Write the step's ledger; return the number of tokens generated for it."""
+        gathered = self._gather(step, state)
+        sampled, trainable, num_trained = gathered.sampled, gathered.trainable, gathered.num_trained
+        if not trainable:
+            raise self._nothing_to_train_on(sampled)
+        with self.client.timer.phase("ledger"):
+            kept = trainable if self.settings.max_staleness else trainable[:num_trained]
+            metrics: MetricsRow = {
+                **self.left_out,
+                **gathered.metrics,
+                "groups_surplus": len(trainable) - num_trained,
+                "answers_too_old": gathered.num_too_old,
+                **sampled_metrics(sampled, self.settings.group_size),
+                **trained_metrics(step, trainable[:num_trained]),
+            }
+            fates: list[Fate] = ["train" if index < num_trained else "surplus" for index in range(len(kept))]
+            meta = {
+                "step": step,
+                "cursor": gathered.cursor,
+                "mixed_rate": self._mixed_rate(sampled, state.mixed_rate),
+                "questions": self.questions,
+                "metrics": metrics,
+                "rules": self.rules,
+            } | _in_flight(gathered.in_flight)
+            if self.earlier_rules:
+                meta["earlier_rules"] = self.earlier_rules
+            self.folder.check_is_open()
+            write_ledger(path, kept, fates=fates, meta=meta)
+        return gathered.num_tokens
+
+    def _gather(self, step: int, state: CollectorState) -> Gathered:
+        """Run rounds until the step has its quota, or ``rollout.max_rounds``."""
         quota = self.settings.questions_per_step
         oldest = step - 1 - self.settings.max_staleness
         mixed = self._trainable(state.surplus, oldest)
         sampled: list[Group] = []
-        cursor, mixed_rate, num_rounds, generated_tokens = state.cursor, state.mixed_rate, 0, 0
+        cursor, mixed_rate, num_rounds, num_tokens = state.cursor, state.mixed_rate, 0, 0
         while len(mixed) < quota and num_rounds < self.settings.max_rounds:
             missing = quota - len(mixed)
             label = f"round {num_rounds + 1}, {len(mixed)}/{quota} mixed"
             asked = self.rounds.ask(step, num_rounds, cursor, self._round_size(missing, mixed_rate), missing, label)
             cursor += asked.num_asked
             num_rounds += 1
-            generated_tokens += asked.new_tokens
+            num_tokens += asked.new_tokens
             sampled += asked.groups
             if asked.groups and not any(group.num_correct for group in asked.groups):
                 log.warning("step %d, round %d: no right answer (%s)", step, num_rounds, describe_verdicts(asked.groups))
             mixed += self._trainable(asked.groups, oldest)
-            mixed_rate = sum(group.is_mixed for group in sampled) / len(sampled) if sampled else mixed_rate
-        if not mixed:
-            raise self._nothing_to_train_on(sampled)
-        if len(mixed) < quota:
+            mixed_rate = self._mixed_rate(sampled, mixed_rate)
+        if 0 < len(mixed) < quota:
             log.warning("step %d trains on %d of %d questions: %d rounds found no more", step, len(mixed), quota, num_rounds)
-        with self.client.timer.phase("ledger"):
-            surplus = mixed[quota:] if self.settings.max_staleness else []
-            metrics: MetricsRow = {
-                **self.left_out,
-                "rounds": num_rounds,
-                "groups_abandoned": cursor - state.cursor - len(sampled),
-                "groups_surplus": max(len(mixed) - quota, 0),
-                "answers_too_old": sum(len(group.answers) for group in [*state.surplus, *sampled])
-                - sum(len(without_older(group, oldest).answers) for group in [*state.surplus, *sampled]),
-                **sampled_metrics(sampled, self.settings.group_size),
-                **trained_metrics(step, mixed[:quota]),
-            }
-            fates: list[Fate] = ["train" if index < quota else "surplus" for index in range(len(mixed[:quota] + surplus))]
-            meta = {
-                "step": step,
-                "cursor": cursor,
-                "mixed_rate": mixed_rate,
-                "questions": self.questions,
-                "metrics": metrics,
-                "rules": self.rules,
-            }
-            if self.earlier_rules:
-                meta["earlier_rules"] = self.earlier_rules
-            self.folder.check_is_open()
-            write_ledger(path, mixed[:quota] + surplus, fates=fates, meta=meta)
-        return generated_tokens
+        num_too_old = sum(
+            len(group.answers) - len(without_older(group, oldest).answers) for group in [*state.surplus, *sampled]
+        )
+        metrics: MetricsRow = {"rounds": num_rounds, "groups_abandoned": cursor - state.cursor - len(sampled)}
+        return Gathered(sampled, mixed, min(len(mixed), quota), num_too_old, cursor, num_tokens, metrics)
+
+    def _mixed_rate(self, sampled: Sequence[Group], before: float | None) -> float | None:
+        return sum(group.is_mixed for group in sampled) / len(sampled) if sampled else before
 
     def _trainable(self, groups: Iterable[Group], oldest: int) -> list[Group]:
         """The groups that may be trained on, with only their answers of version ``oldest`` or later."""

@@ -34,7 +34,7 @@ def answer_seed(run_seed: int, purpose: str, prompt_id: int, index: int) -> int:
 
 
 @dataclass(eq=False)
-class _Question:
+class QuestionInProgress:
     """The answers to one prompt so far: for each its completion, its text and its future verdict."""
 
     prompt: Prompt
@@ -139,7 +139,7 @@ class RolloutClient:
             )
             for prompt_id, prompt in prompts.items()
         ]
-        questions = {prompt_id: _Question(prompt) for prompt_id, prompt in prompts.items()}
+        questions = {prompt_id: QuestionInProgress(prompt) for prompt_id, prompt in prompts.items()}
         finished: deque[int] = deque()
         broken: list[int] = []
         given_up = _Unwanted(interrupted)
@@ -150,8 +150,7 @@ class RolloutClient:
                 if prompt_id in given_up:  # it finished before the engine saw that it is no longer wanted
                     continue
                 question = questions[prompt_id]
-                text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
-                question.answers[completion.index] = (completion, text, self._judge(text, question.prompt, completion))
+                self.take(question, completion)
                 self.progress.advance()
                 if len(question.answers) == group_size:
                     (broken if question.broken_off() else finished).append(prompt_id)
@@ -166,6 +165,11 @@ class RolloutClient:
         with self.timer.phase("verify"):
             for prompt_id in [*finished, *broken]:
                 yield prompt_id, questions[prompt_id].judged(self.deadline_seconds)
+
+    def take(self, question: QuestionInProgress, completion: Completion) -> None:
+        """Add an answer to its question, and have it judged."""
+        text = self.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        question.answers[completion.index] = (completion, text, self._judge(text, question.prompt, completion))
 
     def _judge(self, text: str, prompt: Prompt, completion: Completion) -> Future[Verdict]:
         if completion.finish_reason != "abort":

@@ -68,6 +68,11 @@ class Rounds:
         num_tokens = sum(len(answer.completion.tokens) for group in new for answer in group.answers)
         return Round(_in_order([*earlier, *new]), num_questions, num_tokens)
 
+    def note_length(self, group: Group) -> None:
+        """Remember how long the answers to the group's question were."""
+        num_tokens = sum(len(answer.completion.tokens) for answer in group.answers)
+        self.lengths[group.prompt.question_id] = round(num_tokens / len(group.answers))
+
     def _stream(
         self, step: int, number: int, cursor: int, num_questions: int, missing: int, label: str, earlier: Sequence[Group]
     ) -> list[Group]:
@@ -115,7 +120,7 @@ class Rounds:
                     group = Group(group_id, step, prompts[group_id], of_group)
                     new.append(group)
                     num_mixed += group.is_mixed
-                    self.lengths[group.prompt.question_id] = _mean_length(group)
+                    self.note_length(group)
                     if time.monotonic() - written_at >= settings.save_seconds:
                         write({})
                     if settings.stop_at_quota and num_mixed >= missing:
@@ -138,7 +143,3 @@ class Rounds:
 
 def _in_order(groups: Iterable[Group]) -> tuple[Group, ...]:
     return tuple(sorted(groups, key=lambda group: group.group_id))
-
-
-def _mean_length(group: Group) -> int:
-    return round(sum(len(answer.completion.tokens) for answer in group.answers) / len(group.answers))

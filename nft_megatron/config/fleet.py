@@ -82,6 +82,10 @@ class FleetConfig(ConfigModel):
     in_flight: Literal["finish", "continue"] = "finish"
     """What happens to answers in progress when new weights arrive. ``finish``: they end first. ``continue``: their next tokens
     come from the new weights, and every token carries its version."""
+    keep_partial: bool | None = None
+    """What becomes of the tokens of an answer whose server died, fell silent or aborted it. true: the answer continues after
+    them on another server, as another sample of the same distribution. false: it begins again and, by its seed, comes out the
+    same. null: true where rollout.max_staleness is 1 or more. Without effect where rollout.stop has texts."""
     start_seconds: PositiveFloat = 900.0
     """Longest start-up of a server."""
     sync_seconds: PositiveFloat = 600.0

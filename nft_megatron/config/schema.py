@@ -167,6 +167,8 @@ class Config(ConfigModel):
                 "looks for mixed questions, but training uses all questions",
                 "remove it, or set rollout.prompt_filter=true",
             )
+        if rollout.stream:
+            self._check_stream()
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise UserError(
                 "parallel.virtual_pipeline",
@@ -264,11 +266,29 @@ class Config(ConfigModel):
                 field, True, "has buffers of one size, but packs have many", "set it to false, or train.pad_to_budget=true"
             )
 
+    def _check_stream(self) -> None:
+        rollout = self.rollout
+        if not rollout.max_staleness:
+            problem = "needs answers that may be older than the weights they train, but rollout.max_staleness = 0"
+            raise UserError("rollout.stream", True, problem, "set rollout.max_staleness=1 or more, or this to false")
+        for field in ("stop_at_quota", "give_up_after"):
+            if value := getattr(rollout, field):
+                raise UserError(f"rollout.{field}", value, "ends a round early, but rollout.stream has no rounds", "remove it")
+        if rollout.engine == "vllm" and self.fleet.in_flight == "finish":
+            problem = "lets all answers end before new weights, but with rollout.stream there are always answers in progress"
+            raise UserError("fleet.in_flight", "finish", problem, "set fleet.in_flight=continue")
+
     @property
     def filters_prompts(self) -> bool:
         """Whether questions on which all answers agree are dropped: ``rollout.prompt_filter`` or the algorithm's need."""
         choice = self.rollout.prompt_filter
         return self.algorithm.needs_mixed_groups if choice is None else choice
+
+    @property
+    def keeps_partial(self) -> bool:
+        """``fleet.keep_partial``, or what null stands for."""
+        choice = self.fleet.keep_partial
+        return self.rollout.max_staleness > 0 if choice is None else choice
 
     @property
     def minibatch_of(self) -> Literal["answers", "questions"]:

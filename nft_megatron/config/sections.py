@@ -103,6 +103,15 @@ class RolloutConfig(ConfigModel):
     """Steps by which an answer may be older than the weights it trains. 0: collecting and training alternate, as in the paper;
     surplus groups of a step are discarded. 1 or more: up to this many steps are collected ahead during training, surplus
     groups train a later step, and the engine's own log-probs are π_old. Older answers are dropped and counted."""
+    stream: bool = False
+    """With max_staleness of 1 or more: collect without rounds. stream_answers answers are always in progress, new weights reach
+    them on the way, and a step trains on groups that have closed, questions_per_step of them or a few more. No answer becomes
+    too old, and no mixed group is thrown away."""
+    stream_answers: PositiveInt | None = None
+    """Answers in progress in a stream. null: half of those that a step trains on, questions_per_step · group_size / 2."""
+    stream_order: Literal["closed", "question"] = "closed"
+    """Groups that a step of a stream takes first. ``closed``: those that closed first. ``question``: those asked first; a step
+    then waits for its slowest answer."""
     stop_at_quota: bool = False
     """End a round as soon as questions_per_step groups are mixed, and cancel the rest. Faster when a few answers are long, but
     questions with short answers are then trained more often, and the choice depends on the engine's timing."""

@@ -140,6 +140,7 @@ METRICS: dict[str, Metric] = {
             Metric(f"verdict/{reason}", "share", f"answers judged {label}: {meaning}; absent where there are none")
             for reason, (label, meaning) in REASONS.items()
         ),
+        Metric("groups_in_flight", "count", "questions of a stream that were in flight when this step's ledger was written"),
         Metric("rounds", "count", "generation rounds until the quota of mixed questions was met"),
         Metric("staleness_max", "steps", "age of the oldest weights that generated a trained answer"),
         Metric("response_tokens", "tokens", "tokens generated for this step"),

@@ -27,6 +27,7 @@ class AnswerRule:
 
     def __init__(self, sampling: Sampling, vocab_size: int, folder: Path) -> None:
         self.max_tokens, self._vocab_size = sampling.max_tokens, vocab_size
+        self._has_stop_texts = bool(sampling.stop)
         self._stop = StopRule(sampling, vocab_size, folder)
 
     def problem(
@@ -57,3 +58,19 @@ class AnswerRule:
                 "its --max-model-len may be too small"
             )
         return None
+
+    def may_continue(self, tokens: np.ndarray, logprobs: np.ndarray) -> bool:
+        """Whether these may begin an answer that has not ended. With stop texts nothing may: one could lie across the cut.
+
+        >>> rule = AnswerRule(Sampling(max_tokens=3, stop_token_ids=(9,)), vocab_size=10, folder=Path("unused"))
+        >>> logprobs = np.array([-0.5, -1.0], dtype=np.float32)
+        >>> rule.may_continue(np.array([4, 5]), logprobs), rule.may_continue(np.array([4, 9]), logprobs)
+        (True, False)
+        """
+        return bool(
+            not self._has_stop_texts
+            and 0 < len(tokens) < self.max_tokens
+            and ((logprobs <= 0) & (logprobs > _NO_LOGPROB)).all()
+            and 0 <= tokens.min() <= tokens.max() < self._vocab_size
+            and self._stop.first(tokens) is None
+        )

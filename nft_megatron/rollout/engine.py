@@ -8,7 +8,7 @@ it refuses requests until it holds the current weights again.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from nft_megatron.base.errors import UserError
 from nft_megatron.base.records import Completion, Request, Sampling
@@ -57,6 +57,30 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End all of the engine's processes. It cannot be used afterwards."""
+
+
+class AnswerStream(Protocol):
+    """Answers to questions that are asked one after the other, from one thread. They outlive new weights."""
+
+    @property
+    def version(self) -> int:
+        """No answer to a request that is made now has a token from older weights than these."""
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        """Make requests; their ids differ from those of all requests in progress. Does not wait."""
+
+    def next(self, timeout: float) -> Completion | None:
+        """The next answer to end, or None if none does within ``timeout`` seconds. Raises as ``Engine.generate`` does."""
+
+    def close(self) -> None:
+        """End the requests in progress."""
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that can take new requests while it answers others."""
+
+    def open_stream(self, sampling: Sampling) -> AnswerStream: ...
 
 
 def check_requests(requests: Sequence[Request], sampling: Sampling, vocab_size: int, max_positions: int) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.engine import Engine, EngineFault
+from nft_megatron.rollout.waves import WaveStream
 
 if TYPE_CHECKING:
     import torch
@@ -28,16 +29,22 @@ class ExclusiveEngine:
         self._turn = threading.Condition()
         self._is_busy = False
         self._num_loads_waiting = 0
+        self.version = -1
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         with self._exclusive(is_load=True):
-            return self._engine.load(tensors, version)
+            fingerprint = self._engine.load(tensors, version)
+            self.version = version
+            return fingerprint
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
     ) -> Iterator[Completion]:
         with self._exclusive(is_load=False):
             yield from self._engine.generate(requests, sampling, given_up)
+
+    def open_stream(self, sampling: Sampling) -> WaveStream:
+        return WaveStream(self, sampling)
 
     def close(self) -> None:
         self._engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from nft_megatron.base.rank_info import is_attempt, rank_info
 from nft_megatron.base.records import Prompt, Sampling
 from nft_megatron.base.run_folder import RunFolder
 from nft_megatron.batching.minibatches import BatchingRules
+from nft_megatron.collect.admission import Admission
 from nft_megatron.collect.build import open_rollout_client, training_sampling
 from nft_megatron.collect.collector import Collector
 from nft_megatron.collect.generate_and_grade import RolloutClient
 from nft_megatron.collect.logprob_probe import LogprobProbe
 from nft_megatron.collect.rules import earlier_rules
+from nft_megatron.collect.stream import StreamCollector
 from nft_megatron.config.load import dump_config, flatten, load_config
 from nft_megatron.config.places import check_places
 from nft_megatron.config.schema import Config
@@ -79,6 +82,7 @@ CHANGEABLE = (
     "rollout.processes",
     "rollout.batch_size",
     "rollout.max_rounds",
+    "rollout.stream_answers",
     "rollout.deadline_seconds",
     "rollout.step_deadline_seconds",
     "rollout.save_seconds",
@@ -248,7 +252,7 @@ def _open_rank0_services(
     with atomic_file(folder.config) as temporary:
         temporary.write_text(dump_config(config))
     return Rank0Services(
-        collector=Collector(
+        collector=_collector_class(config)(
             folder,
             PromptOrder(questions.prompts, config.seed),
             client,
@@ -269,6 +273,13 @@ def _open_rank0_services(
         fleet=_fleet_metrics(client.engine),
         metrics=metrics,
     )
+
+
+def _collector_class(config: Config) -> Callable[..., Collector]:
+    if not config.rollout.stream:
+        return Collector
+    rules = Admission.of(config.rollout, config.train.num_steps, config.filters_prompts)
+    return functools.partial(StreamCollector, admission=rules)
 
 
 def _open_probe(

@@ -106,6 +106,9 @@ class FakeCollector:
         self.began.append((step, self.version[0]))
         return Dataset(Path(f"{step}"), {}, 0), CollectorState(cursor=state.cursor + 1)
 
+    def finish(self) -> None:
+        pass
+
 
 def ahead(staleness: int, last_step: int, version: int = 0, fails_at: int = 0):
     began, versions = [], [version]

@@ -35,6 +35,7 @@ from nft_megatron.rollout.fleet.session import HTTP_ERRORS, ServerFault, excerpt
 
 if TYPE_CHECKING:
     from nft_megatron.rollout.answer_rule import AnswerRule
+    from nft_megatron.rollout.fleet.partial import PartialAnswer
 
 STREAM_INTERVAL = 256
 """Most tokens of an answer between two signs of life. Fewer mean more work for the client and fewer tokens wasted uncounted."""
@@ -48,19 +49,25 @@ class Refused(Exception):
     """A server rejects the request as invalid."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
-    """Answer ``index`` has grown by ``num_tokens``."""
+    """Answer ``index`` has grown by ``tokens`` (int32) with ``logprobs`` (float64)."""
 
     index: int
-    num_tokens: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
     """A finished answer, which is one to its request. ``versions``: of the weights behind its tokens, in order.
 
-    They are empty unless the server names the weights of every token. The completion's own version is the oldest of them.
+    They are empty unless the server names the weights of every token, and leave out those of a partial answer. The completion's
+    own version is the oldest of all.
     """
 
     completion: Completion
@@ -157,15 +164,22 @@ async def generate(
     request: Request,
     indices: Sequence[int],
     rule: AnswerRule,
+    partial: PartialAnswer | None = None,
 ) -> AsyncGenerator[Progress | Finished, None]:
     """Yield the answers to ``body`` as they finish, and their progress in between.
 
-    The server's answer i is answer ``indices[i]`` of ``request``. There is no deadline here: the caller watches the time and
-    closes the iterator. Raises ``ServerFault`` if the server does not finish all answers, for whatever reason, or sends one
-    that breaks ``rule``, and ``Refused`` if it rejects the request as invalid.
+    The server's answer i is answer ``indices[i]`` of ``request``. ``partial``: the beginning of the only one; ``body`` has it
+    after the prompt. There is no deadline here: the caller watches the time and closes the iterator. Raises ``ServerFault`` if
+    the server does not finish all answers, for whatever reason, or sends one that breaks ``rule``, and ``Refused`` if it
+    rejects the request as invalid.
     """
     started = time.monotonic()
     unfinished: dict[int, _Partial] = {index: _Partial() for index in range(len(indices))}
+    num_before = 0
+    if partial is not None:
+        assert len(indices) == 1, "only one answer continues"
+        num_before = len(partial.tokens)
+        unfinished[0] = _Partial([partial.tokens], [partial.logprobs], num_before)
     max_bytes = len(indices) * (_ANSWER_BYTES + rule.max_tokens * _TOKEN_BYTES)
     try:
         async with open_reply(session, "POST", url, _ROUTE, credentials, body) as reply:
@@ -186,7 +200,7 @@ async def generate(
                 answer.num_tokens += len(tokens)
                 if answer.num_tokens > rule.max_tokens:
                     raise ServerFault(f"sent an answer of more than {rule.max_tokens} tokens")
-                yield Progress(indices[choice.index], len(tokens))
+                yield Progress(indices[choice.index], tokens, logprobs)
                 if (reason := choice.finish_reason) is not None:
                     if reason == "abort":
                         raise ServerFault("ended an answer with 'abort'", is_abort=True)
@@ -194,21 +208,22 @@ async def generate(
                     if (problem_found := rule.problem(tokens, logprobs, reason, request.prompt_tokens)) is not None:
                         raise ServerFault(problem_found)
                     del unfinished[choice.index]
-                    versions = _versions(choice.weight_versions or [], len(tokens))
+                    versions = _versions(choice.weight_versions or [], len(tokens) - num_before)
+                    all_versions = versions if partial is None else (partial.version, *versions)
                     completion = Completion(
                         request.request_id,
                         indices[choice.index],
                         tokens,
                         logprobs.astype(np.float32),
                         cast('Literal["stop", "length"]', reason),
-                        min(versions, default=-1),
+                        min(all_versions, default=-1),
                         seconds=time.monotonic() - started,
                     )
                     yield Finished(completion, versions)
     except HTTP_ERRORS as error:
-        raise ServerFault(excerpt(f"{type(error).__name__}: {error}")) from error
+        raise ServerFault(excerpt(f"{type(error).__name__}: {error}"), is_cut=True) from error
     if unfinished:
-        raise ServerFault(f"closed the connection with {len(unfinished)} of {len(indices)} answers unfinished")
+        raise ServerFault(f"closed the connection with {len(unfinished)} of {len(indices)} answers unfinished", is_cut=True)
 
 
 def _versions(spans: Sequence[_Span], num_tokens: int) -> tuple[int, ...]:
@@ -247,7 +262,7 @@ def _parse(data: bytes) -> tuple[_Choice, np.ndarray, np.ndarray]:
     try:
         event = _DECODER.decode(data)
         if bytes(event.error) != b"null":
-            raise ServerFault(f"reports {excerpt(bytes(event.error))}")
+            raise ServerFault(f"reports {excerpt(bytes(event.error))}", is_cut=True)
         (choice,) = event.choices
         logprobs = np.array([token.logprob for token in choice.logprobs.content], dtype=np.float64)
         return choice, np.array(choice.token_ids, dtype=np.int32), logprobs

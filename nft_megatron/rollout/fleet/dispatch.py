@@ -18,8 +18,9 @@ import heapq
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 # Expected length of an answer without a hint, as a share of the longest allowed: its initial value, and how far each answer
 # moves it. It moves slowly because short answers finish first.
@@ -146,16 +147,23 @@ class Dispatcher:
             self._end(ticket)
         return True
 
-    def failed(self, ticket: int) -> list[int]:
-        """End a sub-request that its server did not finish. The rest waits again or is lost; return the lost indices."""
+    def failed(self, ticket: int, kept: Mapping[int, int] = MappingProxyType({})) -> list[int]:
+        """End a sub-request that its server did not finish. The rest waits again or is lost; return the lost indices.
+
+        ``kept``: how many tokens remain of an answer; it continues, alone, with these as further tokens of its prompt.
+        """
         if ticket not in self._sent:
             return []
         sent = self._end(ticket)
         work = replace(sent.work, num_faults=sent.work.num_faults + 1, failed_on=sent.work.failed_on | {sent.server})
         if work.num_faults == self._max_attempts:
             return sorted(sent.open)
-        for indices in neighbours(sent.open):
+        for indices in neighbours(sent.open - kept.keys()):
             self._wait(replace(work, indices=indices))
+        for index, num_tokens in kept.items():
+            hint = None if work.hint is None else max(work.hint - num_tokens, 1)
+            tokens = work.prompt_tokens + num_tokens
+            self._wait(replace(work, indices=range(index, index + 1), prompt_tokens=tokens, hint=hint))
         return []
 
     def give_up(self, call: int, request: int | None = None) -> list[int]:

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, TypeVar
 from nft_megatron.base.records import Completion, Request, Sampling
 from nft_megatron.rollout.answer_rule import AnswerRule
 from nft_megatron.rollout.engine import EngineFault, check_requests
+from nft_megatron.rollout.fleet.call import GenerateCall
 from nft_megatron.rollout.fleet.dispatch import Dispatcher
 from nft_megatron.rollout.fleet.metrics import fleet_metrics
-from nft_megatron.rollout.fleet.request_loop import POLL_SECONDS, Fleet, GenerateCall, RequestLoop
+from nft_megatron.rollout.fleet.request_loop import POLL_SECONDS, Fleet, RequestLoop
 from nft_megatron.rollout.fleet.usage import FleetUsage
 from nft_megatron.weights import read_shape
 
@@ -45,7 +46,8 @@ class FleetEngine:
 
     ``budget_tokens``: most outstanding tokens per server, counting prompts and expected answers. ``max_attempts``: how often an
     answer is requested before it comes back as ``abort``. ``silence_seconds``: a server that has work and sends nothing for
-    this long has failed. ``servers_seconds``: longest wait for a fleet that can serve.
+    this long has failed. ``servers_seconds``: longest wait for a fleet that can serve. ``keep_partial``: an answer that a
+    server began continues on another (``partial.py``) instead of beginning again with its seed.
 
     Answers with consecutive seeds share one HTTP request. A seed gives the same answer on every server, alone or among others,
     unless the rounding of logits moves a draw across the boundary between two tokens.
@@ -62,11 +64,13 @@ class FleetEngine:
         max_attempts: int = 4,
         silence_seconds: float = 120.0,
         servers_seconds: float = 600.0,
+        keep_partial: bool = False,
     ) -> None:
         self._fleet, self._servers_seconds = fleet, servers_seconds
         self._model_folder = Path(model_folder)
         self._shape = read_shape(self._model_folder)
         self._has_weights = False
+        self.version = -1
         self._load_lock, self._close_lock = threading.Lock(), threading.Lock()
         self._numbers = itertools.count()
         _allow_many_connections()
@@ -74,7 +78,7 @@ class FleetEngine:
         self._thread = threading.Thread(target=self._event_loop.run_forever, name="fleet engine", daemon=True)
         self._thread.start()
         dispatcher = Dispatcher(budget_tokens=budget_tokens, max_attempts=max_attempts)
-        self._request_loop = self._do(lambda: RequestLoop(fleet, dispatcher, silence_seconds))
+        self._request_loop = self._do(lambda: RequestLoop(fleet, dispatcher, silence_seconds, keep_partial))
         self._watch = asyncio.run_coroutine_threadsafe(self._request_loop.watch(), self._event_loop)
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
@@ -84,6 +88,7 @@ class FleetEngine:
             try:
                 fingerprint = self._fleet.publish(tensors, version)
                 succeeded = True
+                self.version = version
                 return fingerprint
             finally:
                 self._has_weights = succeeded
@@ -92,11 +97,12 @@ class FleetEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, given_up: Container[int] = frozenset()
     ) -> Iterator[Completion]:
-        if not self._has_weights:
-            raise EngineFault("the fleet has no weights: load() them before generate()")
-        check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
-        rule = AnswerRule(sampling, self._shape.vocab_size, self._model_folder)
-        return self._answers(GenerateCall(next(self._numbers), requests, sampling, rule), given_up)
+        return self._answers(self._call(requests, sampling), given_up)
+
+    def open_stream(self, sampling: Sampling) -> FleetStream:
+        call = self._call([], sampling)
+        self._tell(lambda: self._request_loop.begin(call))
+        return FleetStream(self, call)
 
     def take_metrics(self) -> FleetUsage:
         """What the servers did since the last call."""
@@ -118,6 +124,16 @@ class FleetEngine:
                 self._event_loop.close()
             finally:
                 self._fleet.close()
+
+    def _call(self, requests: Sequence[Request], sampling: Sampling) -> GenerateCall:
+        self._check(requests, sampling)
+        rule = AnswerRule(sampling, self._shape.vocab_size, self._model_folder)
+        return GenerateCall(next(self._numbers), requests, sampling, rule)
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        if not self._has_weights:
+            raise EngineFault("the fleet has no weights: load() them before generate()")
+        check_requests(requests, sampling, self._shape.vocab_size, self._shape.max_positions)
 
     def _answers(self, call: GenerateCall, given_up: Container[int]) -> Iterator[Completion]:
         num_open = Counter({request.request_id: len(request.seeds) for request in call.requests.values() if request.seeds})
@@ -172,6 +188,44 @@ class FleetEngine:
             return action()
 
         return asyncio.run_coroutine_threadsafe(run(), self._event_loop).result(_LOOP_SECONDS)
+
+
+class FleetStream:
+    """An :class:`~nft_megatron.rollout.engine.AnswerStream` of a fleet's engine."""
+
+    def __init__(self, engine: FleetEngine, call: GenerateCall) -> None:
+        self._engine, self._call = engine, call
+        self._num_open: Counter[int] = Counter()
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        engine = self._engine
+        engine._check(requests, self._call.sampling)
+        self._num_open.update({request.request_id: len(request.seeds) for request in requests})
+        engine._tell(lambda: engine._request_loop.add(self._call, requests))
+
+    def next(self, timeout: float) -> Completion | None:
+        engine, loop = self._engine, self._engine._request_loop
+        try:
+            item = self._call.answers.get(timeout=timeout)
+        except queue.Empty:
+            if self._num_open and engine._do(loop.is_stranded):
+                engine._fleet.wait_for_servers(engine._servers_seconds)
+            return None
+        if isinstance(item, Exception):
+            raise item
+        request_id = item[0].request_id
+        self._num_open[request_id] -= 1
+        if not self._num_open[request_id]:
+            del self._num_open[request_id]
+            engine._tell(lambda: loop.forget(self._call, request_id))
+        return item[0]
+
+    def close(self) -> None:
+        self._engine._tell(lambda: self._engine._request_loop.end(self._call))
 
 
 def _allow_many_connections() -> None:

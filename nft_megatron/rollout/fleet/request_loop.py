@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
+import numpy as np
 
-from nft_megatron.base.records import Completion, Request, Sampling
-from nft_megatron.rollout.answer_rule import AnswerRule
+from nft_megatron.base.records import Completion, Request
 from nft_megatron.rollout.engine import EngineFault
+from nft_megatron.rollout.fleet.call import GenerateCall, Stream
 from nft_megatron.rollout.fleet.client import (
     STREAM_INTERVAL,
     Progress,
@@ -29,8 +29,9 @@ from nft_megatron.rollout.fleet.client import (
     make_body,
     runs_of_seeds,
 )
-from nft_megatron.rollout.fleet.dispatch import Dispatcher, SubRequest
+from nft_megatron.rollout.fleet.dispatch import Dispatcher
 from nft_megatron.rollout.fleet.member import Member
+from nft_megatron.rollout.fleet.partial import PartialAnswer
 from nft_megatron.rollout.fleet.session import ServerFault, open_session
 from nft_megatron.rollout.fleet.supervisor import ServerStats
 from nft_megatron.rollout.fleet.usage import FleetUsage, Meter
@@ -60,39 +61,6 @@ class Fleet(Protocol):
     def close(self) -> None: ...
 
 
-class GenerateCall:
-    """One call of ``generate``: its requests, and the queue for its answers, each with the name of its server.
-
-    ``refused``: by which server, and why, requests have been refused so far.
-    """
-
-    def __init__(self, number: int, requests: Sequence[Request], sampling: Sampling, rule: AnswerRule) -> None:
-        self.number, self.sampling, self.rule = number, sampling, rule
-        self.refused: dict[int, tuple[str, str]] = {}
-        self.requests = {request.request_id: request for request in requests}
-        assert len(self.requests) == len(requests), "two requests have the same id"
-        self.answers: queue.SimpleQueue[tuple[Completion, str] | Exception] = queue.SimpleQueue()
-
-
-@dataclass
-class _Stream:
-    """A sub-request in progress, which may take ``longest`` seconds in all.
-
-    ``left``: its unfinished answers; ``partial``: their tokens so far; ``fault``: why it was aborted; ``refusal``: why its
-    server rejects it.
-    """
-
-    sub_request: SubRequest
-    member: Member
-    sent_at: float
-    heard_at: float
-    longest: float
-    left: set[int]
-    partial: Counter[int] = field(default_factory=Counter)
-    fault: str = ""
-    refusal: str = ""
-
-
 class RequestLoop:
     """Sends sub-requests and receives answers. A server that has work and is silent for ``silence_seconds`` has failed, and so
     has one that is never silent but takes longer than the longest wait in its queue and the slowest answer together.
@@ -101,11 +69,12 @@ class RequestLoop:
     only ``_SLOWEST`` tokens per second and answer.
     """
 
-    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, silence_seconds: float) -> None:
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, silence_seconds: float, keep_partial: bool = False) -> None:
         self._fleet, self._dispatcher, self._silence_seconds = fleet, dispatcher, silence_seconds
+        self._keep_partial = keep_partial
         self._stream_interval = max(1, min(STREAM_INTERVAL, int(_SLOWEST * silence_seconds)))
         self._calls: dict[int, GenerateCall] = {}
-        self._streams: dict[asyncio.Task[None], _Stream] = {}
+        self._streams: dict[asyncio.Task[None], Stream] = {}
         self._queues: Counter[str] = Counter()  # answers in progress at each server
         self._heard: dict[str, float] = {}  # per server: its last sign of life, or when it got work after being idle
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}  # per server, with its URL
@@ -120,7 +89,24 @@ class RequestLoop:
 
     def begin(self, call: GenerateCall) -> None:
         self._calls[call.number] = call
-        for request in call.requests.values():
+        self._add(call, call.requests.values())
+
+    def add(self, call: GenerateCall, requests: Sequence[Request]) -> None:
+        """Make further requests in a call, unless it has ended."""
+        if call.number in self._calls:
+            assert call.requests.keys().isdisjoint(request.request_id for request in requests), "two requests have the same id"
+            call.requests.update({request.request_id: request for request in requests})
+            self._add(call, requests)
+
+    def forget(self, call: GenerateCall, request: int) -> None:
+        """All answers to a request have arrived."""
+        if (forgotten := call.requests.pop(request, None)) is not None:
+            for index in range(len(forgotten.seeds)):
+                call.partial.pop((request, index), None)
+        call.refused.pop(request, None)
+
+    def _add(self, call: GenerateCall, requests: Iterable[Request]) -> None:
+        for request in requests:
             # vLLM refuses more than one greedy answer per request.
             together = call.sampling.temperature > 0
             runs = runs_of_seeds(request.seeds) if together else [range(i, i + 1) for i in range(len(request.seeds))]
@@ -208,7 +194,7 @@ class RequestLoop:
         for sub_request in self._dispatcher.assign(list(members), held):
             now, call = time.monotonic(), self._calls[sub_request.call]
             longest = _LONGEST_QUEUE * self._silence_seconds + call.rule.max_tokens / _SLOWEST  # in the queue, then answering
-            stream = _Stream(sub_request, members[sub_request.server], now, now, longest, set(sub_request.indices))
+            stream = Stream(sub_request, members[sub_request.server], now, now, longest, set(sub_request.indices))
             if not self._queues[sub_request.server]:
                 self._heard[sub_request.server] = now
             self._count(sub_request.server, len(sub_request.indices))
@@ -218,28 +204,34 @@ class RequestLoop:
             self._streams[task] = stream
             task.add_done_callback(self._ended)  # not `finally`: a task cancelled before it starts never reaches one
 
-    async def _read(self, stream: _Stream, call: GenerateCall) -> None:
+    async def _read(self, stream: Stream, call: GenerateCall) -> None:
         """Read the answers to a sub-request until it ends or fails."""
         sub_request, member = stream.sub_request, stream.member
         request, tally = call.requests[sub_request.request], self.meter.tally
         indices = sub_request.indices
-        seed = request.seeds[indices[0]]
-        body = make_body(request.prompt_tokens, seed, len(indices), call.sampling, self._stream_interval)
+        seed, prompt, sampling = request.seeds[indices[0]], request.prompt_tokens, call.sampling
+        if partial := call.partial.get((sub_request.request, indices[0])):
+            seed, prompt = partial.seed(seed), np.concatenate([prompt, partial.tokens])
+            sampling = replace(sampling, max_tokens=sampling.max_tokens - len(partial.tokens))
+        body = make_body(prompt, seed, len(indices), sampling, self._stream_interval)
         try:
             session = self._session(member)
-            events = generate(session, member.url, member.credentials, body, request, indices, call.rule)
+            events = generate(session, member.url, member.credentials, body, request, indices, call.rule, partial)
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._heard[member.name] = stream.heard_at = time.monotonic()
                     if isinstance(event, Progress):
                         stream.partial[event.index] += event.num_tokens
                         tally(member.name).tokens += event.num_tokens
+                        if self._keep_partial:
+                            stream.pieces[event.index].append((event.tokens, event.logprobs))
                         continue
                     await self._check_versions(event.versions, member)
                     completion = event.completion
                     if self._dispatcher.answered(sub_request.ticket, completion.index, len(completion.tokens)):
                         stream.left.remove(completion.index)
                         del stream.partial[completion.index]
+                        stream.pieces.pop(completion.index, None)
                         tally(member.name).num_answers += 1
                         self._count(member.name, -1)
                         call.answers.put((completion, member.name))
@@ -247,8 +239,10 @@ class RequestLoop:
             self._fleet.report(member, True)
         except asyncio.CancelledError:
             if stream.fault:
+                stream.is_cut = True
                 self._failed(stream, stream.fault)
         except ServerFault as fault:
+            stream.is_cut = fault.is_cut or fault.is_abort or fault.is_unavailable
             if fault.is_unavailable and self._loading is not None:
                 await self._no_load.wait()  # paused for the new weights, not at fault; the answers then wait for a server again
             elif not fault.is_abort:
@@ -262,15 +256,33 @@ class RequestLoop:
         """Return a sub-request's unfinished answers to the dispatcher."""
         stream = self._streams.pop(task)
         self._count(stream.member.name, -len(stream.left))
-        self.meter.tally(stream.member.name).wasted_tokens += stream.partial.total()
-        lost = self._dispatcher.failed(stream.sub_request.ticket)
         call = self._calls.get(stream.sub_request.call)
+        kept = self._keep(stream, call) if call is not None and self._keep_partial else {}
+        self.meter.tally(stream.member.name).wasted_tokens += stream.partial.total() - sum(kept.values())
+        lost = self._dispatcher.failed(stream.sub_request.ticket, kept)
         if call is not None and lost and stream.refusal:
             self._fail([call.number], EngineFault(f"server {stream.member.name} refuses a request: {stream.refusal}"))
         elif call is not None:
             for index in lost:
                 call.answers.put((aborted(stream.sub_request.request, index, stream.member.weight_version), stream.member.name))
         self.send()
+
+    def _keep(self, stream: Stream, call: GenerateCall) -> dict[int, int]:
+        """Keep what has arrived of a sub-request's unfinished answers; return how many tokens its server added to each.
+
+        What a server sent that then lied, or refused, is dropped, with what others had sent before.
+        """
+        kept: dict[int, int] = {}
+        for index in sorted(stream.left):
+            key, version = (stream.sub_request.request, index), stream.member.weight_version
+            before = call.partial.pop(key, None) or PartialAnswer.nothing(version)
+            partial = before.grown(stream.pieces[index], version)
+            if stream.is_cut and call.rule.may_continue(partial.tokens, partial.logprobs):
+                call.partial[key] = partial
+                kept[index] = stream.partial[index]
+            else:
+                self.meter.tally(stream.member.name).wasted_tokens += len(before.tokens)
+        return kept
 
     async def _check_versions(self, versions: Sequence[int], member: Member) -> None:
         """Raise ``ServerFault`` unless the ``versions`` of an answer's tokens are ones it may have."""
@@ -282,12 +294,12 @@ class RequestLoop:
 
     # ------------------------------------------------------------------------------------------------------------ servers
 
-    def _failed(self, stream: _Stream, reason: str) -> None:
+    def _failed(self, stream: Stream, reason: str) -> None:
         member = stream.member
         log.warning("server %s %s; requesting %d answers again", member.name, reason, len(stream.left))
         self._fleet.report(member, False, reason)
 
-    def _refused(self, stream: _Stream, call: GenerateCall, reason: str) -> None:
+    def _refused(self, stream: Stream, call: GenerateCall, reason: str) -> None:
         """One server may be wrong about a request: the call ends only if another one, or the last attempt, refuses it too."""
         name, stream.refusal = stream.member.name, reason
         first, why = call.refused.setdefault(stream.sub_request.request, (name, reason))

@@ -24,12 +24,12 @@ class ServerFault(Exception):
     """A server did not do what it was asked.
 
     ``is_abort``: the request was aborted; the server is not at fault. ``is_unavailable``: it takes no request now (503), as
-    vLLM 0.33 answers from ``/pause?mode=wait`` to ``/resume``.
+    vLLM 0.33 answers from ``/pause?mode=wait`` to ``/resume``. ``is_cut``: it stopped answering; what it sent before counts.
     """
 
-    def __init__(self, reason: str, is_abort: bool = False, is_unavailable: bool = False) -> None:
+    def __init__(self, reason: str, is_abort: bool = False, is_unavailable: bool = False, is_cut: bool = False) -> None:
         super().__init__(reason)
-        self.is_abort, self.is_unavailable = is_abort, is_unavailable
+        self.is_abort, self.is_unavailable, self.is_cut = is_abort, is_unavailable, is_cut
 
 
 HTTP_ERRORS = (aiohttp.ClientError, OSError, ValueError, RuntimeError)

@@ -7,10 +7,13 @@ a minute, and with ``pytest -n 2`` each worker process that requests the servers
 import importlib.util
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import WIDE, make_model
+from fake_vllm import VOCABULARY
+from transformers import Qwen2Config
 
 from nft_megatron.rollout.fleet.server import Server, ServerSettings, new_key
 
@@ -48,3 +51,29 @@ def vllm_servers(server_settings):
     finally:
         for server in servers:
             server.stop(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Of the model that the fake servers pretend to serve: its config alone."""
+    path = tmp_path_factory.mktemp("model")
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=100_000,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def background():
+    """Runs calls on a thread; the result is a future."""
+    with ThreadPoolExecutor() as pool:
+        yield pool

@@ -2,14 +2,12 @@
 
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer, sampling
 from server_faults import ANSWERS, DRIPS, STREAMS
-from transformers import Qwen2Config
 from waiting import Clock, until
 
 from nft_megatron.base.errors import UserError
@@ -37,13 +35,6 @@ def servers(processes):
     return processes
 
 
-@pytest.fixture
-def background():
-    """Runs calls on a thread; the result is a future."""
-    with ThreadPoolExecutor() as pool:
-        yield pool
-
-
 def behave(servers, **changes):
     for server in servers:
         server.behave(**changes)
@@ -52,24 +43,6 @@ def behave(servers, **changes):
 def seen(servers, what):
     """The sum over ``servers``."""
     return sum(server.seen[what] for server in servers)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=100_000,
-        tie_word_embeddings=True,
-    )
-    config.architectures = ["Qwen2ForCausalLM"]
-    config.save_pretrained(path)
-    return path
 
 
 @contextmanager

@@ -122,6 +122,40 @@ def test_greedy_is_the_most_likely_token(engine, model):
         np.testing.assert_allclose(c.logprobs, expected.max(dim=-1).values.numpy(), atol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_greedy_answer_that_is_cut_off_continues_elsewhere(engine, fleet, fleet_model, background):
+    """Each answer is cut off once, somewhere after its 16th token: in float32 the rest is what it would have been."""
+    requests, sampling = make_requests(answers=1), Sampling(temperature=0.0, max_tokens=240)
+    whole = {c.request_id: c for c in engine.generate(requests, sampling)}
+    static = StaticFleet(list(fleet.servers.values()))
+    cutting = FleetEngine(static, fleet_model, silence_seconds=3600.0, keep_partial=True, max_attempts=20)
+    cuts: dict[int, int] = {}
+
+    def cut():
+        for task, stream in cutting._request_loop._streams.items():
+            request, num_tokens = stream.sub_request.request, stream.partial.total()
+            if num_tokens > 16 and request not in cuts:
+                cuts[request], stream.fault = num_tokens, "was cut off by a test"
+                task.cancel()
+        return len(cuts) == len(requests)
+
+    try:
+        cutting.load([], 5)
+        cutting._request_loop._stream_interval = 16
+        answers = background.submit(list, cutting.generate(requests, sampling))
+        until(lambda: cutting._do(cut) or answers.done())
+        completions = answers.result()
+        usage = cutting.take_metrics().total
+    finally:
+        cutting.close()
+    assert cuts and {c.request_id for c in completions} == set(whole)
+    for c in completions:
+        assert c.tokens.tolist() == whole[c.request_id].tokens.tolist()
+        assert c.finish_reason == whole[c.request_id].finish_reason and c.weight_version == 5
+        np.testing.assert_allclose(c.logprobs, whole[c.request_id].logprobs, atol=1e-3)
+    assert usage.wasted_tokens == 0 and usage.num_retries == len(cuts)
+
+
 def test_a_stop_text_ends_an_answer_as_in_the_embedded_engine(engine, fleet_model):
     requests, stop = make_requests(), ("\\boxed{2}", "+0")
     plain = {(c.request_id, c.index): c.tokens for c in engine.generate(requests, Sampling(max_tokens=20))}

@@ -31,12 +31,19 @@ def fleet_of(vllm_servers, server_settings, fleet_model, tmp_path):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("staleness", "in_flight"), [pytest.param(0, "finish", marks=pytest.mark.slow), (1, "continue")])
-def test_a_run_with_vllm(run_config, command, metrics_of, fleet_model, fleet_of, tmp_path, staleness, in_flight):
+@pytest.mark.parametrize(
+    ("staleness", "in_flight", "stream"),
+    [
+        pytest.param(0, "finish", False, marks=pytest.mark.slow),
+        (1, "continue", False),
+        pytest.param(1, "continue", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_with_vllm(run_config, command, metrics_of, fleet_model, fleet_of, tmp_path, staleness, in_flight, stream):
     config = run_config(
         model={"path": str(fleet_model)},
         fleet={**fleet_of, "in_flight": in_flight},
-        rollout={"engine": "vllm", "max_staleness": staleness, "oversample": 4.0},
+        rollout={"engine": "vllm", "max_staleness": staleness, "stream": stream, "oversample": 4.0},
         train={"num_steps": 4},
         checkpoint={"export_every": 2},
     )
