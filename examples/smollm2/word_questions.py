@@ -1,8 +1,8 @@
-r"""Word questions of arithmetic with whole numbers, and the worked examples that every prompt begins with.
+r"""Word questions of arithmetic with small whole numbers, and the worked examples that every prompt begins with.
 
-A question is a *story* with numbers: three numbers, two operations. Stories to train on and held-out stories are different
-ones, and no held-out question shares its operations and numbers with one to train on, so a higher accuracy is neither a story
-nor a result learnt by heart.
+A question is a *story* with two or three numbers, hence one or two operations. Stories to train on and held-out stories are
+different ones, and no held-out question shares its operations and numbers with one to train on, so a higher accuracy is neither
+a story nor a result learnt by heart.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Story:
-    """``text`` has places for a, b and c; the answer is (a ``first`` b) ``second`` c.
+    """``text`` has a place for every number, a to c; ``operations`` are applied from left to right.
 
-    >>> Story("{a} pens and {b} more, minus {c}?", "+", "-").result((5, 4, 2))
-    7
+    >>> Story("{a} pens and {b} more, minus {c}?", "+-").results((5, 4, 2))
+    [9, 7]
     """
 
     text: str
-    first: str
-    second: str
+    operations: str
 
-    def steps(self, numbers: tuple[int, int, int]) -> tuple[int, int]:
-        """Both results."""
-        a, b, c = numbers
-        between = _apply(self.first, a, b)
-        return between, _apply(self.second, between, c)
-
-    def result(self, numbers: tuple[int, int, int]) -> int:
-        """The gold answer."""
-        return self.steps(numbers)[1]
+    def results(self, numbers: tuple[int, ...]) -> list[int]:
+        """The result after each operation; the last one is the gold answer."""
+        found = [numbers[0]]
+        for operation, number in zip(self.operations, numbers[1:], strict=True):
+            found.append(_apply(operation, found[-1], number))
+        return found[1:]
 
 
 def _apply(operation: str, left: int, right: int) -> int:
@@ -40,20 +36,23 @@ def _apply(operation: str, left: int, right: int) -> int:
 
 
 TRAIN = (
-    Story("Tom has {a} apples. He buys {b} more and then eats {c}. How many apples does he have now?", "+", "-"),
-    Story("There are {a} birds on a roof. {b} fly away and {c} come. How many birds are on the roof?", "-", "+"),
-    Story("Ann fills {a} boxes with {b} pens each and finds {c} more pens. How many pens does she have?", "*", "+"),
-    Story("A shop has {a} shelves with {b} toys each. It sells {c} toys. How many toys are left?", "*", "-"),
-    Story("Sam scores {a} points, then {b} points, then {c} points. How many points does he have?", "+", "+"),
-    Story("A bus carries {a} people. {b} get off, and then {c} get off. How many people are on the bus?", "-", "-"),
-    Story("Kim reads {a} pages a day for {b} days and {c} pages on Sunday. How many pages does she read?", "*", "+"),
-    Story("Ben saves {a} coins, spends {b} of them and finds {c}. How many coins does he have?", "-", "+"),
+    Story("Tom has {a} apples and buys {b} more. How many apples does he have?", "+"),
+    Story("There are {a} birds on a roof. {b} of them fly away. How many birds are left?", "-"),
+    Story("Ann fills {a} boxes with {b} pens each. How many pens are in the boxes?", "*"),
+    Story("Sam is {a} years old. His sister is {b} years older. How old is she?", "+"),
+    Story("Ben had {a} coins and spent {b} of them. How many coins does he have?", "-"),
+    Story("Kim reads {a} pages a day. How many pages does she read in {b} days?", "*"),
+    Story("Tim has {a} cards. He wins {b} and then loses {c}. How many cards does he have?", "+-"),
+    Story("A bus carries {a} people. {b} get off and {c} get on. How many people are on the bus?", "-+"),
+    Story("A shop has {a} shelves with {b} toys each, and {c} more toys. How many toys is that?", "*+"),
+    Story("Lea scores {a} points, then {b} points, then {c} points. How many points does she have?", "++"),
 )
 HELD_OUT = (
-    Story("Lena has {a} shells. She picks up {b} more and gives {c} to a friend. How many shells are left?", "+", "-"),
-    Story("A farmer has {a} cows. {b} are sold and {c} calves are born. How many animals are there?", "-", "+"),
-    Story("A room has {a} rows of {b} chairs and {c} more chairs at the wall. How many chairs are there?", "*", "+"),
-    Story("A baker makes {a} trays of {b} rolls and burns {c} of the rolls. How many good rolls are there?", "*", "-"),
+    Story("Lena has {a} shells. She picks up {b} more. How many shells does she have?", "+"),
+    Story("A farmer has {a} cows. {b} of them are sold. How many cows are left?", "-"),
+    Story("A room has {a} rows of {b} chairs. How many chairs are there?", "*"),
+    Story("Nina has {a} stamps. She gets {b} and gives away {c}. How many stamps does she have?", "+-"),
+    Story("A baker makes {a} trays of {b} rolls, and {c} more rolls. How many rolls are there?", "*+"),
 )
 
 
@@ -62,39 +61,39 @@ class Question:
     """A story with its numbers."""
 
     story: Story
-    numbers: tuple[int, int, int]
+    numbers: tuple[int, ...]
 
     @property
     def text(self) -> str:
         """What is asked."""
-        a, b, c = self.numbers
-        return self.story.text.format(a=a, b=b, c=c)
+        return self.story.text.format(**dict(zip("abc", self.numbers, strict=False)))
 
     @property
-    def sum(self) -> tuple[str, str, int, int, int]:
+    def sum(self) -> tuple[str, tuple[int, ...]]:
         """What has to be computed, whatever the story."""
-        return (self.story.first, self.story.second, *self.numbers)
+        return self.story.operations, self.numbers
 
     @property
     def result(self) -> int:
         """The gold answer."""
-        return self.story.result(self.numbers)
+        return self.story.results(self.numbers)[-1]
 
 
 def worked_answer(question: Question) -> str:
     r"""One operation per line, then the result in a box.
 
-    >>> worked_answer(Question(TRAIN[0], (5, 4, 2))).split("\n")
+    >>> worked_answer(Question(TRAIN[6], (5, 4, 2))).split("\n")
     ['5 + 4 = 9', '9 - 2 = 7', '\\boxed{7}']
     """
-    (a, b, c), story = question.numbers, question.story
-    between, result = story.steps(question.numbers)
-    return f"{a} {story.first} {b} = {between}\n{between} {story.second} {c} = {result}\n\\boxed{{{result}}}"
+    lefts = [question.numbers[0], *question.story.results(question.numbers)]
+    steps = zip(lefts, question.story.operations, question.numbers[1:], lefts[1:], strict=False)
+    lines = [f"{left} {operation} {right} = {result}" for left, operation, right, result in steps]
+    return "\n".join([*lines, f"\\boxed{{{lefts[-1]}}}"])
 
 
 EXAMPLES = (
-    Question(Story("Joe has {a} cards. He wins {b} and loses {c}. How many cards does he have?", "+", "-"), (6, 5, 3)),
-    Question(Story("Mia buys {a} bags of {b} sweets and gets {c} for free. How many sweets is that?", "*", "+"), (2, 4, 5)),
+    Question(Story("Joe has {a} books and sells {b} of them. How many books are left?", "-"), (9, 6)),
+    Question(Story("Mia buys {a} bags of {b} sweets and gets {c} for free. How many sweets is that?", "*+"), (2, 4, 5)),
 )
 """Shown before every question, with their worked answers."""
 
@@ -115,12 +114,11 @@ def draw_distinct(
     """``count`` different questions about ``stories``, equally many of each; none asks for a sum that one in ``avoid`` does."""
     taken = {question.sum for question in avoid} | {example.sum for example in EXAMPLES}
     drawn: dict[Question, None] = {}
-    while len(drawn) < count:
-        question = Question(stories[len(drawn) % len(stories)], _draw_numbers(rng))
-        if question.sum not in taken and min(question.story.steps(question.numbers)) >= 0:
+    for _ in range(1000 * count):
+        if len(drawn) == count:
+            return list(drawn)
+        story = stories[len(drawn) % len(stories)]
+        question = Question(story, (rng.randint(2, 20), *(rng.randint(2, 9) for _ in story.operations)))
+        if question.sum not in taken and all(0 <= result < 100 for result in story.results(question.numbers)):
             drawn[question] = None
-    return list(drawn)
-
-
-def _draw_numbers(rng: random.Random) -> tuple[int, int, int]:
-    return rng.randint(2, 20), rng.randint(2, 12), rng.randint(2, 12)
+    raise ValueError(f"there are fewer than {count} questions of small numbers about {len(stories)} stories")
