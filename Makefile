@@ -21,7 +21,7 @@ BENCHMARKS := fleet_simulation stream_simulation packing embedded_engine verifie
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -q
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup vllm nemo engine quickstart test test-rest test-megatron test-all check format bench gpu-check clean
+.PHONY: help setup vllm nemo engine quickstart real-model test test-rest test-megatron test-all check format bench gpu-check clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
@@ -63,6 +63,9 @@ $(ENGINE)/.ready: $(READY) requirements/transformer-engine.txt
 
 quickstart: $(READY)  ## Watch NFT improve a tiny model at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
+
+real-model: $(READY)  ## Watch NFT improve a real language model, SmolLM2-135M, at word questions: no GPU
+	$(BIN)/python examples/smollm2/run.py
 
 test: $(READY)  ## Test what you must trust, on the real Megatron-Core, vLLM and Slurm
 	$(PYTEST) -m 'not slow' tests

@@ -6,10 +6,6 @@ config.yaml, such as ``algorithm.name=rft``.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,25 +13,10 @@ from pathlib import Path
 from nft_megatron.base.errors import UserError
 from nft_megatron.config.load import load_config
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from commands import print_accuracies, run, short
+
 START = Path("runs/quickstart/start")
-
-
-def short(path: str | Path) -> Path:
-    """``path`` as one would type it: relative if it is inside the current folder."""
-    path = Path(path).absolute()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def run(*command: object) -> None:
-    """Print ``command`` and run it; end with its exit code if it fails."""
-    words = [str(word) for word in command]
-    print(f"\n$ {shlex.join(words)}", flush=True)
-    process = subprocess.Popen(words)
-    while process.poll() is None:
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C also reaches the command, which saves its work and exits
-            process.wait()
-    if process.returncode:
-        sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
 
 
 def main(overrides: list[str]) -> None:
@@ -53,11 +34,7 @@ def main(overrides: list[str]) -> None:
     run(nft_megatron, "eval", export, config, *overrides, "--out", after)
     run(nft_megatron, "report", run_dir, "--png", run_dir / "overview.png")
 
-    print(f"\n{'held-out questions':20} {'right':>16} {'tokens per answer':>18}")
-    for name, path in (("before", before), ("after NFT", after)):
-        result = json.loads(path.read_text())
-        right = f"{result['accuracy']:.1%} ± {result['standard_error']:.1%}"
-        print(f"{name:20} {right:>16} {result['answer_length_mean']:>18.1f}")
+    print_accuracies({"before": before, "after NFT": after})
     print(f"\nreport              {run_dir / 'report.html'}\nHugging Face model  {export}")
     print(f"took                {time.monotonic() - began:.0f} s")
 
