@@ -61,7 +61,7 @@ def parameter_shards(optimizers: Sequence[DistributedOptimizer], model: Mapping[
     for entry in nested_values(model):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory):
             parts[entry.data] = list(nested_values([entry.build() if isinstance(entry, ShardedTensorFactory) else entry]))
-    shards = []
+    shards: list[ShardedTensor] = []
     for optimizer in optimizers:
         for parameter, start, stop in _ranges(optimizer):
             weight = parameter.detach().view(-1)[start:stop]

@@ -212,7 +212,7 @@ class FleetStream:
         try:
             item = self._call.answers.get(timeout=timeout)
         except queue.Empty:
-            if self._num_open and engine._do(loop.is_stranded):
+            if self._num_open and bool(engine._do(loop.is_stranded)):
                 engine._fleet.wait_for_servers(engine._servers_seconds)
             return None
         if isinstance(item, Exception):
