@@ -58,7 +58,7 @@ def gspo_loss(answers: AnswerBatch, log_ratio_A: Tensor, *, clip_low: float = 3e
     >>> loss_A = gspo_loss(answers, log_ratio_A, clip_low=0.1, clip_high=0.1)
     >>> loss_A.sum().backward()
     >>> loss_A.tolist(), log_ratio_A.grad.tolist()  # −2·1.1, clipped; 0.5·e^0.1, and a quarter of that
-    ([-2.200000047683716, 0.5525854825973511], [-0.0, 0.13814637064933777])
+    ([-2.200000047683716, 0.5525854825973511], [0.0, 0.13814637064933777])
     """
     advantage_A = answers.advantage_A
     assert advantage_A is not None

@@ -51,7 +51,7 @@ def grade(text: str, gold: str, finish_reason: FinishReason) -> Verdict | Undeci
     >>> grade(r"\boxed{2x = 34}", "34", "stop")
     Verdict(label='wrong', reason='not a number', verifier='strict/4', seconds=0.0)
     >>> grade(r"hence \boxed{\sqrt{2}/2}", r"\frac{1}{\sqrt{2}}", "stop")
-    Undecided(text='\\boxed{\\sqrt{2}/2}', gold='\\frac{1}{\\sqrt{2}}')
+    Undecided(text='\\boxed{\\sqrt{2}/2}', gold='\\frac{1}{\\sqrt{2}}', question='')
     """
     cut = cut_off(finish_reason, STRICT)
     if cut is not None:
