@@ -58,7 +58,11 @@ class CollectorState:
     def load(cls, path: Path) -> CollectorState:
         meta = read_meta(path)
         surplus = tuple(group for group, _ in read_groups(path))
-        return cls(meta["cursor"], meta["mixed_rate"], surplus, meta["questions"], tuple(meta.get(_IN_FLIGHT, ())))
+        try:
+            return cls(meta["cursor"], meta["mixed_rate"], surplus, meta["questions"], tuple(meta.get(_IN_FLIGHT, ())))
+        except (LookupError, TypeError, AttributeError) as error:
+            remedy = "resume from another checkpoint: name it in RUN/checkpoints/latest"
+            raise UserError("checkpoint", path, f"does not say where collecting stood: {error}", remedy) from error
 
 
 _IN_FLIGHT = "in_flight"

@@ -65,14 +65,15 @@ class KeptPrompts:
         try:
             table = pq.read_table(path, page_checksum_verification=True)
             meta = parse_json((table.schema.metadata or {})[_KEY])
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            tokens = [row.values.to_numpy().copy() for row in table["tokens"]]
+            texts = (table[name].to_pylist() for name in ("question_id", "question", "gold"))
+            prompts = tuple(Prompt(*row) for row in zip(*texts, tokens, strict=True))
+            started, digest = datetime.fromisoformat(meta.pop("started")), meta.pop("digest")
+            is_v0_1 = meta.pop("is_v0_1", True)
+            return cls(PromptSet(prompts, **meta), started, digest, is_v0_1)
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             problem = f"is damaged: {(str(error) or 'empty').splitlines()[0]}"
             raise UserError("run_dir", path, problem, "restore it, or delete it: the prompts are then made anew") from error
-        tokens = [row.values.to_numpy().copy() for row in table["tokens"]]
-        texts = (table[name].to_pylist() for name in ("question_id", "question", "gold"))
-        prompts = tuple(Prompt(*row) for row in zip(*texts, tokens, strict=True))
-        started, digest, is_v0_1 = datetime.fromisoformat(meta.pop("started")), meta.pop("digest"), meta.pop("is_v0_1", True)
-        return cls(PromptSet(prompts, **meta), started, digest, is_v0_1)
 
 
 def digest_of(files: Iterable[Path]) -> str:

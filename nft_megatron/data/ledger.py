@@ -154,7 +154,7 @@ def read_groups(path: Path) -> list[tuple[Group, Fate]]:
             for table in [ledger.read_row_group(i)]
             for row, tokens in zip(table.drop_columns(list(_TOKEN_COLUMNS)).to_pylist(), _tokens(table), strict=True)
         ]
-    return [_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group_id"])]
+        return [_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group_id"])]
 
 
 def read_index(path: Path) -> LedgerIndex:
@@ -235,8 +235,10 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
                 problem = f"has format {version}; this version reads up to {LEDGER_VERSION}"
                 raise UserError("ledger", path, problem, "use the version of nft_megatron that wrote it, or a newer one")
             yield ledger
-    except (pa.ArrowException, OSError) as error:
-        problem = f"is damaged: {str(error).splitlines()[0]}"
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:  # text that is no UTF-8, JSON, columns
+        problem = f"is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
         raise UserError("ledger", path, problem, "delete it and run again to collect its step anew") from error
 
 

@@ -105,9 +105,9 @@ def _draw_groups(path: Path) -> list[dict[str, Any]]:
         table = pq.read_table(
             path, columns=list(_TEXT_COLUMNS), filters=[("group_id", "in", drawn)], page_checksum_verification=True
         )
-    except (pa.ArrowException, OSError) as error:
+        rows = groupby(table.to_pylist(), key=lambda row: row["group_id"])
+    except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8
         raise UserError("ledger", path, f"damaged: {error}", "restore it, or delete it and write the report again") from error
-    rows = groupby(table.to_pylist(), key=lambda row: row["group_id"])
     groups = {group_id: _show_group(step, list(members)) for group_id, members in rows}
     return [groups[group_id] for group_id in drawn]
 
