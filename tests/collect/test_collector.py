@@ -53,7 +53,7 @@ class Counting:
 class AllWrong:
     """A verifier that finds no box anywhere."""
 
-    def submit(self, text, gold, finish_reason):
+    def submit(self, text, gold, finish_reason, question=""):
         judged = Future()
         judged.set_result(verdict("no closed box", "strict/1"))
         return judged
