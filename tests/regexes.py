@@ -24,7 +24,7 @@ from re import _parser as parser
 
 import nft_megatron
 
-NEEDS_VLLM = {"nft_megatron.rollout.fleet.worker_extension"}
+NEEDS_MORE = {"nft_megatron.rollout.fleet.worker_extension", "nft_megatron.model.lm_head_kernels"}  # vLLM, Triton
 _FUNCTIONS = {
     f"re.{name}" for name in ("compile", "match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer")
 }
@@ -39,7 +39,7 @@ def compiled_patterns() -> dict[str, re.Pattern[str]]:
     """Every pattern that a module of the package holds, by module and name."""
     found: dict[str, re.Pattern[str]] = {}
     for info in pkgutil.walk_packages(nft_megatron.__path__, "nft_megatron."):
-        if info.name not in NEEDS_VLLM and not info.name.endswith("__main__"):
+        if info.name not in NEEDS_MORE and not info.name.endswith("__main__"):
             module = importlib.import_module(info.name)
             for name, value in vars(module).items():
                 for number, pattern in enumerate(_patterns_in(value)):

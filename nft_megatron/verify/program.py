@@ -13,14 +13,13 @@ can change what else does. Outputs never enter the sandbox.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from typing import Any
 
 from nft_megatron.verify.sandbox import Limits, Outcome, run
 
 PROGRAM = "program/1"
-_BLOCK = re.compile(r"^[^\S\n]*```([^\n`]*)\n(.*?)^[^\S\n]*```", re.MULTILINE | re.DOTALL)
+_FENCE = "```"
 _MOST_TESTS = 1000
 _ALONE = """\
 import os, sys
@@ -52,8 +51,16 @@ def program_of(text: str) -> str | None:
     >>> program_of("First\n```python\na = 1\n```\nor rather\n```python\na = 2\n```\nDone.")
     'a = 2\n'
     """
-    blocks = _BLOCK.findall(text)
-    return blocks[-1][1] if blocks else None
+    found, block = None, None
+    for line in text.split("\n"):
+        rest = line.lstrip()
+        if block is None:
+            block = [] if rest.startswith(_FENCE) and "`" not in rest.removeprefix(_FENCE) else None
+        elif rest.startswith(_FENCE):
+            found, block = "".join(block), None
+        else:
+            block.append(f"{line}\n")
+    return found
 
 
 def tests_of(gold: str) -> list[tuple[str, str]] | str | None:

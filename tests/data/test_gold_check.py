@@ -16,6 +16,8 @@ GOLDS = ["34", "-7", "1,234", "0.75", r"\frac{3}{4}", "1e-07", "4.5e33", "x^2+1"
 class Recorder:
     """A verifier that says of an answer what ``reasons`` says, else that it is exact."""
 
+    is_free = False
+
     def __init__(self, reasons: dict[str, str]) -> None:
         self.reasons, self.asked = reasons, list[tuple[str, str]]()
 

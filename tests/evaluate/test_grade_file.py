@@ -226,7 +226,7 @@ def test_bad_input_names_file_line_field_and_remedy(tmp_path, content, named):
 
 def test_other_bad_input(tmp_path):
     path = write_jsonl(tmp_path / "answers.jsonl", ROWS)
-    modes = "strict, math-verify, dapo, published-boxed, published-answer, simplerl"
+    modes = "strict, math-verify, dapo, published-boxed, published-answer, program, simplerl, module:function or a URL"
     with pytest.raises(UserError, match=f"no such mode; use one of {modes}"):
         verify_file(path, **{**FIELDS, "mode": "exact"})
     (tmp_path / "answers.txt").write_text("")
