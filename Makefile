@@ -64,7 +64,7 @@ $(ENGINE)/.ready: $(READY) requirements/transformer-engine.txt
 quickstart: $(READY)  ## Watch NFT improve a tiny model at arithmetic: a few minutes, no GPU
 	$(BIN)/python examples/quickstart/run.py
 
-real-model: $(READY)  ## Watch NFT improve a real language model, SmolLM2-135M, at word questions: no GPU
+real-model: $(READY)  ## Train a real language model, SmolLM2-135M, on word questions: no GPU; not yet run as a whole
 	$(BIN)/python examples/smollm2/run.py
 
 test: $(READY)  ## Test what you must trust, on the real Megatron-Core, vLLM and Slurm
