@@ -51,7 +51,8 @@ def program_of(text: str) -> str | None:
     >>> program_of("First\n```python\na = 1\n```\nor rather\n```python\na = 2\n```\nDone.")
     'a = 2\n'
     """
-    found, block = None, None
+    found: str | None = None
+    block: list[str] | None = None
     for line in text.split("\n"):
         rest = line.lstrip()
         if block is None:
