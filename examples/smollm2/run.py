@@ -33,7 +33,7 @@ def main(overrides: list[str]) -> None:
             "": (nft_megatron, "eval", model, config, *overrides),
             ", by transformers": (python, example / "by_transformers.py", model, START / "held_out.parquet"),
         }.items():
-            out = run_dir / f"{name}{'_by_transformers' if by else ''}.json"
+            out = run_dir / f"{name.replace(' ', '_')}{'_by_transformers' if by else ''}.json"
             if not out.exists():
                 run(*command, "--out", out)
             results[name + by] = out
@@ -42,7 +42,7 @@ def main(overrides: list[str]) -> None:
     measure("before", START / "model")
     run(nft_megatron, "train", config, *overrides)
     export = max((run_dir / "hf").glob("step_*"))
-    measure("after", export)
+    measure(f"after {export.name}", export)  # more steps are measured anew
     run(nft_megatron, "report", run_dir, "--png", run_dir / "overview.png")
 
     print_accuracies(results)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS
-from fake_vllm import VOCABULARY, Process, StaticFleet, expected_answer, sampling
+from fake_vllm import Process, StaticFleet, expected_answer, sampling
 from tcp_proxy import Proxy
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 from waiting import Clock, until
 
 from nft_megatron.base.records import Request, Sampling
@@ -83,24 +83,6 @@ def places():
     yield found
     for place in found:
         place.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=10_000,
-        tie_word_embeddings=True,
-    )
-    config.architectures = ["Qwen2ForCausalLM"]
-    config.save_pretrained(path)
-    return path
 
 
 @pytest.mark.slow
